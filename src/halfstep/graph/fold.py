@@ -1,0 +1,193 @@
+"""Passes that make the captured graph smaller without changing what it computes."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from halfstep.graph.capture import Captured, unchanged
+from halfstep.graph.parameters import parameter, store
+
+aten = torch.ops.aten
+
+#: Nodes that hand their first argument on as it is.
+IDENTITIES = frozenset(
+    {
+        aten.alias.default,
+        aten.clone.default,
+        aten.detach.default,
+        aten.detach_.default,
+        aten.dropout.default,
+        aten.feature_dropout.default,
+        aten.alpha_dropout.default,
+        aten.lift_fresh_copy.default,
+        aten.contiguous.default,
+    }
+)
+
+VIEWS = frozenset({aten.view.default, aten._unsafe_view.default})
+
+#: Run-time assertions that torch.export leaves in the graph; their shapes were checked at capture.
+ASSERTIONS = frozenset(
+    {
+        aten._assert_tensor_metadata.default,
+        aten._assert_scalar.default,
+        aten._assert_async.msg,
+        aten.sym_constrain_range_for_size.default,
+        aten.sym_constrain_range.default,
+    }
+)
+
+CONVOLUTIONS = frozenset(
+    {
+        aten.conv1d.default,
+        aten.conv2d.default,
+        aten.conv3d.default,
+        aten.conv1d.padding,
+        aten.conv2d.padding,
+        aten.conv3d.padding,
+    }
+)
+TRANSPOSED = frozenset({aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input})
+
+
+def fold(captured: Captured) -> Captured:
+    """Remove identities and dropout, fold every batch norm that directly follows a conv or linear.
+
+    The graph is changed in place and returned; its outputs stay equal up to float rounding (see
+    :data:`halfstep.graph.capture.TOLERANCE`).
+    """
+    with unchanged(captured, "folding batch norm"):
+        remove_identities(captured.module)
+        fold_batch_norm(captured.module)
+        clean(captured.module)
+    return captured
+
+
+def remove_identities(module: fx.GraphModule) -> None:
+    """Bypass :data:`IDENTITIES`, no-op dtype casts and :data:`ASSERTIONS`.
+
+    A copy may be what made its input contiguous, so views of it become reshapes, which do not care.
+    """
+    for node in list(module.graph.nodes):
+        if node.target in VIEWS:
+            node.target = aten.reshape.default
+        if node.target in ASSERTIONS:
+            module.graph.erase_node(node)
+        elif node.target in IDENTITIES or _is_noop_cast(node):
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+
+
+def _is_noop_cast(node: fx.Node) -> bool:
+    if node.target not in (aten._to_copy.default, aten.to.dtype):
+        return False
+    source, value = node.args[0], node.meta.get("val")
+    before = source.meta.get("val") if isinstance(source, fx.Node) else None
+    if not isinstance(before, torch.Tensor) or not isinstance(value, torch.Tensor):
+        return False
+    return before.dtype == value.dtype and before.device == value.device
+
+
+def fold_batch_norm(module: fx.GraphModule) -> None:
+    """Fold batch norms into the conv or linear before them, in float64.
+
+    ``W' = W * g / sqrt(var + eps)`` per output channel, ``b' = beta + (b - mean) * g / sqrt(var + eps)``; with no
+    affine g = 1 and beta = 0, with no conv bias b = 0. A conv whose output is also read elsewhere keeps its batch
+    norm. A weight used by several layers is folded into a copy of its own for each different batch norm.
+    """
+    folded: dict[tuple[str, ...], tuple[fx.Node, fx.Node]] = {}
+    for node in list(module.graph.nodes):
+        if node.target is not aten._native_batch_norm_legit_no_training.default:
+            continue
+        source = node.args[0]
+        if not _can_fold(source) or set(node.users) - {u for u in node.users if _is_first_item(u)}:
+            continue
+        _fold_one(module, source, node, folded)
+
+
+def _can_fold(source: Any) -> bool:
+    if not isinstance(source, fx.Node) or len(source.users) != 1:
+        return False
+    if source.target is aten.linear.default:
+        if source.meta["val"].dim() != 2:  # batch norm works on dimension 1, linear's outputs lie on the last
+            return False
+    elif source.target not in CONVOLUTIONS | TRANSPOSED:
+        return False
+    weight = source.args[1]
+    return isinstance(weight, fx.Node) and weight.op == "get_attr"
+
+
+def _is_first_item(user: fx.Node) -> bool:
+    return user.target is operator.getitem and user.args[1] == 0
+
+
+def _fold_one(
+    module: fx.GraphModule,
+    source: fx.Node,
+    norm: fx.Node,
+    folded: dict[tuple[str, ...], tuple[fx.Node, fx.Node]],
+) -> None:
+    _, gain, shift, mean, variance, _, epsilon = norm.args
+    weight_node = source.args[1]
+    bias_node = source.args[2] if len(source.args) > 2 else None
+    parts = (weight_node, bias_node, gain, shift, mean, variance)
+    key = (*(str(part.target) if isinstance(part, fx.Node) else "" for part in parts), str(epsilon))
+    if key not in folded:
+        weight = parameter(module, weight_node)
+        bias, g, b, mu, var = (
+            parameter(module, part).double() if isinstance(part, fx.Node) else None
+            for part in (bias_node, gain, shift, mean, variance)
+        )
+        assert mu is not None and var is not None and isinstance(epsilon, float)
+        factor = (var + epsilon).rsqrt()
+        if g is not None:
+            factor = factor * g
+        transposed = source.target in TRANSPOSED
+        shape = [1] * weight.dim()
+        groups = int(source.args[6]) if transposed and len(source.args) > 6 else 1
+        if transposed:  # weight is (in, out / groups, ...): channel c of group k meets rows of group k only
+            per_row = factor.view(groups, 1, -1).expand(groups, weight.shape[0] // groups, -1)
+            scale = per_row.reshape(weight.shape[0], -1, *shape[2:])
+        else:
+            scale = factor.view(-1, *shape[1:])
+        new_bias = -mu * factor if bias is None else (bias - mu) * factor
+        if b is not None:
+            new_bias = new_bias + b
+        stem = str(weight_node.target).rpartition(".")[0]
+        with module.graph.inserting_before(source):
+            folded[key] = (
+                store(module, str(weight_node.target), (weight.double() * scale).to(weight.dtype), weight_node),
+                store(module, f"{stem}.bias" if stem else "bias", new_bias.to(weight.dtype), bias_node),
+            )
+    new_weight, new_bias_node = folded[key]
+    source.args = (source.args[0], new_weight, new_bias_node, *source.args[3:])
+    for user in list(norm.users):
+        user.replace_all_uses_with(source)
+        module.graph.erase_node(user)
+    module.graph.erase_node(norm)
+
+
+def clean(module: fx.GraphModule) -> None:
+    """Drop dead nodes and the parameters, buffers and submodules that nothing reads any more."""
+    module.graph.eliminate_dead_code()
+    used = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+    for name, owner in list(module.named_modules()):
+        prefix = f"{name}." if name else ""
+        for table in (owner._parameters, owner._buffers):
+            for key in list(table):
+                if prefix + key not in used:
+                    del table[key]
+    _drop_empty(module)
+    module.graph.lint()
+    module.recompile()
+
+
+def _drop_empty(module: nn.Module) -> bool:
+    for name, child in list(module._modules.items()):
+        if child is None or _drop_empty(child):
+            del module._modules[name]
+    return not (module._modules or module._parameters or module._buffers)

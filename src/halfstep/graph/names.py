@@ -1,0 +1,42 @@
+"""Readable names for nodes: the module path in the user's model, and the operation where the path alone is not one."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from halfstep.graph.operators import describe
+
+
+def readable_names(graph: fx.Graph) -> dict[fx.Node, str]:
+    """A unique name for every placeholder and call of ``graph``.
+
+    A node of a leaf module of torch (``nn.Conv2d``) is called by the module's path, ``layer1.0.conv1``; any other
+    by the path of the module whose code calls it and its kind, ``layer1.0.add``. A second call of the same gets
+    ``:2`` and so on.
+    """
+    names: dict[fx.Node, str] = {}
+    count: dict[str, int] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            name = str(node.target)
+        elif node.op == "call_function":
+            name = _name(node)
+        else:
+            continue
+        count[name] = count.get(name, 0) + 1
+        names[node] = name if count[name] == 1 else f"{name}:{count[name]}"
+    return names
+
+
+def _name(node: fx.Node) -> str:
+    op = describe(node)
+    kind = op.kind if op else node.name
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    if not stack:
+        return kind
+    path, owner = stack[-1]
+    leaf = isinstance(owner, str) and owner.startswith("torch.nn.modules.")
+    path = path.split("@")[0]  # torch marks the second call of a shared module by "@1"
+    if leaf and path and "container" not in owner and "MultiheadAttention" not in owner:
+        return str(path)
+    return f"{path}.{kind}" if path else kind

@@ -1,0 +1,275 @@
+"""Placement: which tensors get a quantizer, from a target's table and a recipe.
+
+The simulated graph has a quantizer exactly where the exported file has a QuantizeLinear/DequantizeLinear pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import fx
+
+from halfstep.granularity import Granularity, PerChannel, PerGroup
+from halfstep.graph.names import readable_names
+from halfstep.graph.operators import Operator, constant_operands, describe, input_axis, weight_axis
+from halfstep.graph.placement import FloatOperator, Layer, Placement, Position, Site
+from halfstep.recipe import ACTIVATIONS, LayerSpec, Recipe, TensorSpec
+from halfstep.targets import Target
+
+
+def place(
+    graph: fx.Graph, target: Target, recipe: Recipe, float_layers: Collection[str] = frozenset()
+) -> Placement:
+    """Decide which tensors of ``graph`` are quantized.
+
+    1. Layers whose kind is in the target's table and whose spec asks for it are integer.
+    2. Followers (add, pools ...) join them while everything they read comes from an integer kernel and something
+       that reads them is one.
+    3. Every input of an integer operator is quantized, and every output that its kernel must quantize, after the
+       ReLU or clip that disappears into it.
+    4. Operators that only move codes about carry the same scale on both sides.
+
+    Activations in a format that the target does not execute are quantized at the inputs of layers only: no kernel
+    needs more, and every further quantizer costs accuracy.
+
+    Args:
+        graph: a captured, folded graph.
+        target: the runtime's table.
+        recipe: layer-name patterns to specs.
+        float_layers: names of layers to leave in float whatever the recipe says.
+    """
+    return _Placer(graph, target, recipe, float_layers).run()
+
+
+class _Placer:
+    def __init__(
+        self, graph: fx.Graph, target: Target, recipe: Recipe, float_layers: Collection[str]
+    ) -> None:
+        self.graph, self.target, self.float_layers = graph, target, float_layers
+        self.names = readable_names(graph)
+        self.operators = {n: op for n in graph.nodes if (op := describe(n)) is not None}
+        self.specs: dict[fx.Node, LayerSpec | None] = {
+            node: recipe.spec(self.names[node]) for node, op in self.operators.items() if self._is_layer(op)
+        }
+        self.reasons: dict[fx.Node, str] = {}
+        self.integer: set[fx.Node] = set()  # operators whose activations are quantized
+        self.root: dict[fx.Node, fx.Node] = {}  # value -> the value whose scale it shares
+
+    def _is_layer(self, op: Operator) -> bool:
+        return op.kind in self.target.layers or op.weight is not None
+
+    def run(self) -> Placement:
+        self._choose_layers()
+        self._choose_followers()
+        self._choose_values()
+        return Placement(
+            (*self._activation_sites(), *self._weight_sites()), self._layers(), self._float_operators()
+        )
+
+    # 1 and 2: which operators
+
+    def _choose_layers(self) -> None:
+        for node, spec in self.specs.items():
+            op, name = self.operators[node], self.names[node]
+            if name in self.float_layers:
+                self.reasons[node] = "left in float on request"
+            elif spec is None:
+                self.reasons[node] = "left in float by the recipe"
+            elif op.kind not in self.target.layers:
+                self.reasons[node] = self.target.reasons.get(
+                    op.kind, f"{op.kind} has no integer kernel on {self.target.name}"
+                )
+            elif op.weight is None and (spec.activations is None or len(op.inputs) < 2):
+                self.reasons[node] = "has no weight to quantize"
+            elif spec.activations is not None:
+                self.integer.add(node)
+
+    def _choose_followers(self) -> None:
+        followers = {
+            node
+            for node, op in self.operators.items()
+            if op.kind in self.target.followers and not (op.kind in ("add", "mul") and constant_operands(node))
+        }
+        layers = set(self.integer)
+        self.integer |= followers
+        while lost := {
+            node
+            for node in self.integer - layers
+            if not (all(map(self._supplied, self.operators[node].inputs)) and self._wanted(node))
+        }:
+            self.integer -= lost
+        if not all(self._executed(self.specs[node]) for node in layers):
+            self.integer = layers
+        for node in followers - self.integer:
+            self.reasons[node] = "is not between integer operators: quantizing for it alone would cost time"
+
+    def _executed(self, spec: LayerSpec | None) -> bool:
+        if spec is None or spec.activations is None:
+            return True
+        return self.target.executes(self.target.activation_format(spec.activations))
+
+    def _supplied(self, value: fx.Node) -> bool:
+        """Whether ``value`` comes from an integer kernel, or is an input that another one reads anyway."""
+        if value in self.integer:
+            return True
+        if value.op == "placeholder":
+            return any(user in self.specs and user in self.integer for user in value.users)
+        op = self.operators.get(value)
+        moved = op is not None and op.kind in self.target.passes | self.target.absorbed
+        return moved and all(map(self._supplied, self.operators[value].inputs))
+
+    def _wanted(self, value: fx.Node) -> bool:
+        """Whether an integer kernel reads ``value``, directly or moved."""
+        return any(user in self.integer or (self._moves(user) and self._wanted(user)) for user in value.users)
+
+    def _moves(self, node: fx.Node) -> bool:
+        op = self.operators.get(node)
+        return op is not None and op.kind in self.target.passes | self.target.absorbed
+
+    # 3 and 4: which values
+
+    def _choose_values(self) -> None:
+        self.quantized: dict[fx.Node, bool] = {}  # value -> whether every reader must see it quantized
+        for node in self.integer:
+            for value in self.operators[node].inputs:
+                self.quantized.setdefault(value, False)
+        if all(self._executed(self.specs[node]) for node in self.integer if node in self.specs):
+            for node in self.integer:
+                kernel = (self.target.layers | self.target.followers)[self.operators[node].kind]
+                if kernel.output:
+                    self.quantized[self._after_absorbed(node)] = True
+            self._lift()
+
+    def _after_absorbed(self, node: fx.Node) -> fx.Node:
+        users = list(node.users)
+        if len(users) == 1 and (op := self.operators.get(users[0])) and op.kind in self.target.absorbed:
+            return self._after_absorbed(users[0])
+        return node
+
+    def _lift(self) -> None:
+        """Quantize before a pass where all that reads its input wants codes, and tie both sides together."""
+        for node in reversed(self.graph.nodes):
+            op = self.operators.get(node)
+            if op is None or op.kind not in self.target.passes - {"item"} or len(op.inputs) != 1:
+                continue
+            source = op.inputs[0]
+            results = list(node.users) if op.kind == "split" else [node]
+            if not results or not all(result in self.quantized for result in results):
+                continue
+            if source not in self.quantized:
+                # An input of the network is quantized where it is used: the file keeps taking floats.
+                if source.op == "placeholder" or not all(map(self._reads_codes, source.users)):
+                    continue
+                self.quantized[source] = False
+            self.root.update(dict.fromkeys(results, source))
+
+    def _reads_codes(self, user: fx.Node) -> bool:
+        if user in self.integer:
+            return True
+        op = self.operators.get(user)
+        if op is None or op.kind not in self.target.passes:
+            return False
+        results = user.users if op.kind == "split" else [user]
+        return bool(results) and all(result in self.quantized for result in results)
+
+    def _root(self, value: fx.Node) -> fx.Node:
+        while value in self.root:
+            value = self.root[value]
+        return value
+
+    # the records
+
+    def _activation_sites(self) -> list[Site]:
+        members: dict[fx.Node, list[fx.Node]] = {}
+        for value in self.graph.nodes:
+            if value in self.quantized:
+                members.setdefault(self._root(value), []).append(value)
+        sites = []
+        for root, values in members.items():
+            positions = []
+            for value in values:
+                readers = [u for u in value.users if self.quantized[value] or self._reads_codes(u)]
+                positions.append(Position(value, tuple(readers), tied=value is not root))
+            spec = self._activation_spec(values)
+            granularity = spec.granularity or ACTIVATIONS
+            fmt = self.target.activation_format(spec)
+            sites.append(Site(self.names[root], fmt, granularity, tuple(positions), is_weight=False))
+        return sites
+
+    def _activation_spec(self, values: list[fx.Node]) -> TensorSpec:
+        """The widest spec of the layers that read the values; else of the nearest layer that made them."""
+        specs = [
+            spec.activations
+            for value in values
+            for reader in value.users
+            if reader in self.integer and (spec := self.specs.get(reader)) and spec.activations
+        ]
+        node: fx.Node | None = values[0]
+        while not specs and node is not None:
+            made_by = self.specs.get(node)
+            if made_by is not None and made_by.activations is not None:
+                specs = [made_by.activations]
+            inputs = self.operators[node].inputs if node in self.operators else ()
+            node = inputs[0] if inputs else None
+        return max(specs, key=lambda spec: spec.bits) if specs else TensorSpec(8)
+
+    def _weight_sites(self) -> list[Site]:
+        readers: dict[str, list[fx.Node]] = {}
+        nodes: dict[str, fx.Node] = {}
+        for node, spec in self.specs.items():
+            weight = self.operators[node].weight
+            if weight is None or spec is None or spec.weights is None or node in self.reasons:
+                continue
+            name = str(weight.target)
+            nodes.setdefault(name, weight)
+            readers.setdefault(name, []).append(node)
+        sites = []
+        for name, users in readers.items():
+            op = self.operators[users[0]]
+            specs = [spec.weights for user in users if (spec := self.specs[user]) and spec.weights]
+            chosen = max(specs, key=lambda spec: spec.bits)
+            fmt, granularity = self.target.weight_format(chosen), _weight_granularity(chosen, op)
+            by_node: dict[fx.Node, list[fx.Node]] = {}
+            for user in users:
+                weight = self.operators[user].weight
+                assert weight is not None
+                by_node.setdefault(weight, []).append(user)
+            positions = tuple(Position(w, tuple(us), tied=w is not nodes[name]) for w, us in by_node.items())
+            sites.append(Site(name, fmt, granularity, positions, is_weight=True))
+        self.weight_names = {user: name for name, users in readers.items() for user in users}
+        return sites
+
+    def _layers(self) -> tuple[Layer, ...]:
+        layers = []
+        for node in self.specs:
+            op = self.operators[node]
+            sites = []
+            if node in self.integer:
+                sites += [self.names[self._root(value)] for value in op.inputs]
+            if node in self.weight_names:
+                sites.append(self.weight_names[node])
+            layers.append(Layer(self.names[node], op, tuple(sites), self.reasons.get(node, "")))
+        return tuple(layers)
+
+    def _float_operators(self) -> tuple[FloatOperator, ...]:
+        silent = self.target.passes | self.target.absorbed
+        found = []
+        for node, op in self.operators.items():
+            if node in self.specs or node in self.integer or op.kind in silent:
+                continue
+            unknown = f"{op.kind} is not in the table of {self.target.name}; it runs in float"
+            reason = self.reasons.get(node) or self.target.reasons.get(op.kind, unknown)
+            found.append(FloatOperator(self.names[node], op, reason))
+        return tuple(found)
+
+
+def _weight_granularity(spec: TensorSpec, op: Operator) -> Granularity:
+    """The spec's granularity on this operator's axes: channels of the output, groups along the input."""
+    if spec.granularity is None:
+        return PerChannel(weight_axis(op))
+    if isinstance(spec.granularity, PerGroup):
+        return PerGroup(input_axis(op), spec.granularity.size)
+    if isinstance(spec.granularity, PerChannel):
+        return PerChannel(weight_axis(op))
+    return spec.granularity
+

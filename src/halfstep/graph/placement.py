@@ -1,0 +1,83 @@
+"""The result of placement: sites, layers, and what stays in float, as frozen data over a graph's nodes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from halfstep.formats import Format
+from halfstep.granularity import Granularity
+from halfstep.graph.operators import Operator
+
+
+@dataclass(frozen=True)
+class Position:
+    """One tensor edge: ``readers`` of ``value`` see it quantized.
+
+    ``tied`` positions follow from an earlier one of the same site by moving codes about (reshape, max pool):
+    quantizing again changes nothing, but an exported file must say so.
+    """
+
+    value: fx.Node
+    readers: tuple[fx.Node, ...]
+    tied: bool = False
+
+
+@dataclass(frozen=True)
+class Site:
+    """A tensor that carries a quantizer, with its number format.
+
+    Attributes:
+        name: the parameter's name for a weight, the readable name of the node that makes it for an activation.
+        format: the number format.
+        granularity: how many scales.
+        positions: the edges, the first untied.
+        is_weight: whether the tensor is a parameter.
+    """
+
+    name: str
+    format: Format
+    granularity: Granularity
+    positions: tuple[Position, ...]
+    is_weight: bool
+
+    @property
+    def key(self) -> str:
+        """The site's name where dots are not allowed (module attributes)."""
+        return self.name.replace(".", "_").replace(":", "__")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A weighted operator (or a product of two activations) with the sites it reads.
+
+    Attributes:
+        name: module path in the user's model.
+        operator: what it is.
+        sites: names of the sites it reads, its weight's included; empty if it stays in float.
+        reason: why it is in float; empty if it is quantized.
+    """
+
+    name: str
+    operator: Operator
+    sites: tuple[str, ...]
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class FloatOperator:
+    """An operator that is no layer and runs in float, and why."""
+
+    name: str
+    operator: Operator
+    reason: str
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the quantizers go. Every name is unique; the order is the graph's."""
+
+    sites: tuple[Site, ...]
+    layers: tuple[Layer, ...]
+    float_operators: tuple[FloatOperator, ...]

@@ -1,0 +1,231 @@
+"""QuantizedModel: a captured network with its sites."""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from halfstep.errors import ArgumentError, DataError
+from halfstep.fake_quantize import FakeQuantize, Mode
+from halfstep.graph.capture import Captured
+from halfstep.graph.inputs import ModelInputs, call_arguments
+from halfstep.graph.insert import insert
+from halfstep.graph.names import readable_names
+from halfstep.graph.operators import describe
+from halfstep.graph.place import place
+from halfstep.graph.placement import Layer, Placement, Position, Site
+from halfstep.recipe import Recipe, match_layers
+from halfstep.targets import Target
+
+
+class QuantizedModel(nn.Module):
+    """A network whose sites can be observed, quantized, or left in float, layer by layer.
+
+    An ordinary module: it takes and returns what the user's model does, its parameters carry the names they have
+    there (batch norms folded away), and ``train()``/``eval()`` differ in nothing, since dropout and batch norm are
+    gone. The quantizers live under ``quantizers``.
+
+    Args:
+        captured: the network as a graph; the model takes it over.
+        target: where it will run.
+        recipe: what to quantize, and how.
+
+    Raises:
+        RecipeError: if a pattern of the recipe matches no layer.
+    """
+
+    quantizers: nn.ModuleDict
+
+    def __init__(self, captured: Captured, target: Target, recipe: Recipe) -> None:
+        super().__init__()
+        # The very tables of the captured root, so that a parameter replaced there (by .to(), say) is so here.
+        root = captured.module
+        self._parameters, self._buffers, self._modules = root._parameters, root._buffers, root._modules
+        if "quantizers" in self._modules:
+            raise ArgumentError("the model has a submodule called 'quantizers', the name halfstep needs; rename it")
+        self.captured, self.target, self.recipe = captured, target, recipe
+        self.quantizers = nn.ModuleDict()
+        self.mode = Mode.FLOAT
+        self.sample: list[ModelInputs] = []  # a bounded part of the calibration data, kept for scoring
+        self._names = readable_names(self.graph)
+        self._float_layers: frozenset[str] = frozenset()
+        self._build()
+        recipe.check(self.layer_names)
+
+    # structure
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The float graph: captured, folded, without quantizers."""
+        return self.captured.module.graph
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """Every layer, in the order of execution, quantized or not."""
+        return self.placement.layers
+
+    @property
+    def layer_names(self) -> list[str]:
+        """The layers' names: module paths in the user's model."""
+        return [layer.name for layer in self.placement.layers]
+
+    @property
+    def sites(self) -> dict[str, FakeQuantize]:
+        """The quantizers in use, by the names of their sites."""
+        return dict(self._in_use)
+
+    @property
+    def float_layers(self) -> frozenset[str]:
+        """The layers left in float on request. Assign names (or patterns) to change them."""
+        return self._float_layers
+
+    @float_layers.setter
+    def float_layers(self, patterns: Collection[str]) -> None:
+        names = frozenset(name for pattern in patterns for name in match_layers(pattern, self.layer_names))
+        if names != self._float_layers:
+            self._float_layers = names
+            self._build()
+
+    def weight(self, name: str) -> torch.Tensor:
+        """The parameter (or buffer) called ``name`` in the user's model."""
+        owner, _, leaf = name.rpartition(".")
+        tensor = getattr(self.get_submodule(owner), leaf)
+        assert isinstance(tensor, torch.Tensor)
+        return tensor
+
+    def _build(self) -> None:
+        """Place the sites for the layers that are now quantized, and compile the forward pass."""
+        self.placement: Placement = place(self.graph, self.target, self.recipe, self._float_layers)
+        self._in_use = {site.name: self._quantizer(site) for site in self.placement.sites}
+
+        def make(graph: fx.Graph, value: fx.Node, site: Site, _: Position) -> fx.Node:
+            return graph.call_module(f"quantizers.{self._keys[site.name]}", (value,))
+
+        code = insert(self.graph, self.placement, make, tied=False).graph.python_code("self")
+        namespace = dict(code.globals)
+        exec(compile(code.src, "<halfstep graph>", "exec"), namespace)
+        self._run: Callable[..., Any] = types.MethodType(namespace["forward"], self)
+        self.set_mode(self.mode)
+
+    def _quantizer(self, site: Site) -> FakeQuantize:
+        """The module of a site, made when first seen.
+
+        With some layers in float a quantizer may move behind an operator that only moves codes about; it stays the
+        same quantizer, since the values are the same.
+        """
+        value, key = site.positions[0].value, site.key
+        while key not in self.quantizers and not site.is_weight:
+            op = describe(value)
+            if op is None or op.kind not in self.target.passes or not op.inputs:
+                break
+            value = op.inputs[0]
+            key = replace(site, name=self._names[value]).key
+        if key not in self.quantizers:
+            key = site.key
+            shape = self.weight(site.name).shape if site.is_weight else site.positions[0].value.meta["val"].shape
+            sizes = tuple(size if isinstance(size, int) else 0 for size in shape)  # 0: the dynamic batch
+            module = FakeQuantize(site.name, site.format, site.granularity, sizes)
+            self.quantizers[key] = module.to(self._device())
+        self._keys = {**getattr(self, "_keys", {}), site.name: key}
+        found = self.quantizers[key]
+        assert isinstance(found, FakeQuantize)
+        return found
+
+    def _device(self) -> torch.device:
+        return next((tensor.device for tensor in self.parameters()), torch.device("cpu"))
+
+    # what the sites do
+
+    def set_mode(self, mode: Mode, weights: bool = True, activations: bool = True) -> None:
+        """Let every site observe, quantize, or pass floats.
+
+        Args:
+            mode: what to do.
+            weights: whether weights take part; those that do not pass floats.
+            activations: the same for activations.
+        """
+        self.mode = mode
+        for site in self.placement.sites:
+            taking_part = weights if site.is_weight else activations
+            chosen = mode if taking_part and not (mode is Mode.OBSERVE and site.is_weight) else Mode.FLOAT
+            self._in_use[site.name].mode = chosen
+
+    @contextmanager
+    def using(self, mode: Mode, weights: bool = True, activations: bool = True) -> Iterator[QuantizedModel]:
+        """The model in ``mode`` for the length of a ``with`` block."""
+        before = self.mode
+        self.set_mode(mode, weights, activations)
+        try:
+            yield self
+        finally:
+            self.set_mode(before)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the user's model returns, for the same arguments.
+
+        Raises:
+            DataError: if the arguments have another structure than the example inputs.
+        """
+        flat, spec = pytree.tree_flatten((args, kwargs))
+        if spec != self.captured.in_spec:
+            flat = self._match(args, kwargs)
+        return pytree.tree_unflatten(self._run(*flat), self.captured.out_spec)
+
+    def _match(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """Arguments in another order of keywords, or raise."""
+        example_args, example_kwargs = self.captured.example_inputs
+        if len(args) == len(example_args) and set(kwargs) == set(example_kwargs):
+            ordered = {name: kwargs[name] for name in example_kwargs}
+            flat, spec = pytree.tree_flatten((args, ordered))
+            if spec == self.captured.in_spec:
+                return flat
+        raise DataError(
+            f"model inputs: got {len(args)} positional and keywords {sorted(kwargs)}, needed {len(example_args)} "
+            f"positional and keywords {sorted(example_kwargs)}, as in example_inputs"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedModel:
+        """A model of its own with the same parameters, ranges, statistics and float layers."""
+        captured = replace(self.captured, module=copy.deepcopy(self.captured.module, memo))
+        twin = QuantizedModel(captured, self.target, self.recipe)
+        for key, module in self.quantizers.items():
+            twin.quantizers[key] = copy.deepcopy(module, memo)
+        twin.sample = self.sample
+        twin._keys, twin.mode, twin._float_layers = dict(self._keys), self.mode, self._float_layers
+        twin._build()
+        return twin
+
+    def __repr__(self) -> str:
+        """A line for every site: name, format, granularity, range."""
+        layers = self.placement.layers
+        quantized = sum(not layer.reason for layer in layers)
+        head = (
+            f"QuantizedModel for {self.target.name}: {quantized} of {len(layers)} layers quantized, "
+            f"{len(self._in_use)} sites"
+        )
+        width = max((len(name) for name in self._in_use), default=0)
+        lines = [f"  {name:<{width}}  {describe_site(module)}" for name, module in self._in_use.items()]
+        lines += [f"  {layer.name:<{width}}  float: {layer.reason}" for layer in layers if layer.reason]
+        return "\n".join([head, *lines])
+
+
+def describe_site(module: FakeQuantize) -> str:
+    """Format, granularity and range of a site in one line."""
+    if not module.calibrated:
+        return f"{module.format}, {module.granularity}, not calibrated"
+    low, high = module.range()
+    return f"{module.format}, {module.granularity}, range {float(low.min()):.4g} to {float(high.max()):.4g}"
+
+
+def run(model: Callable[..., Any], inputs: ModelInputs) -> Any:
+    """Call ``model`` on a tensor, a tuple or a dict of inputs."""
+    args, kwargs = call_arguments(inputs)
+    return model(*args, **kwargs)

@@ -1,0 +1,142 @@
+"""What to quantize, and how: layer-name patterns to specs."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+from halfstep.errors import RecipeError
+from halfstep.formats import Format
+from halfstep.granularity import Granularity, PerChannel, PerGroup, PerTensor
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """The number format of one tensor and how many scales it has.
+
+    Attributes:
+        format: a format, or a number of bits. Bits leave the flavour to the deployment target: onnxruntime takes
+            unsigned affine activations and signed symmetric weights, tensorrt signed symmetric ones for both.
+        granularity: None for the usual one: per tensor for activations, per output channel for weights.
+    """
+
+    format: Format | int = 8
+    granularity: Granularity | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.format, int) and not 2 <= self.format <= 16:
+            raise RecipeError(f"bits: got {self.format}, needed 2 to 16 (use hs.Recipe.codebook for 1 bit)")
+
+    @property
+    def bits(self) -> int:
+        """Bits per stored value."""
+        return self.format if isinstance(self.format, int) else self.format.bits
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """How a layer's weight and the activations it reads are quantized; None leaves that side in float."""
+
+    weights: TensorSpec | None = TensorSpec(8)
+    activations: TensorSpec | None = TensorSpec(8)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Layer-name patterns and the specs they get; the last pattern that matches wins.
+
+    Attributes:
+        default: the spec of every layer that no pattern matches.
+        overrides: pairs of a shell-style pattern (``"blocks.*.conv1"``) and a spec, None for "always float".
+
+    >>> Recipe.int8().override("fc", None).spec("fc") is None
+    True
+    """
+
+    default: LayerSpec = LayerSpec()
+    overrides: tuple[tuple[str, LayerSpec | None], ...] = ()
+
+    @classmethod
+    def int8(cls) -> Recipe:
+        """Weights and activations in 8 bits."""
+        return cls()
+
+    @classmethod
+    def uniform(
+        cls,
+        weights: int | Format | None = 8,
+        activations: int | Format | None = 8,
+        weight_granularity: Granularity | None = None,
+    ) -> Recipe:
+        """Uniform formats: bits or a format for each side, None for float.
+
+        Raises:
+            RecipeError: if bits are not 2 to 16, or both sides are None.
+        """
+        if weights is None and activations is None:
+            raise RecipeError("weights and activations are both None: nothing would be quantized")
+        return cls(
+            LayerSpec(
+                None if weights is None else TensorSpec(weights, weight_granularity),
+                None if activations is None else TensorSpec(activations),
+            )
+        )
+
+    @classmethod
+    def weight_only(cls, bits: int | Format = 4, group: int | None = 128) -> Recipe:
+        """Only weights, in groups of ``group`` along the input axis (None: per channel); activations stay float."""
+        return cls(LayerSpec(TensorSpec(bits, None if group is None else PerGroup(1, group)), None))
+
+    @classmethod
+    def codebook(
+        cls,
+        weights: Format,
+        activations: int | Format | None = None,
+        weight_granularity: Granularity | None = None,
+    ) -> Recipe:
+        """Weights in a codebook format, activations in float unless given."""
+        return cls.uniform(weights, activations, weight_granularity)
+
+    def override(self, pattern: str, spec: LayerSpec | None) -> Recipe:
+        """The same recipe with one more pattern; None leaves the layers that it matches in float."""
+        return replace(self, overrides=(*self.overrides, (pattern, spec)))
+
+    def spec(self, layer: str) -> LayerSpec | None:
+        """The spec of the layer called ``layer``; None if it stays in float."""
+        found: LayerSpec | None = self.default
+        for pattern, spec in self.overrides:
+            if fnmatchcase(layer, pattern):
+                found = spec
+        return found
+
+    def check(self, layers: Iterable[str]) -> None:
+        """Raise if a pattern matches none of ``layers``.
+
+        Raises:
+            RecipeError: naming the pattern and the nearest layer names.
+        """
+        for pattern, _ in self.overrides:
+            match_layers(pattern, layers)
+
+
+def match_layers(pattern: str, layers: Iterable[str]) -> list[str]:
+    """The names that a shell-style pattern matches.
+
+    Raises:
+        RecipeError: if it matches none, with the nearest names.
+    """
+    names = list(layers)
+    found = [name for name in names if fnmatchcase(name, pattern)]
+    if not found:
+        near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
+        raise RecipeError(
+            f"pattern {pattern!r} matches no layer; the nearest names are {', '.join(map(repr, near))}"
+        )
+    return found
+
+
+#: The usual granularities.
+ACTIVATIONS: Granularity = PerTensor()
+WEIGHTS: Granularity = PerChannel(0)
