@@ -1,7 +1,7 @@
 """The arithmetic of the bins: how a float32 becomes a bin, and what the bin's integers say about its samples.
 
-A bin is named by the upper 16 bits of a float32: sign, exponent and 7 bits of mantissa, so every power of two is
-cut into 128 bins of equal width, from the smallest number to the largest, and no range has to be known beforehand.
+A bin is named by the upper 16 bits of a float32: sign, exponent and 7 bits of mantissa. So every power of two is
+cut into 128 bins of equal width, from the smallest number to the largest, and no range has to be known before.
 All samples of a bin share these 16 bits. The lower 16 are an integer offset within the bin; their sum is exact in
 an int64, so a count and one integer per bin give the exact sum, hence the exact mean, of the bin's samples.
 """
@@ -30,18 +30,20 @@ def order(bits: NDArray[np.int32]) -> NDArray[np.int32]:
     >>> order(np.float32([-1.0, -0.0, 0.0, 1.0]).view(np.int32)).tolist()
     [-1065353217, -1, 0, 1065353216]
     """
-    return bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))
+    ordered: NDArray[np.int32] = bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))
+    return ordered
 
 
 def significand(keys: Int64) -> Int64:
-    """Return the leading part of a bin's magnitude in units of 2^16 offsets: 128 .. 255, or 0 .. 127 below 2^-126."""
-    mantissa = keys & 0x7F
+    """Return the leading part of a bin's magnitude in units of 2^16 offsets."""
+    mantissa: Int64 = keys & 0x7F
     return np.where((keys & 0x7F80) == 0, mantissa, mantissa | 0x80)
 
 
 def exponent(keys: Int64) -> Int64:
     """Return e such that one offset within the bin is worth 2^e."""
-    return np.maximum((keys >> 7) & 0xFF, 1) - 150
+    exponents: Int64 = np.maximum((keys >> 7) & 0xFF, 1) - 150
+    return exponents
 
 
 def exact_sum(keys: Int64, counts: Int64, offsets: Int64) -> float:

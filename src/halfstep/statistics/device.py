@@ -1,0 +1,82 @@
+"""The same count in plain torch operations, for tensors on an accelerator: nothing waits for the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from halfstep.statistics.keys import BINS, FIRST_SPECIAL, SIGN, Int64
+from halfstep.statistics.tails import TAIL, Tails
+
+_PIECE = (
+    1 << 22
+)  # elements per step: bounds the temporary memory to some 150 MB, and keeps the packed words in range
+_SPREAD = (
+    512  # places that zeros of one sign take in turn; additions to one address are done one after the other
+)
+_MAGNITUDE = 0x7FFFFFFF
+_LOWEST, _HIGHEST = -(1 << 31), (1 << 31) - 1
+
+
+class Tally:
+    """Counts that live on a device until somebody reads them.
+
+    Additions of integers are exact in any order, so the atomic additions of a GPU give the same state as the
+    CPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._sums = torch.zeros(2, BINS, dtype=torch.int64, device=device)  # counts, offsets
+        self._specials = torch.zeros(5, dtype=torch.int64, device=device)
+        self._upper = torch.full((TAIL,), _LOWEST, dtype=torch.int32, device=device)
+        self._lower = torch.full((TAIL,), _HIGHEST, dtype=torch.int32, device=device)
+
+    def add(self, flat: Tensor) -> None:
+        """Count a 1-D tensor of float32, float16 or bfloat16."""
+        for piece in torch.split(flat, _PIECE):
+            self._add_bits(piece.float().view(torch.int32))
+
+    def _add_bits(self, bits: Tensor) -> None:
+        magnitude = bits & _MAGNITUDE
+        special, first_special = magnitude >= (FIRST_SPECIAL << 16), FIRST_SPECIAL << 16
+        tiny = (magnitude > 0) & (magnitude < 0x10000)
+        negative = bits < 0
+        self._specials += torch.stack(
+            [
+                (magnitude > first_special).sum(),
+                (bits == first_special).sum(),
+                ((magnitude == first_special) & negative).sum(),
+                (tiny & ~negative).sum(),
+                (tiny & negative).sum(),
+            ]
+        )
+        # Places 0 .. BINS - 1 are the bins; then those of +0, of -0, and one for what is not counted.
+        places = ((bits >> 16) & 0xFFFF).to(torch.int64)
+        turn = torch.arange(bits.numel(), device=self.device) % _SPREAD + BINS
+        places = torch.where(magnitude == 0, turn + negative * _SPREAD, places)
+        places = torch.where(special, BINS + 2 * _SPREAD, places)
+        words = torch.zeros(BINS + 2 * _SPREAD + 1, dtype=torch.int64, device=self.device)
+        words.scatter_add_(0, places, (bits & 0xFFFF).to(torch.int64) + (1 << 40))
+        self._sums[0] += words[:BINS] >> 40
+        self._sums[1] += words[:BINS] & ((1 << 40) - 1)
+        zeros = words[BINS:-1].view(2, _SPREAD).sum(1) >> 40
+        self._sums[0, 0] += zeros[0]
+        self._sums[0, SIGN] += zeros[1]
+
+        ordered = bits ^ ((bits >> 31) & _MAGNITUDE)
+        upper = torch.where(special, _LOWEST, ordered)
+        lower = torch.where(special, _HIGHEST, ordered)
+        kept = min(TAIL, bits.numel())
+        self._upper = torch.cat([self._upper, upper.topk(kept).values]).topk(TAIL).values
+        self._lower = (
+            torch.cat([self._lower, lower.topk(kept, largest=False).values]).topk(TAIL, largest=False).values
+        )
+
+    def empty_into(self, counts: Int64, offsets: Int64, specials: Int64, tails: Tails) -> None:
+        """Wait for the device, and add what it counted to a histogram's arrays."""
+        sums = self._sums.cpu().numpy()
+        counts += sums[0]
+        offsets += sums[1]
+        specials += self._specials.cpu().numpy()
+        tails.include(self._upper.cpu().numpy(), self._lower.cpu().numpy())

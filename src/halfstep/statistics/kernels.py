@@ -1,0 +1,177 @@
+"""The compiled loops over elements.
+
+Each element costs one addition to one 64-bit word: the upper 24 bits count, the lower 40 add up the offsets
+within the bin (see :mod:`.keys`). Four words per bin take turns, so that a run of equal values (the zeros of
+a ReLU, the sixes of a ReLU6, the steps of an image) does not wait for its own last addition.
+
+The kernels are compiled at the first call of a process and not cached on disk, because numba refuses to
+cache, with an error at definition, where neither the installation nor the home directory can be written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from halfstep.statistics.keys import (
+    FIRST_SPECIAL,
+    NAN,
+    NEGATIVE_INF,
+    POSITIVE_INF,
+    SIGN,
+    TINY_NEGATIVE,
+    TINY_POSITIVE,
+)
+
+LANES = 4  # words per bin that take turns
+_BLOCK = (
+    8192  # elements surveyed in vector registers, then counted one by one while the first cache holds them
+)
+_STRETCH = 512  # where a block reaches beyond the tails, only its stretches that do are searched
+CANDIDATES = 2 * _BLOCK  # room for samples that may belong to the tails
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The two entry points: count a block into a private table, and empty that table into a histogram."""
+
+    tally: Callable[..., int]
+    empty: Callable[..., None]
+
+
+@cache
+def kernels() -> Kernels:
+    """Compile; numba is imported here and not with the package."""
+    from numba import njit
+
+    one = 1 << 40
+    sums = one - 1
+    magnitudes = 0x7FFFFFFF
+    first_special = FIRST_SPECIAL << 16
+
+    @njit(nogil=True)
+    def survey(block: Any) -> Any:
+        """Return the largest and smallest sample, as ordered integers, and the least magnitude less 1."""
+        high, low, small = np.int32(-0x80000000), np.int32(0x7FFFFFFF), np.int32(0x7FFFFFFF)
+        for i in range(block.size):
+            bits = block[i]
+            ordered = np.int32(bits ^ ((bits >> 31) & magnitudes))
+            if ordered > high:
+                high = ordered
+            if ordered < low:
+                low = ordered
+            less = np.int32(
+                ((bits & magnitudes) - 1) & magnitudes
+            )  # zero wraps to the largest: it is no magnitude
+            if less < small:
+                small = less
+        return high, low, small
+
+    @njit(nogil=True)
+    def one_by_one(block: Any, table: Any, specials: Any) -> Any:
+        """Count a stretch that may hold NaN, infinities and subnormals; return its finite extremes."""
+        high, low, small = np.int64(-0x80000000), np.int64(0x7FFFFFFF), np.int64(magnitudes)
+        for i in range(block.size):
+            bits = np.int64(block[i])
+            magnitude = bits & magnitudes
+            if magnitude > first_special:
+                specials[NAN] += 1
+                continue
+            if magnitude == first_special:
+                specials[POSITIVE_INF if bits > 0 else NEGATIVE_INF] += 1
+                continue
+            if 0 < magnitude < 0x10000:
+                specials[TINY_POSITIVE if bits > 0 else TINY_NEGATIVE] += 1
+            table[(((bits >> 16) & 0xFFFF) << 2) | (i & 3)] += one + (bits & 0xFFFF)
+            ordered = bits ^ ((bits >> 31) & magnitudes)
+            high, low = max(high, ordered), min(low, ordered)
+            if magnitude > 0:
+                small = min(small, magnitude - 1)
+        return high, low, small
+
+    @njit(nogil=True)
+    def gather(block: Any, limits: Any, upper: Any, lower: Any, filled: Any) -> None:
+        """Append the finite samples beyond the limits to the lists of candidates."""
+        high, low, _ = survey(block)
+        if high <= limits[0] and low >= limits[1]:
+            return
+        for i in range(block.size):
+            bits = np.int64(block[i])
+            ordered = bits ^ ((bits >> 31) & magnitudes)
+            if (ordered > limits[0] or ordered < limits[1]) and (bits & magnitudes) < first_special:
+                if ordered > limits[0]:
+                    upper[filled[0]] = ordered
+                    filled[0] += 1
+                if ordered < limits[1]:
+                    lower[filled[1]] = ordered
+                    filled[1] += 1
+
+    @njit(nogil=True)
+    def tally(
+        words: Any,
+        start: int,
+        table: Any,
+        span: Any,
+        specials: Any,
+        limits: Any,
+        upper: Any,
+        lower: Any,
+        filled: Any,
+    ) -> int:
+        """Count from ``start`` on; return where the end or a full list of candidates stopped it."""
+        size: int = words.size
+        while start < size:
+            if max(filled[0], filled[1]) + _BLOCK > CANDIDATES:
+                return start
+            block = words[
+                start : start + _BLOCK
+            ]  # a view from zero: numba proves that its indices are not negative
+            high, low, small = survey(block)
+            top = max(np.int64(high), -np.int64(low) - 1)  # the largest magnitude's bits
+            special = top >= first_special
+            if special or small < 0xFFFF:
+                finite = one_by_one(block, table, specials)
+                high, low, small = np.int32(finite[0]), np.int32(finite[1]), np.int32(finite[2])
+                top = max(np.int64(high), -np.int64(low) - 1)
+            else:
+                for i in range(0, block.size - 3, 4):  # written out: four lanes, no carried dependency
+                    a, b = np.int64(block[i]), np.int64(block[i + 1])
+                    c, d = np.int64(block[i + 2]), np.int64(block[i + 3])
+                    table[((a >> 14) & 0x3FFFC)] += one + (a & 0xFFFF)
+                    table[((b >> 14) & 0x3FFFC) | 1] += one + (b & 0xFFFF)
+                    table[((c >> 14) & 0x3FFFC) | 2] += one + (c & 0xFFFF)
+                    table[((d >> 14) & 0x3FFFC) | 3] += one + (d & 0xFFFF)
+                for i in range(block.size // 4 * 4, block.size):
+                    a = np.int64(block[i])
+                    table[((a >> 14) & 0x3FFFC)] += one + (a & 0xFFFF)
+            if top >= 0:
+                span[0] = min(span[0], (np.int64(small) + 1) >> 16)
+                span[1] = max(span[1], top >> 16)
+            if high > limits[0] or low < limits[1]:
+                for first in range(0, block.size, _STRETCH):
+                    gather(block[first : first + _STRETCH], limits, upper, lower, filled)
+            start += block.size
+        return size
+
+    @njit(nogil=True)
+    def fold(table: Any, key: int, counts: Any, offsets: Any) -> None:
+        for i in range(key * LANES, (key + 1) * LANES):
+            word = table[i]
+            if word != 0:
+                counts[key] += word >> 40
+                offsets[key] += word & sums
+                table[i] = 0
+
+    @njit(nogil=True)
+    def empty(table: Any, first: int, last: int, counts: Any, offsets: Any) -> None:
+        """Move bins 0 and ``first`` .. ``last`` of either sign from the table to the histogram."""
+        for sign in (0, SIGN):
+            fold(table, sign, counts, offsets)
+            for key in range(max(first, 1), last + 1):
+                fold(table, sign + key, counts, offsets)
+
+    return Kernels(tally, empty)
