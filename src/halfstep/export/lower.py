@@ -1,0 +1,381 @@
+"""The lowering: an ONNX graph with markers becomes one that runtimes fuse into integer kernels.
+
+Each pass changes the graph in place and does one thing. What a runtime fuses is told in the table of its target and
+in the comments here; every rule was checked on the optimised graph of the runtime, not inferred.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from halfstep import functional
+from halfstep.errors import ExportError
+from halfstep.export.containers import Container, container
+from halfstep.export.trace import DOMAIN, MARKER
+from halfstep.fake_quantize import FakeQuantize
+from halfstep.granularity import PerChannel, PerGroup
+from halfstep.model import QuantizedModel
+
+
+def lower(onnx_model: ir.Model, model: QuantizedModel) -> None:
+    """Run every pass, in order."""
+    graph = onnx_model.graph
+    rename(graph)
+    pool_globally(graph)
+    quantize_weights(graph, model)
+    quantize_activations(graph, model)
+    absorb_clips(graph)
+    quantize_biases(graph)
+    shape_biases(graph)
+    protect_float_layers(graph)
+    drop_unused(graph)
+
+
+def rename(graph: ir.Graph) -> None:
+    """Name nodes and their results after the user's modules, and drop the exporter's metadata."""
+    used: dict[str, int] = {}
+    outputs = {value.name for value in graph.outputs}
+    for node in graph:
+        scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]")
+        node.metadata_props.clear()
+        parts = [part.strip(" '\"") for part in scopes.strip("[]").split(",")]
+        stem = parts[0] if parts and parts[0] else "constant"
+        name = f"{stem}/{node.op_type}"
+        used[name] = used.get(name, 0) + 1
+        node.name = name if used[name] == 1 else f"{name}:{used[name]}"
+        for index, value in enumerate(node.outputs):
+            value.metadata_props.clear()
+            if value.name not in outputs:
+                value.name = node.name if len(node.outputs) == 1 else f"{node.name}.{index}"
+
+
+def pool_globally(graph: ir.Graph) -> None:
+    """A ReduceMean over all spatial axes becomes the GlobalAveragePool that runtimes have an integer kernel for."""
+    for node in list(graph):
+        if node.op_type != "ReduceMean" or len(node.inputs) < 2:
+            continue
+        source, axes = node.inputs[0], constant(node.inputs[1])
+        if source is None or axes is None or source.shape is None:
+            continue
+        rank = len(source.shape)
+        if rank < 3 or {int(a) % rank for a in axes.reshape(-1)} != set(range(2, rank)):
+            continue
+        stem = node.name or "mean"
+        result = node.outputs[0]
+        pool = ir.node("GlobalAveragePool", [source], name=stem.replace("ReduceMean", "GlobalAveragePool"))
+        pooled = pool.outputs[0]
+        pooled.name, pooled.dtype = pool.name, source.dtype
+        graph.insert_before(node, pool)
+        if node.attributes.get_int("keepdims", 1):
+            pooled.shape = result.shape
+            replace(graph, result, pooled)
+        else:  # two results of one value: flattening keeps the batch dynamic
+            flat = ir.node("Flatten", [pooled], {"axis": 1}, name=f"{pool.name}/Flatten")
+            flat.outputs[0].name, flat.outputs[0].dtype = flat.name, source.dtype
+            flat.outputs[0].shape = result.shape
+            graph.insert_before(node, flat)
+            replace(graph, result, flat.outputs[0])
+        graph.remove(node, safe=True)
+
+
+def quantize_weights(graph: ir.Graph, model: QuantizedModel) -> None:
+    """Markers on parameters become integer initializers with a DequantizeLinear.
+
+    A Transpose of the weight is done here, on the codes: runtimes look for the initializer right behind the
+    DequantizeLinear.
+    """
+    for node in markers(graph):
+        site = model.sites[marker_name(node)]
+        source = node.inputs[0]
+        if source is None or not source.is_initializer():
+            continue
+        tensor = model.weight(marker_name(node)).detach().cpu()
+        for user, transposed in readers(node):
+            permutation = list(user.attributes.get_ints("perm")) if transposed else list(range(tensor.dim()))
+            value = dequantized_weight(graph, node, site, tensor, permutation)
+            target = user.outputs[0] if transposed else None
+            if target is not None:
+                replace(graph, target, value)
+                graph.remove(user, safe=True)
+            else:
+                for index, operand in enumerate(user.inputs):
+                    if operand is node.outputs[0]:
+                        user.replace_input_with(index, value)
+        graph.remove(node, safe=True)
+
+
+def readers(node: ir.Node) -> list[tuple[ir.Node, bool]]:
+    """The nodes that read a marker's result, and whether each is a Transpose."""
+    users = list(dict.fromkeys(user for user, _ in node.outputs[0].uses()))
+    return [(user, user.op_type == "Transpose") for user in users]
+
+
+def dequantized_weight(
+    graph: ir.Graph, node: ir.Node, site: FakeQuantize, tensor: torch.Tensor, permutation: list[int]
+) -> ir.Value:
+    """The result of a new DequantizeLinear of the weight's codes, axes permuted; one for each permutation."""
+    suffix = "" if permutation == sorted(permutation) else "_transposed"
+    name = f"{site.name}{suffix}"
+    if f"{name}_quantized" in graph.initializers:
+        return next(user for user, _ in graph.initializers[f"{name}_quantized"].uses()).outputs[0]
+    box = container(site.format, site.name)
+    scale, zero_point = site.scale.detach().cpu(), site.zero_point.detach().cpu()
+    codes = functional.quantize(tensor, scale, zero_point, site.format, site.granularity)
+    attributes: dict[str, int] = {}
+    if isinstance(site.granularity, PerChannel):
+        attributes["axis"] = permutation.index(site.granularity.axis % tensor.dim())
+    elif isinstance(site.granularity, PerGroup):
+        attributes["axis"] = permutation.index(site.granularity.axis % tensor.dim())
+        attributes["block_size"] = site.granularity.size
+        scale, zero_point = scale.permute(permutation), zero_point.permute(permutation)
+    codes = codes.permute(permutation)
+    inputs = [
+        box.initializer(graph, f"{name}_quantized", codes.numpy()),
+        initializer(graph, f"{name}_scale", scale.numpy().astype(np.float32)),
+        # Written out even where it is 0: without it onnxruntime leaves a Gemm in float.
+        box.initializer(graph, f"{name}_zero_point", zero_point.numpy()),
+    ]
+    dequantize = ir.node("DequantizeLinear", inputs, attributes, name=f"{name}/DequantizeLinear")
+    result = dequantize.outputs[0]
+    result.name, result.dtype, result.shape = dequantize.name, ir.DataType.FLOAT, ir.Shape(codes.shape)
+    graph.insert_before(node, dequantize)
+    return result
+
+
+def quantize_activations(graph: ir.Graph, model: QuantizedModel) -> None:
+    """Markers on activations become QuantizeLinear and DequantizeLinear.
+
+    A format narrower than its container is clipped first: QuantizeLinear saturates at the container's ends only.
+    """
+    for node in markers(graph):
+        site = model.sites[marker_name(node)]
+        source = node.inputs[0]
+        assert source is not None
+        box = container(site.format, site.name)
+        scale = initializer(graph, f"{site.name}_scale", site.scale.detach().cpu().numpy().astype(np.float32))
+        zero = box.initializer(graph, f"{site.name}_zero_point", site.zero_point.detach().cpu().numpy())
+        if not box.exact(site.format):
+            source = _clip(graph, node, source, site)
+        dtype, shape = node.outputs[0].dtype, node.outputs[0].shape
+        name = node.name or site.name
+        attributes = {"axis": site.granularity.axis} if isinstance(site.granularity, PerChannel) else {}
+        quantize = ir.node(
+            "QuantizeLinear", [source, scale, zero], attributes, name=name.replace(MARKER, "QuantizeLinear")
+        )
+        quantize.outputs[0].name, quantize.outputs[0].dtype = quantize.name, box.dtype
+        quantize.outputs[0].shape = shape
+        dequantize = ir.node(
+            "DequantizeLinear",
+            [quantize.outputs[0], scale, zero],
+            attributes,
+            name=name.replace(MARKER, "DequantizeLinear"),
+        )
+        result = dequantize.outputs[0]
+        result.name, result.dtype, result.shape = dequantize.name, dtype, shape
+        graph.insert_before(node, [quantize, dequantize])
+        replace(graph, node.outputs[0], result)
+        graph.remove(node, safe=True)
+
+
+def _clip(graph: ir.Graph, node: ir.Node, source: ir.Value, site: FakeQuantize) -> ir.Value:
+    low, high = (bound.detach().cpu().numpy().astype(np.float32) for bound in site.range())
+    if low.ndim:
+        raise ExportError(
+            f"site {site.name!r}: activations in {site.format} per channel cannot be written to ONNX, which clips "
+            "per tensor; use 4, 8 or 16 bits, or one scale per tensor"
+        )
+    bounds = [
+        initializer(graph, f"{site.name}_{end}", value) for end, value in (("low", low), ("high", high))
+    ]
+    clip = ir.node("Clip", [source, *bounds], name=f"{node.name}/Clip")
+    clip.outputs[0].name, clip.outputs[0].dtype, clip.outputs[0].shape = clip.name, source.dtype, source.shape
+    graph.insert_before(node, clip)
+    return clip.outputs[0]
+
+
+def absorb_clips(graph: ir.Graph) -> None:
+    """Remove a Relu or Clip whose bounds quantize to the ends of the QuantizeLinear that alone reads it.
+
+    Saturation then does the same work, and the kernel before sees its QuantizeLinear directly, as it must.
+    """
+    for node in reversed(list(graph)):
+        if node.op_type not in ("Relu", "Clip"):
+            continue
+        users = list(node.outputs[0].uses())
+        if len(users) != 1 or users[0].node.op_type != "QuantizeLinear" or node.outputs[0] in graph.outputs:
+            continue
+        scale, zero_point = (constant(value) for value in users[0].node.inputs[1:3])
+        bounds = [0.0, np.inf] if node.op_type == "Relu" else _clip_bounds(node)
+        if scale is None or zero_point is None or scale.ndim or bounds is None:
+            continue
+        ends = np.iinfo(zero_point.dtype)
+        codes = np.rint(np.asarray(bounds, np.float32) / scale) + np.float32(zero_point)
+        if codes[0] <= ends.min and codes[1] >= ends.max:
+            replace(graph, node.outputs[0], node.inputs[0])
+            graph.remove(node, safe=True)
+
+
+def _clip_bounds(node: ir.Node) -> list[float] | None:
+    bounds = [-np.inf, np.inf]
+    for index, value in enumerate(node.inputs[1:3]):
+        if value is not None:
+            known = constant(value)
+            if known is None:
+                return None
+            bounds[index] = float(known)
+    return bounds
+
+
+def quantize_biases(graph: ir.Graph) -> None:
+    """Biases of integer layers become int32 with scale ``scale_x * scale_w``: kernels add them to their sums."""
+    for node in list(graph):
+        if node.op_type not in ("Conv", "Gemm") or len(node.inputs) < 3 or node.inputs[2] is None:
+            continue
+        scales = [_scale_of(node.inputs[0]), _scale_of(node.inputs[1])]
+        bias = constant(node.inputs[2])
+        if scales[0] is None or scales[1] is None or bias is None or scales[0].ndim or scales[1].ndim > 1:
+            continue
+        scale = scales[0].astype(np.float64) * scales[1].astype(np.float64)
+        node.replace_input_with(2, _integer_bias(graph, node, bias, scale.astype(np.float32)))
+
+
+def protect_float_layers(graph: ir.Graph) -> None:
+    """Keep float layers float where quantizers stand on both sides of them.
+
+    ONNX Runtime quantizes the float weight of a Conv or Gemm between a DequantizeLinear and a QuantizeLinear on its
+    own, per tensor, unless the bias is no constant. So its bias is stored as int32 with a scale of its own, fine
+    enough to lose nothing that float32 holds.
+    """
+    for node in list(graph):
+        if node.op_type not in ("Conv", "ConvTranspose", "Gemm") or _scale_of(node.inputs[0]) is None:
+            continue
+        weight = node.inputs[1]
+        if weight is None or not weight.is_initializer():
+            continue
+        bias = constant(node.inputs[2]) if len(node.inputs) > 2 else None
+        if bias is None:
+            assert weight.shape is not None
+            axis = _output_axis(node)
+            channels = int(weight.shape[axis]) * (
+                node.attributes.get_int("group", 1) if node.op_type == "ConvTranspose" else 1
+            )
+            bias = np.zeros(channels, np.float32)
+        largest = float(np.abs(bias).max(initial=0.0))
+        scale = np.float32(largest / (2**31 - 256)) if largest else np.float32(1.0)
+        value = _integer_bias(graph, node, bias, np.asarray(max(scale, np.float32(2.0**-126)), np.float32))
+        if len(node.inputs) > 2:
+            node.replace_input_with(2, value)
+        else:
+            node.resize_inputs(3)
+            node.replace_input_with(2, value)
+
+
+def _output_axis(node: ir.Node) -> int:
+    if node.op_type == "Gemm":
+        return 0 if node.attributes.get_int("transB", 0) else 1
+    return 1 if node.op_type == "ConvTranspose" else 0
+
+
+def _integer_bias(graph: ir.Graph, node: ir.Node, bias: np.ndarray, scale: np.ndarray) -> ir.Value:
+    codes = np.rint(bias.astype(np.float64) / scale.astype(np.float64))
+    if np.abs(codes).max(initial=0.0) > 2**31 - 1:
+        raise ExportError(
+            f"layer {node.name!r}: a bias of {np.abs(bias).max():.3g} does not fit 32 bits at the scale "
+            f"{scale.min():.3g} of its products; calibrate again, which widens such a weight's range"
+        )
+    name = f"{node.name}/bias"
+    inputs = [
+        initializer(graph, f"{name}_quantized", codes.astype(np.int32)),
+        initializer(graph, f"{name}_scale", scale),
+    ]
+    attributes = {"axis": 0} if scale.ndim else {}
+    dequantize = ir.node("DequantizeLinear", inputs, attributes, name=f"{name}/DequantizeLinear")
+    result = dequantize.outputs[0]
+    result.name, result.dtype, result.shape = dequantize.name, ir.DataType.FLOAT, ir.Shape(bias.shape)
+    graph.insert_before(node, dequantize)
+    return result
+
+
+def shape_biases(graph: ir.Graph) -> None:
+    """A bias added to a MatMul gets the product's rank.
+
+    ONNX Runtime turns MatMul + Add of a 1-D bias into Reshape + Gemm before it looks for integer kernels, and the
+    Gemm then stays float; with a bias of shape (1, ..., 1, N) it does not.
+    """
+    for node in list(graph):
+        if node.op_type != "Add" or _producer(node.inputs[0], "MatMul") is None:
+            continue
+        product, bias = node.inputs[0], node.inputs[1]
+        values = constant(bias)
+        matmul = _producer(product, "MatMul")
+        assert product is not None and bias is not None and matmul is not None
+        if values is None or values.ndim != 1 or product.shape is None or _scale_of(matmul.inputs[1]) is None:
+            continue
+        rank = len(product.shape)
+        shaped = initializer(graph, f"{bias.name}_rank{rank}", values.reshape((1,) * (rank - 1) + values.shape))
+        node.replace_input_with(1, shaped)
+
+
+def drop_unused(graph: ir.Graph) -> None:
+    """Remove initializers that nothing reads any more (float weights, above all)."""
+    outputs = {id(value) for value in graph.outputs}
+    for node in reversed(list(graph)):
+        if all(not value.uses() and id(value) not in outputs for value in node.outputs):
+            graph.remove(node, safe=True)
+    for name, value in list(graph.initializers.items()):
+        if not value.uses() and id(value) not in outputs:
+            del graph.initializers[name]
+
+
+# small things that every pass needs
+
+
+def markers(graph: ir.Graph) -> list[ir.Node]:
+    """Every marker, in order."""
+    return [node for node in graph if node.domain == DOMAIN and node.op_type == MARKER]
+
+
+def marker_name(node: ir.Node) -> str:
+    """The site that a marker stands for."""
+    return node.attributes.get_string("name")
+
+
+def constant(value: ir.Value | None) -> np.ndarray | None:
+    """The value of an initializer, else None."""
+    if value is None or value.const_value is None:
+        return None
+    return value.const_value.numpy()
+
+
+def initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """The initializer called ``name``, made when first asked for."""
+    if name not in graph.initializers:
+        tensor = ir.tensor(np.array(array, order="C"), name=name)
+        graph.register_initializer(
+            ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        )
+    return graph.initializers[name]
+
+
+def replace(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
+    """Let every reader of ``old``, the graph's outputs included, read ``new``."""
+    if old in graph.outputs:  # the output keeps its name
+        name, old.name = old.name, f"{old.name}_float"
+        new.name = name
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+
+
+def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.op_type == op_type else None
+
+
+def _scale_of(value: ir.Value | None) -> np.ndarray | None:
+    """The scale of the DequantizeLinear that makes ``value``; None if none does."""
+    node = _producer(value, "DequantizeLinear")
+    return None if node is None else constant(node.inputs[1])
+
+
+__all__ = ["Container", "lower"]

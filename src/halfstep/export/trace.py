@@ -1,0 +1,132 @@
+"""From a graph with sites to an ONNX graph with a marker operator at each of them.
+
+torch's own exporter translates every operator; ours is the one marker, which the lowering then replaces. This file
+is the only one that speaks to torch's exporter.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from halfstep.errors import ExportError
+from halfstep.graph.capture import quiet
+from halfstep.graph.insert import insert
+from halfstep.graph.names import readable_names
+from halfstep.graph.placement import Placement, Position, Site
+from halfstep.model import QuantizedModel
+
+OPSET = 21
+DOMAIN = "halfstep"
+MARKER = "Site"
+
+
+@torch.library.custom_op("halfstep::site", mutates_args=())
+def _site(x: torch.Tensor, name: str) -> torch.Tensor:
+    return x.clone()
+
+
+@_site.register_fake
+def _(x: torch.Tensor, name: str) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+@cache
+def _marker() -> Any:
+    """The marker as an onnxscript operator; its schema is registered once a process, in our own domain."""
+    from onnxscript import values
+
+    schema = onnx.defs.OpSchema
+    onnx.defs.register_schema(
+        schema(
+            MARKER,
+            DOMAIN,
+            1,
+            inputs=[schema.FormalParameter("x", "T")],
+            outputs=[schema.FormalParameter("y", "T")],
+            type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(double)"], "any float")],
+            attributes=[schema.Attribute("name", onnx.defs.OpSchema.AttrType.STRING, "the site", required=True)],
+        )
+    )
+    domain = values.Opset(DOMAIN, 1)
+
+    def translate(x: Any, name: str) -> Any:
+        return domain.Site(x, name=name)
+
+    return translate
+
+
+def trace(model: QuantizedModel, quantized: bool) -> ir.Model:
+    """The network as ONNX, opset 21, with a dynamic batch.
+
+    Args:
+        model: the network; its parameters are read as they are.
+        quantized: put a marker on every position of every site (its ``name`` attribute says which); otherwise the
+            plain float network.
+
+    Raises:
+        ExportError: if an operator has no translation to ONNX, with torch's words.
+    """
+
+    def mark(graph: fx.Graph, value: fx.Node, site: Site, _: Position) -> fx.Node:
+        node = graph.call_function(torch.ops.halfstep.site.default, (value, site.name))
+        node.meta = {**value.meta, "nn_module_stack": {"": (site.name, "halfstep.Site")}}
+        return node
+
+    placement = model.placement if quantized else Placement((), (), ())
+    inserted = insert(model.graph, placement, mark, tied=True)
+    for original, name in readable_names(model.graph).items():
+        # The exporter writes this stack into the metadata of every node that it makes.
+        inserted.copies[original].meta["nn_module_stack"] = {"": (name, "halfstep.Layer")}
+    module = fx.GraphModule(model, inserted.graph).eval()
+    args, kwargs = model.captured.example_inputs
+    flat, _ = pytree.tree_flatten((args, kwargs))
+    tensors = [x.detach().cpu() if isinstance(x, torch.Tensor) else x for x in flat]
+    shapes = [{0: torch.export.Dim.DYNAMIC} if batched else None for batched in model.captured.batched]
+    names = [node.name for node in model.graph.nodes if node.op == "placeholder"]
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    try:
+        with quiet():
+            module.cpu()
+            program = torch.onnx.export(
+                module,
+                tuple(tensors),
+                dynamo=True,
+                opset_version=OPSET,
+                dynamic_shapes=tuple(shapes),
+                input_names=names,
+                output_names=output_names(model),
+                custom_translation_table={torch.ops.halfstep.site.default: _marker()},
+                verbose=False,
+                optimize=True,
+            )
+    except Exception as error:
+        raise ExportError(f"torch cannot translate the network to ONNX: {_cause(error)}") from error
+    finally:
+        module.to(device)
+    assert program is not None
+    return program.model
+
+
+def output_names(model: QuantizedModel) -> list[str]:
+    """Names for the graph's tensor outputs: ``output``, the keys of a dict or record, or ``output_0`` and so on."""
+    (end,) = (node for node in model.graph.nodes if node.op == "output")
+    count = len(end.args[0])
+    if count == 1:
+        return ["output"]
+    leaves = pytree.tree_unflatten(list(range(count)), model.captured.out_spec)
+    paths = pytree.tree_flatten_with_path(leaves)[0]
+    names = ["_".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path) for path, _ in paths]
+    return [name if not name[:1].isdigit() else f"output_{name}" for name in names]
+
+
+def _cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

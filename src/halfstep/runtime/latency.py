@@ -1,0 +1,50 @@
+"""Latency of files against each other, in interleaved runs."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds of one contestant, and how often it is as fast as the first.
+
+    Attributes:
+        median: median time of a run in ms.
+        spread: interquartile range over the median.
+        speedup: median over the rounds of (first contestant's time / this one's time).
+    """
+
+    median: float
+    spread: float
+    speedup: float
+
+
+def race(contestants: Mapping[str, Callable[[], object]], rounds: int = 21, warmup: int = 3) -> dict[str, Latency]:
+    """Run each contestant once a round, ``rounds`` times, so that a slow phase of the machine hits all of them.
+
+    Args:
+        contestants: what to run, by name; the first is the one that speed-ups refer to.
+        rounds: counted rounds, at least 3.
+        warmup: rounds that do not count.
+    """
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    names = list(contestants)
+    for index in range(warmup + rounds):
+        # Alternate the order: running right behind another contestant must not always hit the same one.
+        for name in names if index % 2 else reversed(names):
+            start = time.perf_counter()
+            contestants[name]()
+            if index >= warmup:
+                times[name].append((time.perf_counter() - start) * 1e3)
+    first = times[names[0]]
+    result = {}
+    for name, series in times.items():
+        quartiles = statistics.quantiles(series, n=4)
+        median = statistics.median(series)
+        ratios = [a / b for a, b in zip(first, series, strict=True)]
+        result[name] = Latency(median, (quartiles[2] - quartiles[0]) / median, statistics.median(ratios))
+    return result
