@@ -1,3 +1,39 @@
 """halfstep: quantize a trained network to an accuracy target, proven on the runtime it is deployed to."""
 
-__all__: list[str] = []
+from halfstep.calibrators import Max
+from halfstep.errors import HalfstepError
+from halfstep.evaluate import Accuracy, Metric, Score
+from halfstep.export.onnx import export_float, export_onnx
+from halfstep.export.verify import Verification, verify
+from halfstep.formats import Integer
+from halfstep.granularity import PerChannel, PerGroup, PerTensor
+from halfstep.ladder.calibration import calibrate, observe
+from halfstep.ladder.climb import prepare, quantize
+from halfstep.ladder.outcome import Outcome
+from halfstep.model import QuantizedModel
+from halfstep.recipe import LayerSpec, Recipe, TensorSpec
+
+__all__ = [
+    "Accuracy",
+    "HalfstepError",
+    "Integer",
+    "LayerSpec",
+    "Max",
+    "Metric",
+    "Outcome",
+    "PerChannel",
+    "PerGroup",
+    "PerTensor",
+    "QuantizedModel",
+    "Recipe",
+    "Score",
+    "TensorSpec",
+    "Verification",
+    "calibrate",
+    "export_float",
+    "export_onnx",
+    "observe",
+    "prepare",
+    "quantize",
+    "verify",
+]

@@ -177,6 +177,8 @@ class QuantizedModel(nn.Module):
         flat, spec = pytree.tree_flatten((args, kwargs))
         if spec != self.captured.in_spec:
             flat = self._match(args, kwargs)
+        if not torch.compiler.is_compiling():
+            self.captured.check_inputs(flat)
         return pytree.tree_unflatten(self._run(*flat), self.captured.out_spec)
 
     def _match(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

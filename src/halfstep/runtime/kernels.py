@@ -7,8 +7,6 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx
-
 from halfstep.runtime.deployed import open_session
 
 #: Operators that compute on integers, by ONNX Runtime's names.
@@ -61,6 +59,8 @@ def inspect_kernels(path: str | Path, threads: int | None = None) -> Kernels:
     Raises:
         ExportError: if the runtime cannot load the file.
     """
+    import onnx
+
     with tempfile.TemporaryDirectory() as directory:
         optimized = Path(directory) / "optimized.onnx"
         open_session(path, threads, optimized)

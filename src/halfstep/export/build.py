@@ -1,0 +1,63 @@
+"""Building and saving ONNX models; everything here needs onnx, so it is imported when a file is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import torch
+
+from halfstep.errors import ExportError
+from halfstep.export.lower import drop_unused, lower, pool_globally, rename
+from halfstep.export.trace import DOMAIN, trace
+from halfstep.model import QuantizedModel
+
+#: Protocol buffers end at 2 GiB; larger weights go to a file beside the model.
+EXTERNAL_ABOVE = 1_900_000_000
+
+
+def build_quantized(model: QuantizedModel, metadata: Mapping[str, str]) -> ir.Model:
+    """The network with QuantizeLinear/DequantizeLinear at its sites, and what is worth knowing as metadata."""
+    onnx_model = trace(model, quantized=True)
+    lower(onnx_model, model)
+    onnx_model.producer_name, onnx_model.producer_version = "halfstep", version("halfstep")
+    onnx_model.opset_imports.pop(DOMAIN, None)
+    onnx_model.metadata_props.clear()
+    onnx_model.metadata_props.update(
+        {
+            "halfstep.version": version("halfstep"),
+            "halfstep.torch": torch.__version__,
+            "halfstep.target": model.target.name,
+            "halfstep.recipe": repr(model.recipe),
+            "halfstep.float_layers": ", ".join(sorted(model.float_layers)),
+            **{f"halfstep.{key}": value for key, value in metadata.items()},
+        }
+    )
+    return onnx_model
+
+
+def build_float(model: QuantizedModel) -> ir.Model:
+    """The float network."""
+    onnx_model = trace(model, quantized=False)
+    rename(onnx_model.graph)
+    pool_globally(onnx_model.graph)
+    drop_unused(onnx_model.graph)
+    return onnx_model
+
+
+def save(onnx_model: ir.Model, path: Path) -> None:
+    """Write the file and let onnx's checker look at it.
+
+    Raises:
+        ExportError: if the checker refuses it, in the checker's words.
+    """
+    tensors = [value.const_value for value in onnx_model.graph.initializers.values()]
+    size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    ir.save(onnx_model, path, external_data=f"{path.name}.data" if size > EXTERNAL_ABOVE else None)
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"onnx's checker refuses the file: {error}") from error

@@ -1,0 +1,132 @@
+"""The proof that comes with a file: parity, integer kernels, latency, size."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils import _pytree as pytree
+
+from halfstep.errors import ExportError
+from halfstep.export.onnx import export_float
+from halfstep.fake_quantize import Mode
+from halfstep.graph.inputs import ModelInputs
+from halfstep.model import QuantizedModel
+from halfstep.runtime.deployed import DeployedModel
+from halfstep.runtime.kernels import Kernels, inspect_kernels
+from halfstep.runtime.latency import Latency, race
+from halfstep.runtime.parity import Parity, compare
+
+
+@dataclass(frozen=True)
+class LayerFate:
+    """What became of a layer on the runtime.
+
+    Attributes:
+        name: the layer's.
+        kind: conv, linear ...
+        integer: it runs on an integer kernel.
+        reason: why not; empty if it does.
+    """
+
+    name: str
+    kind: str
+    integer: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What a file turned out to be.
+
+    Attributes:
+        parity: agreement of the file with the simulation.
+        layers: every layer, in order of execution.
+        float_operators: name, kind and reason of the other operators that run in float.
+        kernels: the runtime's own account.
+        latency: ``{"float": ..., "null": ..., "quantized": ...}`` for the first batch; "null" is the float file a
+            second time: what its speed-up differs from 1 is noise.
+        size: bytes of the quantized file.
+        float_size: bytes of the float file.
+    """
+
+    parity: Parity
+    layers: tuple[LayerFate, ...]
+    float_operators: tuple[tuple[str, str, str], ...]
+    kernels: Kernels
+    latency: dict[str, Latency]
+    size: int
+    float_size: int
+
+    @property
+    def integer_layers(self) -> int:
+        """How many layers run on integer kernels."""
+        return sum(layer.integer for layer in self.layers)
+
+
+def verify(
+    path: str | Path,
+    model: QuantizedModel,
+    batches: Iterable[ModelInputs],
+    float_path: str | Path | None = None,
+    threads: int | None = None,
+    rounds: int = 21,
+) -> Verification:
+    """Run a file on ONNX Runtime and say what it is.
+
+    Args:
+        path: the quantized ONNX file.
+        model: the simulation that it was exported from.
+        batches: inputs to compare on; the first one is timed.
+        float_path: the float network's file; written to a temporary place if None.
+        threads: for one operator; None for all cores.
+        rounds: interleaved runs to time.
+
+    Raises:
+        ExportError: if the file cannot be loaded.
+        DataError: if there are no batches.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ExportError(f"{path} does not exist; write it with hs.export_onnx(model, {str(path)!r})")
+    kept = list(batches)
+    with tempfile.TemporaryDirectory() as directory:
+        if float_path is None:
+            float_path = export_float(model, Path(directory) / "float.onnx")
+        specs = model.captured.in_spec, model.captured.out_spec
+        deployed, reference = (DeployedModel(p, *specs, threads) for p in (path, float_path))
+        with model.using(Mode.QUANTIZE):
+            parity = compare(model, deployed, kept)
+        leaves = [leaf for leaf in pytree.tree_leaves(kept[0]) if isinstance(leaf, torch.Tensor)]
+        latency = race(
+            {
+                "float": lambda: reference(*leaves),
+                "null": lambda: reference(*leaves),
+                "quantized": lambda: deployed(*leaves),
+            },
+            rounds,
+        )
+        kernels = inspect_kernels(path, threads)
+        return Verification(
+            parity,
+            layer_fates(model, kernels),
+            tuple((op.name, op.operator.kind, op.reason) for op in model.placement.float_operators),
+            kernels,
+            latency,
+            path.stat().st_size,
+            Path(float_path).stat().st_size,
+        )
+
+
+def layer_fates(model: QuantizedModel, kernels: Kernels) -> tuple[LayerFate, ...]:
+    """Every layer of ``model``, with what the runtime made of it."""
+    integer = {name.split("/")[0] for name in kernels.integer}
+    fates = []
+    for layer in model.layers:
+        real = layer.name in integer
+        reason = "" if real else layer.reason or "the runtime has no integer kernel for it as it stands in the graph"
+        fates.append(LayerFate(layer.name, layer.operator.kind, real, reason))
+    return tuple(fates)

@@ -1,0 +1,110 @@
+"""What a climb returns."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from halfstep.errors import RunError
+from halfstep.export.onnx import export_onnx
+from halfstep.export.verify import Verification
+from halfstep.ladder.search import Evaluation
+from halfstep.model import QuantizedModel
+
+
+@dataclass(frozen=True, repr=False)
+class Outcome:
+    """The quantized model, its scores, and how they came about.
+
+    Attributes:
+        met: the deployed file is within the target.
+        rung: the rung that the result stands on, ``"ptq"``, ``"partial"`` or ``"qat"``.
+        float_score: of the float model, in the metric's unit.
+        score: of the simulation.
+        deployed_score: of the exported file, on its runtime.
+        max_drop: what was asked.
+        float_layers: layers put back to float for accuracy, by name.
+        evaluations: full evaluations made, the float and the deployed one included.
+        history: each of them, in order.
+        decisions: what was decided and why, one sentence each.
+        verification: what the file turned out to be.
+        model: the simulation.
+        directory: where the files lie; None if none was given.
+    """
+
+    met: bool
+    rung: str
+    float_score: float
+    score: float
+    deployed_score: float
+    max_drop: float
+    float_layers: tuple[str, ...]
+    evaluations: int
+    history: tuple[Evaluation, ...]
+    decisions: tuple[str, ...]
+    verification: Verification
+    model: QuantizedModel
+    directory: Path | None = None
+
+    def export(self, path: str | Path) -> Path:
+        """Write the quantized network to ``path`` as ONNX.
+
+        Raises:
+            ExportError: if it cannot be written; see :func:`halfstep.export_onnx`.
+        """
+        return export_onnx(self.model, path, self.metadata())
+
+    def metadata(self) -> dict[str, str]:
+        """What the file says of itself beside recipe and versions."""
+        return {"float_score": repr(self.float_score), "score": repr(self.score), "rung": self.rung}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the model, as plain data."""
+        proof = self.verification
+        return {
+            "met": self.met,
+            "rung": self.rung,
+            "target": self.model.target.name,
+            "recipe": repr(self.model.recipe),
+            "float_score": self.float_score,
+            "score": self.score,
+            "deployed_score": self.deployed_score,
+            "max_drop": self.max_drop,
+            "float_layers": list(self.float_layers),
+            "evaluations": self.evaluations,
+            "history": [asdict(evaluation) for evaluation in self.history],
+            "decisions": list(self.decisions),
+            "parity": asdict(proof.parity),
+            "latency_ms": {name: asdict(value) for name, value in proof.latency.items()},
+            "bytes": proof.size,
+            "float_bytes": proof.float_size,
+            "kernels": proof.kernels.counts,
+            "layers": [asdict(layer) for layer in proof.layers],
+            "float_operators": [
+                dict(zip(("name", "kind", "reason"), op, strict=True)) for op in proof.float_operators
+            ],
+        }
+
+    def save(self, path: Path) -> None:
+        """Write :meth:`to_dict` as JSON; the file appears whole or not at all.
+
+        Raises:
+            RunError: if it cannot be written.
+        """
+        temporary = path.with_name(f".{path.name}.tmp")
+        try:
+            temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+            os.replace(temporary, path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise RunError(f"cannot write {path}: {error.strerror}") from error
+
+    def __repr__(self) -> str:
+        verdict = "met" if self.met else "not met"
+        return (
+            f"Outcome: {verdict} on rung {self.rung}: float {self.float_score:.4f}, simulated {self.score:.4f}, "
+            f"deployed {self.deployed_score:.4f} (allowed drop {self.max_drop:g}), {self.evaluations} evaluations"
+        )
