@@ -1,0 +1,1 @@
+"""Architectures that tests and benchmarks quantize, one family a file."""

@@ -1,0 +1,42 @@
+"""The peer: onnxruntime.quantization.quantize_static as its users are told to call it on x86."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+def quantize_static(float_path: Path, batches: list[torch.Tensor], out: Path, method: str = "MinMax") -> Path:
+    """QDQ, u8 activations, s8 weights per channel, after quant_pre_process."""
+    from onnxruntime import quantization as q
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    import onnx
+
+    logging.disable(logging.WARNING)
+    prepared = out.with_suffix(".prepared.onnx")
+    quant_pre_process(str(float_path), str(prepared))
+    name = onnx.load(str(prepared), load_external_data=False).graph.input[0].name
+
+    class Reader(q.CalibrationDataReader):
+        def __init__(self) -> None:
+            self.items = iter([{name: np.ascontiguousarray(b.numpy())} for b in batches])
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return next(self.items, None)
+
+    q.quantize_static(
+        str(prepared),
+        str(out),
+        Reader(),
+        quant_format=q.QuantFormat.QDQ,
+        per_channel=True,
+        activation_type=q.QuantType.QUInt8,
+        weight_type=q.QuantType.QInt8,
+        calibrate_method=getattr(q.CalibrationMethod, method),
+    )
+    logging.disable(logging.NOTSET)
+    return out
