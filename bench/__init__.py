@@ -1,0 +1,1 @@
+"""Measurements that print tables; run as modules, `python -m bench.NAME`."""

@@ -11,10 +11,9 @@ import torch
 
 def quantize_static(float_path: Path, batches: list[torch.Tensor], out: Path, method: str = "MinMax") -> Path:
     """QDQ, u8 activations, s8 weights per channel, after quant_pre_process."""
+    import onnx
     from onnxruntime import quantization as q
     from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    import onnx
 
     logging.disable(logging.WARNING)
     prepared = out.with_suffix(".prepared.onnx")

@@ -1,6 +1,6 @@
 """ResNet-18, random weights, 224x224: is it integer, how fast, how big, beside onnxruntime's own tool.
 
-    python -m bench.resnet18
+python -m bench.resnet18
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def report(ours: Path, floating: Path, peer: Path, threads: int, rounds: int) ->
     for batch in (1, 8):
         x = torch.randn(batch, 3, 224, 224)
         models = {name: DeployedModel(path, threads=threads) for name, path in files.items()}
-        races[batch] = race({n: (lambda m=m, x=x: m(x)) for n, m in models.items()}, rounds if batch == 1 else 15)
+        races[batch] = race(
+            {n: (lambda m=m, x=x: m(x)) for n, m in models.items()}, rounds if batch == 1 else 15
+        )
     for name, path in files.items():
         size = path.stat().st_size
         cells = [name, f"{size / 2**20:.2f}", f"{size / floating.stat().st_size:.3f}"]

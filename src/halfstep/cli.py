@@ -9,7 +9,14 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 
 from halfstep.errors import HalfstepError
@@ -88,13 +95,19 @@ def demo(
 @app.command()
 def quantize(
     model: Annotated[str, typer.Argument(help="package.module:callable that returns a torch.nn.Module.")],
-    labelled: Annotated[str, typer.Option(help="Data to judge on: .npz with inputs and labels, or a callable.")],
+    labelled: Annotated[
+        str, typer.Option(help="Data to judge on: .npz with inputs and labels, or a callable.")
+    ],
     calibration: Annotated[
-        str, typer.Option(help="Data to calibrate on: .npz with inputs, or a callable. Not the data to judge on.")
+        str,
+        typer.Option(help="Data to calibrate on: .npz with inputs, or a callable. Not the data to judge on."),
     ],
     weights: Annotated[Path | None, typer.Option(help="State dict: .safetensors or torch's.")] = None,
     metric: Annotated[
-        str, typer.Option(help="accuracy, or package.module:score with score(outputs, labels) -> (batch,) floats.")
+        str,
+        typer.Option(
+            help="accuracy, or package.module:score with score(outputs, labels) -> (batch,) floats."
+        ),
     ] = "accuracy",
     max_drop: Annotated[float, typer.Option(help="Largest drop against float, in the metric's unit.")] = 0.01,
     target: Annotated[str, typer.Option(help="Runtime to deploy to.")] = "onnxruntime",
@@ -146,13 +159,21 @@ def inspect(
     for site in sites:
         kind = "" if not site.constant else " (stored)"
         table.add_row(
-            site.layer, site.tensor + kind, site.format, site.granularity, f"{site.low:.4g} to {site.high:.4g}"
+            site.layer,
+            site.tensor + kind,
+            site.format,
+            site.granularity,
+            f"{site.low:.4g} to {site.high:.4g}",
         )
     out.print(table)
     for key, value in metadata.items():
         out.print(f"{key}: {value}", highlight=False, soft_wrap=True)
-    out.print(f"integer kernels: {len(kernels.integer)}; float operators that multiply: {len(kernels.floating)}")
-    out.print("executed: " + ", ".join(f"{count} {name}" for name, count in kernels.counts.items()), soft_wrap=True)
+    out.print(
+        f"integer kernels: {len(kernels.integer)}; float operators that multiply: {len(kernels.floating)}"
+    )
+    out.print(
+        "executed: " + ", ".join(f"{count} {name}" for name, count in kernels.counts.items()), soft_wrap=True
+    )
     for name in kernels.floating:
         out.print(f"float: {name}")
 

@@ -40,7 +40,9 @@ class DigitsNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(1, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True))
+        self.stem = nn.Sequential(
+            nn.Conv2d(1, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True)
+        )
         self.block1 = ResidualBlock(16, 16)
         self.block2 = ResidualBlock(16, 32, 2)
         self.block3 = ResidualBlock(32, 64, 2)
@@ -101,13 +103,17 @@ def train_digits(digits: Digits, epochs: int = 15, seed: int = 0) -> DigitsNet:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = DigitsNet()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
+        optimizer = torch.optim.SGD(
+            model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True
+        )
         count = len(digits.train_images)
         rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-count // 64))
         model.train()
         for _ in track(range(epochs), "training a float network on digits"):
             for index in torch.randperm(count).split(64):
-                loss = nn.functional.cross_entropy(model(digits.train_images[index]), digits.train_labels[index])
+                loss = nn.functional.cross_entropy(
+                    model(digits.train_images[index]), digits.train_labels[index]
+                )
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

@@ -110,7 +110,9 @@ class Metric:
     @staticmethod
     def _check(scores: Any, index: int) -> torch.Tensor:
         if not isinstance(scores, torch.Tensor) or scores.dim() != 1:
-            got = f"shape {tuple(scores.shape)}" if isinstance(scores, torch.Tensor) else type(scores).__name__
+            got = (
+                f"shape {tuple(scores.shape)}" if isinstance(scores, torch.Tensor) else type(scores).__name__
+            )
             raise MetricError(
                 f"metric: score(outputs, labels) gave {got}, needed a tensor of shape (batch,): one number an example"
             )
@@ -150,7 +152,8 @@ class Accuracy(Metric):
                 f"{logits.shape[1]} classes (0 to {logits.shape[1] - 1})"
             )
         best = logits.topk(self.top, dim=1).indices
-        return (best == labels[:, None]).any(dim=1)
+        hits: torch.Tensor = (best == labels[:, None]).any(dim=1)
+        return hits
 
 
 class CallableMetric:

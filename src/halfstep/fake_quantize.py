@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from halfstep import functional
-from halfstep.calibrators import Calibrator
+from halfstep.calibrators.calibrator import Calibrator, WeightCalibrator
 from halfstep.errors import DataError, NotObservedError, named
 from halfstep.formats import Format
 from halfstep.granularity import Granularity
@@ -49,6 +49,8 @@ class FakeQuantize(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Shape, dtype and device of ``x`` are kept."""
         if self.mode is Mode.QUANTIZE:
+            if not self.calibrated:
+                raise NotObservedError(f"site {self.name!r}: has no range yet; run observe() and calibrate()")
             return functional.fake_quantize(x, self.scale, self.zero_point, self.format, self.granularity)
         if self.mode is Mode.OBSERVE:
             self._observe(x)
@@ -73,7 +75,7 @@ class FakeQuantize(nn.Module):
             low, high = calibrator.range(self.histogram, self.format)
             self.set_range(torch.tensor(low), torch.tensor(high))
 
-    def calibrate_weight(self, weight: torch.Tensor, calibrator: Calibrator) -> None:
+    def calibrate_weight(self, weight: torch.Tensor, calibrator: WeightCalibrator) -> None:
         """Set scale and zero point from the weight itself."""
         with named(f"weight {self.name!r}"):
             self.set_range(*calibrator.weight_range(weight.detach(), self.format, self.granularity))

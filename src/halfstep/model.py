@@ -50,7 +50,9 @@ class QuantizedModel(nn.Module):
         root = captured.module
         self._parameters, self._buffers, self._modules = root._parameters, root._buffers, root._modules
         if "quantizers" in self._modules:
-            raise ArgumentError("the model has a submodule called 'quantizers', the name halfstep needs; rename it")
+            raise ArgumentError(
+                "the model has a submodule called 'quantizers', the name halfstep needs; rename it"
+            )
         self.captured, self.target, self.recipe = captured, target, recipe
         self.quantizers = nn.ModuleDict()
         self.mode = Mode.FLOAT
@@ -130,7 +132,9 @@ class QuantizedModel(nn.Module):
             key = replace(site, name=self._names[value]).key
         if key not in self.quantizers:
             key = site.key
-            shape = self.weight(site.name).shape if site.is_weight else site.positions[0].value.meta["val"].shape
+            shape = (
+                self.weight(site.name).shape if site.is_weight else site.positions[0].value.meta["val"].shape
+            )
             sizes = tuple(size if isinstance(size, int) else 0 for size in shape)  # 0: the dynamic batch
             module = FakeQuantize(site.name, site.format, site.granularity, sizes)
             self.quantizers[key] = module.to(self._device())

@@ -5,7 +5,7 @@ The command line listens and draws bars. Library code only wraps its loops in :f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol, TypeVar
@@ -55,7 +55,7 @@ def steps(what: str, total: int | None = None) -> Iterator[Callable[[int], None]
 
 def track(items: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
     """Iterate over ``items`` and tell of it; ``total`` defaults to their length where they have one."""
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     with steps(what, total) as advance:
         for item in items:

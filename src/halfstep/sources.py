@@ -23,7 +23,9 @@ def find_callable(name: str) -> Callable[..., Any]:
     """
     module_name, colon, attribute = name.partition(":")
     if not colon or not module_name or not attribute:
-        raise ArgumentError(f"{name!r}: needed package.module:callable, for instance my_package.models:resnet")
+        raise ArgumentError(
+            f"{name!r}: needed package.module:callable, for instance my_package.models:resnet"
+        )
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
@@ -78,7 +80,9 @@ def load_labelled(name: str, batch: int) -> list[tuple[Any, Any]]:
     arrays = _read_npz(Path(name), ("inputs", "labels"))
     inputs, labels = arrays["inputs"], arrays["labels"]
     if len(inputs) != len(labels):
-        raise DataError(f"{name}: has {len(inputs)} inputs but {len(labels)} labels; needed one label an input")
+        raise DataError(
+            f"{name}: has {len(inputs)} inputs but {len(labels)} labels; needed one label an input"
+        )
     return list(zip(inputs.split(batch), labels.split(batch), strict=True))
 
 
@@ -109,5 +113,7 @@ def _read_npz(path: Path, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
         raise DataError(f"{path}: no such file") from error
     except DataError:
         raise
-    except Exception as error:  # numpy raises half a dozen kinds for a broken zip, a bad header, pickled objects
+    except (
+        Exception
+    ) as error:  # numpy raises half a dozen kinds for a broken zip, a bad header, pickled objects
         raise DataError(f"{path}: cannot be read as an .npz of plain arrays: {error}") from error

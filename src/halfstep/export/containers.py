@@ -28,9 +28,13 @@ class Container:
         if name not in graph.initializers:
             array = np.array(codes, order="C")  # keeps 0-d arrays 0-d
             if array.size and not self.low <= int(array.min()) <= int(array.max()) <= self.high:
-                raise ExportError(f"{name}: codes from {array.min()} to {array.max()} do not fit {self.dtype}")
+                raise ExportError(
+                    f"{name}: codes from {array.min()} to {array.max()} do not fit {self.dtype}"
+                )
             tensor = ir.Tensor(array.astype(self.dtype.numpy()), dtype=self.dtype, name=name)
-            value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(self.dtype), const_value=tensor)
+            value = ir.Value(
+                name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(self.dtype), const_value=tensor
+            )
             graph.register_initializer(value)
         return graph.initializers[name]
 

@@ -66,14 +66,14 @@ def pool_globally(graph: ir.Graph) -> None:
         result = node.outputs[0]
         pool = ir.node("GlobalAveragePool", [source], name=stem.replace("ReduceMean", "GlobalAveragePool"))
         pooled = pool.outputs[0]
-        pooled.name, pooled.dtype = pool.name, source.dtype
+        pooled.name, pooled.type = pool.name, source.type
         graph.insert_before(node, pool)
         if node.attributes.get_int("keepdims", 1):
             pooled.shape = result.shape
             replace(graph, result, pooled)
         else:  # two results of one value: flattening keeps the batch dynamic
             flat = ir.node("Flatten", [pooled], {"axis": 1}, name=f"{pool.name}/Flatten")
-            flat.outputs[0].name, flat.outputs[0].dtype = flat.name, source.dtype
+            flat.outputs[0].name, flat.outputs[0].type = flat.name, source.type
             flat.outputs[0].shape = result.shape
             graph.insert_before(node, flat)
             replace(graph, result, flat.outputs[0])
@@ -158,7 +158,7 @@ def quantize_activations(graph: ir.Graph, model: QuantizedModel) -> None:
         zero = box.initializer(graph, f"{site.name}_zero_point", site.zero_point.detach().cpu().numpy())
         if not box.exact(site.format):
             source = _clip(graph, node, source, site)
-        dtype, shape = node.outputs[0].dtype, node.outputs[0].shape
+        float_type, shape = node.outputs[0].type, node.outputs[0].shape
         name = node.name or site.name
         attributes = {"axis": site.granularity.axis} if isinstance(site.granularity, PerChannel) else {}
         quantize = ir.node(
@@ -173,7 +173,7 @@ def quantize_activations(graph: ir.Graph, model: QuantizedModel) -> None:
             name=name.replace(MARKER, "DequantizeLinear"),
         )
         result = dequantize.outputs[0]
-        result.name, result.dtype, result.shape = dequantize.name, dtype, shape
+        result.name, result.type, result.shape = dequantize.name, float_type, shape
         graph.insert_before(node, [quantize, dequantize])
         replace(graph, node.outputs[0], result)
         graph.remove(node, safe=True)
@@ -190,7 +190,7 @@ def _clip(graph: ir.Graph, node: ir.Node, source: ir.Value, site: FakeQuantize) 
         initializer(graph, f"{site.name}_{end}", value) for end, value in (("low", low), ("high", high))
     ]
     clip = ir.node("Clip", [source, *bounds], name=f"{node.name}/Clip")
-    clip.outputs[0].name, clip.outputs[0].dtype, clip.outputs[0].shape = clip.name, source.dtype, source.shape
+    clip.outputs[0].name, clip.outputs[0].type, clip.outputs[0].shape = clip.name, source.type, source.shape
     graph.insert_before(node, clip)
     return clip.outputs[0]
 
@@ -213,7 +213,9 @@ def absorb_clips(graph: ir.Graph) -> None:
         ends = np.iinfo(zero_point.dtype)
         codes = np.rint(np.asarray(bounds, np.float32) / scale) + np.float32(zero_point)
         if codes[0] <= ends.min and codes[1] >= ends.max:
-            replace(graph, node.outputs[0], node.inputs[0])
+            source = node.inputs[0]
+            assert source is not None
+            replace(graph, node.outputs[0], source)
             graph.remove(node, safe=True)
 
 
@@ -257,19 +259,14 @@ def protect_float_layers(graph: ir.Graph) -> None:
         bias = constant(node.inputs[2]) if len(node.inputs) > 2 else None
         if bias is None:
             assert weight.shape is not None
-            axis = _output_axis(node)
-            channels = int(weight.shape[axis]) * (
-                node.attributes.get_int("group", 1) if node.op_type == "ConvTranspose" else 1
-            )
-            bias = np.zeros(channels, np.float32)
+            groups = node.attributes.get_int("group", 1) if node.op_type == "ConvTranspose" else 1
+            bias = np.zeros(weight.shape.numpy()[_output_axis(node)] * groups, np.float32)
         largest = float(np.abs(bias).max(initial=0.0))
         scale = np.float32(largest / (2**31 - 256)) if largest else np.float32(1.0)
         value = _integer_bias(graph, node, bias, np.asarray(max(scale, np.float32(2.0**-126)), np.float32))
-        if len(node.inputs) > 2:
-            node.replace_input_with(2, value)
-        else:
+        if len(node.inputs) < 3:
             node.resize_inputs(3)
-            node.replace_input_with(2, value)
+        node.replace_input_with(2, value)
 
 
 def _output_axis(node: ir.Node) -> int:
@@ -314,7 +311,9 @@ def shape_biases(graph: ir.Graph) -> None:
         if values is None or values.ndim != 1 or product.shape is None or _scale_of(matmul.inputs[1]) is None:
             continue
         rank = len(product.shape)
-        shaped = initializer(graph, f"{bias.name}_rank{rank}", values.reshape((1,) * (rank - 1) + values.shape))
+        shaped = initializer(
+            graph, f"{bias.name}_rank{rank}", values.reshape((1,) * (rank - 1) + values.shape)
+        )
         node.replace_input_with(1, shaped)
 
 
@@ -354,7 +353,9 @@ def initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     if name not in graph.initializers:
         tensor = ir.tensor(np.array(array, order="C"), name=name)
         graph.register_initializer(
-            ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+            ir.Value(
+                name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+            )
         )
     return graph.initializers[name]
 

@@ -70,7 +70,9 @@ def _written(path: Path, write: Callable[[Path], None]) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         directory = tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.")
     except OSError as error:
-        raise ExportError(f"cannot write to {path.parent}: {error.strerror}; choose a directory you own") from error
+        raise ExportError(
+            f"cannot write to {path.parent}: {error.strerror}; choose a directory you own"
+        ) from error
     with directory as name:
         temporary = Path(name) / path.name
         try:

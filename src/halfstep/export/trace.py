@@ -51,7 +51,9 @@ def _marker() -> Any:
             inputs=[schema.FormalParameter("x", "T")],
             outputs=[schema.FormalParameter("y", "T")],
             type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(double)"], "any float")],
-            attributes=[schema.Attribute("name", onnx.defs.OpSchema.AttrType.STRING, "the site", required=True)],
+            attributes=[
+                schema.Attribute("name", onnx.defs.OpSchema.AttrType.STRING, "the site", required=True)
+            ],
         )
     )
     domain = values.Opset(DOMAIN, 1)
@@ -122,7 +124,9 @@ def output_names(model: QuantizedModel) -> list[str]:
         return ["output"]
     leaves = pytree.tree_unflatten(list(range(count)), model.captured.out_spec)
     paths = pytree.tree_flatten_with_path(leaves)[0]
-    names = ["_".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path) for path, _ in paths]
+    names = [
+        "_".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path) for path, _ in paths
+    ]
     return [name if not name[:1].isdigit() else f"output_{name}" for name in names]
 
 

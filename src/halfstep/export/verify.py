@@ -127,6 +127,10 @@ def layer_fates(model: QuantizedModel, kernels: Kernels) -> tuple[LayerFate, ...
     fates = []
     for layer in model.layers:
         real = layer.name in integer
-        reason = "" if real else layer.reason or "the runtime has no integer kernel for it as it stands in the graph"
+        reason = (
+            ""
+            if real
+            else layer.reason or "the runtime has no integer kernel for it as it stands in the graph"
+        )
         fates.append(LayerFate(layer.name, layer.operator.kind, real, reason))
     return tuple(fates)

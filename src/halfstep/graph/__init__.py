@@ -1,0 +1,1 @@
+"""The network as a graph: captured, folded, and the places where quantizers go."""

@@ -9,7 +9,7 @@ import logging
 import os
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from halfstep.errors import CaptureError
+from halfstep.errors import CaptureError, DataError
 from halfstep.graph.inputs import ModelInputs, batch_size, call_arguments
 
 #: Captured and original outputs may differ by this much, relative in the L2 norm. Captured graphs run the same
@@ -48,6 +48,27 @@ class Captured:
     example_inputs: tuple[tuple[Any, ...], dict[str, Any]]
     batched: tuple[bool, ...]
     notes: list[str] = field(default_factory=list)
+
+    def check_inputs(self, flat: Sequence[Any]) -> None:
+        """Raise unless ``flat`` are tensors of the example's types and shapes, but for the batch's size.
+
+        Raises:
+            DataError: naming the input, what was got and what is needed.
+        """
+        placeholders = [node for node in self.module.graph.nodes if node.op == "placeholder"]
+        for node, value, batched in zip(placeholders, flat, self.batched, strict=True):
+            wanted = node.meta.get("val")
+            if not isinstance(wanted, torch.Tensor):
+                continue
+            if not isinstance(value, torch.Tensor):
+                raise DataError(f"input {node.target!r}: got {type(value).__name__}, needed a tensor")
+            got, needed = list(value.shape), list(wanted.shape)
+            fixed = slice(1, None) if batched else slice(None)
+            if len(got) != len(needed) or any(a != b for a, b in zip(got[fixed], needed[fixed], strict=True)):
+                sizes = ["batch" if batched else str(needed[0]), *map(str, needed[1:])] if needed else []
+                raise DataError(f"input {node.target!r}: got shape {tuple(got)}, needed ({', '.join(sizes)})")
+            if value.dtype != wanted.dtype:
+                raise DataError(f"input {node.target!r}: got {value.dtype}, needed {wanted.dtype}")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph as the user's model would be run."""
@@ -100,7 +121,9 @@ def capture(model: nn.Module, example_inputs: ModelInputs) -> Captured:
     out_spec = program.call_spec.out_spec
     assert isinstance(module, fx.GraphModule) and out_spec is not None
     module.graph.set_codegen(fx.graph.CodeGen())
-    module = fx.GraphModule(module, module.graph)  # without torch's hooks, which check for the user's signature
+    module = fx.GraphModule(
+        module, module.graph
+    )  # without torch's hooks, which check for the user's signature
     captured = Captured(module, in_spec, out_spec, (args, kwargs), batched)
     check_equal(captured, own)
     return captured
@@ -198,7 +221,9 @@ def _export(
     try:
         with quiet():
             program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
-            return program.run_decompositions({})  # {}: functionalise, keep conv, linear, softmax ... whole
+            # An empty table functionalises and keeps conv, linear, softmax ... whole.
+            functional: torch.export.ExportedProgram = program.run_decompositions({})
+            return functional
     except Exception as error:
         raise CaptureError(_explain(model, error)) from error
 

@@ -51,7 +51,9 @@ CONVOLUTIONS = frozenset(
         aten.conv3d.padding,
     }
 )
-TRANSPOSED = frozenset({aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input})
+TRANSPOSED = frozenset(
+    {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
+)
 
 
 def fold(captured: Captured) -> Captured:
@@ -121,8 +123,19 @@ def _can_fold(source: Any) -> bool:
     return isinstance(weight, fx.Node) and weight.op == "get_attr"
 
 
+def _node(argument: object) -> fx.Node | None:
+    return argument if isinstance(argument, fx.Node) else None
+
+
+def _groups(transposed: fx.Node) -> int:
+    """The groups of a transposed conv: (input, weight, bias, stride, padding, output_padding, groups, dilation)."""
+    groups = transposed.args[6] if len(transposed.args) > 6 else 1
+    assert isinstance(groups, int)
+    return groups
+
+
 def _is_first_item(user: fx.Node) -> bool:
-    return user.target is operator.getitem and user.args[1] == 0
+    return user.target is operator.getitem and user.args[1:] == (0,)
 
 
 def _fold_one(
@@ -131,24 +144,27 @@ def _fold_one(
     norm: fx.Node,
     folded: dict[tuple[str, ...], tuple[fx.Node, fx.Node]],
 ) -> None:
-    _, gain, shift, mean, variance, _, epsilon = norm.args
-    weight_node = source.args[1]
-    bias_node = source.args[2] if len(source.args) > 2 else None
+    gain, shift, mean, variance = (_node(argument) for argument in norm.args[1:5])
+    epsilon = norm.args[6]
+    weight_node, bias_node = _node(source.args[1]), _node(source.args[2]) if len(source.args) > 2 else None
+    assert weight_node is not None
+    assert isinstance(epsilon, float)
     parts = (weight_node, bias_node, gain, shift, mean, variance)
-    key = (*(str(part.target) if isinstance(part, fx.Node) else "" for part in parts), str(epsilon))
+    key = (*(str(part.target) if part is not None else "" for part in parts), str(epsilon))
     if key not in folded:
         weight = parameter(module, weight_node)
         bias, g, b, mu, var = (
-            parameter(module, part).double() if isinstance(part, fx.Node) else None
+            parameter(module, part).double() if part is not None else None
             for part in (bias_node, gain, shift, mean, variance)
         )
-        assert mu is not None and var is not None and isinstance(epsilon, float)
+        assert mu is not None
+        assert var is not None
         factor = (var + epsilon).rsqrt()
         if g is not None:
             factor = factor * g
         transposed = source.target in TRANSPOSED
         shape = [1] * weight.dim()
-        groups = int(source.args[6]) if transposed and len(source.args) > 6 else 1
+        groups = _groups(source) if transposed else 1
         if transposed:  # weight is (in, out / groups, ...): channel c of group k meets rows of group k only
             per_row = factor.view(groups, 1, -1).expand(groups, weight.shape[0] // groups, -1)
             scale = per_row.reshape(weight.shape[0], -1, *shape[2:])
@@ -160,7 +176,9 @@ def _fold_one(
         stem = str(weight_node.target).rpartition(".")[0]
         with module.graph.inserting_before(source):
             folded[key] = (
-                store(module, str(weight_node.target), (weight.double() * scale).to(weight.dtype), weight_node),
+                store(
+                    module, str(weight_node.target), (weight.double() * scale).to(weight.dtype), weight_node
+                ),
                 store(module, f"{stem}.bias" if stem else "bias", new_bias.to(weight.dtype), bias_node),
             )
     new_weight, new_bias_node = folded[key]

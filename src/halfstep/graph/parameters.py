@@ -21,7 +21,7 @@ def store(module: fx.GraphModule, wanted: str, value: torch.Tensor, old: fx.Node
     layer reads is never overwritten.
     """
     readers = [n for n in module.graph.nodes if n.op == "get_attr" and n.target == wanted]
-    taken = any(n is not old or len(n.users) > 1 for n in readers)
+    taken = any(node is not old or len(node.users) > 1 for node in readers)
     name, count = wanted, 1
     while taken or (name != wanted and _exists(module, name)):
         taken, count = False, count + 1

@@ -88,7 +88,8 @@ class _Placer:
         followers = {
             node
             for node, op in self.operators.items()
-            if op.kind in self.target.followers and not (op.kind in ("add", "mul") and constant_operands(node))
+            if op.kind in self.target.followers
+            and not (op.kind in ("add", "mul") and constant_operands(node))
         }
         layers = set(self.integer)
         self.integer |= followers
@@ -135,7 +136,7 @@ class _Placer:
                 self.quantized.setdefault(value, False)
         if all(self._executed(self.specs[node]) for node in self.integer if node in self.specs):
             for node in self.integer:
-                kernel = (self.target.layers | self.target.followers)[self.operators[node].kind]
+                kernel = self.target.kernel(self.operators[node].kind)
                 if kernel.output:
                     self.quantized[self._after_absorbed(node)] = True
             self._lift()
@@ -272,4 +273,3 @@ def _weight_granularity(spec: TensorSpec, op: Operator) -> Granularity:
     if isinstance(spec.granularity, PerChannel):
         return PerChannel(weight_axis(op))
     return spec.granularity
-

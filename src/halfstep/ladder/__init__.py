@@ -1,0 +1,1 @@
+"""The rungs: post-training quantization, partial quantization, quantization-aware training."""

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 import torch
 
-from halfstep.calibrators import Calibrator, Max
+from halfstep.calibrators import Max
+from halfstep.calibrators.calibrator import Calibrator, WeightCalibrator
 from halfstep.errors import DataError, named
 from halfstep.fake_quantize import Mode
 from halfstep.formats import Integer
@@ -49,19 +50,25 @@ def observe(model: QuantizedModel, batches: Iterable[ModelInputs]) -> dict[str, 
                 _keep(model, inputs)
                 seen += batch_size(inputs)
     if not seen:
-        raise DataError("calibration data: got no batch, needed at least one (a generator can be used only once)")
-    return {site.name: model.sites[site.name].histogram for site in model.placement.sites if not site.is_weight}
+        raise DataError(
+            "calibration data: got no batch, needed at least one (a generator can be used only once)"
+        )
+    return {
+        site.name: model.sites[site.name].histogram for site in model.placement.sites if not site.is_weight
+    }
 
 
 def _keep(model: QuantizedModel, inputs: ModelInputs) -> None:
     kept = sum(batch_size(batch) for batch in model.sample)
     used = sum(tensor.nbytes for batch in model.sample for tensor in tensors_of(batch))
     size = sum(tensor.nbytes for tensor in tensors_of(inputs))
-    if kept + batch_size(inputs) <= SAMPLE_EXAMPLES and used + size <= SAMPLE_BYTES or not model.sample:
+    if (kept + batch_size(inputs) <= SAMPLE_EXAMPLES and used + size <= SAMPLE_BYTES) or not model.sample:
         model.sample.append(inputs)
 
 
-def calibrate(model: QuantizedModel, calibrator: Calibrator | None = None, weights: Calibrator | None = None) -> None:
+def calibrate(
+    model: QuantizedModel, calibrator: Calibrator | None = None, weights: WeightCalibrator | None = None
+) -> None:
     """Give every site its scale and zero point, and let the model quantize from now on.
 
     No data are needed: the histograms of :func:`observe` answer any calibrator and any number format.

@@ -130,5 +130,7 @@ def _writable(directory: str | Path | None) -> Path | None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise RunError(f"directory {folder} cannot be written: {error.strerror}; choose another one") from error
+        raise RunError(
+            f"directory {folder} cannot be written: {error.strerror}; choose another one"
+        ) from error
     return folder

@@ -30,7 +30,9 @@ def open_session(path: str | Path, threads: int | None = None, optimized: str | 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or os.cpu_count() or 1
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3  # the runtime warns that an optimised graph is for this machine: it is meant to be
+    options.log_severity_level = (
+        3  # the runtime warns that an optimised graph is for this machine: it is meant to be
+    )
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     try:

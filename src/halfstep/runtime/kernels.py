@@ -35,7 +35,9 @@ INTEGER = frozenset(
 )
 
 #: Operators that multiply: where the time goes, and what ought to be integer.
-HEAVY = frozenset({"Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "LSTM", "GRU"})
+HEAVY = frozenset(
+    {"Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "LSTM", "GRU"}
+)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,9 @@ class Latency:
     speedup: float
 
 
-def race(contestants: Mapping[str, Callable[[], object]], rounds: int = 21, warmup: int = 3) -> dict[str, Latency]:
+def race(
+    contestants: Mapping[str, Callable[[], object]], rounds: int = 21, warmup: int = 3
+) -> dict[str, Latency]:
     """Run each contestant once a round, ``rounds`` times, so that a slow phase of the machine hits all of them.
 
     Args:

@@ -19,7 +19,9 @@ ONNXRUNTIME = Target(
         "average_pool": Kernel(output=True),
         "global_average_pool": Kernel(output=True),
     },
-    passes=frozenset({"max_pool", "reshape", "transpose", "slice", "expand", "split", "item", "resize_nearest"}),
+    passes=frozenset(
+        {"max_pool", "reshape", "transpose", "slice", "expand", "split", "item", "resize_nearest"}
+    ),
     absorbed=frozenset({"relu", "clip"}),
     decomposed=frozenset({"silu"}),
     reasons={

@@ -56,6 +56,10 @@ class Target:
         """The format of a weight: the spec's own, or this target's flavour at the spec's bits."""
         return _flavour(self.weights, spec)
 
+    def kernel(self, kind: str) -> Kernel:
+        """What the kernel of a layer or follower of this kind needs."""
+        return self.layers[kind] if kind in self.layers else self.followers[kind]
+
     def executes(self, activation: Format) -> bool:
         """Whether integer kernels exist for activations in this format."""
         return (

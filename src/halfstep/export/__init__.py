@@ -1,0 +1,1 @@
+"""Writing the network as a file that the target's runtime fuses into integer kernels."""

@@ -1,0 +1,1 @@
+"""Running an exported file: parity, proof of integer kernels, latency, sites."""
