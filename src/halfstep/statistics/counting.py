@@ -74,31 +74,44 @@ class _Share:
         self.workspace = _free.pop() if _free else _Workspace()
         self.span = np.array([SIGN, -1])  # lowest and highest bin touched, both signs together
         self.specials = np.zeros(SPECIALS, np.int64)
-        self.tails = Tails.empty()
+        self.filled = np.zeros(2, np.int64)  # candidates in the lists of the workspace
+        self.overflow: Tails | None = None  # the best of the lists that were full
 
     def count(self, before: Tails) -> None:
         """Count into the private table; only samples beyond the tails held ``before`` can be candidates."""
         own, start = self.workspace, 0
-        while start < self.words.size:  # the kernel comes back early when a list of candidates is full
-            limits = np.array(
-                [max(before.upper[-1], self.tails.upper[-1]), min(before.lower[-1], self.tails.lower[-1])],
-                np.int64,
-            )
-            filled = np.zeros(2, np.int64)
+        limits = np.array([before.upper[-1], before.lower[-1]], np.int64)
+        while True:
             start = kernels().tally(
-                self.words, start, own.table, self.span, self.specials, limits, own.upper, own.lower, filled
+                self.words,
+                start,
+                own.table,
+                self.span,
+                self.specials,
+                limits,
+                own.upper,
+                own.lower,
+                self.filled,
             )
-            self.tails.include(own.upper[: filled[0]], own.lower[: filled[1]])
+            if start == self.words.size:
+                return
+            self.overflow = self.overflow or Tails.empty()  # a list of candidates is full
+            self._offer(self.overflow)
+            limits[0] = max(limits[0], self.overflow.upper[-1])
+            limits[1] = min(limits[1], self.overflow.lower[-1])
+            self.filled[:] = 0
 
     def empty_into(self, counts: Int64, offsets: Int64, specials: Int64, tails: Tails) -> None:
         """Add what was counted to the histogram, and leave the workspace zero for the next share."""
         kernels().empty(self.workspace.table, self.span[0], self.span[1], counts, offsets)
         specials += self.specials
-        tails.include(
-            self.tails.upper[self.tails.upper > tails.upper[-1]],
-            self.tails.lower[self.tails.lower < tails.lower[-1]],
-        )
+        self._offer(tails)
+        if self.overflow is not None:
+            tails.include(self.overflow.upper, self.overflow.lower)
         _free.append(self.workspace)
+
+    def _offer(self, tails: Tails) -> None:
+        tails.include(self.workspace.upper[: self.filled[0]], self.workspace.lower[: self.filled[1]])
 
 
 @cache

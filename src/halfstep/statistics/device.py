@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from halfstep.statistics.keys import BINS, FIRST_SPECIAL, SIGN, Int64
+from halfstep.statistics.keys import BINS, FIRST_SPECIAL, NAN, SIGN, Int64
 from halfstep.statistics.tails import TAIL, Tails
 
 _PIECE = (
@@ -72,6 +72,11 @@ class Tally:
         self._lower = (
             torch.cat([self._lower, lower.topk(kept, largest=False).values]).topk(TAIL, largest=False).values
         )
+
+    @property
+    def nan_count(self) -> int:
+        """NaN counted here; waits for the device."""
+        return int(self._specials[NAN])
 
     def empty_into(self, counts: Int64, offsets: Int64, specials: Int64, tails: Tails) -> None:
         """Wait for the device, and add what it counted to a histogram's arrays."""

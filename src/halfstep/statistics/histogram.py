@@ -88,18 +88,17 @@ class Histogram:
             return
         flat = _flat(x.detach())
         if self._batch_ranges is not None:
-            self._batch_ranges.append(_finite_range(flat))
+            self._batch_ranges += _finite_range(flat)
         if flat.device.type != "cpu":
             if self._pending is None or self._pending.device != flat.device:
                 self._settle()
                 self._pending = device.Tally(flat.device)
             self._pending.add(flat)
             return
-        for piece in torch.split(flat, counting.PIECE):
-            words = piece.float().view(torch.int32).numpy()
-            counting.count(
-                words, self._counts, self._offsets, self._specials, self._tails, torch.get_num_threads()
-            )
+        threads = torch.get_num_threads()
+        for start in range(0, flat.numel(), counting.PIECE):  # bounds the copy that a half-width dtype needs
+            words = flat[start : start + counting.PIECE].float().view(torch.int32).numpy()
+            counting.count(words, self._counts, self._offsets, self._specials, self._tails, threads)
 
     def merge(self, other: Histogram) -> None:
         """Add what another histogram saw: the result is that of one histogram that saw both streams.
@@ -133,9 +132,9 @@ class Histogram:
 
     @property
     def nan_count(self) -> int:
-        """NaN seen."""
-        self._settle()
-        return int(self._specials[NAN])
+        """NaN seen; cheap enough to be asked after every update."""
+        pending = 0 if self._pending is None else self._pending.nan_count
+        return int(self._specials[NAN]) + pending
 
     @property
     def inf_count(self) -> int:
@@ -247,13 +246,17 @@ class Histogram:
     def magnitude_quantile(self, p: float | Fraction) -> float:
         """Return :meth:`quantile` of the absolute values."""
         count = self._require_count()
-        from_top = count - _rank(p, count)
+        above = count - _rank(p, count)
         upper, lower = self._ends()
-        magnitudes = np.sort(np.abs(np.concatenate([upper, lower] if count > TAIL else [upper])))[::-1]
-        if from_top < min(TAIL, count):
-            return float(magnitudes[from_top])
+        ends = np.sort(np.abs(np.concatenate([upper, lower]) if count > TAIL else upper))[::-1]
+        if above < upper.size:
+            return float(ends[above])
         values, counts = self.bins()
-        return _nth_of(np.abs(values), counts, count - from_top)
+        return _nth_of(np.abs(values), counts, count - above)
+
+    def nth(self, rank: int) -> float:
+        """Return the ``rank``-th smallest sample, 1 being the minimum; as exact as :meth:`quantile`."""
+        return self._nth(rank, of=self._require_count())
 
     # Keeping it.
 
@@ -362,13 +365,13 @@ def _nth_of(values: Float64, counts: Int64, rank: int) -> float:
 
 def _flat(x: Tensor) -> Tensor:
     """Return the elements in the order of memory: a view of a dense tensor, a copy of one with holes."""
+    if x.is_contiguous():
+        return x.reshape(-1)
     by_stride = sorted(range(x.dim()), key=x.stride, reverse=True)
     return x.permute(by_stride).reshape(-1)
 
 
-def _finite_range(x: Tensor) -> tuple[float, float]:
+def _finite_range(x: Tensor) -> list[tuple[float, float]]:
+    """Return the extremes of what is finite, as a list of one, or of none."""
     finite = x[torch.isfinite(x)]
-    if finite.numel() == 0:
-        return 0.0, 0.0
-    low, high = torch.aminmax(finite)
-    return float(low), float(high)
+    return [(float(finite.min()), float(finite.max()))] if finite.numel() else []

@@ -158,20 +158,20 @@ def kernels() -> Kernels:
         return size
 
     @njit(nogil=True)
-    def fold(table: Any, key: int, counts: Any, offsets: Any) -> None:
-        for i in range(key * LANES, (key + 1) * LANES):
-            word = table[i]
-            if word != 0:
-                counts[key] += word >> 40
-                offsets[key] += word & sums
-                table[i] = 0
+    def fold(table: Any, counts: Any, offsets: Any) -> None:
+        for i in range(counts.size):
+            a, b, c, d = table[4 * i], table[4 * i + 1], table[4 * i + 2], table[4 * i + 3]
+            if a | b | c | d:
+                counts[i] += (a >> 40) + (b >> 40) + (c >> 40) + (d >> 40)
+                offsets[i] += (a & sums) + (b & sums) + (c & sums) + (d & sums)
+                table[4 * i], table[4 * i + 1], table[4 * i + 2], table[4 * i + 3] = 0, 0, 0, 0
 
     @njit(nogil=True)
     def empty(table: Any, first: int, last: int, counts: Any, offsets: Any) -> None:
-        """Move bins 0 and ``first`` .. ``last`` of either sign from the table to the histogram."""
+        """Move bin 0 and bins ``first`` .. ``last`` of either sign from the table to the histogram."""
         for sign in (0, SIGN):
-            fold(table, sign, counts, offsets)
-            for key in range(max(first, 1), last + 1):
-                fold(table, sign + key, counts, offsets)
+            for start, stop in ((sign, sign + 1), (sign + first, sign + last + 1)):
+                if start < stop:
+                    fold(table[4 * start : 4 * stop], counts[start:stop], offsets[start:stop])
 
     return Kernels(tally, empty)

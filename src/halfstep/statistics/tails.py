@@ -29,10 +29,6 @@ class Tails:
     def include(self, upper: NDArray[np.int32], lower: NDArray[np.int32]) -> None:
         """Keep the ends of what is held and what is offered; order and grouping of offers do not matter."""
         if upper.size:
-            every = np.concatenate([self.upper, upper])
-            every.partition(every.size - TAIL)
-            self.upper = np.sort(every[-TAIL:])[::-1].copy()
+            self.upper = np.sort(np.concatenate([self.upper, upper]))[: -TAIL - 1 : -1].copy()
         if lower.size:
-            every = np.concatenate([self.lower, lower])
-            every.partition(TAIL)
-            self.lower = np.sort(every[:TAIL])
+            self.lower = np.sort(np.concatenate([self.lower, lower]))[:TAIL].copy()
