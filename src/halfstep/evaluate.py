@@ -79,7 +79,7 @@ class Metric:
         Raises:
             MetricError: if there is no example, or the score raises, has a wrong shape, or is not finite.
         """
-        scores = [batch for batch in self._batches(model, progress)]
+        scores = list(self._batches(model, progress))
         if not scores:
             raise MetricError("metric: the labelled data are empty; give at least one (inputs, labels) batch")
         per_example = torch.cat(scores)

@@ -354,7 +354,7 @@ def initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
         tensor = ir.tensor(np.array(array, order="C"), name=name)
         graph.register_initializer(
             ir.Value(
-                name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+                name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
             )
         )
     return graph.initializers[name]

@@ -20,7 +20,7 @@ def store(module: fx.GraphModule, wanted: str, value: torch.Tensor, old: fx.Node
     Where ``wanted`` is read by any node but ``old`` with its one user, a number is appended instead: what another
     layer reads is never overwritten.
     """
-    readers = [n for n in module.graph.nodes if n.op == "get_attr" and n.target == wanted]
+    readers: list[fx.Node] = [n for n in module.graph.nodes if n.op == "get_attr" and n.target == wanted]
     taken = any(node is not old or len(node.users) > 1 for node in readers)
     name, count = wanted, 1
     while taken or (name != wanted and _exists(module, name)):

@@ -1,0 +1,88 @@
+"""Codes of 1 to 8 bits as bytes and back, in the order in which ONNX stores its 2- and 4-bit types."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from halfstep.errors import FormatError
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack the low ``bits`` bits of each code into bytes.
+
+    Element i takes the bits ``i * bits`` and up of one stream that fills every byte from its lowest bit. For
+    2 and 4 bits that is ONNX's layout (the first element in the low bits); 3-bit codes cross byte borders, 8
+    codes in 3 bytes. The rest of the last byte is zero.
+
+    Args:
+        codes: integers, any shape, in row-major order; signed codes in two's complement.
+        bits: 1 to 8.
+
+    Returns:
+        uint8, ``ceil(codes.numel() * bits / 8)`` bytes, one-dimensional.
+
+    Raises:
+        FormatError: codes that are no integers or do not fit, or another width.
+
+    >>> pack(torch.tensor([1, -2, 3]), bits=4)
+    tensor([225,   3], dtype=torch.uint8)
+
+    Source: ONNX, "4 bit integer types", packing and unpacking.
+    """
+    _check_bits(bits)
+    if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
+        raise FormatError(f"codes: got {codes.dtype}, needed integers")
+    flat = codes.reshape(-1).int()
+    lowest, highest = -(2 ** (bits - 1)), 2**bits - 1
+    if len(flat) and not lowest <= int(flat.amin()) <= int(flat.amax()) <= highest:
+        raise FormatError(
+            f"codes: got {int(flat.amin())} to {int(flat.amax())}, needed {lowest} to {highest} for {bits} bits"
+        )
+    places = torch.arange(bits, device=codes.device)
+    stream = ((flat.unsqueeze(1) >> places) & 1).reshape(-1)  # (codes * bits,)
+    stream = torch.nn.functional.pad(stream, (0, -len(stream) % 8)).reshape(-1, 8)
+    return (stream << torch.arange(8, device=codes.device)).sum(1).to(torch.uint8)
+
+
+def unpack(packed: Tensor, bits: int, shape: Sequence[int], signed: bool) -> Tensor:
+    """Undo :func:`pack`.
+
+    Args:
+        packed: uint8, one-dimensional.
+        bits: 1 to 8.
+        shape: of the codes.
+        signed: whether codes are two's complement.
+
+    Returns:
+        int8 if signed, else uint8, of ``shape``.
+
+    Raises:
+        FormatError: another width, or another number of bytes than ``shape`` needs.
+
+    >>> unpack(torch.tensor([225, 3], dtype=torch.uint8), bits=4, shape=(3,), signed=True)
+    tensor([ 1, -2,  3], dtype=torch.int8)
+    """
+    _check_bits(bits)
+    count = prod(int(size) for size in shape)
+    needed = -(-count * bits // 8)
+    if packed.dtype != torch.uint8 or packed.shape != (needed,):
+        raise FormatError(
+            f"packed: got {packed.dtype} of shape {tuple(packed.shape)}, needed uint8 of shape ({needed},) for "
+            f"{count} codes of {bits} bits"
+        )
+    stream = (packed.int().unsqueeze(1) >> torch.arange(8, device=packed.device)) & 1  # (bytes, 8)
+    places = stream.reshape(-1)[: count * bits].reshape(count, bits)
+    codes = (places << torch.arange(bits, device=packed.device)).sum(1)
+    if signed:
+        codes = torch.where(codes >= 2 ** (bits - 1), codes - 2**bits, codes)
+    return codes.to(torch.int8 if signed else torch.uint8).reshape(tuple(shape))
+
+
+def _check_bits(bits: int) -> None:
+    """Raise unless codes of this width are packed into bytes."""
+    if not 1 <= bits <= 8:
+        raise FormatError(f"bits: got {bits}, needed 1 to 8; wider codes are stored as they are")
