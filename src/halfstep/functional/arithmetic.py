@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from halfstep.errors import FormatError
-from halfstep.formats import Format, Integer
-from halfstep.functional import uniform
+from halfstep.formats import Codebook, Floating, Format, Integer
+from halfstep.functional import codebook, floating, uniform
 from halfstep.granularity import Granularity
 
 
@@ -38,7 +38,7 @@ class Arithmetic(Protocol):
         """Return the real numbers of the codes of ``x``."""
 
 
-_TABLE: dict[type, Arithmetic] = {Integer: uniform}
+_TABLE: dict[type, Arithmetic] = {Integer: uniform, Codebook: codebook, Floating: floating}
 
 
 def arithmetic(format: Format) -> Arithmetic:

@@ -6,26 +6,28 @@ import torch
 from torch import Tensor
 
 from halfstep.errors import FormatError
-from halfstep.formats import Format
 from halfstep.formats.format import check_scale
 from halfstep.granularity import Granularity
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def check_operands(
-    x: Tensor, scale: Tensor, zero_point: Tensor | None, format: Format, granularity: Granularity
-) -> None:
+def check_operands(x: Tensor, scale: Tensor, zero_point: Tensor | None, granularity: Granularity) -> None:
     """Raise unless ``x`` is a float tensor and the parameters fit it.
 
     Raises:
         FormatError: saying which operand, what was got and what was needed.
     """
+    check_real(x)
+    check_parameters(x.shape, scale, zero_point, granularity)
+
+
+def check_real(x: Tensor) -> None:
+    """Raise unless ``x`` is a float tensor that can be computed with."""
     if x.dtype not in FLOATS:
         raise FormatError(
             f"x: got {x.dtype}, needed float16, bfloat16, float32 or float64; convert it with .float()"
         )
-    check_parameters(x.shape, scale, zero_point, granularity)
 
 
 def check_codes(codes: Tensor, scale: Tensor, zero_point: Tensor | None, granularity: Granularity) -> None:

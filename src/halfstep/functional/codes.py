@@ -39,7 +39,7 @@ def quantize(
     >>> quantize(torch.tensor([0.12, -9.0, 0.25]), torch.tensor(0.1), None, Integer(4))
     tensor([ 1, -7,  2], dtype=torch.int8)
     """
-    check_operands(x, scale, zero_point, format, granularity)
+    check_operands(x, scale, zero_point, granularity)
     with torch.no_grad():
         return arithmetic(format).quantize(x, scale, zero_point, format, granularity)
 

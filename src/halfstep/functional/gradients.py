@@ -1,14 +1,16 @@
 """Surrogate gradients: what the derivative of a rounding staircase is taken to be.
 
-The staircase has slope zero almost everywhere, so training goes through a surrogate. With x^ = scale * f(x /
-scale) for every format, and m = 1 where x lies in the effective range [low, high], else 0::
+The staircase has slope zero almost everywhere, so training goes through a surrogate. With
+x^ = scale * f(x / scale) for every format, and m = 1 where x lies in the effective range [low, high], else
+0::
 
-    straight-through   dx^/dx     = 1
-    clipped            dx^/dx     = m
-    learned scale      dx^/dscale = x^/scale - m x/scale   (LSQ: round(x/s) - x/s inside, the end level
-    outside) PACT               dx^/dscale = (1 - m) x^/scale       (only clipped elements move the range)
+    straight-through   dx^/dx          = 1
+    clipped            dx^/dx          = m
+    learned scale      dx^/dscale      = (x^ - m x) / scale   LSQ: round(x/s) - x/s inside, the end level
+    outside PACT               dx^/dscale      = (1 - m) x^ / scale   only clipped elements move the range
     learned offset     dx^/dzero_point = -(1 - m) scale
-    XNOR               dx^/dx     = 1/n + scale 1[|x| <= 1]
+    learned value k    dx^/dvalue_k    = scale where x has the code k
+    XNOR               dx^/dx          = 1/n + scale 1[|x| <= 1]
 """
 
 from __future__ import annotations
@@ -17,6 +19,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from halfstep.granularity import Granularity, counts
+
+#: float32 rounds the scale, so the element that set the range may lie a few units in the last place outside
+#: it.
+_EDGE = 1 + 2.0**-20
 
 
 @dataclass(frozen=True)
@@ -39,17 +47,17 @@ class StraightThrough:
     rounding: bool = True
     balanced: bool = False
 
-    def input(self, grad: Tensor, x: Tensor, inside: Tensor, scale: Tensor, count: int) -> Tensor:
+    def input(self, grad: Tensor, x: Tensor, inside: Tensor | None, scale: Tensor, count: int) -> Tensor:
         """Return the gradient for ``x``, elementwise."""
-        return torch.where(inside, grad, 0.0) if self.clipped else grad
+        return grad if inside is None else torch.where(inside, grad, 0.0)
 
 
 @dataclass(frozen=True)
 class Xnor:
     """XNOR-Net's gradient of a binarised weight: ``grad * (1/n + scale * 1[|x| <= limit])``.
 
-    It stands for the derivative through the sign and through scale = mean\\|x\\| together, so the scale gets
-    none of its own.
+    It stands for the derivative through the sign and through scale = mean\\|x\\| together, so the scale
+    should be recomputed by :func:`~halfstep.functional.binary_scale` at each step and not be learned as well.
 
     Args:
         limit: the largest magnitude that still receives the sign's gradient.
@@ -58,12 +66,11 @@ class Xnor:
     """
 
     limit: float = 1.0
-
     clipped: bool = True
     rounding: bool = False
     balanced: bool = False
 
-    def input(self, grad: Tensor, x: Tensor, inside: Tensor, scale: Tensor, count: int) -> Tensor:
+    def input(self, grad: Tensor, x: Tensor, inside: Tensor | None, scale: Tensor, count: int) -> Tensor:
         """Return the gradient for ``x``; ``count`` elements share each scale."""
         return grad * (1.0 / count + torch.where(x.abs() <= self.limit, scale, 0.0)).to(grad.dtype)
 
@@ -75,3 +82,43 @@ CLIPPED_STE = StraightThrough()
 LSQ = StraightThrough(balanced=True)
 PACT = StraightThrough(rounding=False)
 XNOR = Xnor()
+
+
+def inside(
+    x: Tensor, low: Tensor, high: Tensor, granularity: Granularity, gradient: Gradient
+) -> Tensor | None:
+    """Return where ``x`` lies in the range; None for everywhere, if the surrogate does not clip."""
+    if not gradient.clipped:
+        return None
+    low, high = granularity.expand(low * _EDGE, x.shape), granularity.expand(high * _EDGE, x.shape)
+    return (x >= low) & (x <= high)
+
+
+def of_scale(
+    grad: Tensor,
+    x: Tensor,
+    result: Tensor,
+    inside: Tensor | None,
+    scale: Tensor,
+    granularity: Granularity,
+    gradient: Gradient,
+) -> Tensor:
+    """Return the gradient of a learned scale, summed over the elements that share it."""
+    error = result - x if gradient.rounding else torch.zeros_like(x)
+    moved = error if inside is None else torch.where(inside, error, result)
+    total = granularity.reduce(grad.to(scale.dtype) * moved.to(scale.dtype), "sum")
+    return total / scale
+
+
+def of_zero_point(grad: Tensor, inside: Tensor | None, scale: Tensor, granularity: Granularity) -> Tensor:
+    """Return the gradient of a learned offset, summed over the elements that share it."""
+    if inside is None:
+        return torch.zeros_like(scale)
+    return -scale * granularity.reduce(torch.where(inside, 0.0, grad.to(scale.dtype)), "sum")
+
+
+def balance(x: Tensor, reach: float, granularity: Granularity, gradient: Gradient) -> Tensor | float:
+    """Return what the gradients of scale and offset are multiplied by."""
+    if not gradient.balanced:
+        return 1.0
+    return (counts(granularity, x) * reach).clamp(min=1).rsqrt()

@@ -8,14 +8,11 @@ import torch
 from torch import Tensor
 
 from halfstep.formats import Format
+from halfstep.functional import gradients
 from halfstep.functional.arithmetic import arithmetic
 from halfstep.functional.checks import check_operands
 from halfstep.functional.gradients import CLIPPED_STE, Gradient
-from halfstep.granularity import Granularity, PerTensor, counts
-
-#: float32 rounds the scale, so the element that set the range may lie a few units in the last place outside
-#: it.
-_EDGE = 1 + 2.0**-20
+from halfstep.granularity import Granularity, PerTensor
 
 
 def fake_quantize(
@@ -52,7 +49,7 @@ def fake_quantize(
     >>> fake_quantize(torch.tensor([0.12, -9.0, 0.25]), torch.tensor(0.1), None, Integer(4))
     tensor([ 0.1000, -0.7000,  0.2000])
     """
-    check_operands(x, scale, zero_point, format, granularity)
+    check_operands(x, scale, zero_point, granularity)
     learned = zero_point is not None and zero_point.requires_grad
     if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad or learned):
         result: Tensor = _FakeQuantize.apply(  # type: ignore[no-untyped-call]
@@ -84,37 +81,15 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, zero_point, result = ctx.saved_tensors
         granularity, gradient = ctx.granularity, ctx.gradient
-        inside = _inside(x, scale, zero_point, ctx.format, granularity, gradient)
-        expanded = granularity.expand(scale, x.shape)
-        count = x.numel() // max(scale.numel(), 1)
-
+        low, high = ctx.format.range(scale, zero_point)
+        inside = gradients.inside(x, low, high, granularity, gradient)
+        balance = gradients.balance(x, ctx.format.reach, granularity, gradient)
         grad_x = grad_scale = grad_zero_point = None
         if ctx.needs_input_grad[0]:
-            grad_x = gradient.input(grad, x, inside, expanded, count)
+            count = x.numel() // max(scale.numel(), 1)
+            grad_x = gradient.input(grad, x, inside, granularity.expand(scale, x.shape), count)
         if ctx.needs_input_grad[1]:
-            kept = torch.where(inside, result - x if gradient.rounding else 0.0, result)
-            grad_scale = granularity.reduce(grad.to(scale.dtype) * kept.to(scale.dtype) / expanded, "sum")
+            grad_scale = balance * gradients.of_scale(grad, x, result, inside, scale, granularity, gradient)
         if ctx.needs_input_grad[2]:
-            outside = torch.where(inside, 0.0, -expanded)
-            grad_zero_point = granularity.reduce(grad.to(scale.dtype) * outside, "sum")
-        if gradient.balanced:
-            balance = (counts(granularity, x) * ctx.format.reach).clamp(min=1).rsqrt()
-            grad_scale = None if grad_scale is None else grad_scale * balance
-            grad_zero_point = None if grad_zero_point is None else grad_zero_point * balance
+            grad_zero_point = balance * gradients.of_zero_point(grad, inside, scale, granularity)
         return grad_x, grad_scale, grad_zero_point, None, None, None
-
-
-def _inside(
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    format: Format,
-    granularity: Granularity,
-    gradient: Gradient,
-) -> Tensor:
-    """Return where ``x`` lies in the effective range; everywhere, for a surrogate that does not clip."""
-    if not gradient.clipped:
-        return torch.ones((), dtype=torch.bool, device=x.device)
-    low, high = format.range(scale, zero_point)
-    low, high = granularity.expand(low * _EDGE, x.shape), granularity.expand(high * _EDGE, x.shape)
-    return (x >= low) & (x <= high)

@@ -1,0 +1,222 @@
+"""Non-uniform formats: a sorted table of values, and thresholds that say which value a number becomes."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from halfstep.errors import FormatError
+from halfstep.formats import tables
+from halfstep.formats.format import checked_range, storable
+
+
+def midpoints(values: Tensor) -> Tensor:
+    """Return the thresholds halfway between neighbouring values: shape (..., n) -> (..., n - 1).
+
+    >>> midpoints(torch.tensor([-1.0, 0.0, 0.5]))
+    tensor([-0.5000,  0.2500])
+    """
+    return ((values[..., :-1].double() + values[..., 1:].double()) / 2).to(values.dtype)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Codebook:
+    """n values and the n - 1 thresholds between their cells; real = scale * values[code].
+
+    A code is the number of thresholds below ``x / scale``. Equality and hash go by content.
+
+    Args:
+        values: (n,), strictly increasing; or (\\*parameters, n), one table for each parameter of the
+            granularity it is used with. Stored as float32.
+        thresholds: (n - 1,) or (\\*parameters, n - 1), strictly increasing. None stands for the midpoints,
+            which makes the value the nearest one.
+        ties_up: what becomes of a number equal to a threshold: the lower value, or (True) the upper one.
+        scaled: whether values are multiples of a scale, as normalised tables are; if False they are absolute,
+            and :meth:`parameters` answers with scale 1.
+        name: what ``str()`` calls it.
+
+    Raises:
+        FormatError: fewer than 2 values, not finite, not strictly increasing, or thresholds that do not fit.
+
+    >>> Codebook.rule(values=[0, 1, 2], thresholds=[0, 1], ties_up=True)  # below 0, [0, 1), 1 and above
+    Codebook(rule, 3 values, 2 bits)
+    """
+
+    values: Tensor
+    thresholds: Tensor = None  # type: ignore[assignment]  # None only until __post_init__
+    ties_up: bool = False
+    scaled: bool = True
+    name: str = "codebook"
+    lowest: float = field(init=False)
+    highest: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        values = _table("values", self.values, at_least=2)
+        thresholds = midpoints(values) if self.thresholds is None else self.thresholds
+        thresholds = _table("thresholds", thresholds, at_least=1)
+        if thresholds.shape != (*values.shape[:-1], values.shape[-1] - 1):
+            raise FormatError(
+                f"thresholds: got shape {tuple(thresholds.shape)} for values of shape {tuple(values.shape)}; "
+                "needed one threshold less than values"
+            )
+        for name, value in (
+            ("values", values),
+            ("thresholds", thresholds),
+            ("lowest", values.amin().item()),
+            ("highest", values.amax().item()),
+        ):
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def rule(cls, values: Sequence[float], thresholds: Sequence[float], ties_up: bool = False) -> Codebook:
+        """A rule of one's own: absolute values and thresholds, with the side that a tie goes to.
+
+        Warns where zero is none of the values, because padding and ReLU produce zeros.
+
+        >>> Codebook.rule([0, 1, 2], [0, 1], ties_up=True).thresholds
+        tensor([0., 1.])
+        """
+        if 0.0 not in list(values):
+            warnings.warn("this rule has no value 0: zeros from padding and ReLU will change", stacklevel=2)
+        return cls(
+            torch.tensor(values, dtype=torch.float32),
+            torch.tensor(thresholds, dtype=torch.float32),
+            ties_up,
+            scaled=False,
+            name="rule",
+        )
+
+    @classmethod
+    def mu_law(cls, bits: int, mu: float = 255.0) -> Codebook:
+        """``2**bits - 1`` values, evenly spaced after mu-law compression: fine steps near zero."""
+        return cls(tables.mu_law(bits, mu), name="mu-law")
+
+    @classmethod
+    def a_law(cls, bits: int, a: float = 87.6) -> Codebook:
+        """``2**bits - 1`` values, evenly spaced after A-law compression."""
+        return cls(tables.a_law(bits, a), name="A-law")
+
+    @classmethod
+    def power_of_two(cls, bits: int) -> Codebook:
+        """0 and +-1, +-1/2, +-1/4, ...: ``2**bits - 1`` values, a product is a shift."""
+        return cls(tables.power_of_two(bits), name="power-of-two")
+
+    @classmethod
+    def apot(cls, bits: int, signed: bool = True) -> Codebook:
+        """Additive powers of two (Li, Dong, Wang 2020): sums of few powers of two, a product is a few shifts."""
+        return cls(tables.apot(bits, signed), name="APoT" if signed else "unsigned APoT")
+
+    @classmethod
+    def nf4(cls) -> Codebook:
+        """NormalFloat of 4 bits (Dettmers et al. 2023): quantiles of N(0, 1); meant for groups of 64."""
+        return cls(torch.tensor(tables.NF4, dtype=torch.float32), name="NF4")
+
+    @classmethod
+    def binary(cls) -> Codebook:
+        """-1 and 1, with sign(0) = +1; :func:`~halfstep.functional.binary_scale` gives its best scale."""
+        return cls(torch.tensor([-1.0, 1.0]), torch.tensor([0.0]), ties_up=True, name="binary")
+
+    @classmethod
+    def ternary(cls) -> Codebook:
+        """-1, 0 and 1; :func:`~halfstep.functional.ternary_scale` gives its best scale."""
+        return cls(torch.tensor([-1.0, 0.0, 1.0]), name="ternary")
+
+    @property
+    def levels(self) -> int:
+        """How many values a table has."""
+        return self.values.shape[-1]
+
+    @property
+    def bits(self) -> int:
+        """Bits of a stored code."""
+        return (self.levels - 1).bit_length()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The smallest torch dtype that holds every code: uint8, int16 or int32."""
+        return torch.uint8 if self.levels <= 2**8 else torch.int16 if self.levels <= 2**15 else torch.int32
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the lowest value is minus the highest."""
+        return self.lowest == -self.highest
+
+    @property
+    def reach(self) -> float:
+        """The largest magnitude of a value."""
+        return max(-self.lowest, self.highest)
+
+    def parameters(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the smallest scale whose range covers [low, high], and zeros for the zero point.
+
+        A side that the table lacks (no negative values, say) is left out: its numbers saturate. A zero range,
+        and a codebook of absolute values, get scale 1.
+
+        Args:
+            low: lower ends, any shape; with one table per parameter that shape.
+            high: upper ends, same shape.
+
+        Returns:
+            scale (float32) and zero_point (int32), both of that shape.
+
+        Raises:
+            FormatError: an end that is NaN or infinite, ``low > high``, or a scale beyond float32.
+
+        >>> Codebook.nf4().parameters(torch.tensor(-3.0), torch.tensor(2.0))
+        (tensor(3.), tensor(0, dtype=torch.int32))
+        """
+        low, high = checked_range(low, high)
+        zero_point = torch.zeros_like(low, dtype=torch.int32)
+        if not self.scaled:
+            return torch.ones_like(low, dtype=torch.float32), zero_point
+        first, last = self._ends(low.device)
+        below = torch.where(first < 0, low / first.clamp(max=-1e-300), 0.0)
+        above = torch.where(last > 0, high / last.clamp(min=1e-300), 0.0)
+        return storable(torch.maximum(below, above)), zero_point
+
+    def range(self, scale: Tensor, zero_point: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the lowest and the highest value, times ``scale``; ``zero_point`` is not read."""
+        first, last = self._ends(scale.device)
+        return scale * first.to(scale.dtype), scale * last.to(scale.dtype)
+
+    def _ends(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the first and last values of each table in float64, or plain scalars for a single table."""
+        values = self.values.to(device)
+        return values[..., 0].double(), values[..., -1].double()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Codebook) and self._content() == other._content()
+
+    def __hash__(self) -> int:
+        return hash(self._content())
+
+    def _content(self) -> tuple[object, ...]:
+        numbers = (self.values.cpu().numpy(), self.thresholds.cpu().numpy())
+        digests = [hashlib.sha256(n.tobytes()).digest() for n in numbers]
+        return (self.name, self.ties_up, self.scaled, tuple(self.values.shape), *digests)
+
+    def __repr__(self) -> str:
+        tables = " per parameter" if self.values.dim() > 1 else ""
+        return f"Codebook({self.name}, {self.levels} values{tables}, {self.bits} bits)"
+
+    def __str__(self) -> str:
+        return f"{self.name} of {self.levels}"
+
+
+def _table(name: str, numbers: Tensor, at_least: int) -> Tensor:
+    """Return numbers as float32, checked to be finite and strictly increasing along the last axis."""
+    numbers = torch.as_tensor(numbers, dtype=torch.float32).detach().clone() + 0.0  # no -0.0
+    if numbers.dim() < 1 or numbers.shape[-1] < at_least:
+        raise FormatError(
+            f"{name}: got shape {tuple(numbers.shape)}, needed {at_least} or more along the last axis"
+        )
+    if not bool(numbers.isfinite().all()) or not bool((numbers.diff(dim=-1) > 0).all()):
+        raise FormatError(
+            f"{name}: got {numbers.tolist()}, needed finite float32 numbers that strictly increase"
+        )
+    return numbers

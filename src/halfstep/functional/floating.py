@@ -1,0 +1,84 @@
+"""The arithmetic of :class:`~halfstep.formats.Floating`: saturate, then round the mantissa to nearest even."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from halfstep.formats import Floating
+from halfstep.functional.uniform import working_dtype
+from halfstep.granularity import Granularity
+
+
+def quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, format: Floating, granularity: Granularity
+) -> Tensor:
+    """Return bit patterns; NaN stays NaN where the format has one, else becomes 0."""
+    numbers = _rounded(_saturated(x, scale, format, granularity), format)
+    if format.storage is not None:
+        return numbers.to(format.storage).view(torch.uint8)
+    numbers = numbers.nan_to_num(nan=0.0)
+    # Magnitudes in increasing order have consecutive patterns: count steps, and a full row of them per
+    # exponent.
+    exponent = _exponent(numbers, format)
+    row: int = 2**format.mantissa_bits
+    magnitude = torch.ldexp(numbers.abs(), format.mantissa_bits - exponent)
+    pattern = magnitude + (exponent - format.smallest_exponent) * row
+    return (pattern + torch.signbit(numbers) * (format.levels // 2)).to(format.dtype)
+
+
+def dequantize(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    format: Floating,
+    granularity: Granularity,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return ``scale`` times the number that each bit pattern stands for."""
+    working = working_dtype(dtype)
+    if format.storage is not None:
+        numbers = codes.to(torch.uint8).view(format.storage).to(working)
+    else:
+        numbers = _decoded(codes.int(), format, working)
+    return numbers.mul_(granularity.expand(scale, codes.shape)).to(dtype)
+
+
+def fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, format: Floating, granularity: Granularity
+) -> Tensor:
+    """Return ``dequantize(quantize(x))``, except that NaN stays NaN."""
+    numbers = _rounded(_saturated(x, scale, format, granularity), format)
+    return numbers.mul_(granularity.expand(scale, x.shape)).to(x.dtype)
+
+
+def _saturated(x: Tensor, scale: Tensor, format: Floating, granularity: Granularity) -> Tensor:
+    """Return ``x / scale`` clipped to the finite numbers, as a fresh tensor of the dtype that is computed in."""
+    working = working_dtype(x.dtype)
+    scale = granularity.expand(scale, x.shape).to(working)
+    numbers = x / scale if x.dtype == working else x.to(working).div_(scale)
+    return numbers.clamp_(-format.largest, format.largest)
+
+
+def _rounded(numbers: Tensor, format: Floating) -> Tensor:
+    """Round to the mantissa's step at each number's exponent, ties to even."""
+    if format.storage is not None and numbers.dtype == torch.float32:
+        return numbers.to(format.storage).to(numbers.dtype)  # torch rounds float64 twice, by way of float32
+    exponent = _exponent(numbers, format) - format.mantissa_bits
+    return torch.ldexp(torch.ldexp(numbers, -exponent).round_(), exponent)
+
+
+def _exponent(numbers: Tensor, format: Floating) -> Tensor:
+    """Return floor(log2 \\|number\\|), but not below the subnormals' exponent."""
+    return (torch.frexp(numbers).exponent - 1).clamp_(min=format.smallest_exponent)
+
+
+def _decoded(patterns: Tensor, format: Floating, dtype: torch.dtype) -> Tensor:
+    """Return the number of each bit pattern of a format whose patterns are all finite."""
+    row: int = 2**format.mantissa_bits
+    sign = 1 - 2 * (patterns // (format.levels // 2))
+    magnitude = patterns % (format.levels // 2)
+    field = magnitude // row  # 0: subnormal, without the leading one and with the exponent of field 1
+    mantissa = magnitude % row + (field > 0) * row
+    exponent = field.clamp(min=1) - 1 + format.smallest_exponent - format.mantissa_bits
+    return torch.ldexp((sign * mantissa).to(dtype), exponent) * torch.where(mantissa == 0, sign, 1)

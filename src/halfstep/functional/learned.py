@@ -1,0 +1,120 @@
+"""A codebook whose values are learned: thresholds follow as the midpoints at every step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfstep.errors import FormatError
+from halfstep.formats.codebook import midpoints
+from halfstep.functional import codebook, gradients
+from halfstep.functional.checks import check_parameters, check_real
+from halfstep.functional.gradients import CLIPPED_STE, Gradient
+from halfstep.functional.uniform import working_dtype
+from halfstep.granularity import Granularity, PerTensor
+
+
+def fake_quantize_learned(
+    x: Tensor,
+    values: Tensor,
+    scale: Tensor | None = None,
+    granularity: Granularity = PerTensor(),  # noqa: B008 - frozen, so sharing it is safe
+    gradient: Gradient = CLIPPED_STE,
+) -> Tensor:
+    """Round ``x`` to the nearest of ``scale * values``, with gradients to the values.
+
+    The gradient of a value is the sum of the gradients of the elements that became it, times their scale.
+    Values may be in any order: they are sorted here, so that training cannot break the codebook by moving two
+    past each other. NaN stays NaN; infinities become the outermost values.
+
+    Args:
+        x: float16, bfloat16, float32 or float64, any shape.
+        values: (n,) for one table, or (\\*parameters, n); float32, usually a Parameter.
+        scale: positive, of ``granularity.parameter_shape(x.shape)``; None for absolute values.
+        granularity: which elements share a scale, and a table if there are several.
+        gradient: the surrogate for ``x`` and ``scale``.
+
+    Returns:
+        A tensor of ``x``'s shape and dtype.
+
+    Raises:
+        FormatError: ``x`` is no float, or the parameters or tables do not fit.
+
+    >>> values = torch.tensor([0.0, 1.0], requires_grad=True)
+    >>> fake_quantize_learned(torch.tensor([0.2, 0.6, 0.9]), values).sum().backward()
+    >>> values.grad
+    tensor([1., 2.])
+    """
+    check_real(x)
+    if values.dim() < 1 or values.shape[-1] < 2:
+        raise FormatError(f"values: got shape {tuple(values.shape)}, needed 2 or more along the last axis")
+    if scale is not None:
+        check_parameters(x.shape, scale, None, granularity)
+    result: Tensor = _FakeQuantizeLearned.apply(  # type: ignore[no-untyped-call]
+        x, values.sort(dim=-1).values, scale, granularity, gradient
+    )
+    return result
+
+
+class _FakeQuantizeLearned(torch.autograd.Function):
+    """Nearest value forward; surrogate for the input, exact derivative for the values."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        values: Tensor,
+        scale: Tensor | None,
+        granularity: Granularity,
+        gradient: Gradient,
+    ) -> Tensor:
+        numbers = x.to(working_dtype(x.dtype))
+        if scale is not None:
+            numbers = numbers / granularity.expand(scale, x.shape)
+        tables = codebook.table(values, numbers, granularity)
+        codes = codebook.search(numbers.nan_to_num(nan=0.0), midpoints(tables), False, granularity)
+        result = codebook.look_up(codes, tables, granularity)
+        if scale is not None:
+            result = result * granularity.expand(scale, x.shape)
+        result = torch.where(x.isnan(), x, result.to(x.dtype))
+        small = codes.to(torch.uint8) if values.shape[-1] <= 2**8 else codes
+        ctx.save_for_backward(x, values, scale, small, result)
+        ctx.granularity, ctx.gradient = granularity, gradient
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, values, scale, codes, result = ctx.saved_tensors
+        granularity, gradient = ctx.granularity, ctx.gradient
+        one = torch.ones((), dtype=values.dtype, device=values.device)
+        ends = values[..., 0], values[..., -1]
+        if scale is not None:
+            ends = ends[0] * scale, ends[1] * scale
+        # Ends of a single table are scalars even where scales are many: bring them to the parameter's shape.
+        shape = granularity.parameter_shape(x.shape)
+        low, high = ends[0].expand(shape), ends[1].expand(shape)
+        inside = gradients.inside(x, low, high, granularity, gradient)
+        scales = one.expand(shape) if scale is None else scale
+        grad_x = grad_values = grad_scale = None
+        if ctx.needs_input_grad[0]:
+            count = x.numel() // max(scales.numel(), 1)
+            grad_x = gradient.input(grad, x, inside, granularity.expand(scales, x.shape), count)
+        if ctx.needs_input_grad[1]:
+            moved = grad.to(values.dtype) * granularity.expand(scales, x.shape)
+            grad_values = _summed(moved, codes.long(), values.shape, granularity)
+        if ctx.needs_input_grad[2]:
+            reach = 1.0  # a scale of normalised values is itself the range
+            balance = gradients.balance(x, reach, granularity, gradient)
+            grad_scale = balance * gradients.of_scale(grad, x, result, inside, scale, granularity, gradient)
+        return grad_x, grad_values, grad_scale, None, None
+
+
+def _summed(moved: Tensor, codes: Tensor, shape: torch.Size, granularity: Granularity) -> Tensor:
+    """Return the sum of ``moved`` over the elements of each code, (n,) or (\\*parameters, n)."""
+    if len(shape) == 1:
+        return moved.new_zeros(shape).index_add(0, codes.reshape(-1), moved.reshape(-1))
+    rows = granularity.rows(moved, 0.0)  # a ragged group's padding adds zeros
+    total = moved.new_zeros(len(rows), shape[-1])
+    return total.scatter_add(1, granularity.rows(codes, 0), rows).reshape(shape)

@@ -1,0 +1,95 @@
+"""Find codebook cells by the upper half of a float's bits: exact, and ten times faster than a binary search.
+
+The 65,536 patterns of a float32's upper 16 bits cut the real line into short intervals. A table tells for
+each how many thresholds lie below its lowest number, so that only the few thresholds inside the interval
+(mostly none) are left to compare with. Used on the CPU, outside compiled graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+#: Building the table costs about as much as searching this many elements.
+WORTHWHILE = 2**15
+
+#: Fewer elements than this are not worth a thread of their own.
+PIECE = 2**19
+
+
+def serves(x: Tensor, thresholds: Tensor) -> bool:
+    """Whether the lookup can be used: one table, float32 in the host's memory, many elements, not being compiled."""
+    return (
+        thresholds.dim() == 1
+        and len(thresholds) < 2**16
+        and x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and x.numel() >= WORTHWHILE
+        and not torch.compiler.is_compiling()
+    )
+
+
+def replace(x: Tensor, values: Tensor, thresholds: Tensor, ties_up: bool) -> None:
+    """Overwrite each element with the value of its cell; NaN stays NaN.
+
+    Args:
+        x: float32, dense in memory in any order of axes (as fresh tensors are), overwritten.
+        values: (n,) float32.
+        thresholds: (n - 1,) float32.
+        ties_up: whether an element equal to a threshold gets the upper value.
+    """
+    flat = x.as_strided((x.numel(),), (1,), x.storage_offset()).numpy()
+    bounds = np.append(thresholds.numpy(), np.float32(np.nan))  # nothing is above NaN: a search stops there
+    starts = _starts(thresholds.numpy().tobytes())
+
+    def work(piece: NDArray[np.float32]) -> None:
+        _compiled()(piece, piece.view(np.uint32), values.numpy(), bounds, starts, ties_up)
+
+    # Plain threads rather than numba's parallel loops, whose waiting threads spin: beside torch's own they
+    # took ten times as long on a busy machine.
+    pieces = np.array_split(flat, max(1, min(torch.get_num_threads(), flat.size // PIECE)))
+    work(pieces[0]) if len(pieces) == 1 else _together(work, pieces)
+
+
+def _together(work: Callable[[NDArray[np.float32]], None], pieces: list[NDArray[np.float32]]) -> None:
+    """Work on every piece at once, one thread each."""
+    with ThreadPoolExecutor(len(pieces) - 1) as pool:
+        others = [pool.submit(work, piece) for piece in pieces[1:]]
+        work(pieces[0])
+        for other in others:
+            other.result()
+
+
+@lru_cache(maxsize=64)
+def _starts(thresholds: bytes) -> NDArray[np.uint16]:
+    """Return for each pattern of upper bits how many thresholds lie below the lowest number that has it."""
+    patterns = np.arange(2**16, dtype=np.uint32) << 16
+    lowest = np.where(patterns >> 31, patterns | 0xFFFF, patterns).astype(np.uint32).view(np.float32)
+    starts = np.searchsorted(np.frombuffer(thresholds, dtype=np.float32), lowest, side="left")
+    return np.where(np.isnan(lowest), 0, starts).astype(np.uint16)  # -inf shares its pattern with NaN
+
+
+@cache
+def _compiled() -> Callable[..., None]:
+    """Compile the loop; numba is loaded here, where it is first needed."""
+    from numba import njit
+
+    @njit(nogil=True)
+    def replace(x: Any, bits: Any, values: Any, bounds: Any, starts: Any, ties_up: bool) -> None:
+        for i in range(x.size):
+            number = x[i]
+            if number == number:  # not NaN
+                code = starts[bits[i] >> 16]
+                while number > bounds[code] or (ties_up and number == bounds[code]):
+                    code += 1
+                x[i] = values[code]
+
+    compiled: Callable[..., None] = replace
+    return compiled
