@@ -1,10 +1,23 @@
 """Calibrators: which range a format shall cover, asked of a histogram or of a weight."""
 
 from halfstep.calibrators.calibrator import Calibrator, WeightCalibrator
+from halfstep.calibrators.concerns import Concern, data_concerns, disagreements, unlike
 from halfstep.calibrators.entropy import Entropy
 from halfstep.calibrators.maximum import Max
 from halfstep.calibrators.moving_average import MovingAverage
 from halfstep.calibrators.mse import MSE
 from halfstep.calibrators.percentile import Percentile
 
-__all__ = ["MSE", "Calibrator", "Entropy", "Max", "MovingAverage", "Percentile", "WeightCalibrator"]
+__all__ = [
+    "MSE",
+    "Calibrator",
+    "Concern",
+    "Entropy",
+    "Max",
+    "MovingAverage",
+    "Percentile",
+    "WeightCalibrator",
+    "data_concerns",
+    "disagreements",
+    "unlike",
+]

@@ -19,10 +19,10 @@ _AT_ONCE = 1 << 18  # elements of a temporary array: 2 MiB, which stay in the ca
 class Entropy:
     """The threshold T for which the distribution after quantization tells least apart from the one before.
 
-    For a candidate T, P is the distribution of the values over the histogram's bins, what lies beyond T added to the
-    outermost bin on its side; Q is what is known after quantization: of every level only how many values inside the
-    range went to it, spread evenly (by width) over the bins that went to it and are not empty. The divergence KL(P || Q)
-    is the information lost, clipping included, and the smallest wins.
+    For a candidate T, P is the distribution of the values over the histogram's bins, what lies beyond T added to
+    the outermost bin on its side. Q is what is known after quantization: of every level only how many values inside
+    the range went to it, spread evenly (by width) over the bins that went to it and are not empty. The divergence
+    KL(P || Q) is the information lost, clipping included, and the smallest wins.
 
     The bins have a relative width, so no number of bins has to be chosen and no outlier spoils them. Candidates
     are the outer edges of the bins, from the first that has as many bins inside as the format has levels, and that
@@ -144,7 +144,8 @@ def _divergences(values: Float64, n: Float64, low: Float64, high: Float64, forma
             - own * np.log(own / width)
             - clipped * np.log(known)
         )
-    return lost / total
+    divergence: Float64 = lost / total
+    return divergence
 
 
 def _outer_edges(values: Float64) -> Float64:

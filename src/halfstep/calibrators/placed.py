@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cached_property
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 
-from halfstep.formats import Format, Integer
-from halfstep.statistics import Float64
+from halfstep.errors import FormatError
+from halfstep.formats import Codebook, Format, Integer
+from halfstep.functional import dequantize
+from halfstep.granularity import PerTensor
+from halfstep.statistics import Float64, Int64
 
 
 class Placed(Protocol):
@@ -26,13 +30,32 @@ class Placed(Protocol):
 
 
 def place(format: Format, low: Float64, high: Float64) -> Placed:
-    """Place a format on ranges [low, high], both (C,), by its own rule for scale and zero point."""
+    """Place a format on ranges [low, high], both (C,), by its own rule for scale and zero point.
+
+    Raises:
+        FormatError: a codebook with one table per channel; a histogram knows no channels.
+    """
     scale, zero_point = format.parameters(torch.from_numpy(low), torch.from_numpy(high))
-    column, offset = scale.double().numpy()[:, None], zero_point.double().numpy()[:, None]
+    column = scale.double().numpy()[:, None]
     if isinstance(format, Integer):
-        lowest = format.quant_min - offset + format.half
+        lowest = format.quant_min - zero_point.double().numpy()[:, None] + format.half
         return _Uniform(column, format.half, lowest, lowest + (format.levels - 1))
-    raise TypeError(format)
+    if isinstance(format, Codebook):
+        if format.values.dim() != 1:
+            raise FormatError(
+                f"{format}: got one table per parameter, needed a single one for a whole tensor"
+            )
+        values, thresholds = format.values.double().numpy(), format.thresholds.double().numpy()
+        return _Table(column, values, thresholds, "right" if format.ties_up else "left")
+    values = _numbers(format)
+    return _Table(column, values, (values[1:] + values[:-1]) / 2, "left")
+
+
+def _numbers(format: Format) -> Float64:
+    """Return the finite numbers that the codes of a format stand for, ascending, zero once."""
+    codes = torch.arange(format.levels, dtype=torch.int32).to(format.dtype)
+    numbers = dequantize(codes, torch.tensor(1.0), None, format, PerTensor())
+    return np.unique(numbers[torch.isfinite(numbers)].double().numpy() + 0.0)
 
 
 @dataclass(frozen=True)
@@ -45,15 +68,56 @@ class _Uniform:
     highest: Float64  # (C, 1)
 
     def levels(self, x: Float64) -> Float64:
-        rounded = np.rint(x / self.scale - self.half) + self.half
-        return np.clip(rounded, self.lowest, self.highest)
+        return self._round(x / self.scale)
+
+    def _round(self, u: Float64) -> Float64:
+        rounded = np.rint(u - self.half) + self.half if self.half else np.rint(u)
+        return np.clip(rounded, self.lowest, self.highest, out=rounded)
 
     def squared_error(self, x: Float64) -> Float64:
-        return (x - self.levels(x) * self.scale) ** 2
+        error: Float64 = (x - self.levels(x) * self.scale) ** 2
+        return error
 
     def error_integral(self, x: Float64) -> Float64:
         # In steps: a whole cell contributes 1/12, the cell that x lies in a third of its distance to the level cubed.
         u = x / self.scale
-        level = self.levels(x)
+        level = self._round(u)
         u -= level
-        return (u * u * u / 3 + level / 12) * self.scale**3
+        integral: Float64 = (u * u * u / 3 + level / 12) * self.scale**3
+        return integral
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Levels and thresholds of a sorted table, times a scale."""
+
+    scale: Float64  # (C, 1)
+    values: Float64  # (n,)
+    thresholds: Float64  # (n - 1,)
+    side: Literal[
+        "left", "right"
+    ]  # "left": a number equal to a threshold goes down; a tie costs the same either way
+
+    def _codes(self, u: Float64) -> Int64:
+        codes: Int64 = np.searchsorted(self.thresholds, u, side=self.side)
+        return codes
+
+    def levels(self, x: Float64) -> Float64:
+        return self._codes(x / self.scale).astype(np.float64)
+
+    def squared_error(self, x: Float64) -> Float64:
+        error: Float64 = (x - self.values[self._codes(x / self.scale)] * self.scale) ** 2
+        return error
+
+    @cached_property
+    def _jumps(self) -> Float64:
+        """What has to be added to (u - value)^3 / 3 in each cell for it to be continuous at the thresholds."""
+        left, right = self.thresholds - self.values[:-1], self.thresholds - self.values[1:]
+        return np.append(0.0, np.cumsum((left**3 - right**3) / 3))
+
+    def error_integral(self, x: Float64) -> Float64:
+        u = x / self.scale
+        codes = self._codes(u)
+        u -= self.values[codes]
+        integral: Float64 = (u * u * u / 3 + self._jumps[codes]) * self.scale**3
+        return integral

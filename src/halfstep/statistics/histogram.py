@@ -196,6 +196,15 @@ class Histogram:
         centres, _, counts = self.slabs()
         return centres, counts
 
+    def keyed_counts(self) -> tuple[Int64, Int64]:
+        """Return (places, counts) of the non-empty bins; places ascend with the values and name the same bin anywhere."""
+        self._settle()
+        keys = np.flatnonzero(self._counts)
+        counts = self._counts[keys]
+        places = np.where(keys < SIGN, keys, SIGN - keys)  # the bin of zero is 0, as is that of -0.0
+        ascending, which = np.unique(places, return_inverse=True)
+        return ascending, np.bincount(which, counts).astype(np.int64)
+
     def slabs(self) -> tuple[Float64, Float64, Int64]:
         """Return the non-empty bins as (centres, half widths, counts), centres ascending.
 

@@ -1,0 +1,120 @@
+"""What a histogram says against trusting a range that is asked of it: as data, for the caller to name and show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from math import ceil
+from typing import Literal
+
+from halfstep.calibrators.calibrator import Calibrator
+from halfstep.calibrators.percentile import Percentile
+from halfstep.statistics import Histogram, distance
+
+APART = 2.0  # calibrators whose ranges differ by more than this factor disagree
+BEYOND = 10  # samples that a percentile needs to leave out before it says more than the largest samples do
+FAR = 0.1  # distance of the evaluation's values from the calibration's that is worth a word
+
+Kind = Literal["unobserved", "not finite", "only zeros", "few samples", "disagreement", "unlike"]
+
+
+@dataclass(frozen=True)
+class Concern:
+    """One reason for a second look.
+
+    Attributes:
+        kind: which, for programs.
+        message: what was found and what to do, for people; the caller puts the site's name before it.
+    """
+
+    kind: Kind
+    message: str
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def data_concerns(histogram: Histogram, calibrators: Sequence[Calibrator] = ()) -> list[Concern]:
+    """Return what is wrong with the values seen, for the calibrators that shall use them.
+
+    Args:
+        histogram: what was seen.
+        calibrators: those to be asked; a percentile needs enough samples to leave some out.
+
+    >>> histogram = Histogram()
+    >>> histogram.update(torch.zeros(100))
+    >>> [str(concern) for concern in data_concerns(histogram)]
+    ['all 100 values are zero: the site is dead on these data, any range will do']
+    """
+    found = []
+    unfit = histogram.nan_count + histogram.inf_count
+    if unfit:
+        found.append(
+            Concern(
+                "not finite",
+                f"{histogram.nan_count} NaN and {histogram.inf_count} infinite values were left out of the range",
+            )
+        )
+    if not histogram.count:
+        return [
+            *found,
+            Concern("unobserved", "no finite value was observed: the model never gets here on these data"),
+        ]
+    if histogram.zero_count == histogram.count:
+        dead = f"all {histogram.count} values are zero: the site is dead on these data, any range will do"
+        return [*found, Concern("only zeros", dead)]
+    for calibrator in calibrators:
+        if isinstance(calibrator, Percentile) and calibrator.share < 1:
+            needed = ceil(BEYOND / (1 - calibrator.share))
+            if histogram.count < needed:
+                few = f"{calibrator} of {histogram.count} values rests on fewer than {BEYOND} of them: needs {needed}"
+                found.append(Concern("few samples", few))
+    return found
+
+
+def disagreements(ranges: Mapping[Calibrator, tuple[float, float]]) -> list[Concern]:
+    """Return the pair of calibrators that are furthest apart, if more than twofold; else nothing.
+
+    A range's width is what is compared. Such a site has outliers that some calibrators keep and others clip: there the
+    choice of calibrator matters.
+
+    Args:
+        ranges: what each calibrator answered for one site and format.
+
+    >>> [concern.kind for concern in disagreements({Max(): (-9.0, 9.0), Percentile(99.9): (-1.0, 1.0)})]
+    ['disagreement']
+    """
+    widths = {calibrator: high - low for calibrator, (low, high) in ranges.items()}
+    pairs = [sorted(pair, key=lambda c: widths[c]) for pair in combinations(widths, 2)]
+    apart = [(small, large) for small, large in pairs if widths[large] > APART * widths[small]]
+    if not apart:
+        return []
+    small, large = max(
+        apart, key=lambda pair: widths[pair[1]] / widths[pair[0]] if widths[pair[0]] else float("inf")
+    )
+    message = (
+        f"{large} answers [{ranges[large][0]:.4g}, {ranges[large][1]:.4g}] and {small} "
+        f"[{ranges[small][0]:.4g}, {ranges[small][1]:.4g}]: outliers decide here, compare calibrators"
+    )
+    return [Concern("disagreement", message)]
+
+
+def unlike(calibration: Histogram, evaluation: Histogram) -> list[Concern]:
+    """Return a concern if the values of the evaluation are not distributed as those of the calibration.
+
+    Args:
+        calibration: what the range was taken from.
+        evaluation: what the same site sees now.
+
+    Raises:
+        NotObservedError: either is empty.
+    """
+    apart = distance(calibration, evaluation)
+    if apart <= FAR:
+        return []
+    message = (
+        f"calibration and evaluation values differ (distance {apart:.2f}; 0 is equal, 1 disjoint): "
+        "calibrate on data like those the model will see"
+    )
+    return [Concern("unlike", message)]
