@@ -96,7 +96,10 @@ def check_scale(scale: Tensor) -> None:
     Raises:
         FormatError: a scale that is zero, negative, NaN or infinite.
     """
-    if not bool(((scale > 0) & (scale <= LARGEST_SCALE)).all()):
+    if not scale.numel():
+        return
+    low, high = (scale, scale) if scale.numel() == 1 else torch.aminmax(scale)  # NaN propagates
+    if not 0 < low.item() <= high.item() <= LARGEST_SCALE:
         raise FormatError(f"scale: got {_extremes(scale)}, needed positive finite numbers")
 
 

@@ -157,7 +157,7 @@ class Integer:
         return scale * (self.quant_min - shift), scale * (self.quant_max - shift + 2 * self.half)
 
     def shift(self, zero_point: Tensor | None) -> int | Tensor:
-        """Return the zero point that holds: the fixed one, else the one given.
+        """Return the zero point that holds: the fixed one, else the one given, a learned float rounded to a code.
 
         Raises:
             FormatError: an affine format without a zero point.
@@ -166,6 +166,8 @@ class Integer:
             return self.fixed_zero_point
         if zero_point is None:
             raise FormatError(f"zero_point: got None, needed a tensor for the affine format {self}")
+        if zero_point.is_floating_point():  # a learned one
+            return zero_point.detach().round().clamp(self.quant_min, self.quant_max)
         return zero_point
 
     def __str__(self) -> str:

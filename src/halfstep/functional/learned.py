@@ -88,26 +88,21 @@ class _FakeQuantizeLearned(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, values, scale, codes, result = ctx.saved_tensors
         granularity, gradient = ctx.granularity, ctx.gradient
-        one = torch.ones((), dtype=values.dtype, device=values.device)
-        ends = values[..., 0], values[..., -1]
-        if scale is not None:
-            ends = ends[0] * scale, ends[1] * scale
-        # Ends of a single table are scalars even where scales are many: bring them to the parameter's shape.
+        # A single table has scalar ends even where there are many scales: bring all to the parameter's shape.
         shape = granularity.parameter_shape(x.shape)
-        low, high = ends[0].expand(shape), ends[1].expand(shape)
-        inside = gradients.inside(x, low, high, granularity, gradient)
-        scales = one.expand(shape) if scale is None else scale
+        scales = (torch.ones((), device=x.device) if scale is None else scale).expand(shape)
+        low, high = (values[..., end].expand(shape) * scales for end in (0, -1))
+        kept = gradients.kept(grad, x, low, high, granularity, gradient)
         grad_x = grad_values = grad_scale = None
         if ctx.needs_input_grad[0]:
             count = x.numel() // max(scales.numel(), 1)
-            grad_x = gradient.input(grad, x, inside, granularity.expand(scales, x.shape), count)
+            grad_x = gradient.of_input(kept, grad, x, granularity.expand(scales, x.shape), count)
         if ctx.needs_input_grad[1]:
             moved = grad.to(values.dtype) * granularity.expand(scales, x.shape)
             grad_values = _summed(moved, codes.long(), values.shape, granularity)
         if ctx.needs_input_grad[2]:
-            reach = 1.0  # a scale of normalised values is itself the range
-            balance = gradients.balance(x, reach, granularity, gradient)
-            grad_scale = balance * gradients.of_scale(grad, x, result, inside, scale, granularity, gradient)
+            balance = gradients.balance(x, 1.0, granularity, gradient)  # values are in units of the scale
+            grad_scale = balance * gradients.of_scale(grad, kept, x, result, scale, granularity, gradient)
         return grad_x, grad_values, grad_scale, None, None
 
 

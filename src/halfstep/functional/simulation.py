@@ -82,14 +82,14 @@ class _FakeQuantize(torch.autograd.Function):
         x, scale, zero_point, result = ctx.saved_tensors
         granularity, gradient = ctx.granularity, ctx.gradient
         low, high = ctx.format.range(scale, zero_point)
-        inside = gradients.inside(x, low, high, granularity, gradient)
+        kept = gradients.kept(grad, x, low, high, granularity, gradient)
         balance = gradients.balance(x, ctx.format.reach, granularity, gradient)
         grad_x = grad_scale = grad_zero_point = None
         if ctx.needs_input_grad[0]:
             count = x.numel() // max(scale.numel(), 1)
-            grad_x = gradient.input(grad, x, inside, granularity.expand(scale, x.shape), count)
+            grad_x = gradient.of_input(kept, grad, x, granularity.expand(scale, x.shape), count)
         if ctx.needs_input_grad[1]:
-            grad_scale = balance * gradients.of_scale(grad, x, result, inside, scale, granularity, gradient)
+            grad_scale = balance * gradients.of_scale(grad, kept, x, result, scale, granularity, gradient)
         if ctx.needs_input_grad[2]:
-            grad_zero_point = balance * gradients.of_zero_point(grad, inside, scale, granularity)
+            grad_zero_point = balance * gradients.of_zero_point(grad, kept, scale, granularity)
         return grad_x, grad_scale, grad_zero_point, None, None, None

@@ -81,12 +81,10 @@ _ZERO = torch.zeros(())
 
 
 def _shift(x: Tensor, zero_point: Tensor | None, format: Integer, granularity: Granularity) -> float | Tensor:
-    """Return the zero point as a number or a broadcastable tensor; a learned (float) one is rounded."""
+    """Return the zero point as a number or a broadcastable tensor."""
     shift = format.shift(zero_point)
     if not isinstance(shift, Tensor):
         return shift
-    if shift.is_floating_point():
-        shift = shift.detach().round().clamp(format.quant_min, format.quant_max)
     if on_host(shift):
         return shift.item()
     return granularity.expand(shift, x.shape).to(working_dtype(x.dtype))
