@@ -197,7 +197,10 @@ class Histogram:
         return centres, counts
 
     def keyed_counts(self) -> tuple[Int64, Int64]:
-        """Return (places, counts) of the non-empty bins; places ascend with the values and name the same bin anywhere."""
+        """Return (places, counts) of the non-empty bins; a place names the same bin in every histogram.
+
+        Places ascend with the values.
+        """
         self._settle()
         keys = np.flatnonzero(self._counts)
         counts = self._counts[keys]
