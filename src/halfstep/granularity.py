@@ -191,7 +191,9 @@ def reduce(granularity: Granularity, x: Tensor, how: Reduction) -> Tensor:
     if how not in _REDUCTIONS:
         raise FormatError(f"reduction: got {how!r}, needed one of {', '.join(_REDUCTIONS)}")
     shape = granularity.parameter_shape(x.shape)
-    if x.numel() == 0 and 0 not in shape and how != "sum":
+    if 0 in shape:
+        return x.new_zeros(shape)
+    if x.numel() == 0 and how != "sum":
         raise FormatError(f"{how} of an empty tensor of shape {tuple(x.shape)}: needed at least one element")
     function, fill = _REDUCTIONS[how]
     reduced = function(granularity.rows(x, fill)).reshape(shape)

@@ -70,7 +70,8 @@ def _rounded(numbers: Tensor, format: Floating) -> Tensor:
 
 def _exponent(numbers: Tensor, format: Floating) -> Tensor:
     """Return floor(log2 \\|number\\|), but not below the subnormals' exponent."""
-    return (torch.frexp(numbers).exponent - 1).clamp_(min=format.smallest_exponent)
+    magnitude = numbers.abs().clamp_(min=2.0**format.smallest_exponent)
+    return torch.frexp(magnitude).exponent - 1
 
 
 def _decoded(patterns: Tensor, format: Floating, dtype: torch.dtype) -> Tensor:

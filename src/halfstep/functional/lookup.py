@@ -46,11 +46,14 @@ def replace(x: Tensor, values: Tensor, thresholds: Tensor, ties_up: bool) -> Non
         ties_up: whether an element equal to a threshold gets the upper value.
     """
     flat = x.as_strided((x.numel(),), (1,), x.storage_offset()).numpy()
-    bounds = np.append(thresholds.numpy(), np.float32(np.nan))  # nothing is above NaN: a search stops there
-    starts = _starts(thresholds.numpy().tobytes())
+    bounds = thresholds.numpy()
+    if ties_up:
+        bounds = np.nextafter(bounds, np.float32(-np.inf))  # at or above a threshold is above its predecessor
+    starts = _starts(bounds.tobytes())
+    bounds = np.append(bounds, np.float32(np.nan))  # nothing is above NaN: a search stops there
 
     def work(piece: NDArray[np.float32]) -> None:
-        _compiled()(piece, piece.view(np.uint32), values.numpy(), bounds, starts, ties_up)
+        _compiled()(piece, piece.view(np.uint32), values.numpy(), bounds, starts)
 
     # Plain threads rather than numba's parallel loops, whose waiting threads spin: beside torch's own they
     # took ten times as long on a busy machine.
@@ -82,14 +85,13 @@ def _compiled() -> Callable[..., None]:
     from numba import njit
 
     @njit(nogil=True)
-    def replace(x: Any, bits: Any, values: Any, bounds: Any, starts: Any, ties_up: bool) -> None:
+    def replace(x: Any, bits: Any, values: Any, bounds: Any, starts: Any) -> None:
         for i in range(x.size):
             number = x[i]
-            if number == number:  # not NaN
-                code = starts[bits[i] >> 16]
-                while number > bounds[code] or (ties_up and number == bounds[code]):
-                    code += 1
-                x[i] = values[code]
+            code = starts[bits[i] >> 16]
+            while number > bounds[code]:
+                code += 1
+            x[i] = values[code] if number == number else number  # NaN stays NaN
 
     compiled: Callable[..., None] = replace
     return compiled
