@@ -1,6 +1,6 @@
 """halfstep: quantize a trained network to an accuracy target, proven on the runtime it is deployed to."""
 
-from halfstep.calibrators import Max
+from halfstep.calibrators import MSE, Entropy, Max, Percentile
 from halfstep.errors import HalfstepError
 from halfstep.evaluate import Accuracy, Metric, Score
 from halfstep.export.onnx import export_float, export_onnx
@@ -14,7 +14,9 @@ from halfstep.model import QuantizedModel
 from halfstep.recipe import LayerSpec, Recipe, TensorSpec
 
 __all__ = [
+    "MSE",
     "Accuracy",
+    "Entropy",
     "HalfstepError",
     "Integer",
     "LayerSpec",
@@ -24,6 +26,7 @@ __all__ = [
     "PerChannel",
     "PerGroup",
     "PerTensor",
+    "Percentile",
     "QuantizedModel",
     "Recipe",
     "Score",

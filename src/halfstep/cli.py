@@ -19,7 +19,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from halfstep.errors import HalfstepError
+from halfstep.errors import DataError, HalfstepError
 from halfstep.progress import listening
 
 MET, NOT_MET, BAD_INPUT = 0, 3, 2
@@ -128,9 +128,11 @@ def quantize(
         module = load_model(model, weights)
         batches = load_labelled(labelled, batch)
         inputs = load_inputs(calibration, batch, examples)
+        if not inputs:
+            raise DataError(f"calibration {calibration!r}: got no batch, needed at least one")
         outcome = climb(
             module,
-            inputs[0] if inputs else (),
+            inputs[0],
             calibration=inputs,
             metric=Accuracy(batches) if metric == "accuracy" else Metric(batches, find_callable(metric)),
             max_drop=max_drop,

@@ -187,6 +187,7 @@ def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
         return float("inf")
     if torch.equal(got, wanted) or torch.allclose(got, wanted, rtol=0, atol=0, equal_nan=True):
         return 0.0
+    got, wanted = got.detach(), wanted.detach()
     difference = torch.linalg.vector_norm(got.double() - wanted.double())
     return float(difference / torch.linalg.vector_norm(wanted.double()).clamp_min(1e-30))
 

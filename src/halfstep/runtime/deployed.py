@@ -30,6 +30,8 @@ def open_session(path: str | Path, threads: int | None = None, optimized: str | 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or os.cpu_count() or 1
     options.inter_op_num_threads = 1
+    # Idle threads that spin would take the cores from the next session in this process, and from torch.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = (
         3  # the runtime warns that an optimised graph is for this machine: it is meant to be
     )

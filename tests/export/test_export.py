@@ -1,0 +1,186 @@
+"""Exported files: what ONNX Runtime executes, and that it answers as the simulation does."""
+
+import copy
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import halfstep as hs
+from halfstep.errors import ExportError, NotObservedError
+from halfstep.export import onnx as export
+from halfstep.fake_quantize import Mode
+from halfstep.runtime.deployed import DeployedModel
+from halfstep.runtime.kernels import inspect_kernels
+from halfstep.runtime.parity import compare
+from halfstep.runtime.sites import read_sites
+
+
+class Residual(nn.Module):
+    """Conv, residual add, relu6, max pool, concat, global pool, linear: most of the table at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU6())
+        self.conv = nn.Conv2d(16, 16, 3, padding=1)
+        self.fc = nn.Linear(32, 10)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = F.relu(self.conv(x) + x)
+        y = torch.cat([F.max_pool2d(y, 2), F.avg_pool2d(y, 2)], 1)
+        return self.fc(y.mean((2, 3)))
+
+
+class Tokens(nn.Module):
+    """Linear on three dimensions, GELU, a residual: float results between integer products."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x):
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+def quantized(model, x):
+    torch.manual_seed(0)
+    q = hs.prepare(model.eval(), x)
+    hs.observe(q, [x])
+    hs.calibrate(q)
+    return q
+
+
+@pytest.fixture(scope="module")
+def residual(tmp_path_factory):
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 16, 16)
+    q = quantized(Residual(), x)
+    return q, x, hs.export_onnx(q, tmp_path_factory.mktemp("residual") / "model.onnx", {"note": "kept"})
+
+
+def test_everything_that_has_a_kernel_is_integer(residual):
+    _, _, path = residual
+    counts = inspect_kernels(path).counts
+    wanted = {
+        "QLinearConv": 2,
+        "QLinearAdd": 1,
+        "QLinearConcat": 1,
+        "QGemm": 1,
+        "QLinearGlobalAveragePool": 1,
+    }
+    assert wanted.items() <= counts.items()
+    assert counts["QLinearAveragePool"] == 1
+    assert not {"Conv", "FusedConv", "Gemm", "Add", "Clip", "Relu", "MaxPool"} & (set(counts) - {"MaxPool"})
+
+
+def test_the_file_answers_as_the_simulation_at_any_batch_size(residual):
+    q, x, path = residual
+    deployed = DeployedModel(path)
+    for batch in (1, 5, 8):
+        parity = compare(q, deployed, [x[:batch]])
+        assert parity.sqnr > 35
+        assert parity.top1 == 1.0
+
+
+def test_the_file_is_well_kept(residual):
+    q, _, path = residual
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    assert [(i.domain, i.version) for i in model.opset_import if i.domain == ""] == [("", 21)]
+    tensors = {t.name: t for t in model.graph.initializer}
+    assert tensors["stem.0.weight_quantized"].data_type == onnx.TensorProto.INT8
+    assert tensors["conv/Conv/bias_quantized"].data_type == onnx.TensorProto.INT32
+    assert not any(t.data_type == onnx.TensorProto.FLOAT and len(t.dims) > 1 for t in model.graph.initializer)
+    assert {"stem.0/Conv", "conv/Conv", "fc/Gemm"} <= {node.name for node in model.graph.node}
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    assert metadata["halfstep.note"] == "kept"
+    assert metadata["halfstep.target"] == "onnxruntime"
+    assert metadata["halfstep.recipe"] == repr(q.recipe)
+    scale = onnx.numpy_helper.to_array(tensors["conv/Conv/bias_scale"])
+    x_scale = onnx.numpy_helper.to_array(tensors["stem.2_scale"])
+    w_scale = onnx.numpy_helper.to_array(tensors["conv.weight_scale"])
+    np.testing.assert_allclose(scale, x_scale * w_scale, rtol=1e-6)
+
+
+def test_sites_are_read_back_from_the_file(residual):
+    q, _, path = residual
+    sites, _ = read_sites(path)
+    stored = {site.tensor: site for site in sites}
+    low, high = q.sites["x"].range()
+    assert stored["x"].low == pytest.approx(float(low))
+    assert stored["x"].high == pytest.approx(float(high))
+    assert stored["conv.weight_quantized"].granularity == "per channel"
+
+
+def test_the_same_model_gives_the_same_bytes(residual, tmp_path):
+    q, _, path = residual
+    again = hs.export_onnx(copy.deepcopy(q), tmp_path / "again.onnx", {"note": "kept"})
+    assert again.read_bytes() == path.read_bytes()
+
+
+def test_a_float_layer_is_really_float_and_its_weight_too(residual, tmp_path):
+    q, x, _ = residual
+    q = copy.deepcopy(q)
+    q.float_layers = ["conv", "fc"]
+    path = hs.export_onnx(q, tmp_path / "mixed.onnx")
+    kernels = inspect_kernels(path)
+    assert kernels.counts["QLinearConv"] == 1
+    assert {name.split("/")[0] for name in kernels.floating} == {"conv", "fc"}
+    # With the weight quantized behind our back the outputs would differ by far more than rounding.
+    assert compare(q, DeployedModel(path), [x]).sqnr > 35
+
+
+def test_linear_on_sequences_multiplies_integers(tmp_path):
+    x = torch.randn(4, 7, 16)
+    q = quantized(Tokens(), x)
+    path = hs.export_onnx(q, tmp_path / "tokens.onnx")
+    kernels = inspect_kernels(path)
+    assert kernels.counts["MatMulIntegerToFloat"] == 2
+    assert kernels.floating == ()
+    assert compare(q, DeployedModel(path), [x]).sqnr > 35
+    reasons = {op.name: op.reason for op in q.placement.float_operators}
+    assert "gelu has no" not in reasons["gelu"]
+    assert "has no integer kernel on onnxruntime" in reasons["gelu"]
+
+
+def test_a_channel_that_batch_norm_switched_off_does_not_overflow_its_bias(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    model[1].weight.data[1] = 1e-12
+    model[1].bias.data[:] = 0.5
+    x = torch.randn(4, 3, 8, 8)
+    q = quantized(model, x)
+    path = hs.export_onnx(q, tmp_path / "dead.onnx")
+    assert compare(q, DeployedModel(path), [x]).sqnr > 30
+    with q.using(Mode.FLOAT):
+        assert compare(q, DeployedModel(path), [x]).sqnr > 30
+
+
+def test_an_uncalibrated_model_is_refused_and_no_file_appears(tmp_path):
+    q = hs.prepare(nn.Linear(4, 4), torch.randn(2, 4))
+    with pytest.raises(ExportError, match=r"2 of 2 sites have no range \(x, weight"):
+        hs.export_onnx(q, tmp_path / "model.onnx")
+    with pytest.raises(NotObservedError, match=r"site 'x'"):
+        hs.calibrate(q)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_answers_otherwise_is_not_left_behind(tmp_path, monkeypatch):
+    q = quantized(nn.Linear(4, 4), torch.randn(2, 4))
+    path = tmp_path / "model.onnx"
+    path.write_text("what was there before")
+    monkeypatch.setattr(export, "MINIMUM_SQNR", 1e6)
+    with pytest.raises(ExportError, match=r"differ from the simulation's: [\d.]+ dB, needed 1000000 dB"):
+        hs.export_onnx(q, path)
+    assert path.read_text() == "what was there before"
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_an_unwritable_place_is_named(tmp_path):
+    q = quantized(nn.Linear(4, 4), torch.randn(2, 4))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ExportError, match=r"cannot write to .*file"):
+        hs.export_onnx(q, tmp_path / "file" / "model.onnx")

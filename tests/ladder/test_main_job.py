@@ -1,0 +1,145 @@
+"""hs.quantize on digits, and bad input to it."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import halfstep as hs
+from halfstep.demo import load_digits, train_digits
+from halfstep.errors import ArgumentError, DataError, MetricError, RunError
+from halfstep.runtime.deployed import DeployedModel
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_digits()
+
+
+@pytest.fixture(scope="module")
+def network(digits):
+    return train_digits(digits, epochs=5)
+
+
+@pytest.fixture(scope="module")
+def outcome(digits, network, tmp_path_factory):
+    return hs.quantize(
+        network,
+        digits.train_images[:4],
+        calibration=iter(digits.calibration_batches()),
+        metric=hs.Accuracy(digits.test_batches()),
+        directory=tmp_path_factory.mktemp("run"),
+    )
+
+
+def test_the_target_is_met_on_the_deployed_file(digits, outcome):
+    assert outcome.met
+    assert outcome.rung == "ptq"
+    assert outcome.float_score > 0.95
+    file = outcome.directory / "model.onnx"
+    again = hs.Accuracy(digits.test_batches()).evaluate(DeployedModel(file))
+    assert outcome.deployed_score == again.value
+    assert outcome.verification.integer_layers == 10
+    assert outcome.verification.parity.top1 > 0.99
+
+
+def test_the_float_score_is_the_users_models(digits, network, outcome):
+    with torch.no_grad():
+        hits = network(digits.test_images).argmax(1) == digits.test_labels
+    assert outcome.float_score == pytest.approx(hits.double().mean().item())
+
+
+def test_what_was_written(outcome):
+    names = {file.name for file in outcome.directory.iterdir()}
+    assert names == {"model.onnx", "float.onnx", "outcome.json"}
+    record = json.loads((outcome.directory / "outcome.json").read_text())
+    assert record["deployed_score"] == outcome.deployed_score
+    assert len(record["history"]) == record["evaluations"] == outcome.evaluations == 3
+
+
+def test_any_callable_is_a_metric(digits, network):
+    seen = []
+
+    def metric(model):
+        outputs = model(digits.test_images[:50])
+        seen.append(type(model).__name__)
+        return float((outputs.argmax(1) == digits.test_labels[:50]).float().mean())
+
+    result = hs.quantize(network, digits.train_images[:4], digits.calibration_batches(), metric, max_drop=0.1)
+    assert seen == ["QuantizedModel", "QuantizedModel", "DeployedModel"]
+    assert result.directory is None
+
+
+def test_calibration_keeps_a_bounded_sample(digits, network):
+    q = hs.prepare(network, digits.train_images[:4])
+    histograms = hs.observe(q, digits.train_images.split(100))
+    assert sum(len(batch) for batch in q.sample) == 200
+    assert histograms["x"].count == 1197 * 64
+
+
+LINEAR = nn.Linear(4, 3)
+GOOD = [torch.randn(8, 4)]
+LABELLED = [(torch.randn(8, 4), torch.zeros(8, dtype=torch.int64))]
+
+
+def small(calibration=GOOD, metric=None, **options):
+    return hs.quantize(LINEAR, torch.randn(2, 4), calibration, metric or hs.Accuracy(LABELLED), **options)
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        ([], r"got no batch, needed at least one"),
+        (
+            [torch.randn(8, 4), torch.full((8, 4), float("nan"))],
+            r"calibration batch 1: site 'x': 32 of 32 values are NaN",
+        ),
+        ([torch.randn(8, 5)], r"calibration batch 0: input 'input': got shape \(8, 5\), needed \(batch, 4\)"),
+        (
+            [torch.randn(8, 4).double()],
+            r"calibration batch 0: input 'input': got torch.float64, needed torch.float32",
+        ),
+        ([3], r"calibration batch 0: model inputs: got int, needed a tensor"),
+        ([(torch.randn(8, 4), torch.randn(8, 4))], r"calibration batch 0: model inputs: got 2 positional"),
+    ],
+)
+def test_calibration_data_that_cannot_be_used(calibration, message):
+    with pytest.raises(DataError, match=message):
+        small(calibration)
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        (hs.Accuracy([]), r"labelled data are empty"),
+        (
+            hs.Accuracy([(torch.randn(8, 4), torch.full((8,), 3))]),
+            r"labels go from 3 to 3, but the model has 3 classes",
+        ),
+        (hs.Accuracy([torch.randn(8, 4)]), r"batch 0 is a Tensor, needed a pair"),
+        (hs.Metric(LABELLED, lambda o, y: o.sum()), r"gave shape \(\), needed a tensor of shape \(batch,\)"),
+        (hs.Metric(LABELLED, lambda o, y: o.sum(1) / 0), r"gave NaN or inf in batch 0"),
+        (hs.Metric(LABELLED, lambda o, y: o[:, 7]), r"raised IndexError"),
+        (lambda model: float("nan"), r"returned nan, needed a finite number"),
+        (lambda model: 1 / 0, r"raised ZeroDivisionError"),
+        (5, r"got int, needed hs.Accuracy"),
+    ],
+)
+def test_metrics_that_cannot_be_used(metric, message):
+    with pytest.raises(MetricError, match=message):
+        small(metric=metric)
+
+
+def test_other_arguments_that_cannot_be():
+    with pytest.raises(ArgumentError, match=r"target: got 'tpu', needed one of 'onnxruntime'"):
+        small(target="tpu")
+    with pytest.raises(ArgumentError, match=r"max_drop: got -1"):
+        small(max_drop=-1)
+
+
+def test_a_directory_that_cannot_be_written_is_found_before_any_work(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(RunError, match=r"file.* cannot be written"):
+        small(calibration=None, directory=tmp_path / "file" / "run")
+    assert (tmp_path / "file").read_text() == "kept"
