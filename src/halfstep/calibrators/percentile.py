@@ -21,7 +21,7 @@ class Percentile:
     Exact where at most 1024 values are left out on a side, otherwise right to 2^-7 of itself.
 
     Args:
-        p: percent, above 50 and at most 100; read as the decimal it is written as.
+        p: percent, from 50 to 100; read as the decimal it is written as.
 
     Raises:
         ArgumentError: ``p`` is out of its domain.
@@ -35,10 +35,8 @@ class Percentile:
     p: float = 99.99
 
     def __post_init__(self) -> None:
-        if not 50 < self.p <= 100:
-            raise ArgumentError(
-                f"percentile: got {self.p}, needed percent above 50 and at most 100, such as 99.99"
-            )
+        if not 50 <= self.p <= 100:
+            raise ArgumentError(f"percentile: got {self.p}, needed percent from 50 to 100, such as 99.99")
 
     @property
     def share(self) -> Fraction:

@@ -29,7 +29,7 @@ def best_weight_range(
         raise FormatError(f"{format}: got one table per parameter, needed a single one to search ranges for")
     weight = weight.detach().float()
     shape = granularity.parameter_shape(weight.shape)
-    rows = granularity.rows(weight, 0.0)
+    rows = granularity.rows(weight, 0.0).contiguous()
     importance = _padding(weight, granularity, rows) if importance is None else _checked(importance, weight)
     weights = None if importance is None else granularity.rows(importance.expand(weight.shape), 0.0)
     count = max(1, _AT_ONCE // max(1, rows.shape[1]))

@@ -315,6 +315,10 @@ class Histogram:
             wanted = (arrays["keys"].size if size is None else size,)
             if arrays[name].shape != wanted:
                 raise DataError(f"histogram state, {name}: got shape {arrays[name].shape}, needed {wanted}")
+        if arrays["keys"].size and not 0 <= arrays["keys"].min() <= arrays["keys"].max() < BINS:
+            raise DataError(
+                f"histogram state, keys: got some outside 0 .. {BINS - 1}, needed the names of bins"
+            )
         self.__init__(batch_ranges="batch_ranges" in state)  # type: ignore[misc]
         self._counts[arrays["keys"]] = arrays["counts"]
         self._offsets[arrays["keys"]] = arrays["offsets"]

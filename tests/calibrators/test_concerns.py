@@ -1,0 +1,74 @@
+"""Reasons for a second look, as data."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from halfstep.calibrators import Entropy, Max, Percentile, data_concerns, disagreements, unlike
+from halfstep.errors import NotObservedError
+from halfstep.formats import Integer
+from halfstep.statistics import Histogram
+
+NORMAL = torch.randn(20_000, generator=torch.Generator().manual_seed(0))
+
+
+def observed(x: torch.Tensor) -> Histogram:
+    histogram = Histogram()
+    histogram.update(x)
+    return histogram
+
+
+def test_healthy_data_raise_no_concern() -> None:
+    histogram = observed(NORMAL)
+    calibrators = [Max(), Percentile(99.9), Percentile(100), Entropy()]
+    assert data_concerns(histogram, calibrators) == []
+    assert disagreements({c: c.range(histogram, Integer(8)) for c in calibrators}) == []
+    assert unlike(histogram, observed(NORMAL[:5000])) == []
+
+
+def test_a_site_that_saw_only_zeros() -> None:
+    [concern] = data_concerns(observed(torch.zeros(64)))
+    assert concern.kind == "only zeros"
+    assert str(concern) == "all 64 values are zero: the site is dead on these data, any range will do"
+
+
+def test_a_site_never_reached() -> None:
+    assert [concern.kind for concern in data_concerns(Histogram())] == ["unobserved"]
+
+
+def test_values_left_out_are_told() -> None:
+    [concern] = data_concerns(observed(torch.cat([NORMAL, torch.tensor([math.nan, math.inf, -math.inf])])))
+    assert concern.kind == "not finite"
+    assert "1 NaN and 2 infinite values" in concern.message
+
+
+def test_too_few_samples_for_the_percentile_asked() -> None:
+    [concern] = data_concerns(observed(NORMAL), [Percentile(99.9), Percentile(99.99)])
+    assert concern.kind == "few samples"
+    assert concern.message == "percentile(99.99) of 20000 values rests on fewer than 10 of them: needs 100000"
+
+
+def test_calibrators_more_than_twofold_apart() -> None:
+    histogram = observed(torch.cat([NORMAL, torch.tensor([100.0])]))
+    calibrators = [Max(), Percentile(99.9), Entropy()]
+    [concern] = disagreements({c: c.range(histogram, Integer(8)) for c in calibrators})
+    assert concern.kind == "disagreement"
+    assert concern.message.startswith("max answers [-100, 100] and percentile(99.9) [-3.")
+
+
+def test_exactly_twofold_is_no_disagreement_and_a_zero_range_is() -> None:
+    assert disagreements({Max(): (-2.0, 2.0), Entropy(): (-1.0, 1.0)}) == []
+    assert disagreements({Max(): (-2.0, 2.0), Entropy(): (0.0, 0.0)}) != []
+    assert disagreements({Max(): (0.0, 0.0), Entropy(): (0.0, 0.0)}) == []
+    assert disagreements({Max(): (-2.0, 2.0)}) == []
+
+
+def test_an_evaluation_unlike_the_calibration() -> None:
+    [concern] = unlike(observed(NORMAL), observed(NORMAL + 1))
+    assert concern.kind == "unlike"
+    assert "distance 0.38" in concern.message
+    with pytest.raises(NotObservedError):
+        unlike(Histogram(), observed(NORMAL))
