@@ -13,10 +13,10 @@ demo: .venv/installed ## train a small network on digits, quantize it, prove the
 	$(BIN)/halfstep demo
 
 test: .venv/installed ## the tests, under ten minutes on two cores
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-all: .venv/installed ## also the slow ones
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .

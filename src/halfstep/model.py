@@ -99,7 +99,8 @@ class QuantizedModel(nn.Module):
     def weight(self, name: str) -> torch.Tensor:
         """The parameter (or buffer) called ``name`` in the user's model."""
         owner, _, leaf = name.rpartition(".")
-        tensor = getattr(self.get_submodule(owner), leaf)
+        # Not from self: there a parameter called "weight" or a child called "layers" hides behind our own names.
+        tensor = getattr(self.captured.module.get_submodule(owner), leaf)
         assert isinstance(tensor, torch.Tensor)
         return tensor
 
@@ -114,7 +115,7 @@ class QuantizedModel(nn.Module):
         code = insert(self.graph, self.placement, make, tied=False).graph.python_code("self")
         namespace = dict(code.globals)
         exec(compile(code.src, "<halfstep graph>", "exec"), namespace)
-        self._run: Callable[..., Any] = types.MethodType(namespace["forward"], self)
+        self._run: Callable[..., Any] = types.MethodType(namespace["forward"], self.captured.module)
         self.set_mode(self.mode)
 
     def _quantizer(self, site: Site) -> FakeQuantize:
@@ -200,7 +201,9 @@ class QuantizedModel(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedModel:
         """A model of its own with the same parameters, ranges, statistics and float layers."""
-        captured = replace(self.captured, module=copy.deepcopy(self.captured.module, memo))
+        root = copy.deepcopy(self.captured.module, memo)
+        root._modules.pop("quantizers", None)
+        captured = replace(self.captured, module=root)
         twin = QuantizedModel(captured, self.target, self.recipe)
         for key, module in self.quantizers.items():
             twin.quantizers[key] = copy.deepcopy(module, memo)

@@ -30,8 +30,10 @@ def find_callable(name: str) -> Callable[..., Any]:
         sys.path.insert(0, str(Path.cwd()))
     try:
         found: Any = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ArgumentError(f"{name!r}: cannot import {module_name}: {error}") from error
+    except Exception as error:  # the user's code runs here and may raise anything
+        raise ArgumentError(
+            f"{name!r}: cannot import {module_name}: {type(error).__name__}: {error}"
+        ) from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise ArgumentError(f"{name!r}: {module_name} has no {attribute!r}")
@@ -52,7 +54,7 @@ def load_model(name: str, weights: Path | None = None) -> nn.Module:
     Raises:
         ArgumentError: if it returns no module, or the weights do not fit.
     """
-    model = find_callable(name)()
+    model = _call(name)
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"{name!r}: returned a {type(model).__name__}, needed a torch.nn.Module")
     if weights is not None:
@@ -93,8 +95,16 @@ def load_inputs(name: str, batch: int, limit: int) -> list[Any]:
     return list(_read_npz(Path(name), ("inputs",))["inputs"][:limit].split(batch))
 
 
+def _call(name: str) -> Any:
+    function = find_callable(name)
+    try:
+        return function()
+    except Exception as error:  # the user's code, again
+        raise ArgumentError(f"{name!r}: raised {type(error).__name__}: {error}") from error
+
+
 def _iterable(name: str) -> Iterable[Any]:
-    data = find_callable(name)()
+    data = _call(name)
     if not isinstance(data, Iterable):
         raise ArgumentError(f"{name!r}: returned a {type(data).__name__}, needed an iterable of batches")
     return data
@@ -108,7 +118,7 @@ def _read_npz(path: Path, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
                 raise DataError(
                     f"{path}: has no array {missing[0]!r}; it has {', '.join(map(repr, file.files)) or 'none'}"
                 )
-            return {name: torch.from_numpy(file[name]) for name in names}
+            tensors = {name: torch.from_numpy(file[name]) for name in names}
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
     except DataError:
@@ -117,3 +127,9 @@ def _read_npz(path: Path, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
         Exception
     ) as error:  # numpy raises half a dozen kinds for a broken zip, a bad header, pickled objects
         raise DataError(f"{path}: cannot be read as an .npz of plain arrays: {error}") from error
+    for name, tensor in tensors.items():
+        if not tensor.dim() or not len(tensor):
+            raise DataError(
+                f"{path}: array {name!r} has shape {tuple(tensor.shape)}, needed at least one example"
+            )
+    return tensors

@@ -161,9 +161,9 @@ def test_a_channel_that_batch_norm_switched_off_does_not_overflow_its_bias(tmp_p
 
 def test_an_uncalibrated_model_is_refused_and_no_file_appears(tmp_path):
     q = hs.prepare(nn.Linear(4, 4), torch.randn(2, 4))
-    with pytest.raises(ExportError, match=r"2 of 2 sites have no range \(x, weight"):
+    with pytest.raises(ExportError, match=r"2 of 2 sites have no range \(input, weight"):
         hs.export_onnx(q, tmp_path / "model.onnx")
-    with pytest.raises(NotObservedError, match=r"site 'x'"):
+    with pytest.raises(NotObservedError, match=r"site 'input'"):
         hs.calibrate(q)
     assert list(tmp_path.iterdir()) == []
 

@@ -94,3 +94,31 @@ def test_printing_shows_every_site_and_float_layer():
     hs.observe(q, [torch.randn(2, 4, 8, 8)])
     hs.calibrate(q)
     assert "a.weight  s8 scale, per channel of axis 0, range" in repr(q)
+
+
+class Awkward(nn.Module):
+    """Names that our own could hide, or that differ by a dot and an underscore only."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+        self.layers_0 = nn.Linear(4, 4)
+        self.weight = nn.Parameter(torch.randn(4, 4))
+        self.register_buffer("mask", torch.tensor([0.0, 0.0, 0.0, -float("inf")]))
+
+    def forward(self, x):
+        x = F.linear(self.layers_0(self.layers[1](self.layers[0](x))), self.weight)
+        return (x + self.mask).softmax(-1)
+
+
+def test_names_of_the_user_never_meet_ours():
+    model = Awkward().eval()
+    q = hs.prepare(model, torch.randn(2, 4))
+    hs.observe(q, [torch.randn(64, 4)])
+    hs.calibrate(q)
+    weights = {"layers.0.weight", "layers.1.weight", "layers_0.weight", "weight"}
+    assert weights <= set(q.sites)
+    assert len({id(site) for site in q.sites.values()}) == len(q.sites)
+    assert set(dict(model.named_parameters())) == {n for n, _ in q.named_parameters()}
+    x = torch.randn(8, 4)
+    assert (q(x) - model(x)).abs().max() < 0.1

@@ -93,7 +93,7 @@ def small(calibration=GOOD, metric=None, **options):
         ([], r"got no batch, needed at least one"),
         (
             [torch.randn(8, 4), torch.full((8, 4), float("nan"))],
-            r"calibration batch 1: site 'x': 32 of 32 values are NaN",
+            r"calibration batch 1: site 'input': 32 of 32 values",
         ),
         ([torch.randn(8, 5)], r"calibration batch 0: input 'input': got shape \(8, 5\), needed \(batch, 4\)"),
         (

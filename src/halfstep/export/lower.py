@@ -54,7 +54,7 @@ def rename(graph: ir.Graph) -> None:
 def pool_globally(graph: ir.Graph) -> None:
     """A ReduceMean over all spatial axes becomes the GlobalAveragePool that runtimes have an integer kernel for."""
     for node in list(graph):
-        if node.op_type != "ReduceMean" or len(node.inputs) < 2:
+        if node.op_type != "ReduceMean" or len(node.inputs) < 2 or not node.attributes.get_int("keepdims", 1):
             continue
         source, axes = node.inputs[0], constant(node.inputs[1])
         if source is None or axes is None or source.shape is None:
@@ -68,15 +68,8 @@ def pool_globally(graph: ir.Graph) -> None:
         pooled = pool.outputs[0]
         pooled.name, pooled.type = pool.name, source.type
         graph.insert_before(node, pool)
-        if node.attributes.get_int("keepdims", 1):
-            pooled.shape = result.shape
-            replace(graph, result, pooled)
-        else:  # two results of one value: flattening keeps the batch dynamic
-            flat = ir.node("Flatten", [pooled], {"axis": 1}, name=f"{pool.name}/Flatten")
-            flat.outputs[0].name, flat.outputs[0].type = flat.name, source.type
-            flat.outputs[0].shape = result.shape
-            graph.insert_before(node, flat)
-            replace(graph, result, flat.outputs[0])
+        pooled.shape = result.shape
+        replace(graph, result, pooled)
         graph.remove(node, safe=True)
 
 

@@ -80,8 +80,11 @@ def _written(path: Path, write: Callable[[Path], None]) -> Iterator[Path]:
         except OSError as error:
             raise ExportError(f"cannot write {path}: {error.strerror}") from error
         yield temporary
-        for file in Path(name).iterdir():  # the model, and its weights where they lie beside it
-            os.replace(file, path.parent / file.name)
+        try:
+            for file in Path(name).iterdir():  # the model, and its weights where they lie beside it
+                os.replace(file, path.parent / file.name)
+        except OSError as error:
+            raise ExportError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _check_parity(model: QuantizedModel, path: Path) -> None:

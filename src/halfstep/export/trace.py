@@ -86,7 +86,7 @@ def trace(model: QuantizedModel, quantized: bool) -> ir.Model:
     for original, name in readable_names(model.graph).items():
         # The exporter writes this stack into the metadata of every node that it makes.
         inserted.copies[original].meta["nn_module_stack"] = {"": (name, "halfstep.Layer")}
-    module = fx.GraphModule(model, inserted.graph).eval()
+    module = fx.GraphModule(model.captured.module, inserted.graph).eval()
     args, kwargs = model.captured.example_inputs
     flat, _ = pytree.tree_flatten((args, kwargs))
     tensors = [x.detach().cpu() if isinstance(x, torch.Tensor) else x for x in flat]

@@ -9,7 +9,7 @@ import logging
 import os
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any
@@ -198,8 +198,7 @@ def _float_outputs(outputs: Any) -> list[torch.Tensor]:
 
 
 def _check_finite(model: nn.Module) -> None:
-    named: Iterable[tuple[str, torch.Tensor]] = (*model.named_parameters(), *model.named_buffers())
-    for name, tensor in named:
+    for name, tensor in model.named_parameters():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
             raise CaptureError(

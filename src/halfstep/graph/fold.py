@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from halfstep.graph.capture import Captured, unchanged
+from halfstep.graph.operators import is_spatial_mean
 from halfstep.graph.parameters import parameter, store
 
 aten = torch.ops.aten
@@ -64,6 +65,7 @@ def fold(captured: Captured) -> Captured:
     """
     with unchanged(captured, "folding batch norm"):
         remove_identities(captured.module)
+        keep_pooled_axes(captured.module)
         fold_batch_norm(captured.module)
         clean(captured.module)
     return captured
@@ -82,6 +84,30 @@ def remove_identities(module: fx.GraphModule) -> None:
         elif node.target in IDENTITIES or _is_noop_cast(node):
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
+
+
+def keep_pooled_axes(module: fx.GraphModule) -> None:
+    """A mean over the spatial axes becomes a mean that keeps them, and a flatten.
+
+    The mean alone is a global pool, which runtimes have integer kernels for; the flatten only moves codes about.
+    """
+    for node in list(module.graph.nodes):
+        if (
+            node.target is not aten.mean.dim
+            or not is_spatial_mean(node)
+            or (len(node.args) > 2 and node.args[2])
+        ):
+            continue
+        source, axes = node.args[:2]
+        with module.graph.inserting_before(node):
+            pooled = module.graph.call_function(aten.mean.dim, (source, axes, True), dict(node.kwargs))
+            flat = module.graph.call_function(aten.flatten.using_ints, (pooled, 1))
+        value = node.meta["val"]
+        kept = value.reshape(*value.shape, *[1] * len(axes))
+        pooled.meta = {**node.meta, "val": kept}
+        flat.meta = dict(node.meta)
+        node.replace_all_uses_with(flat)
+        module.graph.erase_node(node)
 
 
 def _is_noop_cast(node: fx.Node) -> bool:

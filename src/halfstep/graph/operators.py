@@ -144,12 +144,13 @@ def _kind(node: fx.Node) -> str:
         ones = size == 1 or (isinstance(size, (list, tuple)) and all(s == 1 for s in size))
         return "global_average_pool" if ones else "adaptive_average_pool"
     if node.target is aten.mean.dim:
-        return "global_average_pool" if _is_spatial_mean(node) else "mean"
+        return "global_average_pool" if is_spatial_mean(node) else "mean"
     name = getattr(node.target, "_schema", None)
     return _KINDS.get(node.target, name.name.removeprefix("aten::") if name else str(node.target))
 
 
-def _is_spatial_mean(node: fx.Node) -> bool:
+def is_spatial_mean(node: fx.Node) -> bool:
+    """Whether a mean runs over all axes but the batch and the channels."""
     source, dims = node.args[0], node.args[1]
     if not isinstance(source, fx.Node) or not isinstance(dims, (list, tuple)):
         return False

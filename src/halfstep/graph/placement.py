@@ -45,7 +45,7 @@ class Site:
     @property
     def key(self) -> str:
         """The site's name where dots are not allowed (module attributes)."""
-        return self.name.replace(".", "_").replace(":", "__")
+        return self.name.replace(".", "/")
 
 
 @dataclass(frozen=True)
