@@ -79,7 +79,7 @@ def search(x: Tensor, thresholds: Tensor, ties_up: bool, granularity: Granularit
         lookup.replace(codes, torch.arange(len(thresholds) + 1.0), thresholds, ties_up)
         return codes.long()
     if thresholds.dim() == 1:
-        return torch.bucketize(x, thresholds, right=ties_up)
+        return torch.bucketize(x.contiguous(), thresholds, right=ties_up)
     rows = granularity.rows(x, 0.0).contiguous()
     codes = torch.searchsorted(thresholds.reshape(len(rows), -1), rows, right=ties_up)
     return granularity.unrows(codes, x.shape)

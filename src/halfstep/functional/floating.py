@@ -16,7 +16,8 @@ def quantize(
     """Return bit patterns; NaN stays NaN where the format has one, else becomes 0."""
     numbers = _rounded(_saturated(x, scale, format, granularity), format)
     if format.storage is not None:
-        return numbers.to(format.storage).view(torch.uint8)
+        patterns = numbers.to(format.storage).view(torch.uint8)
+        return patterns.masked_fill_(numbers.isnan(), 0x7F)  # torch lets a NaN's sign differ by position
     numbers = numbers.nan_to_num(nan=0.0)
     # Magnitudes in increasing order have consecutive patterns: count steps, and a full row of them per
     # exponent.
@@ -57,7 +58,8 @@ def _saturated(x: Tensor, scale: Tensor, format: Floating, granularity: Granular
     working = working_dtype(x.dtype)
     scale = granularity.expand(scale, x.shape).to(working)
     numbers = x / scale if x.dtype == working else x.to(working).div_(scale)
-    return numbers.clamp_(-format.largest, format.largest)
+    # QuantizeLinear adds a zero point of 0.0 before it rounds, so -0.0 becomes 0.0; small negatives become -0.0.
+    return numbers.clamp_(-format.largest, format.largest).add_(0.0)
 
 
 def _rounded(numbers: Tensor, format: Floating) -> Tensor:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from halfstep.functional.uniform import on_host
+from halfstep.functional.uniform import on_host, working_dtype
 from halfstep.granularity import Granularity, counts
 
 #: float32 rounds the scale, so the element that set the range may lie a few units in the last place outside
@@ -95,6 +95,7 @@ def kept(
     """
     if not gradient.clipped:
         return grad
+    x = x.to(working_dtype(x.dtype))  # in bfloat16 the bounds would be rounded too
     if on_host(low):
         bounds = low.item() * _EDGE, high.item() * _EDGE
         position = x
