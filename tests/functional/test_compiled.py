@@ -10,8 +10,8 @@ from halfstep.formats import E2M1, E4M3, Codebook, Integer
 from halfstep.functional import LSQ, fake_quantize, fake_quantize_learned
 from halfstep.granularity import PerChannel, PerGroup, PerTensor
 
-# Dynamo makes an instance of every autograd function that it traces, and warns of it.
-pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+# Tracing itself uses what torch has deprecated: it makes instances of autograd functions, and torch.jit.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 CASES = [
     (Integer(8, signed=False, symmetric=False), PerTensor()),

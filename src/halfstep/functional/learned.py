@@ -80,13 +80,13 @@ class _FakeQuantizeLearned(torch.autograd.Function):
             result = result * granularity.expand(scale, x.shape)
         result = torch.where(x.isnan(), x, result.to(x.dtype))
         small = codes.to(torch.uint8) if values.shape[-1] <= 2**8 else codes
-        ctx.save_for_backward(x, values, scale, small, result)
+        ctx.save_for_backward(x, values, scale, small)
         ctx.granularity, ctx.gradient = granularity, gradient
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, values, scale, codes, result = ctx.saved_tensors
+        x, values, scale, codes = ctx.saved_tensors
         granularity, gradient = ctx.granularity, ctx.gradient
         # A single table has scalar ends even where there are many scales: bring all to the parameter's shape.
         shape = granularity.parameter_shape(x.shape)
@@ -101,6 +101,7 @@ class _FakeQuantizeLearned(torch.autograd.Function):
             moved = grad.to(values.dtype) * granularity.expand(scales, x.shape)
             grad_values = _summed(moved, codes.long(), values.shape, granularity)
         if ctx.needs_input_grad[2]:
+            result = codebook.look_up(codes.long(), values, granularity) * granularity.expand(scale, x.shape)
             balance = gradients.balance(x, 1.0, granularity, gradient)  # values are in units of the scale
             grad_scale = balance * gradients.of_scale(grad, kept, x, result, scale, granularity, gradient)
         return grad_x, grad_values, grad_scale, None, None

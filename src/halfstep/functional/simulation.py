@@ -12,6 +12,7 @@ from halfstep.functional import gradients
 from halfstep.functional.arithmetic import arithmetic
 from halfstep.functional.checks import check_operands
 from halfstep.functional.gradients import CLIPPED_STE, Gradient
+from halfstep.functional.uniform import working_dtype
 from halfstep.granularity import Granularity, PerTensor
 
 
@@ -72,14 +73,13 @@ class _FakeQuantize(torch.autograd.Function):
         granularity: Granularity,
         gradient: Gradient,
     ) -> Tensor:
-        result = arithmetic(format).fake_quantize(x, scale, zero_point, format, granularity)
-        ctx.save_for_backward(x, scale, zero_point, result if ctx.needs_input_grad[1] else None)
+        ctx.save_for_backward(x, scale, zero_point)
         ctx.format, ctx.granularity, ctx.gradient = format, granularity, gradient
-        return result
+        return arithmetic(format).fake_quantize(x, scale, zero_point, format, granularity)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, zero_point, result = ctx.saved_tensors
+        x, scale, zero_point = ctx.saved_tensors
         granularity, gradient = ctx.granularity, ctx.gradient
         low, high = ctx.format.range(scale, zero_point)
         kept = gradients.kept(grad, x, low, high, granularity, gradient)
@@ -89,6 +89,9 @@ class _FakeQuantize(torch.autograd.Function):
             count = x.numel() // max(scale.numel(), 1)
             grad_x = gradient.of_input(kept, grad, x, granularity.expand(scale, x.shape), count)
         if ctx.needs_input_grad[1]:
+            # Computed again, not kept: in half precision its rounding would be as large as the round-off.
+            wide = x.to(working_dtype(x.dtype))
+            result = arithmetic(ctx.format).fake_quantize(wide, scale, zero_point, ctx.format, granularity)
             grad_scale = balance * gradients.of_scale(grad, kept, x, result, scale, granularity, gradient)
         if ctx.needs_input_grad[2]:
             grad_zero_point = balance * gradients.of_zero_point(grad, kept, scale, granularity)
