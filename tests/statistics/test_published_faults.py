@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -129,3 +130,21 @@ def test_rising_data_whose_every_value_is_a_new_maximum() -> None:
 def test_importing_the_package_does_not_import_the_compiler() -> None:
     code = "import sys, halfstep.statistics, halfstep.calibrators; sys.exit('numba' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_can_count_too() -> None:
+    code = """
+import os, sys, torch
+from halfstep.statistics import Histogram
+torch.set_num_threads(2)
+x = torch.ones(200_000)
+histogram = Histogram()
+histogram.update(x)
+child = os.fork()
+histogram.update(x)
+if child == 0:
+    os._exit(histogram.count != 400_000)
+sys.exit(os.waitpid(child, 0)[1] or histogram.count != 400_000)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0

@@ -37,16 +37,17 @@ CANDIDATES = 2 * _BLOCK  # room for samples that may belong to the tails
 
 @dataclass(frozen=True)
 class Kernels:
-    """The two entry points: count a block into a private table, and empty that table into a histogram."""
+    """Count shares into private tables, in turn or in parallel, and empty such a table into a histogram."""
 
-    tally: Callable[..., int]
+    one_by_one: Callable[..., None]
+    at_once: Callable[..., None]
     empty: Callable[..., None]
 
 
 @cache
 def kernels() -> Kernels:
     """Compile; numba is imported here and not with the package."""
-    from numba import njit
+    from numba import njit, prange
 
     one = 1 << 40
     sums = one - 1
@@ -72,7 +73,7 @@ def kernels() -> Kernels:
         return high, low, small
 
     @njit(nogil=True)
-    def one_by_one(block: Any, table: Any, specials: Any) -> Any:
+    def exceptional(block: Any, table: Any, specials: Any) -> Any:
         """Count a stretch that may hold NaN, infinities and subnormals; return its finite extremes."""
         high, low, small = np.int64(-0x80000000), np.int64(0x7FFFFFFF), np.int64(magnitudes)
         for i in range(block.size):
@@ -113,7 +114,6 @@ def kernels() -> Kernels:
     @njit(nogil=True)
     def tally(
         words: Any,
-        start: int,
         table: Any,
         span: Any,
         specials: Any,
@@ -122,19 +122,19 @@ def kernels() -> Kernels:
         lower: Any,
         filled: Any,
     ) -> int:
-        """Count from ``start`` on; return where the end or a full list of candidates stopped it."""
+        """Count until the end or a full list of candidates; return how many were counted."""
         size: int = words.size
+        start = 0
         while start < size:
             if max(filled[0], filled[1]) + _BLOCK > CANDIDATES:
                 return start
-            block = words[
-                start : start + _BLOCK
-            ]  # a view from zero: numba proves that its indices are not negative
+            # A view that starts at zero: numba then knows that its indices are not negative.
+            block = words[start : start + _BLOCK]
             high, low, small = survey(block)
             top = max(np.int64(high), -np.int64(low) - 1)  # the largest magnitude's bits
             special = top >= first_special
             if special or small < 0xFFFF:
-                finite = one_by_one(block, table, specials)
+                finite = exceptional(block, table, specials)
                 high, low, small = np.int32(finite[0]), np.int32(finite[1]), np.int32(finite[2])
                 top = max(np.int64(high), -np.int64(low) - 1)
             else:
@@ -174,4 +174,23 @@ def kernels() -> Kernels:
                 if start < stop:
                     fold(table[4 * start : 4 * stop], counts[start:stop], offsets[start:stop])
 
-    return Kernels(tally, empty)
+    def share_out(
+        words: Any,
+        cuts: Any,
+        reached: Any,
+        tables: Any,
+        spans: Any,
+        specials: Any,
+        limits: Any,
+        upper: Any,
+        lower: Any,
+        filled: Any,
+    ) -> None:
+        """Count each share of the words, from where it was left to the next cut."""
+        for i in prange(cuts.size - 1):
+            share = words[reached[i] : cuts[i + 1]]
+            reached[i] += tally(
+                share, tables[i], spans[i], specials[i], limits, upper[i], lower[i], filled[i]
+            )
+
+    return Kernels(njit(nogil=True)(share_out), njit(nogil=True, parallel=True)(share_out), empty)
