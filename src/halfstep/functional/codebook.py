@@ -47,13 +47,7 @@ def fake_quantize(
     normalised = _normalised(x, scale, format, granularity)
     thresholds = table(format.thresholds, normalised, granularity)
     values = table(format.values, normalised, granularity)
-    if lookup.serves(normalised, thresholds):
-        lookup.replace(normalised, values, thresholds, format.ties_up)
-        result = normalised
-    else:
-        codes = search(normalised, thresholds, format.ties_up, granularity)
-        result = look_up(codes, values, granularity)
-        result = torch.where(normalised.isnan(), normalised, result)
+    result = replace(normalised, values, thresholds, format.ties_up, granularity)
     return _times_scale(result, scale, format, granularity).to(x.dtype)
 
 
@@ -70,6 +64,28 @@ def table(numbers: Tensor, x: Tensor, granularity: Granularity) -> Tensor:
             f"{granularity.parameter_shape(x.shape)} for a tensor of shape {tuple(x.shape)} quantized {granularity}"
         )
     return numbers.to(x) if x.is_floating_point() else numbers.to(x.device)
+
+
+def replace(x: Tensor, values: Tensor, thresholds: Tensor, ties_up: bool, granularity: Granularity) -> Tensor:
+    """Return the value of each element's cell; NaN stays NaN. May overwrite ``x``, which must be fresh."""
+    if lookup.serves(x, thresholds):
+        lookup.replace(x, values, thresholds, ties_up)
+        return x
+    codes = search(x, thresholds, ties_up, granularity)
+    return torch.where(x.isnan(), x, look_up(codes, values, granularity))
+
+
+def totals(x: Tensor, amounts: Tensor, thresholds: Tensor, granularity: Granularity) -> Tensor:
+    """Return the sum of ``amounts`` over the elements of each cell, (n,) or (\\*parameters, n); ties go down."""
+    levels = thresholds.shape[-1] + 1
+    if lookup.serves(x, thresholds) and amounts.dtype == torch.float32:
+        return lookup.totals(x, amounts, thresholds)
+    codes = search(x.nan_to_num(nan=0.0, posinf=None, neginf=None), thresholds, False, granularity)
+    if thresholds.dim() == 1:
+        return amounts.new_zeros(levels).index_add(0, codes.reshape(-1), amounts.reshape(-1))
+    rows = granularity.rows(amounts, 0.0)  # the padding of a ragged group adds zeros
+    sums = amounts.new_zeros(len(rows), levels).scatter_add(1, granularity.rows(codes, 0), rows)
+    return sums.reshape(*thresholds.shape[:-1], levels)
 
 
 def search(x: Tensor, thresholds: Tensor, ties_up: bool, granularity: Granularity) -> Tensor:

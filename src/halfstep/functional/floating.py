@@ -19,12 +19,11 @@ def quantize(
         patterns = numbers.to(format.storage).view(torch.uint8)
         return patterns.masked_fill_(numbers.isnan(), 0x7F)  # torch lets a NaN's sign differ by position
     numbers = numbers.nan_to_num(nan=0.0)
-    # Magnitudes in increasing order have consecutive patterns: count steps, and a full row of them per
-    # exponent.
-    exponent = _exponent(numbers, format)
+    # Magnitudes in increasing order have consecutive patterns: count steps, and a full row of them per exponent.
     row: int = 2**format.mantissa_bits
-    magnitude = torch.ldexp(numbers.abs(), format.mantissa_bits - exponent)
-    pattern = magnitude + (exponent - format.smallest_exponent) * row
+    power = _power(numbers, format)
+    exponent = torch.frexp(power).exponent - 1
+    pattern = numbers.abs() / power * row + (exponent - format.smallest_exponent) * row
     return (pattern + torch.signbit(numbers) * (format.levels // 2)).to(format.dtype)
 
 
@@ -64,16 +63,20 @@ def _saturated(x: Tensor, scale: Tensor, format: Floating, granularity: Granular
 
 def _rounded(numbers: Tensor, format: Floating) -> Tensor:
     """Round to the mantissa's step at each number's exponent, ties to even."""
-    if format.storage is not None and numbers.dtype == torch.float32:
-        return numbers.to(format.storage).to(numbers.dtype)  # torch rounds float64 twice, by way of float32
-    exponent = _exponent(numbers, format) - format.mantissa_bits
-    return torch.ldexp(torch.ldexp(numbers, -exponent).round_(), exponent)
+    step = _power(numbers, format).mul_(2.0**-format.mantissa_bits)
+    return torch.div(numbers, step, out=numbers).round_().mul_(step)  # dividing by a power of two is exact
 
 
-def _exponent(numbers: Tensor, format: Floating) -> Tensor:
-    """Return floor(log2 \\|number\\|), but not below the subnormals' exponent."""
-    magnitude = numbers.abs().clamp_(min=2.0**format.smallest_exponent)
-    return torch.frexp(magnitude).exponent - 1
+def _power(numbers: Tensor, format: Floating) -> Tensor:
+    """Return the power of two at or below each magnitude, but not below that of the subnormals.
+
+    Clearing all bits but the exponent's leaves it: many times faster than frexp. NaN gives infinity.
+    """
+    if numbers.dtype == torch.float64:
+        power = (numbers.view(torch.int64) & 0x7FF0_0000_0000_0000).view(torch.float64)
+    else:
+        power = (numbers.view(torch.int32) & 0x7F80_0000).view(torch.float32)
+    return power.clamp_(min=2.0**format.smallest_exponent)
 
 
 def _decoded(patterns: Tensor, format: Floating, dtype: torch.dtype) -> Tensor:

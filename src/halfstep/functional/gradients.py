@@ -119,13 +119,13 @@ def of_scale(
 ) -> Tensor:
     """Return the gradient of a learned scale, summed over the elements that share it.
 
-    The elements inside count with their round-off, and those outside with their end level.
+    The elements inside count with their round-off, and those outside with their end level. Overwrites ``result``.
     """
-    grad, kept, x, result = (tensor.to(scale.dtype) for tensor in (grad, kept, x, result))
-    moved = (grad - kept) * result
+    kept = kept.to(result.dtype)
+    moved = (grad.to(result.dtype) - kept).mul_(result)
     if gradient.rounding:
-        moved = torch.addcmul(moved, kept, result - x)
-    return granularity.reduce(moved, "sum") / scale
+        moved.addcmul_(kept, result.sub_(x.to(result.dtype)))
+    return (granularity.reduce(moved, "sum") / scale).to(scale.dtype)
 
 
 def of_zero_point(grad: Tensor, kept: Tensor, scale: Tensor, granularity: Granularity) -> Tensor:

@@ -70,23 +70,18 @@ class _FakeQuantizeLearned(torch.autograd.Function):
         granularity: Granularity,
         gradient: Gradient,
     ) -> Tensor:
-        numbers = x.to(working_dtype(x.dtype))
-        if scale is not None:
-            numbers = numbers / granularity.expand(scale, x.shape)
+        numbers = _normalised(x, scale, granularity)
         tables = codebook.table(values, numbers, granularity)
-        codes = codebook.search(numbers.nan_to_num(nan=0.0), midpoints(tables), False, granularity)
-        result = codebook.look_up(codes, tables, granularity)
+        result = codebook.replace(numbers, tables, midpoints(tables), False, granularity)
         if scale is not None:
-            result = result * granularity.expand(scale, x.shape)
-        result = torch.where(x.isnan(), x, result.to(x.dtype))
-        small = codes.to(torch.uint8) if values.shape[-1] <= 2**8 else codes
-        ctx.save_for_backward(x, values, scale, small)
+            result.mul_(granularity.expand(scale, x.shape))
+        ctx.save_for_backward(x, values, scale)
         ctx.granularity, ctx.gradient = granularity, gradient
-        return result
+        return result.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, values, scale, codes = ctx.saved_tensors
+        x, values, scale = ctx.saved_tensors
         granularity, gradient = ctx.granularity, ctx.gradient
         # A single table has scalar ends even where there are many scales: bring all to the parameter's shape.
         shape = granularity.parameter_shape(x.shape)
@@ -98,19 +93,21 @@ class _FakeQuantizeLearned(torch.autograd.Function):
             count = x.numel() // max(scales.numel(), 1)
             grad_x = gradient.of_input(kept, grad, x, granularity.expand(scales, x.shape), count)
         if ctx.needs_input_grad[1]:
-            moved = grad.to(values.dtype) * granularity.expand(scales, x.shape)
-            grad_values = _summed(moved, codes.long(), values.shape, granularity)
+            numbers = _normalised(x, scale, granularity)
+            thresholds = midpoints(codebook.table(values, numbers, granularity))
+            amounts = (grad.to(numbers.dtype) * granularity.expand(scales, x.shape)).to(numbers.dtype)
+            grad_values = codebook.totals(numbers, amounts, thresholds, granularity).to(values.dtype)
         if ctx.needs_input_grad[2]:
-            result = codebook.look_up(codes.long(), values, granularity) * granularity.expand(scale, x.shape)
+            numbers = _normalised(x, scale, granularity)
+            tables = codebook.table(values, numbers, granularity)
+            result = codebook.replace(numbers, tables, midpoints(tables), False, granularity)
+            result.mul_(granularity.expand(scale, x.shape))
             balance = gradients.balance(x, 1.0, granularity, gradient)  # values are in units of the scale
             grad_scale = balance * gradients.of_scale(grad, kept, x, result, scale, granularity, gradient)
         return grad_x, grad_values, grad_scale, None, None
 
 
-def _summed(moved: Tensor, codes: Tensor, shape: torch.Size, granularity: Granularity) -> Tensor:
-    """Return the sum of ``moved`` over the elements of each code, (n,) or (\\*parameters, n)."""
-    if len(shape) == 1:
-        return moved.new_zeros(shape).index_add(0, codes.reshape(-1), moved.reshape(-1))
-    rows = granularity.rows(moved, 0.0)  # a ragged group's padding adds zeros
-    total = moved.new_zeros(len(rows), shape[-1])
-    return total.scatter_add(1, granularity.rows(codes, 0), rows).reshape(shape)
+def _normalised(x: Tensor, scale: Tensor | None, granularity: Granularity) -> Tensor:
+    """Return ``x / scale`` as a fresh tensor of the dtype that is computed in."""
+    numbers = x.to(working_dtype(x.dtype), copy=True)
+    return numbers if scale is None else numbers.div_(granularity.expand(scale, x.shape))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -45,20 +45,46 @@ def replace(x: Tensor, values: Tensor, thresholds: Tensor, ties_up: bool) -> Non
         thresholds: (n - 1,) float32.
         ties_up: whether an element equal to a threshold gets the upper value.
     """
-    flat = x.as_strided((x.numel(),), (1,), x.storage_offset()).numpy()
-    bounds = thresholds.numpy()
-    if ties_up:
-        bounds = np.nextafter(bounds, np.float32(-np.inf))  # at or above a threshold is above its predecessor
-    starts = _starts(bounds.tobytes())
-    bounds = np.append(bounds, np.float32(np.nan))  # nothing is above NaN: a search stops there
+    flat, (bounds, starts) = _flat(x), _cells(thresholds, ties_up)
 
     def work(piece: NDArray[np.float32]) -> None:
-        _compiled()(piece, piece.view(np.uint32), values.numpy(), bounds, starts)
+        _compiled().replace(piece, piece.view(np.uint32), values.numpy(), bounds, starts)
 
     # Plain threads rather than numba's parallel loops, whose waiting threads spin: beside torch's own they
     # took ten times as long on a busy machine.
     pieces = np.array_split(flat, max(1, min(torch.get_num_threads(), flat.size // PIECE)))
     work(pieces[0]) if len(pieces) == 1 else _together(work, pieces)
+
+
+def totals(x: Tensor, amounts: Tensor, thresholds: Tensor) -> Tensor:
+    """Return the sum of ``amounts`` over the elements of each cell, added up in float64; ties go down.
+
+    Args:
+        x: float32, dense in memory.
+        amounts: float32, of ``x``'s shape.
+        thresholds: (n - 1,) float32.
+
+    Returns:
+        (n,) float32.
+    """
+    bounds, starts = _cells(thresholds, ties_up=False)
+    flat, weights = x.reshape(-1).numpy(), amounts.reshape(-1).numpy()
+    return torch.from_numpy(_compiled().totals(flat, flat.view(np.uint32), weights, bounds, starts)).float()
+
+
+def _flat(x: Tensor) -> NDArray[np.float32]:
+    """Return all elements in the order of memory, as a view."""
+    view: NDArray[np.float32] = x.as_strided((x.numel(),), (1,), x.storage_offset()).numpy()
+    return view
+
+
+def _cells(thresholds: Tensor, ties_up: bool) -> tuple[NDArray[np.float32], NDArray[np.uint16]]:
+    """Return what the loops compare with, and the table of where to start."""
+    bounds = thresholds.numpy()
+    if ties_up:
+        bounds = np.nextafter(bounds, np.float32(-np.inf))  # at or above a threshold is above its predecessor
+    starts = _starts(bounds.tobytes())
+    return np.append(bounds, np.float32(np.nan)), starts  # nothing is above NaN: a search stops there
 
 
 def _together(work: Callable[[NDArray[np.float32]], None], pieces: list[NDArray[np.float32]]) -> None:
@@ -79,9 +105,14 @@ def _starts(thresholds: bytes) -> NDArray[np.uint16]:
     return np.where(np.isnan(lowest), 0, starts).astype(np.uint16)  # -inf shares its pattern with NaN
 
 
+class _Loops(NamedTuple):
+    replace: Callable[..., None]
+    totals: Callable[..., NDArray[np.float64]]
+
+
 @cache
-def _compiled() -> Callable[..., None]:
-    """Compile the loop; numba is loaded here, where it is first needed."""
+def _compiled() -> _Loops:
+    """Compile the loops; numba is loaded here, where it is first needed."""
     from numba import njit
 
     @njit(nogil=True)
@@ -93,5 +124,15 @@ def _compiled() -> Callable[..., None]:
                 code += 1
             x[i] = values[code] if number == number else number  # NaN stays NaN
 
-    compiled: Callable[..., None] = replace
-    return compiled
+    @njit(nogil=True)
+    def totals(x: Any, bits: Any, amounts: Any, bounds: Any, starts: Any) -> Any:
+        sums = np.zeros((4, bounds.size))  # four, so that an addition need not wait for the one before
+        for i in range(x.size):
+            number = x[i]
+            code = starts[bits[i] >> 16]
+            while number > bounds[code]:
+                code += 1
+            sums[i & 3, code] += amounts[i]
+        return sums.sum(0)
+
+    return _Loops(replace, totals)
