@@ -2,7 +2,7 @@
 
 from halfstep.calibrators import MSE, Entropy, Max, Percentile
 from halfstep.errors import HalfstepError
-from halfstep.evaluate import Accuracy, Metric, Score
+from halfstep.evaluate import Accuracy, CallableMetric, Metric, Score
 from halfstep.export.onnx import export_float, export_onnx
 from halfstep.export.verify import Verification, verify
 from halfstep.formats import Integer
@@ -16,6 +16,7 @@ from halfstep.recipe import LayerSpec, Recipe, TensorSpec
 __all__ = [
     "MSE",
     "Accuracy",
+    "CallableMetric",
     "Entropy",
     "HalfstepError",
     "Integer",

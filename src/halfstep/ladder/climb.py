@@ -81,11 +81,11 @@ def quantize(
     folder = _writable(directory)
     scorer = as_scorer(metric)
     prepared = prepare(model, example_inputs, recipe, target)
-    float_score, baseline = float_evaluation(scorer, prepared)
+    float_score, made = float_evaluation(scorer, prepared)
     goal = Goal(max_drop, float_score, scorer.higher_is_better)
     observe(prepared, calibration)
 
-    search = Search(prepared, scorer, goal, [baseline])
+    search = Search(prepared, scorer, goal, made)
     score = climb_ptq(search)
 
     with tempfile.TemporaryDirectory() as temporary:

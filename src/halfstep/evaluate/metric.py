@@ -4,59 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from halfstep.errors import HalfstepError, MetricError
+from halfstep.evaluate.score import Score, Scorer
 from halfstep.graph.inputs import ModelInputs, call_arguments
 
 Labelled = Iterable[tuple[ModelInputs, Any]]
 Progress = Callable[[int], None]
 
 
-@dataclass(frozen=True)
-class Score:
-    """What a metric said of a model.
-
-    Attributes:
-        value: the metric, in its own unit.
-        per_example: float64 scores of the single examples whose mean ``value`` is; None where the metric is not a
-            mean over examples.
-    """
-
-    value: float
-    per_example: torch.Tensor | None = None
-
-    @property
-    def count(self) -> int | None:
-        """How many examples were scored, where that is known."""
-        return None if self.per_example is None else len(self.per_example)
-
-    def __float__(self) -> float:
-        return self.value
-
-
-@runtime_checkable
-class Scorer(Protocol):
-    """Anything that scores a model."""
-
-    higher_is_better: bool
-
-    def evaluate(self, model: Callable[..., Any]) -> Score:
-        """Score ``model``, which is called as the user's model is."""
-        ...
-
-
 class Metric:
     """The mean of a score over labelled examples.
 
     Args:
-        labelled: iterable of ``(inputs, labels)`` batches. Iterated once for every evaluation, so a generator (which
-            can be iterated only once) is kept as a list.
+        labelled: iterable of ``(inputs, labels)`` batches, in the same order each time. Iterated once for every
+            evaluation, so a generator (which can be iterated only once) is kept as a list.
         score: ``score(outputs, labels)`` -> a tensor of shape (batch,), one number an example.
         higher_is_better: False for errors and losses.
+        bounds: the smallest and the largest score that an example can have. Evaluations can stop early only where
+            they are known.
+        shuffled: whether the order of the examples carries no information. Evaluations can stop early only then,
+            or where ``labelled`` is a list of batches of tensors, which are drawn in an order of our own.
+
+    Raises:
+        MetricError: if the bounds are not two ascending numbers.
     """
 
     def __init__(
@@ -64,10 +39,17 @@ class Metric:
         labelled: Labelled,
         score: Callable[[Any, Any], torch.Tensor],
         higher_is_better: bool = True,
+        bounds: tuple[float, float] | None = None,
+        shuffled: bool = False,
     ) -> None:
+        if bounds is not None and not (
+            len(bounds) == 2 and all(map(math.isfinite, bounds)) and bounds[0] < bounds[1]
+        ):
+            raise MetricError(f"metric: bounds are {bounds}, needed two finite numbers, the smaller first")
         self.labelled = list(labelled) if isinstance(labelled, Iterator) else labelled
         self.score = score
         self.higher_is_better = higher_is_better
+        self.bounds, self.shuffled = bounds, shuffled
 
     def evaluate(self, model: Callable[..., Any], progress: Progress | None = None) -> Score:
         """Score ``model`` on all examples.
@@ -77,16 +59,29 @@ class Metric:
             progress: called with the number of examples after each batch.
 
         Raises:
-            MetricError: if there is no example, or the score raises, has a wrong shape, or is not finite.
+            MetricError: if there is no example, or the score raises, has a wrong shape, is not finite, or lies
+                outside the bounds.
         """
-        scores = list(self._batches(model, progress))
+        scores = []
+        for batch in self.stream(model):
+            scores.append(batch)
+            if progress is not None:
+                progress(len(batch))
         if not scores:
             raise MetricError("metric: the labelled data are empty; give at least one (inputs, labels) batch")
-        per_example = torch.cat(scores)
-        return Score(float(per_example.mean()), per_example)
+        return Score.mean(torch.cat(scores))
 
-    def _batches(self, model: Callable[..., Any], progress: Progress | None) -> Iterator[torch.Tensor]:
-        for index, item in enumerate(self.labelled):
+    def stream(self, model: Callable[..., Any], labelled: Labelled | None = None) -> Iterator[torch.Tensor]:
+        """The examples' scores, (batch,) float64, batch by batch, so that one can stop in between.
+
+        Args:
+            model: called on each batch of inputs.
+            labelled: batches to score instead of the metric's own.
+
+        Raises:
+            MetricError: as :meth:`evaluate`.
+        """
+        for index, item in enumerate(self.labelled if labelled is None else labelled):
             if not (isinstance(item, (tuple, list)) and len(item) == 2):
                 raise MetricError(
                     f"metric: batch {index} is a {type(item).__name__}, needed a pair (inputs, labels)"
@@ -104,11 +99,8 @@ class Metric:
                     f"metric: score(outputs, labels) raised {type(error).__name__}: {error} (batch {index})"
                 ) from error
             yield self._check(scores, index)
-            if progress is not None:
-                progress(len(scores))
 
-    @staticmethod
-    def _check(scores: Any, index: int) -> torch.Tensor:
+    def _check(self, scores: Any, index: int) -> torch.Tensor:
         if not isinstance(scores, torch.Tensor) or scores.dim() != 1:
             got = (
                 f"shape {tuple(scores.shape)}" if isinstance(scores, torch.Tensor) else type(scores).__name__
@@ -120,7 +112,13 @@ class Metric:
             raise MetricError(
                 f"metric: score(outputs, labels) gave NaN or inf in batch {index}; look at the model's outputs there"
             )
-        return scores.detach().double().cpu()
+        checked: torch.Tensor = scores.detach().double().cpu()
+        if self.bounds is not None and not ((checked >= self.bounds[0]) & (checked <= self.bounds[1])).all():
+            raise MetricError(
+                f"metric: batch {index} has scores from {float(checked.min()):g} to {float(checked.max()):g}, outside "
+                f"the bounds {self.bounds}; give the bounds that score(outputs, labels) really has, or none"
+            )
+        return checked
 
 
 class Accuracy(Metric):
@@ -130,13 +128,14 @@ class Accuracy(Metric):
         labelled: iterable of ``(inputs, labels)``; labels are class indices of shape (batch,). Outputs are logits
             (batch, classes), or a tuple or record whose first tensor they are.
         top: count an example as right if its label is among the ``top`` largest.
+        shuffled: as for :class:`Metric`.
     """
 
-    def __init__(self, labelled: Labelled, top: int = 1) -> None:
+    def __init__(self, labelled: Labelled, top: int = 1, shuffled: bool = False) -> None:
         if top < 1:
             raise MetricError(f"Accuracy: top is {top}, needed at least 1")
         self.top = top
-        super().__init__(labelled, self._hits)
+        super().__init__(labelled, self._hits, bounds=(0.0, 1.0), shuffled=shuffled)
 
     def _hits(self, outputs: Any, labels: Any) -> torch.Tensor:
         logits = logits_of(outputs)
@@ -157,7 +156,10 @@ class Accuracy(Metric):
 
 
 class CallableMetric:
-    """Any function from a model to a number.
+    """Any function from a model to a number: ``hs.CallableMetric(error_rate, higher_is_better=False)``.
+
+    A plain function given as a metric is one whose numbers are better the higher they are. Without scores of single
+    examples there are no confidence intervals and no early stopping; :class:`Metric` has both.
 
     Args:
         function: called with a module that is called as the user's model is.
@@ -207,8 +209,6 @@ def logits_of(outputs: Any) -> torch.Tensor:
     Raises:
         MetricError: if there is none.
     """
-    from torch.utils import _pytree as pytree
-
     for leaf in pytree.tree_leaves(outputs):
         if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
             return leaf

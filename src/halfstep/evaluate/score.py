@@ -1,0 +1,47 @@
+"""Score: what a metric says of a model; Scorer: anything that says it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a metric said of a model.
+
+    Attributes:
+        value: the metric, in its own unit.
+        per_example: float64 scores of the single examples whose mean ``value`` is; None where the metric is not a
+            mean over examples.
+    """
+
+    value: float
+    per_example: torch.Tensor | None = None
+
+    @classmethod
+    def mean(cls, per_example: torch.Tensor) -> Score:
+        """The score whose value is the mean of ``per_example``, (n,)."""
+        return cls(float(per_example.mean()), per_example)
+
+    @property
+    def count(self) -> int | None:
+        """How many examples were scored, where that is known."""
+        return None if self.per_example is None else len(self.per_example)
+
+    def __float__(self) -> float:
+        return self.value
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """Anything that scores a model."""
+
+    higher_is_better: bool
+
+    def evaluate(self, model: Callable[..., Any]) -> Score:
+        """Score ``model``, which is called as the user's model is."""
+        ...

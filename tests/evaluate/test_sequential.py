@@ -1,0 +1,99 @@
+"""The sequential test: rarely wrong, certain at the end, quick where the case is clear."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from halfstep.evaluate.sequential import STAKES, SequentialTest
+
+
+def reference(differences, threshold, low, high, total=None):
+    """The capital of both gamblers after every example, one by one."""
+    above, below, capitals = [1.0] * len(STAKES), [1.0] * len(STAKES), []
+    for index, x in enumerate(differences):
+        mean = threshold
+        if total is not None:
+            mean = (total * threshold - sum(differences[:index])) / (total - index)
+        if low < mean < high:
+            above = [c * (1 + s * (x - mean) / (mean - low)) for c, s in zip(above, STAKES, strict=True)]
+            below = [c * (1 + s * (mean - x) / (high - mean)) for c, s in zip(below, STAKES, strict=True)]
+        capitals.append((sum(above) / len(STAKES), sum(below) / len(STAKES)))
+    return capitals
+
+
+@given(
+    st.lists(st.sampled_from([-1.0, -0.5, 0.0, 1.0]), min_size=1, max_size=40),
+    st.floats(-0.4, 0.4),
+    st.booleans(),
+    st.integers(1, 40),
+)
+def test_the_capital_is_the_references_however_the_examples_are_cut(differences, threshold, finite, cut):
+    total = 100 if finite else None
+    test = SequentialTest(threshold, -1.0, 1.0, level=1e-12, total=total)
+    for part in torch.tensor(differences, dtype=torch.float64).split(cut):
+        test.update(part)
+    above, below = reference(differences, threshold, -1.0, 1.0, total)[-1]
+    if test.answer is None:
+        assert float(test._above.logsumexp(0)) == pytest.approx(math.log(above * len(STAKES)), abs=1e-9)
+        assert float(test._below.logsumexp(0)) == pytest.approx(math.log(below * len(STAKES)), abs=1e-9)
+
+
+@settings(max_examples=50)
+@given(st.integers(0, 60), st.integers(0, 60), st.integers(0, 200), st.integers(0, 2**31))
+def test_with_all_examples_seen_the_answer_is_there_and_mostly_right(lost, won, same, seed):
+    values = torch.cat([torch.ones(lost), -torch.ones(won), torch.zeros(same + 1)]).double()
+    values = values[torch.randperm(len(values), generator=torch.Generator().manual_seed(seed))]
+    test = SequentialTest(0.02, -1.0, 1.0, level=1e-9, total=len(values))
+    test.update(values)
+    assert test.answer == ("above" if float(values.mean()) > 0.02 + 1e-12 else "below")
+
+
+def test_a_mean_equal_to_the_threshold_is_below():
+    values = torch.zeros(100)
+    values[:2] = 1
+    test = SequentialTest(0.02, -1.0, 1.0, level=1e-9, total=100)
+    assert test.update(values) == "below"
+
+
+@pytest.mark.parametrize("finite", [True, False])
+def test_wrong_answers_at_the_threshold_are_as_rare_as_stated(finite):
+    generator = torch.Generator().manual_seed(1)
+    wrong, runs, count = 0, 400, 2000
+    for _ in range(runs):
+        uniform = torch.rand(count, generator=generator)
+        if finite:  # exactly one example too many is lost: the mean lies above the threshold by 1 / count
+            values = torch.cat([torch.ones(61), -torch.ones(40), torch.zeros(count - 101)])
+            values = values[uniform.argsort()]
+            answers = "below"
+        else:
+            values = (uniform < 0.03).double() - (uniform > 0.98).double()
+            answers = "above or below"  # the mean is the threshold: either answer counts against the test
+        test = SequentialTest(0.01, -1.0, 1.0, level=0.05, total=count if finite else None)
+        for part in values.split(100):
+            if test.update(part):
+                break
+        wrong += test.answer is not None and test.answer in answers and test.seen < count
+    # Either side errs with at most 5%; three standard deviations of the count are allowed on top.
+    sides = 1 if finite else 2
+    expected = 0.05 * sides * runs
+    assert wrong <= expected + 3 * math.sqrt(expected)
+
+
+@pytest.mark.parametrize(
+    ("lost", "won", "answer"), [(0.13, 0.03, "above"), (0.004, 0.004, "below"), (0.06, 0.02, "above")]
+)
+def test_clear_cases_take_a_quarter_of_the_examples_at_most(lost, won, answer):
+    count = 10_000
+    for seed in range(20):
+        values = torch.zeros(count)
+        values[: int(lost * count)] = 1
+        values[int(lost * count) : int((lost + won) * count)] = -1
+        values = values[torch.randperm(count, generator=torch.Generator().manual_seed(seed))]
+        test = SequentialTest(0.01, -1.0, 1.0, level=0.05, total=count)
+        for part in values.split(100):
+            if test.update(part):
+                break
+        assert (test.answer, test.seen <= count / 4) == (answer, True)
