@@ -20,16 +20,19 @@ from halfstep.model import QuantizedModel
 
 
 def lower(onnx_model: ir.Model, model: QuantizedModel) -> None:
-    """Run every pass, in order."""
-    graph = onnx_model.graph
+    """Run every pass that the target asks for, in order."""
+    graph, wanted = onnx_model.graph, model.target.lowering
     rename(graph)
     pool_globally(graph)
     quantize_weights(graph, model)
     quantize_activations(graph, model)
     absorb_clips(graph)
-    quantize_biases(graph)
-    shape_biases(graph)
-    protect_float_layers(graph)
+    if wanted.integer_bias:
+        quantize_biases(graph)
+    if wanted.full_rank_bias:
+        shape_biases(graph)
+    if wanted.guarded_floats:
+        protect_float_layers(graph)
     drop_unused(graph)
 
 

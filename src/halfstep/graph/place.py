@@ -47,10 +47,12 @@ class _Placer:
     ) -> None:
         self.graph, self.target, self.float_layers = graph, target, float_layers
         self.names = readable_names(graph)
+        self.order = {node: index for index, node in enumerate(graph.nodes)}
         self.operators = {n: op for n in graph.nodes if (op := describe(n)) is not None}
         self.specs: dict[fx.Node, LayerSpec | None] = {
             node: recipe.spec(self.names[node]) for node, op in self.operators.items() if self._is_layer(op)
         }
+        self._moving = target.passes | target.absorbed | target.fused
         self.reasons: dict[fx.Node, str] = {}
         self.integer: set[fx.Node] = set()  # operators whose activations are quantized
         self.root: dict[fx.Node, fx.Node] = {}  # value -> the value whose scale it shares
@@ -116,7 +118,7 @@ class _Placer:
         if value.op == "placeholder":
             return any(user in self.specs and user in self.integer for user in value.users)
         op = self.operators.get(value)
-        moved = op is not None and op.kind in self.target.passes | self.target.absorbed
+        moved = op is not None and op.kind in self._moving
         return moved and all(map(self._supplied, self.operators[value].inputs))
 
     def _wanted(self, value: fx.Node) -> bool:
@@ -125,14 +127,14 @@ class _Placer:
 
     def _moves(self, node: fx.Node) -> bool:
         op = self.operators.get(node)
-        return op is not None and op.kind in self.target.passes | self.target.absorbed
+        return op is not None and op.kind in self._moving
 
     # 3 and 4: which values
 
     def _choose_values(self) -> None:
         self.quantized: dict[fx.Node, bool] = {}  # value -> whether every reader must see it quantized
         for node in self.integer:
-            for value in self.operators[node].inputs:
+            for value in self._read_as_codes(node):
                 self.quantized.setdefault(value, False)
         if all(self._executed(self.specs[node]) for node in self.integer if node in self.specs):
             for node in self.integer:
@@ -140,6 +142,21 @@ class _Placer:
                 if kernel.output:
                     self.quantized[self._after_absorbed(node)] = True
             self._lift()
+
+    def _read_as_codes(self, node: fx.Node) -> tuple[fx.Node, ...]:
+        """The inputs that an integer operator reads quantized: all but the one whose layer computes it too."""
+        op = self.operators[node]
+        if not self.target.kernel(op.kind).joins:
+            return op.inputs
+        makers = [
+            value
+            for value in op.inputs
+            if value in self.integer and value in self.specs and len(value.users) == 1
+        ]
+        joined = max(
+            makers, key=self.order.__getitem__, default=None
+        )  # the last of them has the other at hand
+        return tuple(value for value in op.inputs if value is not joined)
 
     def _after_absorbed(self, node: fx.Node) -> fx.Node:
         users = list(node.users)

@@ -100,7 +100,13 @@ def widen_for_bias(model: QuantizedModel, layer: Layer) -> None:
     its folded weight is tiny beside its bias, and those steps too fine.
     """
     op = layer.operator
-    if layer.reason or op.weight is None or op.bias is None or len(layer.sites) < 2:
+    if (
+        not model.target.lowering.integer_bias
+        or layer.reason
+        or op.weight is None
+        or op.bias is None
+        or len(layer.sites) < 2
+    ):
         return
     weight, activation = model.sites[str(op.weight.target)], model.sites[layer.sites[0]]
     if not isinstance(weight.format, Integer) or activation.scale.dim() or weight.scale.dim() > 1:

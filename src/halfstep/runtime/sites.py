@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from halfstep.errors import ExportError
+
+if TYPE_CHECKING:
+    import onnx
 
 
 @dataclass(frozen=True)
@@ -42,10 +45,7 @@ def read_sites(path: str | Path) -> tuple[list[FileSite], dict[str, str]]:
     import onnx
     from onnx import numpy_helper
 
-    try:
-        model = onnx.load(str(path))
-    except Exception as error:  # protobuf's own errors share no base with OSError
-        raise ExportError(f"{path}: cannot be read as ONNX: {error}") from error
+    model = load(path, weights=True)
     arrays = {tensor.name: tensor for tensor in model.graph.initializer}
     reader = {name: node.name for node in reversed(model.graph.node) for name in node.input}
     producer = {name: node for node in model.graph.node for name in node.output}
@@ -73,6 +73,29 @@ def read_sites(path: str | Path) -> tuple[list[FileSite], dict[str, str]]:
             )
         )
     return sites, {entry.key: entry.value for entry in model.metadata_props}
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """What a file says of itself.
+
+    Raises:
+        ExportError: if it is no ONNX file.
+    """
+    return {entry.key: entry.value for entry in load(path, weights=False).metadata_props}
+
+
+def load(path: str | Path, weights: bool) -> onnx.ModelProto:
+    """The file, with or without weights that lie beside it.
+
+    Raises:
+        ExportError: if it is no ONNX file.
+    """
+    import onnx
+
+    try:
+        return onnx.load(str(path), load_external_data=weights)
+    except Exception as error:  # protobuf's own errors share no base with OSError
+        raise ExportError(f"{path}: cannot be read as ONNX: {error}") from error
 
 
 def _ends(name: str) -> tuple[int, int]:

@@ -2,9 +2,11 @@
 
 from halfstep.errors import ArgumentError
 from halfstep.targets.onnxruntime import ONNXRUNTIME
-from halfstep.targets.target import Kernel, Target
+from halfstep.targets.openvino import OPENVINO
+from halfstep.targets.target import Kernel, Lowering, Target
+from halfstep.targets.tensorrt import TENSORRT
 
-TARGETS: dict[str, Target] = {target.name: target for target in (ONNXRUNTIME,)}
+TARGETS: dict[str, Target] = {target.name: target for target in (ONNXRUNTIME, OPENVINO, TENSORRT)}
 
 
 def find_target(name: str | Target) -> Target:
@@ -20,4 +22,4 @@ def find_target(name: str | Target) -> Target:
     return TARGETS[name]
 
 
-__all__ = ["TARGETS", "Kernel", "Target", "find_target"]
+__all__ = ["TARGETS", "Kernel", "Lowering", "Target", "find_target"]

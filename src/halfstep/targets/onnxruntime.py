@@ -1,7 +1,7 @@
 """ONNX Runtime on CPU: integer kernels quantize what they write, so nearly every result gets a quantizer."""
 
 from halfstep.formats import Integer
-from halfstep.targets.target import Kernel, Target
+from halfstep.targets.target import Kernel, Lowering, Target
 
 _FLOAT = "has no integer kernel on onnxruntime and runs in float; "
 
@@ -24,6 +24,7 @@ ONNXRUNTIME = Target(
     ),
     absorbed=frozenset({"relu", "clip"}),
     decomposed=frozenset({"silu"}),
+    lowering=Lowering(integer_bias=True, full_rank_bias=True, guarded_floats=True),
     reasons={
         "conv_transpose": _FLOAT + "its weight stays float",
         "hardswish": _FLOAT + "the conv before it stays integer; SiLU or ReLU would be integer throughout",

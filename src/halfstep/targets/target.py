@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from halfstep.formats import Format, Integer
 from halfstep.recipe import TensorSpec
@@ -15,9 +15,28 @@ class Kernel:
 
     Attributes:
         output: its result must be quantized too (True), or may come out in float (False).
+        joins: it is computed at the end of the layer that makes one of its inputs, so that input must not be
+            quantized (True), or it is a kernel of its own that reads codes on every input (False).
     """
 
     output: bool = False
+    joins: bool = False
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """How the runtime wants the file written.
+
+    Attributes:
+        integer_bias: biases of integer layers are int32 in steps of ``scale_x * scale_w``; otherwise float32.
+        full_rank_bias: a bias added to a product of matrices is stored with the product's rank.
+        guarded_floats: a float layer between quantizers needs a bias that is no constant, or the runtime quantizes
+            its weight by itself.
+    """
+
+    integer_bias: bool = False
+    full_rank_bias: bool = False
+    guarded_floats: bool = False
 
 
 @dataclass(frozen=True)
@@ -32,9 +51,12 @@ class Target:
         followers: kinds that have one too but are worth it only between integer neighbours.
         passes: kinds that move codes unchanged: their result shares the input's scale and zero point.
         absorbed: clipping kinds that disappear into the quantization that follows them.
+        fused: kinds that are computed in float at the end of the layer before them, which stays integer.
         decomposed: kinds that are split into simpler ones before placement, because the parts have kernels.
         reasons: for kinds without a kernel, why and what follows, in words.
         activation_bits: widths its kernels execute; other widths are simulated on the inputs of layers only.
+        runtime: the one of :mod:`halfstep.runtime` that runs its files here and says what became integer.
+        lowering: how it wants the file written.
     """
 
     name: str
@@ -44,9 +66,12 @@ class Target:
     followers: Mapping[str, Kernel] = field(default_factory=dict)
     passes: frozenset[str] = frozenset()
     absorbed: frozenset[str] = frozenset()
+    fused: frozenset[str] = frozenset()
     decomposed: frozenset[str] = frozenset()
     reasons: Mapping[str, str] = field(default_factory=dict)
     activation_bits: frozenset[int] = frozenset({8})
+    runtime: str = "onnxruntime"
+    lowering: Lowering = Lowering()
 
     def activation_format(self, spec: TensorSpec) -> Format:
         """The format of an activation: the spec's own, or this target's flavour at the spec's bits."""
@@ -72,5 +97,5 @@ class Target:
 
 def _flavour(template: Integer, spec: TensorSpec) -> Format:
     if isinstance(spec.format, int):
-        return Integer(bits=spec.format, signed=template.signed, symmetric=template.symmetric)
+        return replace(template, bits=spec.format)
     return spec.format

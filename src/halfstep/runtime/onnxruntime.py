@@ -1,0 +1,117 @@
+"""ONNX Runtime on the CPU: its sessions, and the graph that it really executes."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from halfstep.errors import ExportError
+from halfstep.runtime.runtime import Kernels, Runtime
+
+#: Operators that compute on integers.
+INTEGER = frozenset(
+    {
+        "QLinearConv",
+        "ConvInteger",
+        "QGemm",
+        "QLinearMatMul",
+        "MatMulInteger",
+        "MatMulIntegerToFloat",
+        "DynamicQuantizeMatMul",
+        "DynamicQuantizeLSTM",
+        "MatMulNBits",
+        "MatMulBnb4",
+        "GatherBlockQuantized",
+        "QLinearAdd",
+        "QLinearMul",
+        "QLinearConcat",
+        "QLinearSigmoid",
+        "QLinearLeakyRelu",
+        "QLinearSoftmax",
+        "QLinearAveragePool",
+        "QLinearGlobalAveragePool",
+    }
+)
+
+#: Operators that multiply: where the time goes, and what ought to be integer.
+HEAVY = frozenset(
+    {"Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "LSTM", "GRU"}
+)
+
+
+def open_session(
+    path: str | Path,
+    threads: int | None = None,
+    optimized: str | Path | None = None,
+    fuse: bool = True,
+) -> Any:
+    """An ONNX Runtime session on the CPU.
+
+    Args:
+        path: an ONNX file.
+        threads: for one operator; None for all cores.
+        optimized: where to write the graph that the runtime really executes, None for nowhere.
+        fuse: let the runtime replace operators between quantizers by integer kernels.
+
+    Raises:
+        ExportError: if the runtime cannot load the file, with its words.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or os.cpu_count() or 1
+    options.inter_op_num_threads = 1
+    # Idle threads that spin would take the cores from the next session in this process, and from torch.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if not fuse:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    options.log_severity_level = (
+        3  # the runtime warns that an optimised graph is for this machine: it is meant to be
+    )
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ExportError(f"onnxruntime cannot load {path}: {error}") from error
+
+
+class OnnxRuntimeSession:
+    """A file loaded on ONNX Runtime."""
+
+    def __init__(self, path: Path, threads: int | None, fuse: bool = True) -> None:
+        self.session = open_session(path, threads, fuse=fuse)
+        self.inputs: list[str] = [value.name for value in self.session.get_inputs()]
+
+    def run(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The outputs for one array an input."""
+        feed = dict(zip(self.inputs, arrays, strict=True))
+        return [np.asarray(array) for array in self.session.run(None, feed)]
+
+
+def inspect(path: Path, threads: int | None) -> Kernels:
+    """Load the file and read the graph that the runtime made of it.
+
+    Raises:
+        ExportError: if the runtime cannot load the file.
+    """
+    import onnx
+
+    with tempfile.TemporaryDirectory() as directory:
+        optimized = Path(directory) / "optimized.onnx"
+        open_session(path, threads, optimized)
+        graph = onnx.load(optimized, load_external_data=False).graph
+    return Kernels(
+        counts=dict(Counter(node.op_type for node in graph.node).most_common()),
+        integer=tuple(node.name for node in graph.node if node.op_type in INTEGER),
+        floating=tuple(node.name for node in graph.node if node.op_type in HEAVY),
+    )
+
+
+ONNXRUNTIME = Runtime("onnxruntime", OnnxRuntimeSession, inspect)

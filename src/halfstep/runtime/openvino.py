@@ -1,0 +1,108 @@
+"""OpenVINO on the CPU: its sessions, and the precision in which it really executes each node."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from halfstep.errors import ExportError
+from halfstep.runtime.runtime import Kernels, Runtime
+from halfstep.runtime.sites import load
+
+#: Precisions of integer kernels, by the runtime's names.
+INTEGER = frozenset({"i8", "u8", "i4", "u4"})
+
+#: Layer types that multiply.
+HEAVY = frozenset({"Convolution", "Deconvolution", "FullyConnected", "MatMul", "RNNSeq", "RNNCell"})
+
+#: Layer types that compute; the others move data about.
+COMPUTING = HEAVY | {"Eltwise", "Pooling", "Reduce", "Concatenation", "ScaledDotProductAttention"}
+
+#: Operators of the file that only mark a number format.
+MARKS = frozenset({"QuantizeLinear", "DequantizeLinear"})
+
+
+def compile_model(path: Path, threads: int | None) -> Any:
+    """The file compiled for the CPU.
+
+    Floats are computed in float32: on processors with bfloat16 units OpenVINO would choose that by itself, and the
+    file would not answer as the simulation does.
+
+    Raises:
+        ExportError: if OpenVINO is not installed, or cannot load the file.
+    """
+    try:
+        import openvino
+    except ImportError as error:
+        raise ExportError(
+            "target 'openvino': its runtime is not installed; pip install 'halfstep[openvino]'"
+        ) from error
+
+    settings = {
+        "INFERENCE_NUM_THREADS": threads or os.cpu_count() or 1,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
+    try:
+        return openvino.Core().compile_model(str(path), "CPU", settings)
+    except Exception as error:
+        raise ExportError(f"openvino cannot load {path}: {error}") from error
+
+
+class OpenVinoSession:
+    """A file loaded on OpenVINO."""
+
+    def __init__(self, path: Path, threads: int | None) -> None:
+        compiled = compile_model(path, threads)
+        self.inputs: list[str] = [value.get_any_name() for value in compiled.inputs]
+        self.outputs = len(compiled.outputs)
+        self.request = compiled.create_infer_request()
+
+    def run(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The outputs for one array an input."""
+        self.request.infer(list(arrays), share_inputs=True)
+        return [self.request.get_output_tensor(i).data.copy() for i in range(self.outputs)]
+
+
+def inspect(path: Path, threads: int | None) -> Kernels:
+    """Compile the file and read the runtime model: layer types with the precision that they run in.
+
+    Raises:
+        ExportError: if the runtime cannot load the file.
+    """
+    nodes = {node.name: node.op_type for node in load(path, weights=False).graph.node}
+    counts: Counter[str] = Counter()
+    integer: dict[str, None] = {}
+    floating: dict[str, None] = {}
+    for operation in compile_model(path, threads).get_runtime_model().get_ordered_ops():
+        info = operation.get_rt_info()
+        kind, precision = (info[key].astype(str) for key in ("layerType", "runtimePrecision"))
+        if kind in ("Const", "Input", "Output"):
+            continue
+        counts[f"{kind} {precision}"] += 1
+        if kind not in COMPUTING:
+            continue
+        names = dict.fromkeys(_known(info["originalLayersNames"].astype(str), nodes))
+        if precision in INTEGER:
+            integer.update(names)
+        elif kind in HEAVY:
+            floating.update(names)
+    return Kernels(dict(counts.most_common()), tuple(integer), tuple(floating))
+
+
+def _known(originals: str, nodes: dict[str, str]) -> Iterator[str]:
+    """The file's computing nodes in a list of OpenVINO's, which appends to their names what it made of them."""
+    for original in originals.split(","):
+        name = original
+        while name and name not in nodes:
+            name = name.rpartition("/")[0]
+        if name and nodes[name] not in MARKS:
+            yield name
+
+
+OPENVINO = Runtime("openvino", OpenVinoSession, inspect)

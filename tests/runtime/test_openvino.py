@@ -1,0 +1,83 @@
+"""OpenVINO: what it executes, in which precision, and that it answers as the simulation does."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import halfstep as hs
+from halfstep.errors import ArgumentError, ExportError
+from halfstep.runtime.deployed import DeployedModel
+from halfstep.runtime.kernels import inspect_kernels
+from halfstep.runtime.parity import compare
+from halfstep.runtime.runtimes import runtime_of
+
+pytest.importorskip("openvino")
+
+
+class Mixed(nn.Module):
+    """Conv, HardSwish, residual, pool, linear on tokens, GELU: what is integer, and what is fused in float."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.up, self.down, self.fc = nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(16, 10)
+
+    def forward(self, x):
+        x = F.hardswish(self.stem(x))
+        x = F.relu(self.conv(x) + x)
+        y = F.max_pool2d(x, 2).flatten(2).transpose(1, 2)
+        y = y + self.down(F.gelu(self.up(y)))
+        return {"classes": self.fc(y.mean(1)), "tokens": y}
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 16, 16)
+    q = hs.prepare(Mixed().eval(), x, target="openvino")
+    hs.observe(q, [x])
+    hs.calibrate(q)
+    return q, x, hs.export_onnx(q, tmp_path_factory.mktemp("openvino") / "model.onnx")
+
+
+def test_every_layer_runs_on_integers(mixed):
+    _, _, path = mixed
+    kernels = inspect_kernels(path)
+    assert kernels.floating == ()
+    assert {"stem/Conv", "conv/Conv", "up/MatMul", "down/MatMul", "fc/Gemm"} <= set(kernels.integer)
+    assert kernels.counts["Convolution u8"] == 2
+
+
+def test_verification_runs_on_the_targets_runtime(mixed):
+    q, x, path = mixed
+    proof = hs.verify(path, q, [x], rounds=3)
+    assert proof.integer_layers == len(proof.layers) == 5
+    assert proof.parity.sqnr > 35
+
+
+def test_the_file_names_its_runtime(mixed):
+    q, x, path = mixed
+    assert runtime_of(path).name == "openvino"
+    deployed = DeployedModel(path, q.captured.in_spec, q.captured.out_spec)
+    assert set(deployed(x[:3])) == {"classes", "tokens"}
+    other = DeployedModel(path, q.captured.in_spec, q.captured.out_spec, runtime="onnxruntime")
+    assert compare(deployed, other, [x]).sqnr > 35
+    with pytest.raises(
+        ArgumentError, match=r"runtime: got 'tvm', needed one of 'onnxruntime', 'openvino', 'reference'"
+    ):
+        DeployedModel(path, runtime="tvm")
+
+
+def test_a_file_that_it_cannot_load_is_named(tmp_path):
+    (tmp_path / "broken.onnx").write_bytes(b"no file")
+    with pytest.raises(ExportError, match=r"broken.onnx: cannot be read as ONNX"):
+        inspect_kernels(tmp_path / "broken.onnx")
+    with pytest.raises(ExportError, match=r"openvino cannot load .*broken.onnx"):
+        DeployedModel(tmp_path / "broken.onnx", runtime="openvino")
+
+
+def test_without_openvino_the_message_says_what_to_install(mixed, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "openvino", None)
+    with pytest.raises(ExportError, match=r"not installed; pip install 'halfstep\[openvino\]'"):
+        DeployedModel(mixed[2])
