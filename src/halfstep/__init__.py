@@ -12,6 +12,9 @@ from halfstep.ladder.climb import prepare, quantize
 from halfstep.ladder.outcome import Outcome
 from halfstep.model import QuantizedModel
 from halfstep.recipe import LayerSpec, Recipe, TensorSpec
+from halfstep.repair.bias import correct_bias
+from halfstep.repair.equalize import equalize
+from halfstep.repair.ranges import weigh_ranges
 
 __all__ = [
     "MSE",
@@ -34,10 +37,13 @@ __all__ = [
     "TensorSpec",
     "Verification",
     "calibrate",
+    "correct_bias",
+    "equalize",
     "export_float",
     "export_onnx",
     "observe",
     "prepare",
     "quantize",
     "verify",
+    "weigh_ranges",
 ]

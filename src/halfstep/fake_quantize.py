@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,23 +36,28 @@ class FakeQuantize(nn.Module):
 
     scale: torch.Tensor
     zero_point: torch.Tensor
+    offset: torch.Tensor | None
 
     def __init__(self, name: str, format: Format, granularity: Granularity, shape: tuple[int, ...]) -> None:
         super().__init__()
         self.name, self.format, self.granularity = name, format, granularity
         self.mode = Mode.FLOAT
         self.calibrated = False
+        self.calibrated_by: Calibrator | WeightCalibrator | None = None  # so that it can be done again
         self.histogram = Histogram()
         parameters = granularity.parameter_shape(shape)
         self.register_buffer("scale", torch.ones(parameters))
         self.register_buffer("zero_point", torch.zeros(parameters, dtype=torch.int32))
+        # What a learned rounding adds to the weight before it is quantized. The float weight stays what it was, for
+        # layers put back to float, and training goes on from there.
+        self.register_buffer("offset", None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Shape, dtype and device of ``x`` are kept."""
         if self.mode is Mode.QUANTIZE:
             if not self.calibrated:
                 raise NotObservedError(f"site {self.name!r}: has no range yet; run observe() and calibrate()")
-            return functional.fake_quantize(x, self.scale, self.zero_point, self.format, self.granularity)
+            return self.rounded(x)
         if self.mode is Mode.OBSERVE:
             self._observe(x)
         return x
@@ -74,18 +80,37 @@ class FakeQuantize(nn.Module):
         with named(f"site {self.name!r}"):
             low, high = calibrator.range(self.histogram, self.format)
             self.set_range(torch.tensor(low), torch.tensor(high))
+        self.calibrated_by = calibrator
 
     def calibrate_weight(self, weight: torch.Tensor, calibrator: WeightCalibrator) -> None:
         """Set scale and zero point from the weight itself."""
         with named(f"weight {self.name!r}"):
             self.set_range(*calibrator.weight_range(weight.detach(), self.format, self.granularity))
+        self.calibrated_by = calibrator
 
     def set_range(self, low: torch.Tensor, high: torch.Tensor) -> None:
-        """Set scale and zero point so that [low, high] is representable (shapes as the scale's)."""
+        """Set scale and zero point so that [low, high] is representable (shapes as the scale's).
+
+        A rounding learned for the old range is dropped.
+        """
         scale, zero_point = self.format.parameters(low, high)
+        self.offset = None
         self.scale.copy_(scale.expand(self.scale.shape))
         self.zero_point.copy_(zero_point.expand(self.zero_point.shape))
         self.calibrated = True
+
+    def round_to(self, weight: torch.Tensor, values: torch.Tensor) -> None:
+        """Let ``weight`` round to ``values`` from now on: numbers of the format at the present range."""
+        self.offset = (values - weight).detach()
+
+    def rounded(self, x: torch.Tensor) -> torch.Tensor:
+        """What ``x`` becomes when it is quantized and dequantized, whatever the mode."""
+        x = self.shifted(x)
+        return functional.fake_quantize(x, self.scale, self.zero_point, self.format, self.granularity)
+
+    def shifted(self, x: torch.Tensor) -> torch.Tensor:
+        """What is quantized when ``x`` passes: ``x`` itself, or moved to where a learned rounding wants it."""
+        return x if self.offset is None else x + self.offset.to(x.device)
 
     def range(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The effective range: the smallest and the largest value that is represented without clipping.
@@ -96,6 +121,12 @@ class FakeQuantize(nn.Module):
         if not self.calibrated:
             raise NotObservedError(f"site {self.name!r}: has no range yet; run observe() and calibrate()")
         return self.format.range(self.scale, self.zero_point)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take over a learned rounding where there is one, or lose it where there is none."""
+        offset = state_dict.get(f"{prefix}offset")
+        self.offset = None if offset is None else torch.empty_like(offset, device=self.scale.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         """Format, granularity and mode."""

@@ -13,11 +13,12 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from halfstep.bias_shift import BiasShift
 from halfstep.errors import ArgumentError, DataError
 from halfstep.fake_quantize import FakeQuantize, Mode
 from halfstep.graph.capture import Captured
 from halfstep.graph.inputs import ModelInputs, call_arguments
-from halfstep.graph.insert import insert
+from halfstep.graph.insert import Inserted, insert
 from halfstep.graph.names import readable_names
 from halfstep.graph.operators import describe
 from halfstep.graph.place import place
@@ -85,6 +86,11 @@ class QuantizedModel(nn.Module):
         return dict(self._in_use)
 
     @property
+    def shifts(self) -> dict[str, BiasShift]:
+        """The corrections of the quantized layers' biases, by the names of the layers."""
+        return dict(self._shifts)
+
+    @property
     def float_layers(self) -> frozenset[str]:
         """The layers left in float on request. Assign names (or patterns) to change them."""
         return self._float_layers
@@ -108,15 +114,37 @@ class QuantizedModel(nn.Module):
         """Place the sites for the layers that are now quantized, and compile the forward pass."""
         self.placement: Placement = place(self.graph, self.target, self.recipe, self._float_layers)
         self._in_use = {site.name: self._quantizer(site) for site in self.placement.sites}
-
-        def make(graph: fx.Graph, value: fx.Node, site: Site, _: Position) -> fx.Node:
-            return graph.call_module(f"quantizers.{self._keys[site.name]}", (value,))
-
-        code = insert(self.graph, self.placement, make, tied=False).graph.python_code("self")
+        self._shifts = {layer.name: self._bias_shift(layer) for layer in self.layers if _has_bias(layer)}
+        code = self.simulation().graph.python_code("self")
         namespace = dict(code.globals)
         exec(compile(code.src, "<halfstep graph>", "exec"), namespace)
         self._run: Callable[..., Any] = types.MethodType(namespace["forward"], self.captured.module)
         self.set_mode(self.mode)
+
+    def simulation(self) -> Inserted:
+        """The graph with calls of the quantizers at its sites and of the shifts on its quantized layers' biases."""
+
+        def make(graph: fx.Graph, value: fx.Node, site: Site, _: Position) -> fx.Node:
+            return graph.call_module(f"quantizers.{self._keys[site.name]}", (value,))
+
+        inserted = insert(self.graph, self.placement, make, tied=False)
+        for layer in self.layers:
+            if layer.name in self._shifts:
+                node = inserted.copies[layer.operator.node]
+                bias = node.args[2]
+                with inserted.graph.inserting_before(node):
+                    node.update_arg(2, inserted.graph.call_module(f"quantizers.{_shift_key(layer)}", (bias,)))
+        return inserted
+
+    def _bias_shift(self, layer: Layer) -> BiasShift:
+        """The shift of a layer's bias, made when first seen."""
+        key, bias = _shift_key(layer), layer.operator.bias
+        assert bias is not None
+        if key not in self.quantizers:
+            self.quantizers[key] = BiasShift(len(self.weight(str(bias.target)))).to(self._device())
+        found = self.quantizers[key]
+        assert isinstance(found, BiasShift)
+        return found
 
     def _quantizer(self, site: Site) -> FakeQuantize:
         """The module of a site, made when first seen.
@@ -162,6 +190,8 @@ class QuantizedModel(nn.Module):
             taking_part = weights if site.is_weight else activations
             chosen = mode if taking_part and not (mode is Mode.OBSERVE and site.is_weight) else Mode.FLOAT
             self._in_use[site.name].mode = chosen
+        for shift in self._shifts.values():
+            shift.active = mode is Mode.QUANTIZE
 
     @contextmanager
     def using(self, mode: Mode, weights: bool = True, activations: bool = True) -> Iterator[QuantizedModel]:
@@ -179,12 +209,21 @@ class QuantizedModel(nn.Module):
         Raises:
             DataError: if the arguments have another structure than the example inputs.
         """
+        flat = self.flatten(args, kwargs)
+        return pytree.tree_unflatten(self._run(*flat), self.captured.out_spec)
+
+    def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """The values of the graph's placeholders for the arguments of a call, checked.
+
+        Raises:
+            DataError: as :meth:`forward`.
+        """
         flat, spec = pytree.tree_flatten((args, kwargs))
         if spec != self.captured.in_spec:
             flat = self._match(args, kwargs)
         if not torch.compiler.is_compiling():
             self.captured.check_inputs(flat)
-        return pytree.tree_unflatten(self._run(*flat), self.captured.out_spec)
+        return flat
 
     def _match(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """Arguments in another order of keywords, or raise."""
@@ -224,6 +263,16 @@ class QuantizedModel(nn.Module):
         lines = [f"  {name:<{width}}  {describe_site(module)}" for name, module in self._in_use.items()]
         lines += [f"  {layer.name:<{width}}  float: {layer.reason}" for layer in layers if layer.reason]
         return "\n".join([head, *lines])
+
+
+def _has_bias(layer: Layer) -> bool:
+    """Whether a layer is quantized and has a bias that can be corrected."""
+    return not layer.reason and bool(layer.sites) and layer.operator.bias is not None
+
+
+def _shift_key(layer: Layer) -> str:
+    """The bias's name among the quantizers; no site's name holds a colon but before a number."""
+    return f"{layer.name.replace('.', '/')}:bias"
 
 
 def describe_site(module: FakeQuantize) -> str:

@@ -50,6 +50,8 @@ class Recipe:
     Attributes:
         default: the spec of every layer that no pattern matches.
         overrides: pairs of a shell-style pattern (``"blocks.*.conv1"``) and a spec, None for "always float".
+        ends: the spec of the first and last layers (those with no other layer before or behind them) where no pattern
+            matches; None: the default. A network that has no other layers gets the default throughout.
 
     >>> Recipe.int8().override("fc", None).spec("fc") is None
     True
@@ -57,6 +59,7 @@ class Recipe:
 
     default: LayerSpec = LayerSpec()
     overrides: tuple[tuple[str, LayerSpec | None], ...] = ()
+    ends: LayerSpec | None = None
 
     @classmethod
     def int8(cls) -> Recipe:
@@ -69,20 +72,29 @@ class Recipe:
         weights: int | Format | None = 8,
         activations: int | Format | None = 8,
         weight_granularity: Granularity | None = None,
+        ends: int | None = 8,
     ) -> Recipe:
         """Uniform formats: bits or a format for each side, None for float.
+
+        Args:
+            weights: bits or a format of the weights.
+            activations: the same of what the layers read.
+            weight_granularity: None for one scale per output channel.
+            ends: bits that the first and last layers get on a side that asks for fewer than :data:`FEW_BITS`, unless
+                an override says otherwise: they hold few of the parameters and much of the accuracy. None: no
+                exception is made.
 
         Raises:
             RecipeError: if bits are not 2 to 16, or both sides are None.
         """
         if weights is None and activations is None:
             raise RecipeError("weights and activations are both None: nothing would be quantized")
-        return cls(
-            LayerSpec(
-                None if weights is None else TensorSpec(weights, weight_granularity),
-                None if activations is None else TensorSpec(activations),
-            )
+        default = LayerSpec(
+            None if weights is None else TensorSpec(weights, weight_granularity),
+            None if activations is None else TensorSpec(activations),
         )
+        sides = LayerSpec(_widened(default.weights, ends), _widened(default.activations, ends))
+        return cls(default, ends=None if sides == default else sides)
 
     @classmethod
     def weight_only(cls, bits: int | Format = 4, group: int | None = 128) -> Recipe:
@@ -97,15 +109,20 @@ class Recipe:
         weight_granularity: Granularity | None = None,
     ) -> Recipe:
         """Weights in a codebook format, activations in float unless given."""
-        return cls.uniform(weights, activations, weight_granularity)
+        return cls.uniform(weights, activations, weight_granularity, ends=None)
 
     def override(self, pattern: str, spec: LayerSpec | None) -> Recipe:
         """The same recipe with one more pattern; None leaves the layers that it matches in float."""
         return replace(self, overrides=(*self.overrides, (pattern, spec)))
 
-    def spec(self, layer: str) -> LayerSpec | None:
-        """The spec of the layer called ``layer``; None if it stays in float."""
-        found: LayerSpec | None = self.default
+    def spec(self, layer: str, end: bool = False) -> LayerSpec | None:
+        """The spec of the layer called ``layer``; None if it stays in float.
+
+        Args:
+            layer: its name.
+            end: whether it is one of the network's first or last layers.
+        """
+        found: LayerSpec | None = self.ends if end and self.ends is not None else self.default
         for pattern, spec in self.overrides:
             if fnmatchcase(layer, pattern):
                 found = spec
@@ -119,6 +136,13 @@ class Recipe:
         """
         for pattern, _ in self.overrides:
             match_layers(pattern, layers)
+
+
+def _widened(spec: TensorSpec | None, bits: int | None) -> TensorSpec | None:
+    """The spec at ``bits`` where it asks for few."""
+    if spec is None or bits is None or spec.bits >= FEW_BITS:
+        return spec
+    return TensorSpec(bits, spec.granularity)
 
 
 def match_layers(pattern: str, layers: Iterable[str]) -> list[str]:
@@ -136,6 +160,9 @@ def match_layers(pattern: str, layers: Iterable[str]) -> list[str]:
         )
     return found
 
+
+#: Below so many bits the first and last layers get more of them by default.
+FEW_BITS = 6
 
 #: The usual granularities.
 ACTIVATIONS: Granularity = PerTensor()

@@ -118,7 +118,7 @@ def dequantized_weight(
         return next(user for user, _ in graph.initializers[f"{name}_quantized"].uses()).outputs[0]
     box = container(site.format, site.name)
     scale, zero_point = site.scale.detach().cpu(), site.zero_point.detach().cpu()
-    codes = functional.quantize(tensor, scale, zero_point, site.format, site.granularity)
+    codes = functional.quantize(site.shifted(tensor), scale, zero_point, site.format, site.granularity)
     attributes: dict[str, int] = {}
     if isinstance(site.granularity, PerChannel):
         attributes["axis"] = permutation.index(site.granularity.axis % tensor.dim())

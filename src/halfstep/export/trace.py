@@ -87,6 +87,8 @@ def trace(model: QuantizedModel, quantized: bool) -> ir.Model:
         # The exporter writes this stack into the metadata of every node that it makes.
         inserted.copies[original].meta["nn_module_stack"] = {"": (name, "halfstep.Layer")}
     module = fx.GraphModule(model.captured.module, inserted.graph).eval()
+    if quantized:
+        _correct_biases(module, model, inserted.copies)
     args, kwargs = model.captured.example_inputs
     flat, _ = pytree.tree_flatten((args, kwargs))
     tensors = [x.detach().cpu() if isinstance(x, torch.Tensor) else x for x in flat]
@@ -114,6 +116,27 @@ def trace(model: QuantizedModel, quantized: bool) -> ir.Model:
         module.to(device)
     assert program is not None
     return program.model
+
+
+def _correct_biases(module: fx.GraphModule, model: QuantizedModel, copies: dict[fx.Node, fx.Node]) -> None:
+    """Let quantized layers read their biases as they were corrected, as constants of their own."""
+    for layer in model.layers:
+        shift = model.shifts.get(layer.name)
+        if shift is None or not bool(shift.shift.any()):
+            continue
+        node = copies[layer.operator.node]
+        old = node.args[2]
+        assert isinstance(old, fx.Node)
+        owner, _, leaf = str(old.target).rpartition(".")
+        name = f"{leaf}_of_{layer.name.replace('.', '_').replace(':', '_')}"
+        corrected = model.weight(str(old.target)).detach() + shift.shift
+        module.get_submodule(owner).register_buffer(name, corrected)
+        with module.graph.inserting_before(node):
+            new = module.graph.get_attr(f"{owner}.{name}" if owner else name)
+        new.meta = dict(old.meta)
+        node.update_arg(2, new)
+    module.graph.eliminate_dead_code()
+    module.recompile()
 
 
 def output_names(model: QuantizedModel) -> list[str]:

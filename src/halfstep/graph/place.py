@@ -10,6 +10,7 @@ from collections.abc import Collection
 from torch import fx
 
 from halfstep.granularity import Granularity, PerChannel, PerGroup
+from halfstep.graph.ends import ends
 from halfstep.graph.names import readable_names
 from halfstep.graph.operators import Operator, constant_operands, describe, input_axis, weight_axis
 from halfstep.graph.placement import FloatOperator, Layer, Placement, Position, Site
@@ -49,8 +50,12 @@ class _Placer:
         self.names = readable_names(graph)
         self.order = {node: index for index, node in enumerate(graph.nodes)}
         self.operators = {n: op for n in graph.nodes if (op := describe(n)) is not None}
+        layers = [node for node, op in self.operators.items() if self._is_layer(op)]
+        outermost = ends(graph, layers)
+        if len(outermost) == len(layers):  # an exception that leaves no rule
+            outermost = set()
         self.specs: dict[fx.Node, LayerSpec | None] = {
-            node: recipe.spec(self.names[node]) for node, op in self.operators.items() if self._is_layer(op)
+            node: recipe.spec(self.names[node], node in outermost) for node in layers
         }
         self._moving = target.passes | target.absorbed | target.fused
         self.reasons: dict[fx.Node, str] = {}

@@ -10,19 +10,15 @@ from halfstep.calibrators import Max
 from halfstep.calibrators.calibrator import Calibrator, WeightCalibrator
 from halfstep.errors import DataError, named
 from halfstep.fake_quantize import Mode
-from halfstep.formats import Integer
 from halfstep.graph.inputs import ModelInputs, batch_size, call_arguments, tensors_of
-from halfstep.graph.placement import Layer
 from halfstep.model import QuantizedModel
 from halfstep.progress import track
+from halfstep.repair.bias_room import widen_for_bias
 from halfstep.statistics import Histogram
 
 #: The calibration inputs that a model keeps for scoring without labels: at most so many examples and bytes.
 SAMPLE_EXAMPLES = 256
 SAMPLE_BYTES = 128 * 2**20
-
-#: A bias must stay below this many steps of its layer's products: int32, with room for the products themselves.
-BIAS_STEPS = 2**30
 
 
 def observe(model: QuantizedModel, batches: Iterable[ModelInputs]) -> dict[str, Histogram]:
@@ -91,29 +87,3 @@ def calibrate(
     for layer in model.layers:
         widen_for_bias(model, layer)
     model.set_mode(Mode.QUANTIZE)
-
-
-def widen_for_bias(model: QuantizedModel, layer: Layer) -> None:
-    """Widen the weight's range in channels whose bias would not fit 32 bits.
-
-    A kernel adds the bias as int32 in steps of scale_x * scale_w. Where batch norm all but switched a channel off,
-    its folded weight is tiny beside its bias, and those steps too fine.
-    """
-    op = layer.operator
-    if (
-        not model.target.lowering.integer_bias
-        or layer.reason
-        or op.weight is None
-        or op.bias is None
-        or len(layer.sites) < 2
-    ):
-        return
-    weight, activation = model.sites[str(op.weight.target)], model.sites[layer.sites[0]]
-    if not isinstance(weight.format, Integer) or activation.scale.dim() or weight.scale.dim() > 1:
-        return
-    bias = model.weight(str(op.bias.target)).detach().abs()
-    needed = bias / (activation.scale * BIAS_STEPS)
-    if weight.scale.dim() == 0:
-        needed = needed.max()
-    if needed.shape == weight.scale.shape:
-        weight.scale.copy_(torch.maximum(weight.scale, needed.to(weight.scale.dtype)))

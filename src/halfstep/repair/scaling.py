@@ -1,0 +1,138 @@
+"""Scaling a class of channels: factors move from the weights that write it to those that read it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from halfstep.graph.capture import TOLERANCE, relative_error
+from halfstep.graph.inputs import ModelInputs, move
+from halfstep.model import QuantizedModel
+from halfstep.repair.channels import Channels, Port
+from halfstep.repair.ranges import calibrate_again, observe_sites
+from halfstep.repair.record import Repair, Treated
+from halfstep.repair.snapshot import Snapshot
+
+#: Factors are kept within 2^-20 to 2^20, so that no weight leaves the normal floats.
+LIMIT = 2.0**20
+
+
+def rows_of(weight: Tensor, port: Port, size: int) -> Tensor:
+    """The entries of ``weight`` that meet each of a class's channels, as (size, entries).
+
+    >>> rows_of(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), Port("fc", "fc.weight", None, axis=1), 2)
+    tensor([[1., 3.],
+            [2., 4.]])
+    """
+    if port.groups > 1:  # (groups * out, in, ...) -> (groups * in, out, ...)
+        weight = weight.unflatten(0, (port.groups, -1)).transpose(1, 2).flatten(0, 1)
+        return weight.reshape(size, -1)
+    return weight.movedim(port.axis, 0).reshape(size, -1)
+
+
+@torch.no_grad()
+def scale_port(weight: Tensor, port: Port, factors: Tensor) -> None:
+    """Multiply in place what meets channel c by ``factors[c]``."""
+    factors = factors.repeat_interleave(port.repeat).to(weight)
+    if port.groups > 1:
+        parts = weight.unflatten(0, (port.groups, -1))  # (groups, out, in, ...), a view
+        parts.mul_(factors.view(port.groups, 1, -1, *[1] * (weight.dim() - 2)))
+    else:
+        weight.mul_(factors.view(-1, *[1] * (weight.dim() - 1 - port.axis)))
+
+
+@torch.no_grad()
+def scale(model: QuantizedModel, channels: Channels, factors: Tensor) -> None:
+    """Divide what writes the channels by ``factors`` and multiply what reads them; biases and their shifts follow."""
+    shifts = model.shifts
+    for port in channels.writers:
+        scale_port(model.weight(port.weight).data, port, 1 / factors)
+        if port.bias is not None:
+            model.weight(port.bias).data.div_(factors)
+        if port.name in shifts:
+            shifts[port.name].shift.div_(factors)
+    for port in channels.readers:
+        scale_port(model.weight(port.weight).data, port, factors)
+
+
+#: Gives the factors of a class of channels, and what is minimised, before and after.
+Choose = Callable[[Channels], tuple[Tensor, float, float]]
+
+
+def scaled(
+    model: QuantizedModel,
+    name: str,
+    measure: str,
+    classes: Sequence[Channels],
+    choose: Choose,
+    batches: Sequence[ModelInputs],
+    sweeps: int = 1,
+) -> Repair:
+    """Scale every class that can be, check that the float function is the same, and calibrate what was scaled.
+
+    Where the float outputs on the example inputs change by more than the capture's tolerance, everything is put back,
+    and the record says so.
+    """
+    start, before = time.perf_counter(), Snapshot.of(model)
+    reference = _outputs(model)
+    treated: dict[str, Treated] = {}
+    usable = [channels for channels in classes if channels.scalable]
+    for _ in range(sweeps):
+        largest = 1.0
+        for channels in usable:
+            clock = time.perf_counter()
+            factors, was, now = choose(channels)
+            factors = factors.clamp(1 / LIMIT, LIMIT)
+            scale(model, channels, factors)
+            first = treated.get(str(channels))
+            treated[str(channels)] = Treated(
+                str(channels),
+                first.before if first else was,
+                now,
+                (first.seconds if first else 0.0) + time.perf_counter() - clock,
+            )
+            largest = max(largest, float(factors.max()), float(1 / factors.min()))
+        if largest < 1.001:
+            break
+    skipped = [(str(c) if c.readers else c.writers[0].name, c.barrier) for c in classes if c.barrier]
+    error = max(
+        (relative_error(got, wanted) for got, wanted in zip(_outputs(model), reference, strict=True)),
+        default=0.0,
+    )
+    if error > TOLERANCE:
+        before.restore(model)
+        why = f"put back: it changed the float outputs by {error:.1e} (relative), allowed {TOLERANCE:.0e}"
+        return Repair(name, measure, (), tuple(skipped), (why,), time.perf_counter() - start)
+    _calibrate(model, usable, batches)
+    note = f"the float outputs changed by {error:.1e} (relative)"
+    return Repair(
+        name, measure, tuple(treated.values()), tuple(skipped), (note,), time.perf_counter() - start
+    )
+
+
+def _calibrate(model: QuantizedModel, classes: Sequence[Channels], batches: Sequence[ModelInputs]) -> None:
+    """Observe and calibrate again the sites whose values were scaled."""
+    values = {value for channels in classes for value in channels.values}
+    names = {port.weight for c in classes for port in (*c.writers, *c.readers)}
+    touched = [
+        site
+        for site in model.placement.sites
+        if (site.name in names if site.is_weight else any(p.value in values for p in site.positions))
+    ]
+    observe_sites(model, [site.name for site in touched if not site.is_weight], batches)
+    calibrate_again(model, touched)
+
+
+def _outputs(model: QuantizedModel) -> list[Tensor]:
+    """The float network's outputs on the example inputs."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    args, kwargs = move(model.captured.example_inputs, device)
+    with torch.no_grad():
+        outputs = model.captured(*args, **kwargs)
+    return [
+        leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()
+    ]

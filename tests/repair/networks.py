@@ -1,0 +1,91 @@
+"""Small networks for the repairs' tests, with inputs and observed models."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import halfstep as hs
+
+
+class Net(nn.Module):
+    """Layers by name and a forward that uses them."""
+
+    def __init__(self, forward, **layers):
+        super().__init__()
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+        self.body = forward
+
+    def forward(self, x):
+        return self.body(self, x)
+
+
+def conv(inputs, outputs, size=3, **options):
+    return nn.Conv2d(inputs, outputs, size, padding=size // 2, **options)
+
+
+def chain():
+    """Conv, ReLU, strided conv, leaky ReLU, pool, conv: two pairs."""
+    return Net(
+        lambda m, x: m.c(F.max_pool2d(F.leaky_relu(m.b(F.relu(m.a(x)))), 2)),
+        a=conv(3, 8),
+        b=conv(8, 6, stride=2),
+        c=conv(6, 4),
+    )
+
+
+def depthwise():
+    return Net(
+        lambda m, x: m.c(F.relu(m.b(F.relu(m.a(x))))),
+        a=conv(3, 8, 1),
+        b=conv(8, 16, groups=8),
+        c=conv(16, 4, 1),
+    )
+
+
+def grouped():
+    return Net(lambda m, x: m.b(F.relu(m.a(x))), a=conv(3, 8), b=conv(8, 6, groups=2))
+
+
+def residual():
+    return Net(
+        lambda m, x: m.fc(F.relu(m.c(F.relu(m.b(y := F.relu(m.a(x))))) + y).mean((2, 3))),
+        a=conv(3, 8),
+        b=conv(8, 6),
+        c=conv(6, 8),
+        fc=nn.Linear(8, 5),
+    )
+
+
+def flattened():
+    return Net(lambda m, x: m.fc(F.relu(m.a(x)).flatten(1)), a=conv(3, 4, stride=4), fc=nn.Linear(16, 5))
+
+
+def tokens():
+    """Layer norm and linear layers on sequences: patches of the image."""
+    return Net(
+        lambda m, x: m.b(F.relu(m.a(m.norm(x.flatten(2))))),
+        norm=nn.LayerNorm(64),
+        a=nn.Linear(64, 12),
+        b=nn.Linear(12, 7),
+    )
+
+
+HOMOGENEOUS = [chain, depthwise, grouped, residual, flattened, tokens]
+
+
+def images(count=16, seed=0):
+    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def built(make, seed=0):
+    torch.manual_seed(seed)
+    return make().eval()
+
+
+def calibrated(model, bits=4, calibrator=None, **options):
+    x = images()
+    q = hs.prepare(model, x[:2], hs.Recipe.uniform(bits, 8, ends=None, **options))
+    hs.observe(q, [x[:8], x[8:]])
+    hs.calibrate(q, calibrator or hs.MSE(), hs.MSE())
+    return q

@@ -1,0 +1,192 @@
+"""Equalization: the same function, equal ranges, and no further than positive homogeneity goes."""
+
+import copy
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+import halfstep as hs
+from halfstep.fake_quantize import Mode
+from halfstep.repair.channels import find_channels
+from tests.repair.networks import HOMOGENEOUS, Net, built, calibrated, chain, conv, images, residual
+
+
+def float_outputs(q, x):
+    with q.using(Mode.FLOAT), torch.no_grad():
+        return q(x)
+
+
+@pytest.mark.parametrize("make", HOMOGENEOUS)
+def test_the_float_function_stays(make):
+    model, x = built(make), images()
+    q = calibrated(model)
+    record = hs.equalize(q)
+    assert record.treated
+    with torch.no_grad():
+        wanted = model(x)
+    assert (float_outputs(q, x) - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+@pytest.mark.parametrize("make", HOMOGENEOUS)
+def test_both_sides_of_a_channel_get_the_same_range(make):
+    q = calibrated(built(make))
+    hs.equalize(q)
+    again = hs.equalize(q)
+    assert all(treated.before == pytest.approx(1.0, abs=0.01) for treated in again.treated)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.integers(-8, 8), min_size=8, max_size=8))
+def test_any_rescaling_is_forgotten(exponents):
+    model = built(chain)
+    factors = torch.tensor([2.0**e for e in exponents])
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.a.weight.mul_(factors[:, None, None, None])
+        other.a.bias.mul_(factors)
+        other.b.weight.div_(factors[None, :, None, None])
+    a, b = (hs.prepare(m, images(2)) for m in (model, other))
+    for q in (a, b):
+        hs.observe(q, [images()])
+        hs.equalize(q)
+    # Powers of two change no mantissa; a square root of a ratio that differs by a power of four rounds alike.
+    for name in ("a.weight", "a.bias", "b.weight", "c.weight"):
+        torch.testing.assert_close(a.weight(name), b.weight(name), rtol=1e-5, atol=0)
+
+
+def test_a_residual_sum_is_scaled_as_one():
+    classes = [str(c) for c in find_channels(calibrated(built(residual)).graph) if c.scalable]
+    assert classes == ["c, a -> b, fc", "b -> c"]
+
+
+LEFT = {
+    "gelu": (
+        lambda m, x: m.b(F.gelu(m.a(x))),
+        r"'a' is read by gelu 'gelu', which is not positively homogeneous",
+    ),
+    "relu6": (lambda m, x: m.b(F.relu6(m.a(x))), r"'a' is read by clip 'clip', which is not positively"),
+    "a clip at 0 and 1": (lambda m, x: m.b(m.a(x).clamp(0, 1)), r"is read by clip 'clip'"),
+    "a branch": (lambda m, x: m.b(y := m.a(x)) + torch.sigmoid(y), r"'a' is read by sigmoid 'sigmoid'"),
+    "a constant": (lambda m, x: m.b(m.a(x) + 1.0), r"'a' is read by add 'add', beside something"),
+    "a normalisation": (lambda m, x: m.b(F.layer_norm(m.a(x), (8,))), r"which normalises it"),
+    "a concatenation": (lambda m, x: m.b(torch.cat([m.a(x), x], 1)[:, :3]), r"is read by concat"),
+    "an input": (lambda m, x: m.b(m.a(x) + x), r"'a' is read by add 'add', beside something"),
+    "a shared weight": (
+        lambda m, x: m.b(F.relu(m.a(F.relu(m.a(x))))),
+        r"which shares its weight|shares its weight",
+    ),
+    "an output": (lambda m, x: (m.b(y := m.a(x)), y), r"'a' is an output of the network"),
+}
+
+
+@pytest.mark.parametrize("what", LEFT)
+def test_what_cannot_be_equalized_is_left_alone_and_said(what):
+    forward, why = LEFT[what]
+    model = built(lambda: Net(forward, a=conv(3, 3), b=conv(3, 3)))
+    q = calibrated(model)
+    record = hs.equalize(q)
+    assert record.treated == ()
+    assert any(name.startswith("a") for name, _ in record.skipped)
+    assert any(re.search(why, reason) for _, reason in record.skipped), record
+    for name in ("a.weight", "b.weight"):
+        assert torch.equal(q.weight(name), model.get_parameter(name))
+
+
+PASSED = {
+    "clamp at 0": lambda m, x: m.b(m.a(x).clamp(min=0)),
+    "a number": lambda m, x: m.b(m.a(x) * 3.0 / 2.0),
+    "padding": lambda m, x: m.b(F.pad(m.a(x), (1, 1, 0, 0))),
+    "a gate": lambda m, x: m.b(m.a(x) * torch.sigmoid(x.mean((2, 3), keepdim=True))),
+    "another layout": lambda m, x: m.b(
+        m.a(x).permute(0, 2, 3, 1).flatten(1, 2).transpose(1, 2).unflatten(2, (8, 8))
+    ),
+}
+
+
+@pytest.mark.parametrize("what", PASSED)
+def test_what_lets_factors_through(what):
+    model = built(lambda: Net(PASSED[what], a=conv(3, 3), b=conv(3, 3)))
+    q = calibrated(model)
+    record = hs.equalize(q)
+    x = images()
+    with torch.no_grad():
+        wanted = model(x)
+    if what != "another layout":  # two axes were merged and split again, which is not followed
+        assert [treated.name for treated in record.treated] == ["a -> b"]
+    assert (float_outputs(q, x) - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+def test_a_channel_that_is_zero_is_left_alone():
+    model = built(chain)
+    with torch.no_grad():
+        model.a.weight[2] = 0
+        model.a.bias[2] = 0
+        model.b.weight[:, 3] = 0
+    q = calibrated(model)
+    hs.equalize(q)
+    assert torch.equal(q.weight("a.weight")[3], model.a.weight[3])
+    assert torch.equal(q.weight("b.weight")[:, 2].ne(0), model.b.weight[:, 2].ne(0))
+
+
+def test_a_switched_off_channel_does_not_blow_up_through_its_bias():
+    model = built(chain)
+    with torch.no_grad():
+        model.a.weight[2] = 1e-12
+        model.a.bias[2] = 0.5
+    q = calibrated(model)
+    hs.equalize(q)
+    assert float(q.weight("a.bias").detach().abs().max()) < 10
+
+
+def test_badly_scaled_channels_are_repaired():
+    model, x = built(chain), images()
+    factors = torch.exp2(2 * torch.randn(8, generator=torch.Generator().manual_seed(1)))
+    with torch.no_grad():
+        wanted = model(x)
+        model.a.weight.mul_(factors[:, None, None, None])
+        model.a.bias.mul_(factors)
+        model.b.weight.div_(factors[None, :, None, None])
+
+    def error(q):
+        with torch.no_grad():
+            return float((q(x) - wanted).norm() / wanted.norm())
+
+    q = calibrated(model, bits=8)
+    before = error(q)
+    hs.equalize(q)
+    assert error(q) < before / 2
+
+
+def test_only_what_was_scaled_is_observed_again():
+    q = calibrated(built(chain))
+    seen = {name: site.histogram for name, site in q.sites.items()}
+    hs.equalize(q)
+    fresh = {name for name, site in q.sites.items() if site.histogram is not seen[name]}
+    assert fresh == {"relu", "leaky_relu"} | ({"a", "b"} & set(q.sites))
+
+
+def test_shifts_of_biases_are_scaled_along():
+    q, x = calibrated(built(chain)), images()
+    q.shifts["a"].shift.fill_(0.3)
+
+    def shifted(q):
+        bias = q.weight("a.bias") + q.shifts["a"].shift
+        return F.conv2d(x, q.weight("a.weight"), bias, padding=1).relu()
+
+    before = shifted(q)
+    ratio = hs.equalize(q)
+    after = shifted(q)
+    assert ratio.treated
+    scale = before.amax((0, 2, 3)) / after.amax((0, 2, 3))
+    torch.testing.assert_close(after * scale[:, None, None], before, rtol=1e-4, atol=1e-5)
+
+
+def test_without_a_sample_there_is_nothing_to_work_on():
+    q = hs.prepare(nn.Linear(4, 4), torch.randn(2, 4))
+    with pytest.raises(hs.HalfstepError, match=r"keeps no calibration sample; run hs.observe"):
+        hs.equalize(q)
