@@ -21,8 +21,8 @@ from bench.networks.vit import SmallViT
 
 FOLDER = Path(os.environ.get("FASHION_MNIST", "/usr/share/datasets/fashion-mnist"))
 CACHE = Path(__file__).parent / "cache"
-NETWORKS: dict[str, type[nn.Module]] = {"resnet": SmallResNet, "mobilenet": SmallMobileNet, "vit": SmallViT}
-EPOCHS = {"resnet": 5, "mobilenet": 6, "vit": 10}
+NETWORKS: dict[str, type[nn.Module]] = {"resnet": SmallResNet, "vit": SmallViT, "mobilenet": SmallMobileNet}
+EPOCHS = {"resnet": 5, "vit": 10, "mobilenet": 4}
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ def trained(name: str, data: Fashion, seed: int = 0) -> nn.Module:
 
 def train(model: nn.Module, data: Fashion, epochs: int, seed: int) -> None:
     """AdamW, one-cycle schedule, random flips; a line an epoch."""
+    model.to(memory_format=torch.channels_last)  # depthwise convs train half again as fast
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.02)
     count, batch = len(data.train_images), 128
@@ -98,7 +99,7 @@ def train(model: nn.Module, data: Fashion, epochs: int, seed: int) -> None:
     for epoch in range(epochs):
         total = 0.0
         for index in torch.randperm(count, generator=generator).split(batch):
-            images = data.train_images[index]
+            images = data.train_images[index].to(memory_format=torch.channels_last)
             if torch.rand((), generator=generator) < 0.5:
                 images = images.flip(-1)
             loss = nn.functional.cross_entropy(model(images), data.train_labels[index])
@@ -108,6 +109,7 @@ def train(model: nn.Module, data: Fashion, epochs: int, seed: int) -> None:
             schedule.step()
             total += loss.item() * len(index)
         print(f"epoch {epoch + 1} of {epochs}: training loss {total / count:.4f}", flush=True)
+    model.to(memory_format=torch.contiguous_format)
 
 
 if __name__ == "__main__":

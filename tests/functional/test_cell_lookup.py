@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from halfstep.formats import Codebook
-from halfstep.functional import fake_quantize, lookup, quantize
+from halfstep.functional import fake_quantize, fake_quantize_learned, lookup, quantize
 
 ONE = torch.ones(())
 CROWDED = Codebook(torch.tensor([-1e-40, 0.0, 1e-45, 1.0, 1.0000001, 1.0000002, 1.001, 3e38]), name="crowded")
@@ -65,3 +65,18 @@ def test_small_tensors_and_other_dtypes_are_searched():
     assert not lookup.serves(torch.zeros(lookup.WORTHWHILE - 1), thresholds)
     assert not lookup.serves(torch.zeros(lookup.WORTHWHILE, dtype=torch.float64), thresholds)
     assert lookup.serves(torch.zeros(lookup.WORTHWHILE), thresholds)
+
+
+@pytest.mark.parametrize("elements", [1000, lookup.WORTHWHILE, 3 * lookup.PIECE + 17])
+def test_learned_values_get_the_sum_of_their_cells_gradients(elements):
+    x = torch.randn(elements)
+    x[::97], x[5], x[6] = float("nan"), float("inf"), -float("inf")
+    values, grad = torch.linspace(-2, 2, 7).requires_grad_(), torch.randn(elements)
+    real = ~x.isnan()
+    codes = (x[real, None] - values.detach()).abs().clamp(max=1e30).argmin(1)
+    codes[x[real] == float("inf")] = 6
+    found = fake_quantize_learned(x, values)
+    assert torch.equal(found[real], values.detach()[codes])
+    (sums,) = torch.autograd.grad(found, values, grad)
+    expected = torch.zeros(7, dtype=torch.float64).index_add(0, codes, grad[real].double())
+    assert torch.allclose(sums.double(), expected, atol=1e-5 * elements**0.5)

@@ -147,3 +147,19 @@ def test_cuda_computes_the_same(format, granularity):
     slopes = torch.autograd.grad(found.square().sum(), there[:2])
     torch.testing.assert_close(slopes[0].cpu(), by_x)
     torch.testing.assert_close(slopes[1].cpu(), by_scale, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("format", "granularity"), CASES, ids=str)
+def test_inductor_fuses_it(format, granularity):
+    from torch._inductor import metrics
+    from torch._inductor.utils import fresh_cache
+
+    torch.compiler.reset()
+    metrics.reset()
+    x, scale, zero_point = leaves(format, granularity, torch.float32)
+    with torch.no_grad(), fresh_cache():  # what comes from the cache is not counted
+        compiled = torch.compile(fake_quantize, fullgraph=True)
+        compiled(x, scale, zero_point, format, granularity)
+    searched = isinstance(format, Codebook)  # the search among thresholds is a kernel of its own
+    assert metrics.generated_kernel_count == (2 if searched else 1)

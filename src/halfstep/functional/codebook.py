@@ -76,11 +76,15 @@ def replace(x: Tensor, values: Tensor, thresholds: Tensor, ties_up: bool, granul
 
 
 def totals(x: Tensor, amounts: Tensor, thresholds: Tensor, granularity: Granularity) -> Tensor:
-    """Return the sum of ``amounts`` over the elements of each cell, (n,) or (\\*parameters, n); ties go down."""
+    """Return the sum of ``amounts`` over the elements of each cell, (n,) or (\\*parameters, n).
+
+    Ties go down; NaN is in no cell.
+    """
     levels = thresholds.shape[-1] + 1
     if lookup.serves(x, thresholds) and amounts.dtype == torch.float32:
         return lookup.totals(x, amounts, thresholds)
     codes = search(x.nan_to_num(nan=0.0, posinf=None, neginf=None), thresholds, False, granularity)
+    amounts = amounts.masked_fill(x.isnan(), 0.0)
     if thresholds.dim() == 1:
         return amounts.new_zeros(levels).index_add(0, codes.reshape(-1), amounts.reshape(-1))
     rows = granularity.rows(amounts, 0.0)  # the padding of a ragged group adds zeros

@@ -119,12 +119,12 @@ def of_scale(
 ) -> Tensor:
     """Return the gradient of a learned scale, summed over the elements that share it.
 
-    The elements inside count with their round-off, and those outside with their end level. Overwrites ``result``.
+    The elements inside count with their round-off, and those outside with their end level.
     """
     kept = kept.to(result.dtype)
     moved = (grad.to(result.dtype) - kept).mul_(result)
     if gradient.rounding:
-        moved.addcmul_(kept, result.sub_(x.to(result.dtype)))
+        moved.addcmul_(kept, result - x.to(result.dtype))
     return (granularity.reduce(moved, "sum") / scale).to(scale.dtype)
 
 

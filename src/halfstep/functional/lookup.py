@@ -46,9 +46,10 @@ def replace(x: Tensor, values: Tensor, thresholds: Tensor, ties_up: bool) -> Non
         ties_up: whether an element equal to a threshold gets the upper value.
     """
     flat, (bounds, starts) = _flat(x), _cells(thresholds, ties_up)
+    table = values.detach().numpy()  # learned values: other threads do not know that no gradient is wanted
 
     def work(piece: NDArray[np.float32]) -> None:
-        _compiled().replace(piece, piece.view(np.uint32), values.numpy(), bounds, starts)
+        _compiled().replace(piece, piece.view(np.uint32), table, bounds, starts)
 
     # Plain threads rather than numba's parallel loops, whose waiting threads spin: beside torch's own they
     # took ten times as long on a busy machine.
@@ -57,7 +58,7 @@ def replace(x: Tensor, values: Tensor, thresholds: Tensor, ties_up: bool) -> Non
 
 
 def totals(x: Tensor, amounts: Tensor, thresholds: Tensor) -> Tensor:
-    """Return the sum of ``amounts`` over the elements of each cell, added up in float64; ties go down.
+    """Return the sum of ``amounts`` over the elements of each cell, in float64; ties go down, NaN is in none.
 
     Args:
         x: float32, dense in memory.
@@ -80,7 +81,7 @@ def _flat(x: Tensor) -> NDArray[np.float32]:
 
 def _cells(thresholds: Tensor, ties_up: bool) -> tuple[NDArray[np.float32], NDArray[np.uint16]]:
     """Return what the loops compare with, and the table of where to start."""
-    bounds = thresholds.numpy()
+    bounds = thresholds.detach().numpy()
     if ties_up:
         bounds = np.nextafter(bounds, np.float32(-np.inf))  # at or above a threshold is above its predecessor
     starts = _starts(bounds.tobytes())
@@ -132,7 +133,7 @@ def _compiled() -> _Loops:
             code = starts[bits[i] >> 16]
             while number > bounds[code]:
                 code += 1
-            sums[i & 3, code] += amounts[i]
+            sums[i & 3, code] += amounts[i] if number == number else 0.0
         return sums.sum(0)
 
     return _Loops(replace, totals)
