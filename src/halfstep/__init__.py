@@ -7,6 +7,7 @@ from halfstep.export.onnx import export_float, export_onnx
 from halfstep.export.verify import Verification, verify
 from halfstep.formats import Integer
 from halfstep.granularity import PerChannel, PerGroup, PerTensor
+from halfstep.ladder.budget import Budget
 from halfstep.ladder.calibration import calibrate, observe
 from halfstep.ladder.climb import prepare, quantize
 from halfstep.ladder.outcome import Outcome
@@ -19,6 +20,7 @@ from halfstep.repair.ranges import weigh_ranges
 __all__ = [
     "MSE",
     "Accuracy",
+    "Budget",
     "CallableMetric",
     "Entropy",
     "HalfstepError",

@@ -53,6 +53,10 @@ class Bars:
         """Take it away: what is done is said in the tables."""
         self.progress.remove_task(task)
 
+    def say(self, sentence: str) -> None:
+        """Above the bars."""
+        self.progress.console.print(sentence, style="dim", highlight=False)
+
 
 def bars() -> Progress:
     """Bars that vanish when done, on the error stream."""

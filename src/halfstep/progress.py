@@ -25,6 +25,9 @@ class Listener(Protocol):
     def end(self, task: Any) -> None:
         """The loop is over, finished or not."""
 
+    def say(self, sentence: str) -> None:
+        """Something was found out."""
+
 
 _LISTENER: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
@@ -37,6 +40,13 @@ def listening(listener: Listener) -> Iterator[None]:
         yield
     finally:
         _LISTENER.reset(token)
+
+
+def say(sentence: str) -> None:
+    """Tell the listener what was found out."""
+    listener = _LISTENER.get()
+    if listener is not None:
+        listener.say(sentence)
 
 
 @contextmanager

@@ -52,7 +52,7 @@ def test_the_float_score_is_the_users_models(digits, network, outcome):
 
 def test_what_was_written(outcome):
     names = {file.name for file in outcome.directory.iterdir()}
-    assert names == {"model.onnx", "float.onnx", "outcome.json"}
+    assert names == {"model.onnx", "float.onnx", "outcome.json", "journal.jsonl", "checkpoints", ".lock"}
     record = json.loads((outcome.directory / "outcome.json").read_text())
     assert record["deployed_score"] == outcome.deployed_score
     assert len(record["history"]) == record["evaluations"] == outcome.evaluations == 4
@@ -143,3 +143,14 @@ def test_a_directory_that_cannot_be_written_is_found_before_any_work(tmp_path):
     with pytest.raises(RunError, match=r"file.* cannot be written"):
         small(calibration=None, directory=tmp_path / "file" / "run")
     assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_rungs_and_budgets_that_cannot_be():
+    with pytest.raises(
+        ArgumentError, match=r"rungs: got 'ptk', needed some of 'ptq'.*; did you mean 'ptq'\?"
+    ):
+        small(rungs=("ptk",))
+    with pytest.raises(ArgumentError, match=r"rungs: got none"):
+        small(rungs=())
+    with pytest.raises(ArgumentError, match=r"budget: evaluations is 0, needed a number above 0"):
+        small(budget=hs.Budget(evaluations=0))

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import difflib
 import tempfile
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from halfstep.errors import RunError
-from halfstep.evaluate import as_scorer
-from halfstep.export.onnx import export_float, export_onnx
-from halfstep.export.verify import verify
+from halfstep.errors import ArgumentError
+from halfstep.evaluate import Scorer, as_scorer
 from halfstep.graph.capture import capture
 from halfstep.graph.fold import fold
 from halfstep.graph.inputs import ModelInputs
+from halfstep.ladder.budget import Budget, BudgetSpent
 from halfstep.ladder.calibration import observe
+from halfstep.ladder.deploy import deploy
+from halfstep.ladder.environment import environment
 from halfstep.ladder.goal import Goal
+from halfstep.ladder.identity import Examples, metric_digest, model_digest
+from halfstep.ladder.journal import Journal
 from halfstep.ladder.outcome import Outcome
 from halfstep.ladder.ptq import climb_ptq
-from halfstep.ladder.search import Evaluation, Search, float_evaluation
+from halfstep.ladder.rung import Rung, Step
+from halfstep.ladder.search import Search, float_evaluation
 from halfstep.model import QuantizedModel
 from halfstep.progress import steps
 from halfstep.recipe import Recipe
-from halfstep.runtime.deployed import DeployedModel
 from halfstep.targets import Target, find_target
 
 
@@ -61,8 +67,16 @@ def quantize(
     target: str | Target = "onnxruntime",
     directory: str | Path | None = None,
     threads: int | None = None,
+    rungs: Sequence[str] = ("ptq",),
+    budget: Budget | None = None,
 ) -> Outcome:
     """Quantize ``model`` so that its score drops by no more than ``max_drop``, and prove it on the deployed file.
+
+    Climbs rung after rung, each from the best candidate so far, and stops at the first that meets the target. If none
+    does, the outcome is the best that was found, with ``met`` False and advice.
+
+    With a ``directory`` everything is kept in a journal: the same call again goes on where an earlier one was killed
+    and repeats no finished evaluation. Data are read once more then, to see that they are the same.
 
     Args:
         model: a trained module; left untouched.
@@ -72,65 +86,106 @@ def quantize(
         max_drop: in the metric's unit, against the float model on the same examples.
         recipe: what to quantize, and how; :meth:`Recipe.int8` if None.
         target: where it will run.
-        directory: for ``model.onnx``, ``float.onnx`` and ``outcome.json``; None keeps nothing.
+        directory: for the journal, ``model.onnx``, ``float.onnx`` and ``outcome.json``; None keeps nothing.
         threads: of the runtime, for one operator; None for all cores.
+        rungs: which to climb, in order.
+        budget: what the search may cost; None for no bound.
 
     Raises:
         HalfstepError: a subclass that says what was wrong with the model, the data, the metric or the directory.
     """
-    folder = _writable(directory)
-    scorer = as_scorer(metric)
-    prepared = prepare(model, example_inputs, recipe, target)
-    float_score, made = float_evaluation(scorer, prepared)
-    goal = Goal(max_drop, float_score, scorer.higher_is_better)
-    observe(prepared, calibration)
-
-    search = Search(prepared, scorer, goal, made)
-    score = climb_ptq(search)
-
-    with tempfile.TemporaryDirectory() as temporary:
-        place = folder or Path(temporary)
-        with steps("exporting"):
-            scores = {"float_score": repr(float_score.value), "score": repr(score.value), "rung": "ptq"}
-            file = export_onnx(prepared, place / "model.onnx", scores)
-            float_file = export_float(prepared, place / "float.onnx")
-        with steps("verifying on the runtime"):
-            proof = verify(file, prepared, prepared.sample, float_file, threads)
-        deployed = DeployedModel(file, prepared.captured.in_spec, prepared.captured.out_spec, threads)
-        with steps("evaluating the deployed file"):
-            deployed_score = scorer.evaluate(deployed)
-    search.evaluations.append(Evaluation("deployed file", deployed_score.value, 0.0))
-    outcome = Outcome(
-        met=goal.met(deployed_score),
-        rung="ptq",
-        float_score=float_score.value,
-        score=score.value,
-        deployed_score=deployed_score.value,
-        max_drop=max_drop,
-        float_layers=tuple(sorted(prepared.float_layers)),
-        evaluations=len(search.evaluations),
-        history=tuple(search.evaluations),
-        decisions=tuple(search.decisions),
-        verification=proof,
-        model=prepared,
-        directory=folder,
-    )
-    if folder is not None:
-        outcome.save(folder / "outcome.json")
-    return outcome
+    ladder = _ladder(rungs)
+    found, recipe = find_target(target), recipe or Recipe.int8()
+    with Journal(directory) as journal, tempfile.TemporaryDirectory() as temporary:
+        scorer = as_scorer(metric)
+        prepared = prepare(model, example_inputs, recipe, found)
+        _claim(journal, prepared, scorer, max_drop)
+        search = _begin(journal, prepared, scorer, max_drop, calibration, budget or Budget())
+        path = _climb(search, ladder)
+        return deploy(search, path, journal.folder or Path(temporary), threads)
 
 
-def _writable(directory: str | Path | None) -> Path | None:
-    """The directory, made if need be, known to be writable before any work is done."""
-    if directory is None:
-        return None
-    folder = Path(directory)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise RunError(
-            f"directory {folder} cannot be written: {error.strerror}; choose another one"
-        ) from error
-    return folder
+def _ladder(names: Sequence[str]) -> list[Rung]:
+    known = {
+        "ptq": Rung("ptq", "post-training quantization", climb_ptq),
+    }
+    wanted = f"needed some of {', '.join(map(repr, known))}"
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ArgumentError(f"rungs: got {name!r}, {wanted}{hint}")
+    if not names:
+        raise ArgumentError(f"rungs: got none, {wanted}")
+    return [known[name] for name in names]
+
+
+def _claim(journal: Journal, prepared: QuantizedModel, scorer: Scorer, max_drop: float) -> None:
+    """Make the directory this run's own, or see that it is."""
+    journal.claim("model", model_digest(prepared.captured))
+    journal.claim("recipe", repr(prepared.recipe))
+    journal.claim("configuration", f"target {prepared.target.name}, max_drop {max_drop!r}")
+    journal.claim("metric", metric_digest(scorer))
+    labelled = getattr(scorer, "labelled", None)
+    if labelled is not None:
+        examples = Examples()
+        for item in labelled:
+            if isinstance(item, (tuple, list)) and len(item) == 2:  # anything else is the metric's to refuse
+                examples.add(*item)
+        journal.claim("labelled data", examples.digest())
+    journal.write("environment", packages=environment())
+
+
+def _begin(
+    journal: Journal,
+    prepared: QuantizedModel,
+    scorer: Scorer,
+    max_drop: float,
+    calibration: Iterable[ModelInputs],
+    budget: Budget,
+) -> Search:
+    """The float baseline and the statistics: what every rung starts from."""
+    baseline, _ = float_evaluation(scorer, prepared, journal)
+    goal = Goal(max_drop, baseline, scorer.higher_is_better)
+    examples = Examples()
+    observe(prepared, _watched(calibration, examples))
+    journal.claim("calibration data", examples.digest())
+    return Search(prepared, scorer, goal, journal=journal, budget=budget)
+
+
+def _watched(batches: Iterable[ModelInputs], examples: Examples) -> Iterator[ModelInputs]:
+    for inputs in batches:
+        yield inputs
+        examples.add(inputs)  # after the model has accepted it
+
+
+def _climb(search: Search, ladder: Sequence[Rung]) -> list[Step]:
+    """Climb until a rung meets the goal or the budget is spent; the model is the best candidate then."""
+    path: list[Step] = []
+    for rung in ladder:
+        start, note = time.perf_counter(), ""
+        search.rung = rung.name
+        try:
+            rung.climb(search)
+        except BudgetSpent as spent:
+            note = f"the budget is spent: {spent}"
+            search.decide(f"{rung.title} ended early, {note}")
+        best = search.best
+        assert best is not None  # a search evaluates one candidate whatever the budget
+        best.snapshot.restore()
+        search.journal.save(rung.name, best.snapshot.state)
+        step = Step(
+            rung=rung.name,
+            met=search.goal.met(best.score),
+            score=best.score.value,
+            drop=search.goal.drop(best.score),
+            what=best.what,
+            float_layers=tuple(sorted(best.snapshot.float_layers)),
+            evaluations=sum(made.rung == rung.name for made in search.evaluations),
+            note=note,
+        )
+        search.journal.write("step", **asdict(step), measured={"seconds": time.perf_counter() - start})
+        path.append(step)
+        if step.met or note:
+            break
+    return path

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from halfstep.errors import RunError
 from halfstep.export.onnx import export_onnx
 from halfstep.export.verify import Verification
-from halfstep.ladder.search import Evaluation
+from halfstep.ladder.evaluation import Evaluation
+from halfstep.ladder.journal import write_whole
+from halfstep.ladder.rung import Step
 from halfstep.model import QuantizedModel
 
 
@@ -33,6 +33,7 @@ class Outcome:
         verification: what the file turned out to be.
         model: the simulation.
         directory: where the files lie; None if none was given.
+        path: the rungs climbed, in order, and what came of each.
     """
 
     met: bool
@@ -48,6 +49,7 @@ class Outcome:
     verification: Verification
     model: QuantizedModel
     directory: Path | None = None
+    path: tuple[Step, ...] = ()
 
     def export(self, path: str | Path) -> Path:
         """Write the quantized network to ``path`` as ONNX.
@@ -75,6 +77,7 @@ class Outcome:
             "max_drop": self.max_drop,
             "float_layers": list(self.float_layers),
             "evaluations": self.evaluations,
+            "path": [asdict(step) for step in self.path],
             "history": [asdict(evaluation) for evaluation in self.history],
             "decisions": list(self.decisions),
             "parity": asdict(proof.parity),
@@ -94,13 +97,7 @@ class Outcome:
         Raises:
             RunError: if it cannot be written.
         """
-        temporary = path.with_name(f".{path.name}.tmp")
-        try:
-            temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
-            os.replace(temporary, path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise RunError(f"cannot write {path}: {error.strerror}") from error
+        write_whole(path, (json.dumps(self.to_dict(), indent=2) + "\n").encode())
 
     def __repr__(self) -> str:
         verdict = "met" if self.met else "not met"

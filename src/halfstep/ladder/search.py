@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from halfstep.evaluate import EarlyStopping, Metric, Score, Scorer, early_stopping
 from halfstep.fake_quantize import Mode
+from halfstep.ladder.budget import Budget, BudgetSpent
+from halfstep.ladder.evaluation import Evaluation, Verdict, keep, kept
 from halfstep.ladder.fingerprint import fingerprint
 from halfstep.ladder.goal import Goal
+from halfstep.ladder.journal import Journal
+from halfstep.ladder.snapshot import Snapshot
 from halfstep.model import QuantizedModel
-from halfstep.progress import steps
+from halfstep.progress import say, steps
 
 #: Examples on which the float model is scored a second time, to see whether the metric answers the same.
 REPEATED = 1000
@@ -21,44 +27,18 @@ AGAIN = "float again, for the metric's noise"
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """One evaluation of the metric.
+class Candidate:
+    """A fully quantized model that was evaluated.
 
     Attributes:
-        what: the candidate, in words.
-        score: its value in the metric's unit, over the examples seen.
-        seconds: what it took.
-        examples: how many examples were scored; None where the metric is not a mean over examples.
-        total: how many there are.
-        key: the candidate's fingerprint.
+        what: it is, in words.
+        score: of the simulation, on all examples.
+        snapshot: to come back to it.
     """
 
     what: str
-    score: float
-    seconds: float
-    examples: int | None = None
-    total: int | None = None
-    key: str = ""
-
-    @property
-    def share(self) -> float:
-        """The share of a full evaluation that it took, 0 to 1."""
-        return self.examples / self.total if self.examples is not None and self.total else 1.0
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether a candidate meets the goal.
-
-    Attributes:
-        met: whether it does.
-        score: over the examples seen; its ``per_example`` is in the data's own order only if ``complete``.
-        complete: whether all examples were seen, or the verdict was given early, at the goal's confidence.
-    """
-
-    met: bool
     score: Score
-    complete: bool
+    snapshot: Snapshot
 
 
 @dataclass
@@ -73,6 +53,10 @@ class Search:
         decisions: what was decided and why, one sentence each.
         memory: verdicts by the candidates' fingerprints: nothing is scored twice.
         early: whether :meth:`judge` may stop before all examples are seen.
+        journal: where everything is kept; what it holds already is remembered and not done again.
+        budget: what the search may cost.
+        rung: the one that is being climbed.
+        best: the best candidate so far; None before the first.
     """
 
     model: QuantizedModel
@@ -82,8 +66,17 @@ class Search:
     decisions: list[str] = field(default_factory=list)
     memory: dict[str, Verdict] = field(default_factory=dict)
     early: bool = True
+    journal: Journal = field(default_factory=Journal)
+    budget: Budget = field(default_factory=Budget)
+    rung: str = ""
+    best: Candidate | None = None
 
     def __post_init__(self) -> None:
+        self._started = time.perf_counter()
+        for entry in self.journal.of("evaluation"):
+            evaluation, verdict = kept(entry)
+            self.evaluations.append(evaluation)
+            self.memory[evaluation.key] = verdict
         found = early_stopping(self.scorer, self.goal.float_score)
         self._stopper: EarlyStopping | None = found if isinstance(found, EarlyStopping) else None
         #: Why no evaluation can stop early; empty if it can.
@@ -94,7 +87,9 @@ class Search:
         key = fingerprint(self.model)
         known = self.memory.get(key)
         if known is not None and known.complete:
+            self._consider(what, known)
             return known.score
+        self.check_budget()
         start = time.perf_counter()
         seen = 0
         with steps(f"evaluating {what}"):
@@ -104,8 +99,8 @@ class Search:
             else:
                 score = self.scorer.evaluate(self.model)
         count = None if score.count is None else score.count - seen
-        self._record(what, score, time.perf_counter() - start, count, score.count, key)
-        self.memory[key] = Verdict(self.goal.met(score), score, complete=True)
+        verdict = Verdict(self.goal.met(score), score, complete=True)
+        self._record(what, verdict, time.perf_counter() - start, count, score.count, key)
         return score
 
     def judge(self, what: str) -> Verdict:
@@ -116,10 +111,12 @@ class Search:
         """
         key = fingerprint(self.model)
         if key in self.memory:
+            self._consider(what, self.memory[key])
             return self.memory[key]
         if self._stopper is None or not self.early:
             self.evaluate(what)
             return self.memory[key]
+        self.check_budget()
         start, goal = time.perf_counter(), self.goal
         with steps(f"judging {what}", self._stopper.total) as advance:
             scores, side = self._stopper.run(
@@ -128,14 +125,48 @@ class Search:
         complete = len(scores) == self._stopper.total
         score = self._stopper.finish(self.model, scores) if complete else Score.mean(scores)
         met = goal.met(score) if complete else side == "below"
-        self._record(what, score, time.perf_counter() - start, len(scores), self._stopper.total, key)
-        self.memory[key] = Verdict(met, score, complete)
-        return self.memory[key]
+        verdict = Verdict(met, score, complete)
+        self._record(what, verdict, time.perf_counter() - start, len(scores), self._stopper.total, key)
+        return verdict
+
+    def record(self, made: Evaluation, verdict: Verdict) -> None:
+        """Remember an evaluation, here and in the journal."""
+        self.evaluations.append(made)
+        self.memory[made.key] = verdict
+        keep(self.journal, made, verdict.score, verdict.met, verdict.complete)
+
+    def check_budget(self) -> None:
+        """Raise once the budget is used up, but let one candidate pass, so that there is always a best one.
+
+        Raises:
+            BudgetSpent: saying by what.
+        """
+        spent = self.budget.spent(self.full_evaluations, time.perf_counter() - self._started)
+        if spent and self.best is not None:
+            raise BudgetSpent(spent)
+
+    def _consider(self, what: str, verdict: Verdict) -> None:
+        """Keep the candidate if it is the best so far: meets the goal, few float layers, a small drop."""
+        if not verdict.complete or any(site.mode is not Mode.QUANTIZE for site in self.model.sites.values()):
+            return
+
+        def rank(score: Score, float_layers: frozenset[str]) -> tuple[bool, int, float]:
+            met = self.goal.met(score)
+            return not met, len(float_layers) if met else 0, self.goal.drop(score)
+
+        score, best = verdict.score, self.best
+        if best is None or rank(score, self.model.float_layers) < rank(
+            best.score, best.snapshot.float_layers
+        ):
+            self.best = Candidate(what, score, Snapshot.of(self.model))
+            say(f"best so far {score.value:.4f}, {self.goal.drop(score):+.4f} below float: {what}")
 
     def _record(
-        self, what: str, score: Score, seconds: float, examples: int | None, total: int | None, key: str
+        self, what: str, verdict: Verdict, seconds: float, examples: int | None, total: int | None, key: str
     ) -> None:
-        self.evaluations.append(Evaluation(what, score.value, seconds, examples, total, key))
+        score = verdict.score
+        self.record(Evaluation(what, score.value, seconds, examples, total, key, self.rung), verdict)
+        self._consider(what, verdict)
         better = -self.goal.drop(score)
         if examples == total and better > max(self.goal.max_drop, 0.05 * abs(self.goal.float_score.value)):
             way = "lower" if self.goal.higher_is_better else "higher"
@@ -155,6 +186,8 @@ class Search:
         seen: dict[str, int] = {}
         totals: dict[str, int] = {}
         for evaluation in self.evaluations:
+            if evaluation.rung == "float":
+                continue
             if evaluation.examples is not None and evaluation.total is not None and evaluation.key:
                 seen[evaluation.key] = seen.get(evaluation.key, 0) + evaluation.examples
                 totals[evaluation.key] = evaluation.total
@@ -163,9 +196,11 @@ class Search:
     def decide(self, sentence: str) -> None:
         """Record a decision."""
         self.decisions.append(sentence)
+        self.journal.write("decision", rung=self.rung, sentence=sentence)
+        say(sentence)
 
 
-def timed_evaluation(scorer: Scorer, model: QuantizedModel, what: str) -> tuple[Score, Evaluation]:
+def timed_evaluation(scorer: Scorer, model: Callable[..., Any], what: str) -> tuple[Score, Evaluation]:
     """Score ``model`` and tell the progress listener of it."""
     start = time.perf_counter()
     with steps(f"evaluating {what}"):
@@ -173,32 +208,58 @@ def timed_evaluation(scorer: Scorer, model: QuantizedModel, what: str) -> tuple[
     return score, Evaluation(what, score.value, time.perf_counter() - start, score.count, score.count)
 
 
-def float_evaluation(scorer: Scorer, model: QuantizedModel) -> tuple[Score, list[Evaluation]]:
+def float_evaluation(
+    scorer: Scorer, model: QuantizedModel, journal: Journal | None = None
+) -> tuple[Score, list[Evaluation]]:
     """Score the float network, once on everything and once more on a part, to see whether the metric repeats itself.
 
     Warns where it does not: a drop smaller than the metric's own noise cannot be seen. Where the examples come in
     another order each time, the score is returned without those of single examples, since nothing could be paired.
 
+    Args:
+        scorer: the metric.
+        model: in whatever mode.
+        journal: remembers what was evaluated before.
+
     Returns:
         The score, and the evaluations made.
     """
+    journal = journal or Journal()
+    made: list[Evaluation] = []
+
+    def once(what: str, key: str, score_it: Callable[[], tuple[Score, int | None]]) -> Score:
+        for entry in journal.of("evaluation"):
+            if entry.data["key"] == key:
+                return kept(entry)[1].score
+        start = time.perf_counter()
+        with steps(f"evaluating {what}"):
+            score, total = score_it()
+        seconds = time.perf_counter() - start
+        made.append(Evaluation(what, score.value, seconds, score.count, total, key, "float"))
+        keep(journal, made[-1], score)
+        return score
+
+    def whole() -> tuple[Score, int | None]:
+        score = scorer.evaluate(model)
+        return score, score.count
+
+    def part() -> tuple[Score, int | None]:
+        assert isinstance(scorer, Metric)
+        parts: list[torch.Tensor] = []
+        for scores in scorer.stream(model):
+            parts.append(scores)
+            if sum(map(len, parts)) >= REPEATED:
+                break
+        return Score.mean(torch.cat(parts)), first.count
+
     with model.using(Mode.FLOAT):
-        score, first = timed_evaluation(scorer, model, "float")
-        made = [first]
-        if isinstance(scorer, Metric) and score.per_example is not None:
-            start = time.perf_counter()
-            parts: list[torch.Tensor] = []
-            with steps(f"evaluating {AGAIN}"):
-                for part in scorer.stream(model):
-                    parts.append(part)
-                    if sum(map(len, parts)) >= REPEATED:
-                        break
-            part, seconds = torch.cat(parts), time.perf_counter() - start
-            made.append(Evaluation(AGAIN, float(part.mean()), seconds, len(part), score.count))
-            if torch.equal(part, score.per_example[: len(part)]):
-                return score, made
-        whole, second = timed_evaluation(scorer, model, AGAIN)
-    return _compared(score, whole), [*made, second]
+        first = once("float", "float", whole)
+        if isinstance(scorer, Metric) and first.per_example is not None:
+            again = once(AGAIN, "float again", part).per_example
+            if again is not None and torch.equal(again, first.per_example[: len(again)]):
+                return first, made
+        second = once(AGAIN, "float again, whole", whole)
+    return _compared(first, second), made
 
 
 def _compared(first: Score, second: Score) -> Score:

@@ -1,0 +1,108 @@
+"""An evaluation of the metric, and how the journal keeps it."""
+
+from __future__ import annotations
+
+import base64
+import zlib
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+
+from halfstep.evaluate import Score
+from halfstep.ladder.journal import Entry, Journal
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of the metric.
+
+    Attributes:
+        what: the candidate, in words.
+        score: its value in the metric's unit, over the examples seen.
+        seconds: what it took.
+        examples: how many examples were scored; None where the metric is not a mean over examples.
+        total: how many there are.
+        key: the candidate's fingerprint.
+        rung: that asked for it; ``"float"`` for the baseline, ``"deployed"`` for a file.
+    """
+
+    what: str
+    score: float
+    seconds: float
+    examples: int | None = None
+    total: int | None = None
+    key: str = ""
+    rung: str = ""
+
+    @property
+    def share(self) -> float:
+        """The share of a full evaluation that it took, 0 to 1."""
+        return self.examples / self.total if self.examples is not None and self.total else 1.0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a candidate meets the goal.
+
+    Attributes:
+        met: whether it does.
+        score: over the examples seen; its ``per_example`` is in the data's own order only if ``complete``.
+        complete: whether all examples were seen, or the verdict was given early, at the goal's confidence.
+    """
+
+    met: bool
+    score: Score
+    complete: bool
+
+
+def keep(journal: Journal, made: Evaluation, score: Score, met: bool = True, complete: bool = True) -> None:
+    """Write an evaluation with the scores of all its examples."""
+    journal.write(
+        "evaluation",
+        rung=made.rung,
+        what=made.what,
+        key=made.key,
+        examples=made.examples,
+        total=made.total,
+        met=met,
+        complete=complete,
+        score=_pack(score),
+        measured={"seconds": round(made.seconds, 4)},
+    )
+
+
+def kept(entry: Entry) -> tuple[Evaluation, Verdict]:
+    """What :func:`keep` wrote."""
+    data = entry.data
+    score = _unpack(data["score"])
+    names = ("examples", "total", "key", "rung")
+    evaluation = Evaluation(
+        data["what"], score.value, data["measured"]["seconds"], *(data[name] for name in names)
+    )
+    return evaluation, Verdict(data["met"], score, data["complete"])
+
+
+def _pack(score: Score) -> dict[str, Any]:
+    """A score as plain data, to the last bit."""
+    return {field.name: _plain(getattr(score, field.name)) for field in fields(score)}
+
+
+def _unpack(data: dict[str, Any]) -> Score:
+    return Score(**{name: _rich(value) for name, value in data.items()})
+
+
+def _plain(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    array = value.numpy()
+    content = base64.b64encode(zlib.compress(np.ascontiguousarray(array).tobytes())).decode()
+    return {"dtype": str(array.dtype), "shape": list(array.shape), "zlib": content}
+
+
+def _rich(value: Any) -> Any:
+    if not isinstance(value, dict) or "zlib" not in value:
+        return value
+    content = zlib.decompress(base64.b64decode(value["zlib"]))
+    return torch.from_numpy(np.frombuffer(content, value["dtype"]).reshape(value["shape"]).copy())

@@ -1,0 +1,298 @@
+"""The journal of a run: what was done, line by line, so that a killed run goes on where it was.
+
+A directory holds ``journal.jsonl`` (append-only, a line an entry) and ``checkpoints/`` (safetensors). Every line
+carries a checksum over itself and all lines before it. Nothing is ever unpickled. Resuming is replaying: the same
+code runs again, evaluations that are in the journal are answered from it, and entries that are there already are
+not written twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Self
+
+import torch
+
+from halfstep.errors import RunError
+
+FILE, LOCK, CHECKPOINTS = "journal.jsonl", ".lock", "checkpoints"
+_HEAD, _MIDDLE, _TAIL = b'{"check":"', b'","entry":', b"}\n"
+_DIGITS = 16
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of the journal.
+
+    Attributes:
+        kind: what it tells of: ``claim``, ``evaluation``, ``decision``, ``rung``, ``checkpoint``, ...
+        at: seconds since 1970.
+        data: the rest, as JSON knows it.
+    """
+
+    kind: str
+    at: float
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+class Journal:
+    """The record of one run, kept in a directory, or only in memory.
+
+    Use it as a context manager: it holds a lock on the directory while it is open.
+
+    Args:
+        folder: the run's directory, made if need be; None keeps everything in memory.
+
+    Raises:
+        RunError: if the directory cannot be written, another process has it open, or its first line is damaged.
+    """
+
+    def __init__(self, folder: str | Path | None = None) -> None:
+        self.folder = None if folder is None else Path(folder)
+        self.entries: list[Entry] = []
+        self.resumed = False
+        self._check = ""
+        self._known: set[str] = set()
+        self._tensors: dict[str, dict[str, torch.Tensor]] = {}
+        self._lock: IO[bytes] | None = None
+        if self.folder is not None:
+            self._lock = _locked(self.folder)
+            try:
+                self._resume(self.folder)
+            except BaseException:
+                self.close()
+                raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the directory free for others."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def write(self, kind: str, *, measured: Mapping[str, Any] | None = None, **data: Any) -> None:
+        """Append an entry, unless the very same one is there already; it is on the disk when this returns.
+
+        Args:
+            kind: what it tells of.
+            measured: figures that no two runs share, such as seconds; entries that differ only there are the same.
+            data: what JSON knows.
+
+        Raises:
+            RunError: if it cannot be written (a full disk, say); what was written before stays good.
+        """
+        known = _text(kind, data)
+        if known in self._known:
+            return
+        if measured:
+            data["measured"] = dict(measured)
+        entry = Entry(kind, round(time.time(), 3), data)
+        if self.folder is not None:
+            line, check = _line(entry, self._check)
+            path = self.folder / FILE
+            try:
+                with path.open("ab") as file:
+                    start = file.tell()
+                    try:
+                        file.write(line)
+                        file.flush()
+                        os.fsync(file.fileno())
+                    except OSError:
+                        os.truncate(path, start)
+                        raise
+            except OSError as error:
+                raise RunError(
+                    f"cannot write {path}: {error.strerror}; make room there and run the same command again: it goes "
+                    "on from here"
+                ) from error
+            self._check = check
+        self.entries.append(entry)
+        self._known.add(known)
+
+    def of(self, kind: str) -> list[Entry]:
+        """All entries of a kind, in order."""
+        return [entry for entry in self.entries if entry.kind == kind]
+
+    def claim(self, what: str, digest: str) -> None:
+        """Say which model, data or configuration this run is about; a run in a used directory must say the same.
+
+        Args:
+            what: "model", "recipe", "metric" ...
+            digest: of its content.
+
+        Raises:
+            RunError: if the directory belongs to another one.
+        """
+        for entry in self.of("claim"):
+            if entry.data["what"] == what and entry.data["digest"] != digest:
+                raise RunError(
+                    f"directory {self.folder} belongs to a run with another {what}; choose another directory, or "
+                    "delete it to start anew"
+                )
+        self.write("claim", what=what, digest=digest)
+
+    def save(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Keep tensors under ``name``: a file that appears whole, then a line with its checksum.
+
+        Raises:
+            RunError: if they cannot be written.
+        """
+        plain = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+        if self.folder is None:
+            self._tensors[name] = plain
+            return
+        from safetensors.torch import save
+
+        content = save(plain)
+        digest = hashlib.sha256(content).hexdigest()
+        path = self.folder / CHECKPOINTS / f"{name}.safetensors"
+        write_whole(path, content)
+        self.write("checkpoint", name=name, file=f"{CHECKPOINTS}/{path.name}", sha256=digest)
+
+    def load(self, name: str) -> dict[str, torch.Tensor] | None:
+        """The tensors last saved under ``name``; None if there are none, or (with a warning) none that are whole."""
+        if self.folder is None:
+            return self._tensors.get(name)
+        entries = [entry for entry in self.of("checkpoint") if entry.data["name"] == name]
+        if not entries:
+            return None
+        from safetensors.torch import load
+
+        path = self.folder / entries[-1].data["file"]
+        try:
+            content = path.read_bytes()
+        except OSError:
+            warnings.warn(f"checkpoint {path} is missing: what it held is computed again", stacklevel=2)
+            return None
+        # A file may be newer than its last line, if the run was killed between the two.
+        if hashlib.sha256(content).hexdigest() not in {entry.data["sha256"] for entry in entries}:
+            warnings.warn(f"checkpoint {path} is damaged: what it held is computed again", stacklevel=2)
+            return None
+        return dict(load(content))
+
+    def _resume(self, folder: Path) -> None:
+        path = folder / FILE
+        if not path.exists():
+            return
+        content = path.read_bytes()
+        entries, good, self._check = _parse(content)
+        if good < len(content):
+            rest = content[good:]
+            if not entries and b"\n" in rest:
+                raise RunError(f"{path}, line 1 is damaged: nothing in it can be trusted; delete {folder}")
+            if b"\n" in rest:  # more than a line cut short by a kill
+                write_whole(folder / f"{FILE}.damaged", rest)
+                warnings.warn(
+                    f"{path} is damaged from line {len(entries) + 1} on: going on from the lines before; the rest is "
+                    f"in {FILE}.damaged",
+                    stacklevel=3,
+                )
+            os.truncate(path, good)
+        self.entries = entries
+        self.resumed = bool(entries)
+        self._known = {_text(entry.kind, entry.data) for entry in entries}
+
+
+def read(folder: str | Path) -> list[Entry]:
+    """The entries of a run's journal, for reading only: a run that is still going on is read up to its last line.
+
+    Raises:
+        RunError: if there is no journal, or it is damaged.
+    """
+    path = Path(folder) / FILE
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise RunError(
+            f"{path}: {error.strerror}; needed the directory of a run of halfstep quantize"
+        ) from error
+    entries, good, _ = _parse(content)
+    if b"\n" in content[good:] or not entries:
+        raise RunError(
+            f"{path}, line {len(entries) + 1} is damaged; run the same quantize command again, it goes on from the "
+            "line before"
+        )
+    return entries
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name beside it and rename it: it appears whole or not at all.
+
+    Raises:
+        RunError: if it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary.parent.is_dir():
+            temporary.unlink(missing_ok=True)
+        raise RunError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _text(kind: str, data: Mapping[str, Any]) -> str:
+    return json.dumps([kind, {name: data[name] for name in sorted(data) if name != "measured"}])
+
+
+def _line(entry: Entry, before: str) -> tuple[bytes, str]:
+    body = json.dumps({"kind": entry.kind, "at": entry.at, **entry.data}, separators=(",", ":")).encode()
+    check = _checksum(before, body)
+    return _HEAD + check.encode() + _MIDDLE + body + _TAIL, check
+
+
+def _checksum(before: str, body: bytes) -> str:
+    return hashlib.sha256(before.encode() + body).hexdigest()[:_DIGITS]
+
+
+def _parse(content: bytes) -> tuple[list[Entry], int, str]:
+    """The entries up to the first line that is not whole, the bytes they take, and the last checksum."""
+    entries: list[Entry] = []
+    good, check = 0, ""
+    begin = len(_HEAD) + _DIGITS + len(_MIDDLE)
+    for line in content.splitlines(keepends=True):
+        body = line[begin : -len(_TAIL)]
+        expected = _checksum(check, body)
+        if line != _HEAD + expected.encode() + _MIDDLE + body + _TAIL:
+            break
+        data = json.loads(body)
+        entries.append(Entry(data.pop("kind"), data.pop("at"), data))
+        good, check = good + len(line), expected
+    return entries, good, check
+
+
+def _locked(folder: Path) -> IO[bytes]:
+    """An open file that holds the directory's lock; the system lets go of it when the process ends, however it ends."""
+    import fcntl  # not on every system, and needed for runs with a directory only
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("ab")
+    except OSError as error:
+        raise RunError(
+            f"directory {folder} cannot be written: {error.strerror}; choose another one"
+        ) from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise RunError(
+            f"directory {folder} is in use by another process; wait for it, or choose another directory"
+        ) from error
+    return file

@@ -1,0 +1,48 @@
+"""A rung of the ladder: what it does, what it needs, what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from halfstep.ladder.search import Search
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A way to make a quantized model better, for a price.
+
+    Attributes:
+        name: ``"ptq"``, ``"partial"``, ``"qat"``.
+        title: in words.
+        climb: starts from ``search.model`` and evaluates candidates; the search keeps the best.
+    """
+
+    name: str
+    title: str
+    climb: Callable[[Search], object]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What came of a rung.
+
+    Attributes:
+        rung: its name.
+        met: the simulation meets the target now.
+        score: of the best candidate so far, simulated.
+        drop: against float, in the metric's unit.
+        what: the candidate, in words.
+        float_layers: its layers in float.
+        evaluations: full evaluations that the rung made.
+        note: why it ended early; empty if it did not.
+    """
+
+    rung: str
+    met: bool
+    score: float
+    drop: float
+    what: str
+    float_layers: tuple[str, ...]
+    evaluations: int
+    note: str = ""

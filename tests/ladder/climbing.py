@@ -1,0 +1,71 @@
+"""A climb small enough to be killed again and again; every batch that its metric scores leaves a mark in a file."""
+
+import random
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import halfstep as hs
+
+BATCHES = 2  # of a full evaluation
+
+
+class CountedAccuracy(hs.Accuracy):
+    """Writes a letter to a file for every batch scored, in whatever process."""
+
+    def __init__(self, labelled, marks):
+        super().__init__(labelled)
+        self._marks = marks
+
+    def stream(self, *arguments, **options):
+        for scores in super().stream(*arguments, **options):
+            with self._marks.open("a") as file:
+                file.write(".")
+            yield scores
+
+
+def network(seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+def data(seed=1, count=128):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(count, 6, generator=generator)
+    with torch.no_grad():
+        return inputs, network()(inputs).argmax(1)
+
+
+def climb(folder, marks=None, **options):
+    """The climb; at 3 bits, so that no rung is passed by."""
+    inputs, labels = data()
+    calibration, _ = data(2)
+    labelled = [(inputs[:64], labels[:64]), (inputs[64:], labels[64:])]
+    metric = hs.Accuracy(labelled) if marks is None else CountedAccuracy(labelled, Path(marks))
+    settings = {
+        "recipe": hs.Recipe.uniform(3, 3),
+        "max_drop": 0.01,
+        "threads": 1,
+        "calibration": list(calibration.split(32)),
+        **options,
+    }
+    torch.set_num_threads(1)
+    return hs.quantize(network(), inputs[:4], metric=metric, directory=folder, **settings)
+
+
+def climb_in_a_process(folder, marks):
+    """What a process that will be killed runs."""
+    climb(folder, marks)
+
+
+def kill_somewhere(process, within, seed):
+    """SIGKILL after a random part of ``within`` seconds; False if it had ended by then."""
+    time.sleep(random.Random(seed).uniform(0, within))
+    if not process.is_alive():
+        return False
+    process.kill()
+    process.join()
+    return True

@@ -1,0 +1,220 @@
+"""The journal: what survives a kill, a cut, a flipped byte, a full disk and a second process."""
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from halfstep.errors import RunError
+from halfstep.evaluate import Score
+from halfstep.ladder.evaluation import Evaluation, keep, kept
+from halfstep.ladder.journal import FILE, Entry, Journal, read
+
+
+def written(folder, count=5):
+    with Journal(folder) as journal:
+        journal.claim("model", "abc")
+        for index in range(count):
+            journal.write(
+                "decision", sentence=f"sentence {index} with ünïcode", measured={"seconds": index / 7}
+            )
+    return (folder / FILE).read_bytes()
+
+
+def data(entries):
+    return [(entry.kind, entry.data) for entry in entries]
+
+
+def test_what_was_written_is_read_again(tmp_path):
+    with Journal(tmp_path) as journal:
+        keep(journal, Evaluation("max", 0.5, 1.25, key="k"), Score(0.5))
+        before = data(journal.entries)
+    assert data(read(tmp_path)) == before
+    with Journal(tmp_path) as journal:
+        assert journal.resumed
+        assert data(journal.entries) == before
+
+
+def test_every_line_is_json(tmp_path):
+    lines = written(tmp_path).decode().splitlines()
+    assert [json.loads(line)["entry"]["kind"] for line in lines] == ["claim", *["decision"] * 5]
+
+
+def test_the_same_entry_is_not_written_twice_whatever_it_measured(tmp_path):
+    for seconds in (1.0, 2.0):
+        with Journal(tmp_path) as journal:
+            journal.write("decision", sentence="a", measured={"seconds": seconds})
+            journal.write("decision", sentence="a", measured={"seconds": seconds + 1})
+    (entry,) = read(tmp_path)
+    assert entry.data["measured"] == {"seconds": 1.0}
+
+
+@pytest.mark.parametrize("lost", [1, 2, 30, 100])
+def test_a_line_cut_short_is_dropped_and_the_run_goes_on(tmp_path, lost):
+    whole = written(tmp_path)
+    (tmp_path / FILE).write_bytes(whole[:-lost])
+    assert len(read(tmp_path)) == 5
+    with Journal(tmp_path) as journal:
+        assert len(journal.entries) == 5
+        journal.write("decision", sentence="new")
+    assert [entry.data.get("sentence", "")[-1:] for entry in read(tmp_path)] == ["", "e", "e", "e", "e", "w"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 255))
+def test_a_flipped_byte_is_never_believed(tmp_path_factory, offset, flip):
+    folder = tmp_path_factory.mktemp("flipped")
+    whole = written(folder)
+    first_line = whole.index(b"\n") + 1
+    place = first_line + offset % (len(whole) - first_line)
+    damaged = bytearray(whole)
+    damaged[place] ^= flip
+    (folder / FILE).write_bytes(damaged)
+    line = whole[:place].count(b"\n")
+    good = [json.loads(text)["entry"] for text in whole.splitlines()[:line]]
+    last = place == len(whole) - 1  # without its end, the last line is one cut short: no warning
+    with nullcontext() if last else pytest.warns(UserWarning, match="is damaged from line"):
+        journal = Journal(folder)
+    journal.close()
+    assert [{"kind": entry.kind, "at": entry.at, **entry.data} for entry in journal.entries] == good
+
+
+def test_damage_is_refused_when_reading_and_kept_aside_when_resuming(tmp_path):
+    whole = written(tmp_path)
+    damaged = whole.replace(b"sentence 2", b"sentence 3")
+    (tmp_path / FILE).write_bytes(damaged)
+    with pytest.raises(
+        RunError, match=r"journal.jsonl, line 4 is damaged; run the same quantize command again"
+    ):
+        read(tmp_path)
+    with pytest.warns(UserWarning, match=r"is damaged from line 4 on: going on from the lines before"):
+        Journal(tmp_path).close()
+    assert len(read(tmp_path)) == 3
+    assert (tmp_path / f"{FILE}.damaged").read_bytes() == b"".join(damaged.splitlines(keepends=True)[3:])
+
+
+def test_a_line_taken_out_is_damage(tmp_path):
+    lines = written(tmp_path).splitlines(keepends=True)
+    (tmp_path / FILE).write_bytes(b"".join(lines[:2] + lines[3:]))
+    with pytest.raises(RunError, match="line 3 is damaged"):
+        read(tmp_path)
+
+
+def test_a_damaged_first_line_is_refused(tmp_path):
+    whole = written(tmp_path)
+    (tmp_path / FILE).write_bytes(b"x" + whole[1:])
+    with pytest.raises(RunError, match="line 1 is damaged: nothing in it can be trusted; delete"):
+        Journal(tmp_path)
+    assert (tmp_path / FILE).read_bytes() == b"x" + whole[1:]
+
+
+def test_no_journal_there(tmp_path):
+    with pytest.raises(RunError, match=r"No such file.*needed the directory of a run"):
+        read(tmp_path / "nowhere")
+
+
+def test_a_second_journal_on_the_same_directory_is_refused(tmp_path):
+    with Journal(tmp_path), pytest.raises(RunError, match="is in use by another process; wait for it"):
+        Journal(tmp_path)
+    Journal(tmp_path).close()
+
+
+def test_a_second_process_is_refused(tmp_path):
+    code = f"from halfstep.ladder.journal import Journal; Journal({str(tmp_path)!r})"
+    with Journal(tmp_path):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "is in use by another process" in done.stderr
+
+
+def test_a_directory_of_another_model_is_refused(tmp_path):
+    written(tmp_path)
+    with Journal(tmp_path) as journal:
+        journal.claim("model", "abc")
+        with pytest.raises(RunError, match="belongs to a run with another model; choose another directory"):
+            journal.claim("model", "abd")
+
+
+def test_checkpoints_come_back_to_the_last_bit(tmp_path):
+    tensors = {"a": torch.randn(3, 4), "b": torch.arange(5, dtype=torch.int32), "c": torch.tensor(2.5)}
+    for folder in (tmp_path, None):
+        with Journal(folder) as journal:
+            assert journal.load("best") is None
+            journal.save("best", {"a": torch.zeros(2)})
+            journal.save("best", tensors)
+            again = journal.load("best")
+        assert again is not None
+        assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
+    with Journal(tmp_path) as journal:
+        assert torch.equal(journal.load("best")["a"], tensors["a"])
+
+
+def test_a_checkpoint_of_aliases_and_views_is_kept(tmp_path):
+    base = torch.randn(4, 6)
+    with Journal(tmp_path) as journal:
+        journal.save("tied", {"a": base, "b": base, "c": base.T})
+        again = journal.load("tied")
+    assert torch.equal(again["b"], base) and torch.equal(again["c"], base.T)
+
+
+def test_a_missing_or_damaged_checkpoint_is_not_used(tmp_path):
+    with Journal(tmp_path) as journal:
+        journal.save("best", {"a": torch.randn(30)})
+    path = tmp_path / "checkpoints" / "best.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with (
+        Journal(tmp_path) as journal,
+        pytest.warns(UserWarning, match="is damaged: what it held is computed"),
+    ):
+        assert journal.load("best") is None
+    path.unlink()
+    with (
+        Journal(tmp_path) as journal,
+        pytest.warns(UserWarning, match="is missing: what it held is computed"),
+    ):
+        assert journal.load("best") is None
+
+
+def test_a_full_disk_says_so_and_leaves_what_was_written(tmp_path, monkeypatch):
+    before = written(tmp_path)
+    with Journal(tmp_path) as journal:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            with pytest.raises(RunError, match=r"No space left on device; make room there and run the same"):
+                journal.write("decision", sentence="lost")
+            with pytest.raises(RunError, match=r"cannot write .*best.safetensors: No space left on device"):
+                journal.save("best", {"a": torch.zeros(2)})
+        assert (tmp_path / FILE).read_bytes() == before
+        assert not list((tmp_path / "checkpoints").iterdir())
+        journal.write("decision", sentence="kept")
+    assert read(tmp_path)[-1].data == {"sentence": "kept"}
+
+
+def full(_):
+    raise OSError(28, os.strerror(28))
+
+
+@given(
+    st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=50),
+    st.sampled_from([torch.float64, torch.float32, torch.bool]),
+)
+def test_evaluations_are_kept_to_the_last_bit(values, dtype):
+    per_example = torch.tensor(values).to(dtype)
+    score = Score(float(np.float64(values[0]) / 3), per_example)
+    made = Evaluation("entropy", score.value, 0.5, len(values), 2 * len(values), "key", "ptq")
+    journal = Journal()
+    keep(journal, made, score, met=False, complete=False)
+    (entry,) = journal.entries
+    again, verdict = kept(Entry(entry.kind, entry.at, json.loads(json.dumps(entry.data))))
+    assert again == made
+    assert (verdict.met, verdict.complete, verdict.score.value) == (False, False, score.value)
+    assert verdict.score.per_example.dtype == dtype and torch.equal(verdict.score.per_example, per_example)
