@@ -36,6 +36,8 @@ def unbroken(tmp_path_factory):
 
 
 def test_every_evaluation_is_in_the_journal_once(unbroken):
+    assert unbroken.outcome.float_score == 1
+    assert unbroken.outcome.score < 1
     assert unbroken.outcome.evaluations == len(unbroken.outcome.history)
     assert unbroken.calls == sum(made.share * BATCHES for made in unbroken.outcome.history)
 
