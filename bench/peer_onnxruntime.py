@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
+
+from halfstep.graph.inputs import ModelInputs, tensors_of
 
 
-def quantize_static(float_path: Path, batches: list[torch.Tensor], out: Path, method: str = "MinMax") -> Path:
+def quantize_static(
+    float_path: Path, batches: Sequence[ModelInputs], out: Path, method: str = "MinMax"
+) -> Path:
     """QDQ, u8 activations, s8 weights per channel, after quant_pre_process."""
     import onnx
     from onnxruntime import quantization as q
@@ -18,11 +22,14 @@ def quantize_static(float_path: Path, batches: list[torch.Tensor], out: Path, me
     logging.disable(logging.WARNING)
     prepared = out.with_suffix(".prepared.onnx")
     quant_pre_process(str(float_path), str(prepared))
-    name = onnx.load(str(prepared), load_external_data=False).graph.input[0].name
+    names = [value.name for value in onnx.load(str(prepared), load_external_data=False).graph.input]
 
     class Reader(q.CalibrationDataReader):
         def __init__(self) -> None:
-            self.items = iter([{name: np.ascontiguousarray(b.numpy())} for b in batches])
+            self.items = iter(
+                {name: np.ascontiguousarray(t) for name, t in zip(names, tensors_of(b), strict=True)}
+                for b in batches
+            )
 
         def get_next(self) -> dict[str, np.ndarray] | None:
             return next(self.items, None)

@@ -1,11 +1,15 @@
 """The command line: what it prints, what it leaves, and how it ends."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+import halfstep as hs
 
 MODEL = """
 import torch
@@ -49,6 +53,7 @@ def halfstep(folder, *arguments):
     return subprocess.run(
         [sys.executable, "-m", "halfstep.cli", *arguments],
         cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(Path(hs.__file__).parents[1])},
         capture_output=True,
         text=True,
         check=False,
@@ -69,6 +74,31 @@ def test_quantize_and_inspect(folder):
     assert done.returncode == 0, done.stderr
     assert "integer kernels: 2; float operators that multiply: 0" in done.stdout
     assert "halfstep.target: onnxruntime" in done.stdout
+    done = halfstep(folder, "inspect", "run/model.onnx", "--target", "tensorrt")
+    assert done.returncode == 3, done.stderr
+    assert "tensorrt: refused, biases" in done.stdout
+
+
+def test_inspect_holds_a_file_to_the_rules_of_a_target(folder):
+    done = quantize(
+        folder,
+        "mine:net",
+        "good.npz",
+        "good.npz",
+        "--max-drop",
+        "0.2",
+        "--directory",
+        "rt",
+        "--target",
+        "tensorrt",
+    )
+    assert done.returncode == 0, done.stderr
+    done = halfstep(folder, "inspect", "rt/model.onnx")
+    assert done.returncode == 0, done.stderr
+    assert "tensorrt: keeps all of its 10 rules" in done.stdout
+    done = halfstep(folder, "inspect", "rt/float.onnx", "--target", "nowhere")
+    assert done.returncode == 2
+    assert "target: got 'nowhere'" in done.stderr
 
 
 def test_a_target_that_is_missed_ends_with_3(folder):

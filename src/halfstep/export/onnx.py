@@ -13,6 +13,8 @@ from halfstep.fake_quantize import Mode
 from halfstep.model import QuantizedModel
 from halfstep.runtime.deployed import DeployedModel
 from halfstep.runtime.parity import compare
+from halfstep.runtime.rules import lint
+from halfstep.runtime.runtimes import RULES
 
 #: A file whose outputs differ from the simulation's by more than this signal-to-noise ratio in dB is refused.
 #: Integer kernels round where the simulation does not, which costs a code here and there: 40 to 60 dB are usual.
@@ -35,7 +37,7 @@ def export_onnx(
 
     Raises:
         ExportError: if a site is not calibrated, an operator cannot be translated, the checker refuses the file,
-            or the file answers otherwise than the simulation.
+            the target's rules do, or the file answers otherwise than the simulation.
     """
     missing = [name for name, site in model.sites.items() if not site.calibrated]
     if missing:
@@ -46,6 +48,7 @@ def export_onnx(
     from halfstep.export.build import build_quantized, save  # onnx loads when it is needed
 
     with _written(Path(path), lambda file: save(build_quantized(model, metadata or {}), file)) as temporary:
+        _check_rules(model, temporary)
         if check:
             _check_parity(model, temporary)
     return Path(path)
@@ -85,6 +88,16 @@ def _written(path: Path, write: Callable[[Path], None]) -> Iterator[Path]:
                 os.replace(file, path.parent / file.name)
         except OSError as error:
             raise ExportError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _check_rules(model: QuantizedModel, path: Path) -> None:
+    """Hold the file to the rules of a target that cannot judge it here."""
+    broken = [finding for finding in lint(path, RULES.get(model.target.name, ())) if finding.rule.refused]
+    if broken:
+        raise ExportError(
+            f"{model.target.name} would refuse the file: {'; '.join(map(str, broken))}. Nothing was written under the "
+            "final name"
+        )
 
 
 def _check_parity(model: QuantizedModel, path: Path) -> None:

@@ -75,7 +75,7 @@ def verify(
     threads: int | None = None,
     rounds: int = 21,
 ) -> Verification:
-    """Run a file on ONNX Runtime and say what it is.
+    """Run a file on the runtime of its target and say what it is.
 
     Args:
         path: the quantized ONNX file.
@@ -97,7 +97,8 @@ def verify(
         if float_path is None:
             float_path = export_float(model, Path(directory) / "float.onnx")
         specs = model.captured.in_spec, model.captured.out_spec
-        deployed, reference = (DeployedModel(p, *specs, threads) for p in (path, float_path))
+        runtime = model.target.runtime
+        deployed, reference = (DeployedModel(p, *specs, threads, runtime) for p in (path, float_path))
         with model.using(Mode.QUANTIZE):
             parity = compare(model, deployed, kept)
         leaves = [leaf for leaf in pytree.tree_leaves(kept[0]) if isinstance(leaf, torch.Tensor)]
@@ -109,11 +110,11 @@ def verify(
             },
             rounds,
         )
-        kernels = inspect_kernels(path, threads)
+        kernels = inspect_kernels(path, threads, runtime)
         return Verification(
             parity,
             layer_fates(model, kernels),
-            tuple((op.name, op.operator.kind, op.reason) for op in model.placement.float_operators),
+            float_fates(model, kernels),
             kernels,
             latency,
             path.stat().st_size,
@@ -134,3 +135,17 @@ def layer_fates(model: QuantizedModel, kernels: Kernels) -> tuple[LayerFate, ...
         )
         fates.append(LayerFate(layer.name, layer.operator.kind, real, reason))
     return tuple(fates)
+
+
+def float_fates(model: QuantizedModel, kernels: Kernels) -> tuple[tuple[str, str, str], ...]:
+    """Name, kind and reason of the operators beside the layers that run in float.
+
+    Those that placement left there, and those (adds, pools) that it put between quantizers in vain.
+    """
+    integer = {name.split("/")[0] for name in kernels.integer}
+    floating = {op.name: (op.operator.kind, op.reason) for op in model.placement.float_operators}
+    for op in model.placement.followers:
+        if op.name not in integer:
+            reason = "stands between quantizers, but the runtime found no integer kernel for it there"
+            floating[op.name] = (op.operator.kind, reason)
+    return tuple((name, kind, reason) for name, (kind, reason) in floating.items())

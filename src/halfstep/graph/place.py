@@ -13,7 +13,7 @@ from halfstep.granularity import Granularity, PerChannel, PerGroup
 from halfstep.graph.ends import ends
 from halfstep.graph.names import readable_names
 from halfstep.graph.operators import Operator, constant_operands, describe, input_axis, weight_axis
-from halfstep.graph.placement import FloatOperator, Layer, Placement, Position, Site
+from halfstep.graph.placement import FloatOperator, Follower, Layer, Placement, Position, Site
 from halfstep.recipe import ACTIVATIONS, LayerSpec, Recipe, TensorSpec
 from halfstep.targets import Target
 
@@ -70,7 +70,10 @@ class _Placer:
         self._choose_followers()
         self._choose_values()
         return Placement(
-            (*self._activation_sites(), *self._weight_sites()), self._layers(), self._float_operators()
+            (*self._activation_sites(), *self._weight_sites()),
+            self._layers(),
+            self._float_operators(),
+            self._followers(),
         )
 
     # 1 and 2: which operators
@@ -273,6 +276,13 @@ class _Placer:
                 sites.append(self.weight_names[node])
             layers.append(Layer(self.names[node], op, tuple(sites), self.reasons.get(node, "")))
         return tuple(layers)
+
+    def _followers(self) -> tuple[Follower, ...]:
+        return tuple(
+            Follower(self.names[node], op)
+            for node, op in self.operators.items()
+            if node in self.integer and node not in self.specs
+        )
 
     def _float_operators(self) -> tuple[FloatOperator, ...]:
         silent = self.target.passes | self.target.absorbed

@@ -75,9 +75,18 @@ class FloatOperator:
 
 
 @dataclass(frozen=True)
+class Follower:
+    """An operator that is no layer and was placed between quantizers, to run on an integer kernel."""
+
+    name: str
+    operator: Operator
+
+
+@dataclass(frozen=True)
 class Placement:
     """Where the quantizers go. Every name is unique; the order is the graph's."""
 
     sites: tuple[Site, ...]
     layers: tuple[Layer, ...]
     float_operators: tuple[FloatOperator, ...]
+    followers: tuple[Follower, ...] = ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -109,9 +110,14 @@ def inspect(path: Path, threads: int | None) -> Kernels:
         graph = onnx.load(optimized, load_external_data=False).graph
     return Kernels(
         counts=dict(Counter(node.op_type for node in graph.node).most_common()),
-        integer=tuple(node.name for node in graph.node if node.op_type in INTEGER),
-        floating=tuple(node.name for node in graph.node if node.op_type in HEAVY),
+        integer=tuple(_original(node.name) for node in graph.node if node.op_type in INTEGER),
+        floating=tuple(_original(node.name) for node in graph.node if node.op_type in HEAVY),
     )
+
+
+def _original(name: str) -> str:
+    """A node's name without what the runtime's passes append to it."""
+    return re.sub(r"(_token_\d+|/MatMulScaleFusion/)$", "", name)
 
 
 ONNXRUNTIME = Runtime("onnxruntime", OnnxRuntimeSession, inspect)

@@ -16,23 +16,31 @@ from halfstep.runtime.sites import load
 #: Operators that multiply two tensors.
 HEAVY = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU"})
 
+#: Operators that runtimes have kernels on codes for, beside those.
+FOLLOWING = frozenset({"Add", "AveragePool", "GlobalAveragePool"})
+
 
 def inspect(path: Path, threads: int | None) -> Kernels:
-    """Take an operator that multiplies as integer if both tensors that it multiplies come from a DequantizeLinear.
+    """Take an operator as integer if it reads codes.
+
+    One that multiplies must read both of its factors from a DequantizeLinear, an add or pool one of its inputs.
 
     Raises:
         ExportError: if it is no ONNX file.
     """
     graph = load(path, weights=False).graph
     makers = {name: node.op_type for node in graph.node for name in node.output}
-    heavy = [node for node in graph.node if node.op_type in HEAVY]
-    codes = {
-        node.name: all(makers.get(name) == "DequantizeLinear" for name in node.input[:2]) for node in heavy
-    }
+    heavy, integer = list[str](), list[str]()
+    for node in graph.node:
+        codes = [makers.get(name) == "DequantizeLinear" for name in node.input[:2]]
+        if node.op_type in HEAVY:
+            (integer if all(codes) else heavy).append(node.name)
+        elif node.op_type in FOLLOWING and any(codes):
+            integer.append(node.name)
     return Kernels(
         counts=dict(Counter(node.op_type for node in graph.node).most_common()),
-        integer=tuple(name for name, integer in codes.items() if integer),
-        floating=tuple(name for name, integer in codes.items() if not integer),
+        integer=tuple(integer),
+        floating=tuple(heavy),
     )
 
 

@@ -30,7 +30,7 @@ class Kernels:
 
     Attributes:
         counts: operator types of the graph that is executed, with how often each occurs.
-        integer: names of the file's nodes that run on integer kernels.
+        integer: names of the file's nodes that run on integer kernels, what is computed inside such a kernel too.
         floating: names of the multiplying nodes that stayed in float.
     """
 

@@ -5,14 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 from halfstep.errors import ArgumentError
+from halfstep.runtime import tensorrt
 from halfstep.runtime.onnxruntime import ONNXRUNTIME
 from halfstep.runtime.openvino import OPENVINO
 from halfstep.runtime.reference import REFERENCE
+from halfstep.runtime.rules import Rule
 from halfstep.runtime.runtime import Runtime
 from halfstep.runtime.sites import read_metadata
 from halfstep.targets import TARGETS
 
 RUNTIMES: dict[str, Runtime] = {runtime.name: runtime for runtime in (ONNXRUNTIME, OPENVINO, REFERENCE)}
+
+
+#: Rules of the targets that cannot judge a file here, by the target's name.
+RULES: dict[str, tuple[Rule, ...]] = {"tensorrt": tensorrt.RULES}
 
 
 def find_runtime(name: str) -> Runtime:

@@ -1,0 +1,219 @@
+"""Every architecture on ONNX Runtime and OpenVINO: is it integer, does it answer as simulated, how fast, how big.
+
+Random weights (``bench.networks.catalogue``), max calibrator, 32 calibration examples, seed 0. One interleaved run a
+network and batch size: the float file, the same float file again (what it differs from 1 by is noise), onnxruntime's
+quantize_static (QDQ, u8/s8 per channel, after quant_pre_process), and ours. On OpenVINO ours beside nncf.quantize.
+
+python -m bench.deployment [--networks vit bert] [--folder /tmp/files]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import halfstep as hs
+from bench import peer_nncf
+from bench.networks.catalogue import CATALOGUE, build
+from bench.peer_onnxruntime import quantize_static
+from halfstep.graph.inputs import tensors_of
+from halfstep.model import QuantizedModel
+from halfstep.runtime.deployed import DeployedModel
+from halfstep.runtime.kernels import Kernels, inspect_kernels
+from halfstep.runtime.latency import Latency, race
+from halfstep.runtime.parity import Parity, compare
+from halfstep.runtime.runtimes import find_runtime
+
+TRANSFORMERS = ("vit", "swin-like", "bert")
+BATCHES = (1, 8)
+#: Eight-bit products that VNNI makes where float's fused multiply-add makes one.
+VNNI_LIMIT = 4.0
+
+
+@dataclass(frozen=True)
+class Files:
+    """What is compared, as files; a peer's is None where it failed or is not installed."""
+
+    floating: Path
+    ours: Path
+    static: Path | None
+    ours_openvino: Path
+    nncf: Path | None
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What our file turned out to be on its runtime."""
+
+    kernels: Kernels
+    parity: Parity
+    layers: int
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--networks", nargs="*", default=list(CATALOGUE), choices=list(CATALOGUE))
+    parser.add_argument("--folder", type=Path, help="keep the files here, and take those that are there")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument(
+        "--build", action="store_true", help="make the files and prove them, without the race"
+    )
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        console = Console(width=150)
+        for runtime in ("onnxruntime", "openvino"):
+            proofs = {}
+            for name in options.networks:
+                proofs[name] = prove(name, folder, runtime, options.threads)
+            console.print(proof_table(proofs, runtime))
+        if not options.build:
+            run_races(options.networks, folder, options.threads, options.rounds, console)
+        console.print(size_table(options.networks, folder))
+
+
+def calibrated(name: str, target: str) -> tuple[QuantizedModel, list]:
+    entry = CATALOGUE[name]
+    torch.manual_seed(1)
+    batches = [entry.inputs(4) for _ in range(8)]
+    model = hs.prepare(build(name), batches[0], target=target)
+    hs.observe(model, batches)
+    hs.calibrate(model)
+    return model, batches
+
+
+def paths(name: str, folder: Path) -> Files:
+    """Where the files of a network lie; peers' only if they are there."""
+    stem = folder / name.replace(" ", "-")
+    static, nncf = stem.with_suffix(".static.onnx"), stem.with_suffix(".nncf.xml")
+    return Files(
+        stem.with_suffix(".float.onnx"),
+        stem.with_suffix(".ours.onnx"),
+        static if static.exists() else None,
+        stem.with_suffix(".openvino.onnx"),
+        nncf if nncf.exists() else None,
+    )
+
+
+def prove(name: str, folder: Path, target: str, threads: int) -> Proof:
+    """Make our file and the peer's, and run ours against the simulation."""
+    files = paths(name, folder)
+    model, batches = calibrated(name, target)
+    ours = files.ours if target == "onnxruntime" else files.ours_openvino
+    hs.export_onnx(model, ours)
+    if not files.floating.exists():
+        hs.export_float(model, files.floating)
+    stem = folder / name.replace(" ", "-")
+    if target == "onnxruntime" and files.static is None:
+        try:
+            quantize_static(files.floating, batches, stem.with_suffix(".static.onnx"))
+        except Exception as error:
+            print(f"quantize_static fails on {name}: {type(error).__name__}: {str(error).splitlines()[0]}")
+    if target == "openvino" and files.nncf is None and peer_nncf.available():
+        peer_nncf.quantize(files.floating, batches, stem.with_suffix(".nncf.xml"), name in TRANSFORMERS)
+    deployed = DeployedModel(ours, model.captured.in_spec, model.captured.out_spec, threads)
+    return Proof(inspect_kernels(ours, threads), compare(model, deployed, batches), len(model.layers))
+
+
+def proof_table(proofs: dict[str, Proof], runtime: str) -> Table:
+    table = Table(title=f"the files on {runtime}: kernels, and agreement with the simulation on 32 inputs")
+    for column in ("network", "layers", "integer kernels", "multiply in float", "same top-1", "SQNR, dB"):
+        table.add_column(column, justify="left" if column == "network" else "right")
+    for name, proof in proofs.items():
+        floating = ", ".join(
+            dict.fromkeys(n.split("/")[0].rpartition(".")[2] for n in proof.kernels.floating)
+        )
+        table.add_row(
+            name,
+            str(proof.layers),
+            str(len(proof.kernels.integer)),
+            f"{len(proof.kernels.floating)} {floating}",
+            f"{proof.parity.top1:.1%}",
+            f"{proof.parity.sqnr:.1f}",
+        )
+    return table
+
+
+def run_races(names: list[str], folder: Path, threads: int, rounds: int, console: Console) -> None:
+    results = {(n, b): compete(n, b, paths(n, folder), threads, rounds) for n in names for b in BATCHES}
+    for runtime, ours, peer in (("onnxruntime", "ours", "quantize_static"), ("openvino", "ours_ov", "nncf")):
+        table = Table(
+            title=f"{runtime}, {threads} threads, {rounds} interleaved rounds, speed over onnxruntime's float "
+            f"(limit of VNNI: {VNNI_LIMIT:.1f})"
+        )
+        for column in ("network", "batch", "float, ms", "null", peer, "ours", f"ours over {peer}"):
+            table.add_column(column, justify="left" if column == "network" else "right")
+        ratios, floats = [], []
+        for (name, batch), result in results.items():
+            mine, null = result[ours].speedup, result["null"].speedup
+            floats.append(mine)
+            theirs = result[peer].speedup if peer in result else None
+            ratio = mine / theirs if theirs else None
+            if ratio is not None:
+                ratios.append(ratio)
+            table.add_row(
+                name,
+                str(batch),
+                f"{result['float'].median:.2f}",
+                f"{null:.2f}",
+                "-" if theirs is None else f"{theirs:.2f}",
+                f"{mine:.2f}",
+                "-" if ratio is None else f"{ratio:.2f}",
+            )
+        console.print(table)
+        if ratios:
+            console.print(
+                f"{runtime}: geometric mean of ours over {peer} {statistics.geometric_mean(ratios):.3f}, "
+                f"least {min(ratios):.2f}, over {len(ratios)} races; ours over float at least {min(floats):.2f}"
+            )
+        else:
+            console.print(f"{runtime}: {peer} is not installed, or has made no file")
+
+
+def compete(name: str, batch: int, files: Files, threads: int, rounds: int) -> dict[str, Latency]:
+    torch.manual_seed(2)
+    arrays = [np.ascontiguousarray(t) for t in tensors_of(CATALOGUE[name].inputs(batch))]
+    contestants = {
+        "float": (files.floating, "onnxruntime"),
+        "null": (files.floating, "onnxruntime"),
+        "quantize_static": (files.static, "onnxruntime"),
+        "ours": (files.ours, "onnxruntime"),
+        "nncf": (files.nncf, "openvino"),
+        "ours_ov": (files.ours_openvino, "openvino"),
+    }
+    sessions = {
+        key: find_runtime(runtime).open(path, threads) for key, (path, runtime) in contestants.items() if path
+    }
+    return race({key: (lambda s=s: s.run(arrays)) for key, s in sessions.items()}, rounds)
+
+
+def size_table(names: list[str], folder: Path) -> Table:
+    table = Table(title="size over float (the OpenVINO peer's is its .bin)")
+    for column in ("network", "float, KiB", "ours", "ours on openvino", "quantize_static", "nncf"):
+        table.add_column(column, justify="left" if column == "network" else "right")
+    for name in names:
+        files = paths(name, folder)
+        whole = files.floating.stat().st_size
+        others = (
+            files.ours,
+            files.ours_openvino,
+            files.static,
+            files.nncf and files.nncf.with_suffix(".bin"),
+        )
+        sizes = ["-" if path is None else f"{path.stat().st_size / whole:.3f}" for path in others]
+        table.add_row(name, f"{whole / 1024:,.0f}", *sizes)
+    return table
+
+
+if __name__ == "__main__":
+    main()

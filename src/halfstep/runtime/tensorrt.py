@@ -1,0 +1,190 @@
+"""What TensorRT asks of a quantized file.
+
+Source: NVIDIA TensorRT documentation, "Working with Quantized Types" (explicit quantization, ONNX support and the
+recommendations on where to put Q/DQ), and the documentation of IQuantizeLayer and IDequantizeLayer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from halfstep.runtime.rules import FileGraph, Rule
+
+_CODES = frozenset({"int8", "int4", "float8e4m3fn", "float4e2m1"})
+_BLOCKS = frozenset({64, 128})
+#: The axis of a weight that may have a scale an entry: its output channels.
+_AXES = {"Conv": 0, "ConvTranspose": 1}
+
+
+def _zero_points(graph: FileGraph) -> Iterator[str]:
+    for node in graph.quantizers:
+        zero = graph.constant(node.input[2]) if len(node.input) > 2 else None
+        if zero is not None and np.any(zero.astype(np.float32) != 0):
+            yield node.input[0]
+
+
+def _code_types(graph: FileGraph) -> Iterator[str]:
+    for node in graph.quantizers:
+        if node.output[0] not in graph.biases and graph.code_type(node) not in _CODES:
+            yield f"{node.input[0]}: {graph.code_type(node)}"
+
+
+def _biases(graph: FileGraph) -> Iterator[str]:
+    for node in graph.quantizers:
+        if node.output[0] in graph.biases:
+            yield node.input[0]
+
+
+def _scales(graph: FileGraph) -> Iterator[str]:
+    for node in graph.quantizers:
+        scale = graph.constant(node.input[1])
+        if scale is None or not (np.isfinite(scale).all() and (scale > 0).all()):
+            yield node.input[1]
+
+
+def _activations(graph: FileGraph) -> Iterator[str]:
+    for node in graph.quantizers:
+        scale = graph.constant(node.input[1])
+        if not graph.is_weight(node) and scale is not None and scale.size > 1:
+            yield node.input[0]
+
+
+def _axes(graph: FileGraph) -> Iterator[str]:
+    for node in graph.quantizers:
+        scale = graph.constant(node.input[1])
+        if not graph.is_weight(node) or scale is None or scale.ndim != 1 or scale.size < 2:
+            continue
+        axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
+        for reader in graph.readers(node.output[0]):
+            if (
+                reader.op_type in _AXES
+                and axis != _AXES[reader.op_type]
+                and node.output[0] == reader.input[1]
+            ):
+                yield node.input[0]
+
+
+def _four_bits(graph: FileGraph) -> Iterator[str]:
+    for node in graph.quantizers:
+        if graph.code_type(node) != "int4":
+            continue
+        block = next((a.i for a in node.attribute if a.name == "block_size"), 0)
+        if not graph.is_weight(node) or block not in _BLOCKS:
+            yield node.input[0]
+
+
+def _operators(graph: FileGraph) -> Iterator[str]:
+    for node in graph.nodes:
+        foreign = node.domain not in ("", "ai.onnx")
+        fused = node.op_type.startswith("QLinear") or node.op_type in (
+            "ConvInteger",
+            "MatMulInteger",
+            "DynamicQuantizeLinear",
+        )
+        if foreign or fused:
+            yield f"{node.name or node.output[0]}: {node.op_type}"
+
+
+def _opset(graph: FileGraph) -> Iterator[str]:
+    for node in graph.quantizers:
+        scale = graph.constant(node.input[1])
+        if scale is not None and scale.size > 1 and graph.opset < 13:
+            yield f"{node.input[0]}: opset {graph.opset}"
+
+
+def _branches(graph: FileGraph) -> Iterator[str]:
+    for node in graph.nodes:
+        if node.op_type != "Add":
+            continue
+        sources = [_quantized_source(graph, name) for name in node.input]
+        makers = [graph.makers.get(name) if name is not None else None for name in sources]
+        conv = any(
+            maker is not None
+            and maker.op_type in ("Conv", "ConvTranspose")
+            and len(graph.readers(maker.output[0])) == 1
+            for maker in makers
+        )
+        if conv and all(name is not None for name in sources):
+            yield node.name or node.output[0]
+
+
+def _quantized_source(graph: FileGraph, name: str) -> str | None:
+    """The tensor that was quantized and dequantized into ``name``; None if it comes as it was computed."""
+    for kind in ("DequantizeLinear", "QuantizeLinear"):
+        maker = graph.makers.get(name)
+        if maker is None or maker.op_type != kind:
+            return None
+        name = maker.input[0]
+    return name
+
+
+_SIGNED = "export with target='tensorrt', which quantizes symmetrically into signed codes"
+
+RULES = (
+    Rule(
+        "zero points",
+        True,
+        "TensorRT quantizes symmetrically and takes no zero point but 0",
+        _SIGNED,
+        _zero_points,
+    ),
+    Rule(
+        "code types",
+        True,
+        "TensorRT stores codes as int8, int4, fp8 or fp4; it has no unsigned, 16-bit or 32-bit ones",
+        _SIGNED,
+        _code_types,
+    ),
+    Rule(
+        "biases",
+        True,
+        "TensorRT dequantizes no int32, and adds biases in float",
+        "store the bias as float32, without a DequantizeLinear",
+        _biases,
+    ),
+    Rule(
+        "scales",
+        True,
+        "TensorRT builds scales into its engine, so they must be stored in the file, finite and above 0",
+        "write them as initializers",
+        _scales,
+    ),
+    Rule(
+        "activations per tensor",
+        True,
+        "TensorRT has one scale for an activation; only weights may have one a channel",
+        "calibrate activations per tensor",
+        _activations,
+    ),
+    Rule(
+        "axis of weights",
+        True,
+        "TensorRT takes a scale for each output channel only: axis 0 of a conv's weight, axis 1 of a transposed conv's",
+        "quantize the weight along that axis",
+        _axes,
+    ),
+    Rule(
+        "four bits",
+        True,
+        "TensorRT takes int4 for weights only, with a scale for each block of 64 or 128 along the input axis",
+        "use Recipe.weight_only(4, group=128), or 8 bits",
+        _four_bits,
+    ),
+    Rule(
+        "operators",
+        True,
+        "TensorRT reads QuantizeLinear and DequantizeLinear, not another runtime's fused or dynamic integer operators",
+        "export with target='tensorrt', not a file that was optimised for another runtime",
+        _operators,
+    ),
+    Rule("opset", True, "scales per channel came with opset 13", "export with opset 13 or later", _opset),
+    Rule(
+        "residual adds",
+        False,
+        "a conv takes the add after it in only if its own result reaches the add unquantized",
+        "quantize the other branch (the skip) only",
+        _branches,
+    ),
+)
