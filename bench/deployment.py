@@ -72,12 +72,11 @@ def main() -> None:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         console = Console(width=150)
-        for runtime in ("onnxruntime", "openvino"):
-            proofs = {}
-            for name in options.networks:
-                proofs[name] = prove(name, folder, runtime, options.threads)
-            console.print(proof_table(proofs, runtime))
-        if not options.build:
+        if options.only != "race":
+            for runtime in ("onnxruntime", "openvino"):
+                proofs = {name: prove(name, folder, runtime, options.threads) for name in options.networks}
+                console.print(proof_table(proofs, runtime))
+        if options.only != "files":
             run_races(options.networks, folder, options.threads, options.rounds, console)
         console.print(size_table(options.networks, folder))
 
