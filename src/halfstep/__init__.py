@@ -7,8 +7,10 @@ from halfstep.export.onnx import export_float, export_onnx
 from halfstep.export.verify import Verification, verify
 from halfstep.formats import Integer
 from halfstep.granularity import PerChannel, PerGroup, PerTensor
+from halfstep.ladder.best_of import best_of
 from halfstep.ladder.budget import Budget
 from halfstep.ladder.calibration import calibrate, observe
+from halfstep.ladder.candidates import Candidate, Sweep
 from halfstep.ladder.climb import prepare, quantize
 from halfstep.ladder.outcome import Outcome
 from halfstep.model import QuantizedModel
@@ -22,6 +24,7 @@ __all__ = [
     "Accuracy",
     "Budget",
     "CallableMetric",
+    "Candidate",
     "Entropy",
     "HalfstepError",
     "Integer",
@@ -36,8 +39,10 @@ __all__ = [
     "QuantizedModel",
     "Recipe",
     "Score",
+    "Sweep",
     "TensorSpec",
     "Verification",
+    "best_of",
     "calibrate",
     "correct_bias",
     "equalize",

@@ -77,16 +77,30 @@ class FakeQuantize(nn.Module):
         Raises:
             NotObservedError: naming the site, if nothing was.
         """
-        with named(f"site {self.name!r}"):
-            low, high = calibrator.range(self.histogram, self.format)
-            self.set_range(torch.tensor(low), torch.tensor(high))
+        self.set_range(*self.observed_range(calibrator))
         self.calibrated_by = calibrator
 
     def calibrate_weight(self, weight: torch.Tensor, calibrator: WeightCalibrator) -> None:
         """Set scale and zero point from the weight itself."""
-        with named(f"weight {self.name!r}"):
-            self.set_range(*calibrator.weight_range(weight.detach(), self.format, self.granularity))
+        self.set_range(*self.weight_range(weight, calibrator))
         self.calibrated_by = calibrator
+
+    def observed_range(self, calibrator: Calibrator) -> tuple[torch.Tensor, torch.Tensor]:
+        """What ``calibrator`` answers from what was observed: low and high of the scale's shape.
+
+        Raises:
+            NotObservedError: naming the site, if nothing was.
+        """
+        with named(f"site {self.name!r}"):
+            low, high = calibrator.range(self.histogram, self.format)
+            return torch.tensor(low), torch.tensor(high)
+
+    def weight_range(
+        self, weight: torch.Tensor, calibrator: WeightCalibrator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What ``calibrator`` answers for the weight itself: low and high of the scale's shape."""
+        with named(f"weight {self.name!r}"):
+            return calibrator.weight_range(weight.detach(), self.format, self.granularity)
 
     def set_range(self, low: torch.Tensor, high: torch.Tensor) -> None:
         """Set scale and zero point so that [low, high] is representable (shapes as the scale's).

@@ -70,6 +70,18 @@ class Captured:
             if value.dtype != wanted.dtype:
                 raise DataError(f"input {node.target!r}: got {value.dtype}, needed {wanted.dtype}")
 
+    def examples(self, inputs: ModelInputs, start: int, stop: int) -> ModelInputs:
+        """Examples ``start`` to ``stop`` of a batch of model inputs, as views; what has no batch stays whole."""
+        args, kwargs = call_arguments(inputs)
+        flat, spec = pytree.tree_flatten((args, kwargs))
+        flat = [x[start:stop] if batched else x for x, batched in zip(flat, self.batched, strict=True)]
+        if isinstance(inputs, torch.Tensor):
+            (tensor,) = flat
+            assert isinstance(tensor, torch.Tensor)
+            return tensor
+        part: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten(flat, spec)
+        return part[1] or part[0]
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph as the user's model would be run."""
         flat, _ = pytree.tree_flatten((args, kwargs))

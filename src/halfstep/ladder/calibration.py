@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
+from typing import overload
 
 import torch
+from torch.utils import _pytree as pytree
 
-from halfstep.calibrators import Max
-from halfstep.calibrators.calibrator import Calibrator, WeightCalibrator
+from halfstep.calibrators import Calibrator, Max, WeightCalibrator
 from halfstep.errors import DataError, named
 from halfstep.fake_quantize import Mode
 from halfstep.graph.inputs import ModelInputs, batch_size, call_arguments, tensors_of
+from halfstep.ladder.best_of import BestOf
+from halfstep.ladder.candidates import Sweep
+from halfstep.ladder.ranges import activation_answers, activation_sites, set_ranges, weight_answers
+from halfstep.ladder.sweep import sweep
 from halfstep.model import QuantizedModel
 from halfstep.progress import track
-from halfstep.repair.bias_room import widen_for_bias
 from halfstep.statistics import Histogram
 
 #: The calibration inputs that a model keeps for scoring without labels: at most so many examples and bytes.
@@ -49,41 +54,56 @@ def observe(model: QuantizedModel, batches: Iterable[ModelInputs]) -> dict[str, 
         raise DataError(
             "calibration data: got no batch, needed at least one (a generator can be used only once)"
         )
-    return {
-        site.name: model.sites[site.name].histogram for site in model.placement.sites if not site.is_weight
-    }
+    return {name: module.histogram for name, module in activation_sites(model).items()}
 
 
 def _keep(model: QuantizedModel, inputs: ModelInputs) -> None:
-    kept = sum(batch_size(batch) for batch in model.sample)
-    used = sum(tensor.nbytes for batch in model.sample for tensor in tensors_of(batch))
-    size = sum(tensor.nbytes for tensor in tensors_of(inputs))
-    if (kept + batch_size(inputs) <= SAMPLE_EXAMPLES and used + size <= SAMPLE_BYTES) or not model.sample:
-        model.sample.append(inputs)
+    """Add a copy of the first examples to the model's sample, up to its bounds."""
+    size = batch_size(inputs)
+    wanted = SAMPLE_EXAMPLES - sum(map(batch_size, model.sample))
+    left = SAMPLE_BYTES - sum(tensor.nbytes for batch in model.sample for tensor in tensors_of(batch))
+    each = sum(tensor.nbytes for tensor in tensors_of(inputs)) / max(size, 1)
+    count = min(size, wanted, max(int(left // max(each, 1)), not model.sample))
+    if count > 0:
+        part = model.captured.examples(inputs, 0, count)
+        model.sample.append(pytree.tree_map_only(torch.Tensor, torch.clone, part))
+
+
+@overload
+def calibrate(
+    model: QuantizedModel, calibrator: BestOf, weights: WeightCalibrator | None = None
+) -> Sweep: ...
+
+
+@overload
+def calibrate(
+    model: QuantizedModel, calibrator: Calibrator | None = None, weights: WeightCalibrator | None = None
+) -> None: ...
 
 
 def calibrate(
-    model: QuantizedModel, calibrator: Calibrator | None = None, weights: WeightCalibrator | None = None
-) -> None:
+    model: QuantizedModel,
+    calibrator: Calibrator | BestOf | None = None,
+    weights: WeightCalibrator | None = None,
+) -> Sweep | None:
     """Give every site its scale and zero point, and let the model quantize from now on.
 
-    No data are needed: the histograms of :func:`observe` answer any calibrator and any number format.
+    No data are needed: the histograms of :func:`observe` answer any calibrator and any number format, and
+    :func:`best_of` compares outputs on the examples that it kept.
 
     Args:
         model: observed.
-        calibrator: for the activations; Max if None.
-        weights: for the weights; Max if None.
+        calibrator: for the activations, Max if None; or :func:`best_of`, which finds the best of several.
+        weights: for the weights; None is Max, or what :func:`best_of` says.
+
+    Returns:
+        The candidates with their figures after :func:`best_of`, else None.
 
     Raises:
         NotObservedError: naming the site that saw no data.
     """
-    calibrator, weights = calibrator or Max(), weights or Max()
-    for site in model.placement.sites:
-        module = model.sites[site.name]
-        if site.is_weight:
-            module.calibrate_weight(model.weight(site.name), weights)
-        else:
-            module.calibrate(calibrator)
-    for layer in model.layers:
-        widen_for_bias(model, layer)
-    model.set_mode(Mode.QUANTIZE)
+    if isinstance(calibrator, BestOf):
+        return sweep(model, calibrator if weights is None else replace(calibrator, weights=(weights,)))
+    answers = activation_answers(model, calibrator or Max()) | weight_answers(model, weights or Max())
+    set_ranges(model, answers)
+    return None

@@ -2,26 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 
-from halfstep.calibrators import Calibrator, Max
-from halfstep.evaluate import Score
-from halfstep.ladder.calibration import calibrate
+from halfstep.evaluate import Accuracy, Score
+from halfstep.ladder.best_of import BestOf
+from halfstep.ladder.candidates import Sweep
 from halfstep.ladder.search import Search
+from halfstep.ladder.sweep import judge, sweep
 
-CALIBRATORS: tuple[Calibrator, ...] = (Max(),)
 
+def climb_ptq(search: Search, options: BestOf | None = None) -> Score:
+    """Rank every calibrator without labels, evaluate the metric on the best few, and return the best score.
 
-def climb_ptq(search: Search, calibrators: Sequence[Calibrator] = CALIBRATORS) -> Score:
-    """Try every calibrator, leave the model with the best one's ranges, and return its score."""
-    scores: list[tuple[Calibrator, Score]] = []
-    for calibrator in calibrators:
-        calibrate(search.model, calibrator)
-        scores.append((calibrator, search.evaluate(f"PTQ, {calibrator}")))
-    best, score = min(scores, key=lambda pair: search.goal.drop(pair[1]))
-    calibrate(search.model, best)
+    Evaluation stops at the first candidate that meets the goal: whatever is left would only polish.
+
+    Args:
+        search: its model observed; it is left with the best candidate's ranges.
+        options: what to try; its own metric is not used. None for all calibrators, ranked by the divergence of the
+            outputs if the metric is an :class:`Accuracy`, else by their signal to noise.
+    """
+    if options is None:
+        options = BestOf(by="kl" if isinstance(search.scorer, Accuracy) else "sqnr")
+    found = sweep(search.model, replace(options, metric=None))
+    _explain(search, found)
+    found, score = judge(
+        found,
+        search.model,
+        lambda candidate: search.evaluate(f"PTQ, {candidate}"),
+        search.goal.drop,
+        search.goal.met,
+        options.finalists,
+    )
     search.decide(
-        f"PTQ with {best} scores {score.value:.4f}, {search.goal.drop(score):+.4f} below float "
-        f"(allowed {search.goal.max_drop:g})"
+        f"PTQ with {found.best} scores {score.value:.4f}, {search.goal.drop(score):+.4f} below float (allowed "
+        f"{search.goal.max_drop:g}); {found.evaluations} of {len(found.candidates)} candidates were evaluated"
     )
     return score
+
+
+def _explain(search: Search, found: Sweep) -> None:
+    """Say what the outputs alone told, and what it cost."""
+    best, worst = found.candidates[0], found.candidates[-1]
+    search.decide(
+        f"{len(found.candidates)} calibrations compared on {found.examples} examples without labels, {found.passes} "
+        f"passes: best {best} ({best.fidelity}), worst {worst} ({worst.fidelity})"
+    )
+    if found.activations_alone is not None:
+        weights = min(found.weights_alone.values(), key=lambda fidelity: fidelity.loss("sqnr"))
+        activations = found.activations_alone
+        more = "weights" if weights.sqnr < activations.sqnr else "activations"
+        search.decide(
+            f"weights alone leave {weights.sqnr:.1f} dB, activations alone {activations.sqnr:.1f} dB: the {more} lose "
+            "more"
+        )

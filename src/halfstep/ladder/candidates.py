@@ -1,0 +1,96 @@
+"""What a sweep compares and finds, as records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from halfstep.ladder.fidelity import Fidelity, Measure
+from halfstep.ladder.ranges import Answers, set_ranges
+from halfstep.model import QuantizedModel
+
+FLOAT = "float"  # in a candidate's place for weights or activations that are not quantized
+MIXED = "mixed"  # where the calibrator differs by site
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One choice for every site.
+
+    Attributes:
+        activations: the calibrator of the activations, those that answered alike joined by ``" = "``; ``"mixed"`` if
+            it differs by site; ``"float"`` where activations are not quantized.
+        weights: the same for the weights.
+        fidelity: what it does to the outputs.
+        score: the metric's; None if it was not evaluated.
+        answers: the range of every site, and the calibrator that gave it.
+    """
+
+    activations: str
+    weights: str
+    fidelity: Fidelity
+    score: float | None = None
+    answers: Answers = field(default_factory=dict, repr=False, compare=False)
+
+    def apply(self, model: QuantizedModel) -> None:
+        """Give ``model`` these ranges, and let it quantize."""
+        set_ranges(model, self.answers)
+
+    def __str__(self) -> str:
+        if FLOAT in (self.activations, self.weights):
+            return f"weights by {self.weights}" if self.activations == FLOAT else self.activations
+        return f"{self.activations}, weights by {self.weights}"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What :func:`sweep` found; prints as a table.
+
+    Attributes:
+        candidates: the winner first; then those that the metric judged, then all others by the measure.
+        by: the measure.
+        examples: how many examples the outputs were compared on.
+        passes: forward passes over them; the backward pass of ``mixed`` counts as one.
+        evaluations: how often the metric was evaluated.
+        weights_alone: what each weight calibrator does with activations in float.
+        activations_alone: what the measure's best does with weights in float; None where one side is float anyway.
+    """
+
+    candidates: tuple[Candidate, ...]
+    by: Measure
+    examples: int
+    passes: int
+    evaluations: int = 0
+    weights_alone: Mapping[str, Fidelity] = field(default_factory=dict)
+    activations_alone: Fidelity | None = None
+
+    @property
+    def best(self) -> Candidate:
+        """The winner."""
+        return self.candidates[0]
+
+    def __str__(self) -> str:
+        rows = [("activations", "weights", "KL", "SQNR, dB", "metric")]
+        for candidate in self.candidates:
+            score = "" if candidate.score is None else f"{candidate.score:.4f}"
+            rows.append((candidate.activations, candidate.weights, *_figures(candidate.fidelity), score))
+        alone = [(FLOAT, name, *_figures(fidelity), "") for name, fidelity in self.weights_alone.items()]
+        if self.activations_alone is not None:
+            alone.append((self.best_by_measure.activations, FLOAT, *_figures(self.activations_alone), ""))
+        rows += alone
+        widths = [max(len(row[column]) for row in rows) for column in range(5)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        cost = f"{self.examples} examples, {self.passes} passes over them, {self.evaluations} evaluations of the metric"
+        return "\n".join([*lines, f"ranked by {self.by}: {cost}"])
+
+    @property
+    def best_by_measure(self) -> Candidate:
+        """The one whose outputs are nearest to the float network's."""
+        return min(self.candidates, key=lambda candidate: candidate.fidelity.loss(self.by))
+
+
+def _figures(fidelity: Fidelity) -> tuple[str, str]:
+    return f"{fidelity.kl:.3g}", f"{fidelity.sqnr:.1f}"

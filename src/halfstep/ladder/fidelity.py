@@ -1,0 +1,139 @@
+"""How near a quantized network's outputs are to the float network's: no labels needed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from halfstep.errors import ArgumentError, NotObservedError
+from halfstep.evaluate import logits_of
+from halfstep.fake_quantize import Mode
+from halfstep.graph.inputs import ModelInputs, batch_size
+from halfstep.model import QuantizedModel, run
+from halfstep.progress import track
+from halfstep.runtime.parity import float_tensors
+
+Measure = Literal["kl", "sqnr"]
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """What quantization did to the outputs.
+
+    Attributes:
+        kl: mean Kullback-Leibler divergence, in nats, of the softmax over the last axis of the first float output
+            from the float network's; NaN where that axis has one entry. 0 is equal.
+        sqnr: signal to noise over all float outputs in dB, 10 log10(sum y^2 / sum (y - y')^2); inf is equal.
+    """
+
+    kl: float
+    sqnr: float
+
+    def __str__(self) -> str:
+        return f"{self.sqnr:.1f} dB" if math.isnan(self.kl) else f"KL {self.kl:.3g}, {self.sqnr:.1f} dB"
+
+    def loss(self, by: Measure) -> float:
+        """The measure as a number of which less is better; a network that answers NaN is the worst."""
+        value = self.kl if by == "kl" else -self.sqnr
+        return math.inf if math.isnan(value) else value
+
+
+class Reference:
+    """The float network's outputs on the examples that :func:`~halfstep.observe` kept, computed once.
+
+    Args:
+        model: observed.
+        examples: at most so many of the kept ones.
+
+    Attributes:
+        examples: how many there are.
+        passes: forward passes made over them, the float one included.
+
+    Raises:
+        NotObservedError: nothing was kept, since nothing was observed.
+    """
+
+    def __init__(self, model: QuantizedModel, examples: int = 256) -> None:
+        if examples < 1:
+            raise ArgumentError(f"examples: got {examples}, needed at least 1")
+        if not model.sample:
+            raise NotObservedError("no example was kept to compare outputs on; run observe() first")
+        self.batches = list(_first(model, examples))
+        self.examples = sum(map(batch_size, self.batches))
+        with model.using(Mode.FLOAT), torch.no_grad():
+            outputs = [run(model, batch) for batch in track(self.batches, "float outputs")]
+        self._logits = [logits_of(output) for output in outputs]
+        self._outputs = [float_tensors(output) for output in outputs]
+        self.passes = 1
+
+    def compare(self, model: QuantizedModel, what: str = "comparing") -> Fidelity:
+        """Run ``model`` as it stands over the examples, and compare."""
+        divergence = signal = noise = 0.0
+        decisions = 0
+        with torch.no_grad():
+            for index, batch in enumerate(track(self.batches, what)):
+                got = run(model, batch)
+                divergence += float(divergences(self._logits[index], logits_of(got)).sum())
+                decisions += math.prod(self._logits[index].shape[:-1])
+                for a, b in zip(self._outputs[index], float_tensors(got), strict=True):
+                    signal += float(a.double().square().sum())
+                    noise += float((a.double() - b.double()).square().sum())
+        self.passes += 1
+        return Fidelity(divergence / decisions if self.has_classes else math.nan, decibels(signal, noise))
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether the first float output can be logits: (..., classes), two or more of them."""
+        shape = self._logits[0].shape
+        return len(shape) >= 2 and shape[-1] >= 2
+
+    def check(self, by: Measure) -> None:
+        """Raise unless the outputs can be measured so.
+
+        Raises:
+            ArgumentError: an unknown measure, or ``"kl"`` of outputs that are no logits.
+        """
+        if by not in ("kl", "sqnr"):
+            raise ArgumentError(f"by: got {by!r}, needed 'kl' (logits of classes) or 'sqnr' (any outputs)")
+        if by == "kl" and not self.has_classes:
+            raise ArgumentError(
+                f"by: got 'kl' for outputs of shape {tuple(self._logits[0].shape)}, needed logits (..., classes); "
+                "choose by='sqnr'"
+            )
+
+
+def _first(model: QuantizedModel, examples: int) -> Iterator[ModelInputs]:
+    """Batches of the kept examples, up to a number of them."""
+    for batch in model.sample:
+        size = min(batch_size(batch), examples)
+        if size:
+            yield model.captured.examples(batch, 0, size)
+        examples -= size
+
+
+def divergences(wanted: Tensor, got: Tensor) -> Tensor:
+    """Return KL(softmax(wanted) || softmax(got)) over the last axis, float64, in nats.
+
+    >>> divergences(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 1.0]]))  # ln((1 + e) / 2) - 1/2
+    tensor([0.1201], dtype=torch.float64)
+    """
+    p, q = wanted.double().log_softmax(-1), got.double().log_softmax(-1)
+    return torch.where(p == -math.inf, 0.0, p.exp() * (p - q)).sum(-1)
+
+
+def decibels(signal: float, noise: float) -> float:
+    """Return 10 log10(signal / noise); inf without noise, -inf with noise alone, NaN if the noise is.
+
+    >>> decibels(100.0, 1.0)
+    20.0
+    """
+    if math.isnan(noise):
+        return math.nan
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf

@@ -1,0 +1,77 @@
+"""The ranges of all sites at once: asked of calibrators, and given to a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from halfstep.calibrators import Calibrator, WeightCalibrator
+from halfstep.fake_quantize import FakeQuantize, Mode
+from halfstep.model import QuantizedModel
+from halfstep.repair.bias_room import widen_for_bias
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """The range of one site, and who gave it.
+
+    Attributes:
+        calibrator: the activation's or the weight's.
+        low: of the shape of the site's scale.
+        high: the same.
+    """
+
+    calibrator: Calibrator | WeightCalibrator
+    low: Tensor
+    high: Tensor
+
+    def agrees(self, other: Answer) -> bool:
+        """Whether the other's range is the same, whoever gave it."""
+        return torch.equal(self.low, other.low) and torch.equal(self.high, other.high)
+
+
+#: An answer for every site, or for those of one side.
+Answers = Mapping[str, Answer]
+
+
+def activation_sites(model: QuantizedModel) -> dict[str, FakeQuantize]:
+    """The quantizers of the activations by site, in the graph's order."""
+    return {site.name: model.sites[site.name] for site in model.placement.sites if not site.is_weight}
+
+
+def activation_answers(model: QuantizedModel, calibrator: Calibrator) -> dict[str, Answer]:
+    """What ``calibrator`` answers for every activation, from what was observed.
+
+    Raises:
+        NotObservedError: naming a site that saw no data.
+    """
+    return {
+        name: Answer(calibrator, *module.observed_range(calibrator))
+        for name, module in activation_sites(model).items()
+    }
+
+
+def weight_answers(model: QuantizedModel, calibrator: WeightCalibrator) -> dict[str, Answer]:
+    """What ``calibrator`` answers for every weight."""
+    return {
+        site.name: Answer(
+            calibrator, *model.sites[site.name].weight_range(model.weight(site.name), calibrator)
+        )
+        for site in model.placement.sites
+        if site.is_weight
+    }
+
+
+def set_ranges(model: QuantizedModel, answers: Answers) -> None:
+    """Give sites their ranges, widen weights' where a bias needs it, and let the model quantize from now on."""
+    for name, answer in answers.items():
+        module = model.sites[name]
+        module.set_range(answer.low, answer.high)
+        module.calibrated_by = answer.calibrator
+    for layer in model.layers:
+        if all(name in answers for name in layer.sites):
+            widen_for_bias(model, layer)
+    model.set_mode(Mode.QUANTIZE)

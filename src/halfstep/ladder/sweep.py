@@ -1,0 +1,198 @@
+"""Every calibrator on the same statistics: ranked by what they do to the outputs, without labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from halfstep.evaluate import Score, as_scorer
+from halfstep.fake_quantize import Mode
+from halfstep.ladder.best_of import FINALISTS, BestOf
+from halfstep.ladder.candidates import FLOAT, MIXED, Candidate, Sweep
+from halfstep.ladder.fidelity import Fidelity, Reference
+from halfstep.ladder.influence import influences
+from halfstep.ladder.ranges import (
+    Answer,
+    Answers,
+    activation_answers,
+    activation_sites,
+    set_ranges,
+    weight_answers,
+)
+from halfstep.model import QuantizedModel
+
+
+def sweep(model: QuantizedModel, options: BestOf) -> Sweep:
+    """Try every calibrator on what was observed, and leave the model with the winner's ranges.
+
+    The weights' calibrator is chosen first, with activations in float: what rounding them costs hardly depends on the
+    activations. Calibrators that answer alike are tried once.
+
+    Args:
+        model: observed.
+        options: what to try, and who decides.
+
+    Raises:
+        NotObservedError: naming a site that saw no data, or if no example was kept.
+        ArgumentError: the model's outputs cannot be measured so.
+    """
+    reference = Reference(model, options.examples)
+    reference.check(options.by)
+    runs = _Runs(model, reference, options)
+    found = runs.sweep()
+    found.best.apply(model)
+    if options.metric is not None:
+        scorer = as_scorer(options.metric)
+        sign = -1.0 if scorer.higher_is_better else 1.0
+        found, _ = judge(
+            found,
+            model,
+            lambda _: scorer.evaluate(model),
+            lambda s: sign * s.value,
+            lambda _: False,
+            options.finalists,
+        )
+    return found
+
+
+def judge(
+    found: Sweep,
+    model: QuantizedModel,
+    evaluate: Callable[[Candidate], Score],
+    loss: Callable[[Score], float],
+    enough: Callable[[Score], bool],
+    finalists: int = FINALISTS,
+) -> tuple[Sweep, Score]:
+    """Let the metric decide among the first few candidates; the model is left with the winner's ranges.
+
+    Args:
+        found: ranked by the measure.
+        model: gets each finalist's ranges in turn.
+        evaluate: scores the model as it stands, given the candidate that it stands for.
+        loss: of a score, less is better; the measure decides ties.
+        enough: whether a score is good enough not to look any further.
+        finalists: how many are evaluated at most.
+
+    Returns:
+        The sweep with scores, winner first, and the winner's score.
+    """
+    judged: list[tuple[Candidate, Score]] = []
+    for candidate in found.candidates[:finalists]:
+        candidate.apply(model)
+        score = evaluate(candidate)
+        judged.append((replace(candidate, score=score.value), score))
+        if enough(score):
+            break
+    others = found.candidates[len(judged) :]
+    judged.sort(key=lambda pair: loss(pair[1]))  # stable: the measure decides ties
+    judged[0][0].apply(model)
+    ranked = (*(candidate for candidate, _ in judged), *others)
+    return replace(found, candidates=ranked, evaluations=len(judged)), judged[0][1]
+
+
+class _Runs:
+    """The steps of a sweep over one reference."""
+
+    def __init__(self, model: QuantizedModel, reference: Reference, options: BestOf) -> None:
+        self.model, self.reference, self.options = model, reference, options
+        self.passes = 0  # beside those that the reference counts
+
+    def sweep(self) -> Sweep:
+        weights, weights_alone = self._weights()
+        both = weights is not None and bool(activation_sites(self.model))
+        candidates = self._activations(weights) if activation_sites(self.model) else list(weights_alone)
+        candidates.sort(key=self._loss)
+        activations_alone = None
+        if both:
+            candidates[0].apply(self.model)
+            activations_alone = self._measure(weights=False)
+        return Sweep(
+            tuple(candidates),
+            self.options.by,
+            self.reference.examples,
+            self.reference.passes + self.passes,
+            weights_alone={c.weights: c.fidelity for c in weights_alone} if both else {},
+            activations_alone=activations_alone,
+        )
+
+    def _weights(self) -> tuple[Candidate | None, list[Candidate]]:
+        """The best calibrator of the weights, and all of them, with activations in float."""
+        found = []
+        for name, answers in _distinct({str(c): weight_answers(self.model, c) for c in self.options.weights}):
+            if answers:
+                set_ranges(self.model, answers)
+                found.append(Candidate(FLOAT, name, self._measure(activations=False), answers=answers))
+        return (min(found, key=self._loss) if found else None), found
+
+    def _activations(self, weights: Candidate | None) -> list[Candidate]:
+        """Every calibrator of the activations, and each site's own, with the weights' chosen."""
+        every = {str(c): activation_answers(self.model, c) for c in self.options.calibrators}
+        found = [self._candidate(name, answers, weights) for name, answers in _distinct(every)]
+        if self.options.mixed and len(found) > 1:
+            uniform = min(found, key=self._loss)
+            mixed = self._mixed(uniform, weights, self._proposals(uniform, list(every.values())))
+            if mixed is not uniform:
+                found.append(mixed)
+        return found
+
+    def _candidate(self, name: str, activations: Answers, weights: Candidate | None) -> Candidate:
+        answers = {**activations, **(weights.answers if weights else {})}
+        set_ranges(self.model, answers)
+        return Candidate(name, weights.weights if weights else FLOAT, self._measure(), answers=answers)
+
+    def _proposals(self, uniform: Candidate, every: Sequence[Answers]) -> list[tuple[str, Answer]]:
+        """Sites where another calibrator promises nearer outputs, with its answer, the most promising first."""
+        choices: dict[str, list[Answer]] = {}
+        for site in every[0]:
+            choices[site] = [uniform.answers[site]]
+            for answers in every:
+                if not any(answers[site].agrees(other) for other in choices[site]):
+                    choices[site].append(answers[site])
+        ranges = {site: [(answer.low, answer.high) for answer in some] for site, some in choices.items()}
+        losses = influences(self.model, self.reference, ranges, self.options.by)
+        self.passes += 1
+        gains = {site: loss[0] - min(loss) for site, loss in losses.items()}
+        return [
+            (site, choices[site][losses[site].index(min(losses[site]))])
+            for site in sorted(gains, key=lambda site: -gains[site])
+            if gains[site] > 0
+        ]
+
+    def _mixed(
+        self, uniform: Candidate, weights: Candidate | None, proposals: Sequence[tuple[str, Answer]]
+    ) -> Candidate:
+        """The uniform candidate with other calibrators at the sites where that brings the outputs nearer.
+
+        Proposals look at one site at a time; the outputs with all sites quantized decide: on all proposals at once,
+        and if that fails, on a quarter of them at a time.
+        """
+        best = uniform
+        for parts in (1, 4):
+            size = max(1, -(-len(proposals) // parts))
+            for start in range(0, len(proposals), size):
+                changed = {**best.answers, **dict(proposals[start : start + size])}
+                activations = {site: changed[site] for site in activation_sites(self.model)}
+                best = min(best, self._candidate(MIXED, activations, weights), key=self._loss)
+            if best is not uniform or len(proposals) <= 1:
+                break
+        return best
+
+    def _loss(self, candidate: Candidate) -> float:
+        return candidate.fidelity.loss(self.options.by)
+
+    def _measure(self, weights: bool = True, activations: bool = True) -> Fidelity:
+        with self.model.using(Mode.QUANTIZE, weights, activations):
+            return self.reference.compare(self.model, "comparing calibrators")
+
+
+def _distinct(every: Mapping[str, Answers]) -> list[tuple[str, Answers]]:
+    """Equal answers once, under the names of all that gave them."""
+    groups: list[tuple[list[str], Answers]] = []
+    for name, answers in every.items():
+        for names, other in groups:
+            if all(answers[site].agrees(other[site]) for site in answers):
+                names.append(name)
+                break
+        else:
+            groups.append(([name], answers))
+    return [(" = ".join(names), answers) for names, answers in groups]
