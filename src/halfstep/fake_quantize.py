@@ -34,6 +34,9 @@ class FakeQuantize(nn.Module):
         shape: of the tensor; the activation's batch dimension may be anything.
     """
 
+    #: Whether the range is computed from each tensor at run time; see :class:`.RunTimeQuantize`.
+    dynamic = False
+
     scale: torch.Tensor
     zero_point: torch.Tensor
     offset: torch.Tensor | None

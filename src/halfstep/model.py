@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from halfstep.bias_shift import BiasShift
 from halfstep.errors import ArgumentError, DataError
 from halfstep.fake_quantize import FakeQuantize, Mode
+from halfstep.formats import Integer
 from halfstep.graph.capture import Captured
 from halfstep.graph.inputs import ModelInputs, call_arguments
 from halfstep.graph.insert import Inserted, insert
@@ -24,6 +25,7 @@ from halfstep.graph.operators import describe
 from halfstep.graph.place import place
 from halfstep.graph.placement import Layer, Placement, Position, Site
 from halfstep.recipe import Recipe, match_layers
+from halfstep.run_time_quantize import RunTimeQuantize
 from halfstep.targets import Target
 
 
@@ -60,6 +62,7 @@ class QuantizedModel(nn.Module):
         self.sample: list[ModelInputs] = []  # a bounded part of the calibration data, kept for scoring
         self._names = readable_names(self.graph)
         self._float_layers: frozenset[str] = frozenset()
+        self._dynamic_layers: frozenset[str] = frozenset()
         self._build()
         recipe.check(self.layer_names)
 
@@ -102,6 +105,22 @@ class QuantizedModel(nn.Module):
             self._float_layers = names
             self._build()
 
+    @property
+    def dynamic_layers(self) -> frozenset[str]:
+        """The layers whose activations get their range at run time on request: a step between integer and float.
+
+        Assign names (or patterns) to change them. A layer of a kind that the target has no such kernel for (see
+        ``target.run_time_ranges``) is left in float, and says so.
+        """
+        return self._dynamic_layers
+
+    @dynamic_layers.setter
+    def dynamic_layers(self, patterns: Collection[str]) -> None:
+        names = frozenset(name for pattern in patterns for name in match_layers(pattern, self.layer_names))
+        if names != self._dynamic_layers:
+            self._dynamic_layers = names
+            self._build()
+
     def weight(self, name: str) -> torch.Tensor:
         """The parameter (or buffer) called ``name`` in the user's model."""
         owner, _, leaf = name.rpartition(".")
@@ -112,7 +131,9 @@ class QuantizedModel(nn.Module):
 
     def _build(self) -> None:
         """Place the sites for the layers that are now quantized, and compile the forward pass."""
-        self.placement: Placement = place(self.graph, self.target, self.recipe, self._float_layers)
+        self.placement: Placement = place(
+            self.graph, self.target, self.recipe, self._float_layers, self._dynamic_layers
+        )
         self._in_use = {site.name: self._quantizer(site) for site in self.placement.sites}
         self._shifts = {layer.name: self._bias_shift(layer) for layer in self.layers if _has_bias(layer)}
         code = self.simulation().graph.python_code("self")
@@ -153,7 +174,7 @@ class QuantizedModel(nn.Module):
         same quantizer, since the values are the same.
         """
         value, key = site.positions[0].value, site.key
-        while key not in self.quantizers and not site.is_weight:
+        while key not in self.quantizers and not (site.is_weight or site.dynamic):
             op = describe(value)
             if op is None or op.kind not in self.target.passes or not op.inputs:
                 break
@@ -165,8 +186,7 @@ class QuantizedModel(nn.Module):
                 self.weight(site.name).shape if site.is_weight else site.positions[0].value.meta["val"].shape
             )
             sizes = tuple(size if isinstance(size, int) else 0 for size in shape)  # 0: the dynamic batch
-            module = FakeQuantize(site.name, site.format, site.granularity, sizes)
-            self.quantizers[key] = module.to(self._device())
+            self.quantizers[key] = make_quantizer(site, sizes).to(self._device())
         self._keys = {**getattr(self, "_keys", {}), site.name: key}
         found = self.quantizers[key]
         assert isinstance(found, FakeQuantize)
@@ -248,6 +268,7 @@ class QuantizedModel(nn.Module):
             twin.quantizers[key] = copy.deepcopy(module, memo)
         twin.sample = self.sample
         twin._keys, twin.mode, twin._float_layers = dict(self._keys), self.mode, self._float_layers
+        twin._dynamic_layers = self._dynamic_layers
         twin._build()
         return twin
 
@@ -271,12 +292,22 @@ def _has_bias(layer: Layer) -> bool:
 
 
 def _shift_key(layer: Layer) -> str:
-    """The bias's name among the quantizers; no site's name holds a colon but before a number."""
+    """The bias's name among the quantizers; no site's name ends so."""
     return f"{layer.name.replace('.', '/')}:bias"
+
+
+def make_quantizer(site: Site, shape: tuple[int, ...]) -> FakeQuantize:
+    """The module for a site on a tensor of ``shape``."""
+    if site.dynamic:
+        assert isinstance(site.format, Integer)
+        return RunTimeQuantize(site.name, site.format, site.granularity)
+    return FakeQuantize(site.name, site.format, site.granularity, shape)
 
 
 def describe_site(module: FakeQuantize) -> str:
     """Format, granularity and range of a site in one line."""
+    if module.dynamic:
+        return f"{module.format}, {module.granularity}, range computed at run time"
     if not module.calibrated:
         return f"{module.format}, {module.granularity}, not calibrated"
     low, high = module.range()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from halfstep.errors import RecipeError
-from halfstep.formats import Format
+from halfstep.formats import Format, Integer
 from halfstep.granularity import Granularity, PerChannel, PerGroup, PerTensor
 
 
@@ -20,14 +20,19 @@ class TensorSpec:
         format: a format, or a number of bits. Bits leave the flavour to the deployment target: onnxruntime takes
             unsigned affine activations and signed symmetric weights, tensorrt signed symmetric ones for both.
         granularity: None for the usual one: per tensor for activations, per output channel for weights.
+        dynamic: an activation's range is computed from the tensor itself, at run time: for inputs whose range no
+            calibration can know. Per tensor, or, with weights in groups, for each row and group of it.
     """
 
     format: Format | int = 8
     granularity: Granularity | None = None
+    dynamic: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.format, int) and not 2 <= self.format <= 16:
             raise RecipeError(f"bits: got {self.format}, needed 2 to 16 (use hs.Recipe.codebook for 1 bit)")
+        if self.dynamic:
+            _check_dynamic(self)
 
     @property
     def bits(self) -> int:
@@ -41,6 +46,19 @@ class LayerSpec:
 
     weights: TensorSpec | None = TensorSpec(8)
     activations: TensorSpec | None = TensorSpec(8)
+
+    def __post_init__(self) -> None:
+        if self.weights is not None and self.weights.dynamic:
+            raise RecipeError("weights: got dynamic=True, needed False; a weight's range never changes")
+        activations = self.activations
+        if activations is not None and activations.dynamic and isinstance(activations.granularity, PerGroup):
+            _check_groups(self.weights, activations.granularity)
+
+    def with_dynamic_activations(self) -> LayerSpec:
+        """The same weights; activations in 8 bits with ranges computed at run time, in groups if the weights are."""
+        group = self.weights.granularity if self.weights is not None else None
+        granularity = PerGroup(-1, group.size) if isinstance(group, PerGroup) else None
+        return replace(self, activations=TensorSpec(8, granularity, dynamic=True))
 
 
 @dataclass(frozen=True)
@@ -97,6 +115,23 @@ class Recipe:
         return cls(default, ends=None if sides == default else sides)
 
     @classmethod
+    def dynamic(cls, weights: int = 8, group: int | None = None) -> Recipe:
+        """Activations in 8 bits with ranges computed at run time, from each tensor itself: nothing to calibrate.
+
+        Args:
+            weights: bits.
+            group: None for one range per activation tensor and one per output channel of a weight. Otherwise weights
+                have a range for each so many neighbours along the input axis, activations for each row and group.
+
+        Raises:
+            RecipeError: if the bits are not 2 to 8, or the group is no power of two from 16.
+        """
+        if not 2 <= weights <= 8:
+            raise RecipeError(f"weights: got {weights} bits, needed 2 to 8 beside activations of 8 bits")
+        granularity = None if group is None else PerGroup(1, group)
+        return cls(LayerSpec(TensorSpec(weights, granularity)).with_dynamic_activations())
+
+    @classmethod
     def weight_only(cls, bits: int | Format = 4, group: int | None = 128) -> Recipe:
         """Only weights, in groups of ``group`` along the input axis (None: per channel); activations stay float."""
         return cls(LayerSpec(TensorSpec(bits, None if group is None else PerGroup(1, group)), None))
@@ -143,6 +178,34 @@ def _widened(spec: TensorSpec | None, bits: int | None) -> TensorSpec | None:
     if spec is None or bits is None or spec.bits >= FEW_BITS:
         return spec
     return TensorSpec(bits, spec.granularity)
+
+
+def _check_dynamic(spec: TensorSpec) -> None:
+    """Raise unless runtimes can compute the range: 8 bits, one range per tensor or per row and group."""
+    if spec.bits != 8 or not isinstance(spec.format, int | Integer):
+        raise RecipeError(
+            f"dynamic activations: got {spec.format}, needed 8 bits; runtimes compute no other ranges at run time"
+        )
+    size = spec.granularity.size if isinstance(spec.granularity, PerGroup) else 16
+    if isinstance(spec.granularity, PerChannel) or size < 16 or size & (size - 1):
+        raise RecipeError(
+            f"dynamic activations: got ranges {spec.granularity}, needed one per tensor, or groups of 16, 32, 64 ..."
+        )
+
+
+def _check_groups(weights: TensorSpec | None, groups: PerGroup) -> None:
+    """Raise unless the weights have the groups of the activations: the kernel sums group by group."""
+    own = weights.granularity if weights is not None else None
+    if weights is None or not isinstance(own, PerGroup) or own.size != groups.size:
+        got = "float" if weights is None else str(own or "per channel")
+        raise RecipeError(
+            f"dynamic activations {groups}: got weights {got}, needed weights in the same groups; "
+            f"hs.Recipe.dynamic(4, group={groups.size}) makes both"
+        )
+    if weights.bits > 8 or not isinstance(weights.format, int | Integer):
+        raise RecipeError(
+            f"dynamic activations {groups}: got weights in {weights.format}, needed integers of 2 to 8 bits"
+        )
 
 
 def match_layers(pattern: str, layers: Iterable[str]) -> list[str]:

@@ -11,7 +11,8 @@ import onnx_ir as ir
 import torch
 
 from halfstep.errors import ExportError
-from halfstep.export.lower import drop_unused, lower, pool_globally, rename
+from halfstep.export.editing import drop_unused
+from halfstep.export.lower import lower, pool_globally, rename
 from halfstep.export.trace import DOMAIN, trace
 from halfstep.model import QuantizedModel
 

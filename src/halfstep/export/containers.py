@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
+import torch
 
 from halfstep.errors import ExportError
 from halfstep.formats import Format, Integer
+from halfstep.packing import pack
 
 
 @dataclass(frozen=True)
@@ -39,14 +41,26 @@ class Container:
         return graph.initializers[name]
 
 
-_SIGNED = (
+SIGNED = (
     Container(ir.DataType.INT8, -128, 127),
     Container(ir.DataType.INT16, -(2**15), 2**15 - 1),
 )
-_UNSIGNED = (
+UNSIGNED = (
     Container(ir.DataType.UINT8, 0, 255),
     Container(ir.DataType.UINT16, 0, 2**16 - 1),
 )
+
+
+def packed_initializer(graph: ir.Graph, name: str, codes: torch.Tensor, signed: bool) -> ir.Value:
+    """The initializer called ``name`` in ONNX's 4-bit type, two codes to a byte, stored as raw data."""
+    if name not in graph.initializers:
+        dtype = ir.DataType.INT4 if signed else ir.DataType.UINT4
+        raw = pack(codes.reshape(-1), 4).numpy()
+        tensor = ir.PackedTensor(raw, dtype, shape=ir.Shape(codes.shape), name=name)
+        graph.register_initializer(
+            ir.Value(name=name, shape=ir.Shape(codes.shape), type=ir.TensorType(dtype), const_value=tensor)
+        )
+    return graph.initializers[name]
 
 
 def container(format: Format, name: str) -> Container:
@@ -56,7 +70,7 @@ def container(format: Format, name: str) -> Container:
         ExportError: naming the site, if the format is not an integer one.
     """
     if isinstance(format, Integer):
-        for box in _SIGNED if format.quant_min < 0 else _UNSIGNED:
+        for box in SIGNED if format.quant_min < 0 else UNSIGNED:
             if box.low <= format.quant_min and format.quant_max <= box.high:
                 return box
     raise ExportError(

@@ -13,7 +13,21 @@ import torch
 from halfstep import functional
 from halfstep.errors import ExportError
 from halfstep.export.containers import Container, container
-from halfstep.export.trace import DOMAIN, MARKER
+from halfstep.export.editing import (
+    constant,
+    drop_unused,
+    existing,
+    initializer,
+    is_constant,
+    marker_name,
+    markers,
+    producer,
+    replace,
+    scale_of,
+)
+from halfstep.export.products import lower_products
+from halfstep.export.stored import stored_codes
+from halfstep.export.trace import MARKER
 from halfstep.fake_quantize import FakeQuantize
 from halfstep.granularity import PerChannel, PerGroup
 from halfstep.model import QuantizedModel
@@ -24,6 +38,7 @@ def lower(onnx_model: ir.Model, model: QuantizedModel) -> None:
     graph, wanted = onnx_model.graph, model.target.lowering
     rename(graph)
     pool_globally(graph)
+    lower_products(onnx_model, model)
     quantize_weights(graph, model)
     quantize_activations(graph, model)
     absorb_clips(graph)
@@ -90,7 +105,7 @@ def quantize_weights(graph: ir.Graph, model: QuantizedModel) -> None:
         tensor = model.weight(marker_name(node)).detach().cpu()
         for user, transposed in readers(node):
             permutation = list(user.attributes.get_ints("perm")) if transposed else list(range(tensor.dim()))
-            value = dequantized_weight(graph, node, site, tensor, permutation)
+            value = dequantized_weight(graph, node, site, tensor, permutation, model.target.packed)
             target = user.outputs[0] if transposed else None
             if target is not None:
                 replace(graph, target, value)
@@ -109,13 +124,18 @@ def readers(node: ir.Node) -> list[tuple[ir.Node, bool]]:
 
 
 def dequantized_weight(
-    graph: ir.Graph, node: ir.Node, site: FakeQuantize, tensor: torch.Tensor, permutation: list[int]
+    graph: ir.Graph,
+    node: ir.Node,
+    site: FakeQuantize,
+    tensor: torch.Tensor,
+    permutation: list[int],
+    packed: bool,
 ) -> ir.Value:
     """The result of a new DequantizeLinear of the weight's codes, axes permuted; one for each permutation."""
     suffix = "" if permutation == sorted(permutation) else "_transposed"
     name = f"{site.name}{suffix}"
-    if f"{name}_quantized" in graph.initializers:
-        return next(user for user, _ in graph.initializers[f"{name}_quantized"].uses()).outputs[0]
+    if (found := existing(graph, f"{name}/DequantizeLinear")) is not None:
+        return found
     box = container(site.format, site.name)
     scale, zero_point = site.scale.detach().cpu(), site.zero_point.detach().cpu()
     codes = functional.quantize(site.shifted(tensor), scale, zero_point, site.format, site.granularity)
@@ -128,7 +148,7 @@ def dequantized_weight(
         scale, zero_point = scale.permute(permutation), zero_point.permute(permutation)
     codes = codes.permute(permutation)
     inputs = [
-        box.initializer(graph, f"{name}_quantized", codes.numpy()),
+        stored_codes(graph, node, f"{name}_quantized", codes, site.format.bits if packed else 8, box),
         initializer(graph, f"{name}_scale", scale.numpy().astype(np.float32)),
         # Written out even where it is 0: without it onnxruntime leaves a Gemm in float.
         box.initializer(graph, f"{name}_zero_point", zero_point.numpy()),
@@ -231,7 +251,7 @@ def quantize_biases(graph: ir.Graph) -> None:
     for node in list(graph):
         if node.op_type not in ("Conv", "Gemm") or len(node.inputs) < 3 or node.inputs[2] is None:
             continue
-        scales = [_scale_of(node.inputs[0]), _scale_of(node.inputs[1])]
+        scales = [scale_of(node.inputs[0]), scale_of(node.inputs[1])]
         bias = constant(node.inputs[2])
         if scales[0] is None or scales[1] is None or bias is None or scales[0].ndim or scales[1].ndim > 1:
             continue
@@ -247,10 +267,10 @@ def protect_float_layers(graph: ir.Graph) -> None:
     enough to lose nothing that float32 holds.
     """
     for node in list(graph):
-        if node.op_type not in ("Conv", "ConvTranspose", "Gemm") or _scale_of(node.inputs[0]) is None:
+        if node.op_type not in ("Conv", "ConvTranspose", "Gemm") or scale_of(node.inputs[0]) is None:
             continue
         weight = node.inputs[1]
-        if weight is None or not weight.is_initializer():
+        if weight is None or not is_constant(weight) or scale_of(weight) is not None:
             continue
         bias = constant(node.inputs[2]) if len(node.inputs) > 2 else None
         if bias is None:
@@ -298,81 +318,19 @@ def shape_biases(graph: ir.Graph) -> None:
     Gemm then stays float; with a bias of shape (1, ..., 1, N) it does not.
     """
     for node in list(graph):
-        if node.op_type != "Add" or _producer(node.inputs[0], "MatMul") is None:
+        if node.op_type != "Add" or producer(node.inputs[0], "MatMul") is None:
             continue
         product, bias = node.inputs[0], node.inputs[1]
         values = constant(bias)
-        matmul = _producer(product, "MatMul")
+        matmul = producer(product, "MatMul")
         assert product is not None and bias is not None and matmul is not None
-        if values is None or values.ndim != 1 or product.shape is None or _scale_of(matmul.inputs[1]) is None:
+        if values is None or values.ndim != 1 or product.shape is None or scale_of(matmul.inputs[1]) is None:
             continue
         rank = len(product.shape)
         shaped = initializer(
             graph, f"{bias.name}_rank{rank}", values.reshape((1,) * (rank - 1) + values.shape)
         )
         node.replace_input_with(1, shaped)
-
-
-def drop_unused(graph: ir.Graph) -> None:
-    """Remove initializers that nothing reads any more (float weights, above all)."""
-    outputs = {id(value) for value in graph.outputs}
-    for node in reversed(list(graph)):
-        if all(not value.uses() and id(value) not in outputs for value in node.outputs):
-            graph.remove(node, safe=True)
-    for name, value in list(graph.initializers.items()):
-        if not value.uses() and id(value) not in outputs:
-            del graph.initializers[name]
-
-
-# small things that every pass needs
-
-
-def markers(graph: ir.Graph) -> list[ir.Node]:
-    """Every marker, in order."""
-    return [node for node in graph if node.domain == DOMAIN and node.op_type == MARKER]
-
-
-def marker_name(node: ir.Node) -> str:
-    """The site that a marker stands for."""
-    return node.attributes.get_string("name")
-
-
-def constant(value: ir.Value | None) -> np.ndarray | None:
-    """The value of an initializer, else None."""
-    if value is None or value.const_value is None:
-        return None
-    return value.const_value.numpy()
-
-
-def initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    """The initializer called ``name``, made when first asked for."""
-    if name not in graph.initializers:
-        tensor = ir.tensor(np.array(array, order="C"), name=name)
-        graph.register_initializer(
-            ir.Value(
-                name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
-            )
-        )
-    return graph.initializers[name]
-
-
-def replace(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
-    """Let every reader of ``old``, the graph's outputs included, read ``new``."""
-    if old in graph.outputs:  # the output keeps its name
-        name, old.name = old.name, f"{old.name}_float"
-        new.name = name
-    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-
-
-def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
-    node = value.producer() if value is not None else None
-    return node if node is not None and node.op_type == op_type else None
-
-
-def _scale_of(value: ir.Value | None) -> np.ndarray | None:
-    """The scale of the DequantizeLinear that makes ``value``; None if none does."""
-    node = _producer(value, "DequantizeLinear")
-    return None if node is None else constant(node.inputs[1])
 
 
 __all__ = ["Container", "lower"]

@@ -1,6 +1,7 @@
 """Quantization as pure functions of tensors: codes, their real numbers, gradients to train through."""
 
 from halfstep.functional.codes import dequantize, quantize
+from halfstep.functional.dynamic import run_time_parameters
 from halfstep.functional.fitting import binary_scale, kmeans_codebook, lloyd_max_codebook, ternary_scale
 from halfstep.functional.gradients import CLIPPED_STE, LSQ, PACT, STE, XNOR, Gradient, StraightThrough, Xnor
 from halfstep.functional.learned import fake_quantize_learned
@@ -22,5 +23,6 @@ __all__ = [
     "kmeans_codebook",
     "lloyd_max_codebook",
     "quantize",
+    "run_time_parameters",
     "ternary_scale",
 ]

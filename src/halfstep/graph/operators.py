@@ -83,8 +83,8 @@ _GLOBAL_POOLS = frozenset(
     {aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default}
 )
 
-#: Kinds whose second argument is a weight (when it is a parameter).
-WEIGHTED = frozenset({"conv", "conv_transpose", "linear", "matmul"})
+#: Kinds that read a weight (when it is a parameter), and which argument it is.
+WEIGHTED = {"conv": 1, "conv_transpose": 1, "linear": 1, "matmul": 1, "embedding": 0}
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,9 @@ def describe(node: fx.Node) -> Operator | None:
     kind = _kind(node)
     weight = bias = None
     if kind in WEIGHTED:
-        weight = _constant(node.args[1])
-        bias = _constant(node.args[2]) if kind != "matmul" and len(node.args) > 2 else None
+        weight = _constant(node.args[WEIGHTED[kind]])
+        biased = kind not in ("matmul", "embedding") and len(node.args) > 2
+        bias = _constant(node.args[2]) if biased else None
     activations = dict.fromkeys(n for n in node.all_input_nodes if _is_float(n) and n.op != "get_attr")
     return Operator(node, kind, tuple(activations), weight, bias)
 
@@ -128,14 +129,14 @@ def weight_axis(op: Operator) -> int:
     """The axis of the weight's output channels."""
     if op.kind == "conv_transpose":
         return 1
-    return 0 if op.kind in ("conv", "linear") else -1
+    return -1 if op.kind == "matmul" else 0
 
 
 def input_axis(op: Operator) -> int:
-    """The axis of the weight along which products are summed (the first of them)."""
+    """The axis of the weight along which products are summed (the first of them), or along a table's rows."""
     if op.kind == "conv_transpose":
         return 0
-    return 1 if op.kind in ("conv", "linear") else -2
+    return -2 if op.kind == "matmul" else 1
 
 
 def _kind(node: fx.Node) -> str:

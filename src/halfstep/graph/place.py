@@ -19,7 +19,11 @@ from halfstep.targets import Target
 
 
 def place(
-    graph: fx.Graph, target: Target, recipe: Recipe, float_layers: Collection[str] = frozenset()
+    graph: fx.Graph,
+    target: Target,
+    recipe: Recipe,
+    float_layers: Collection[str] = frozenset(),
+    dynamic_layers: Collection[str] = frozenset(),
 ) -> Placement:
     """Decide which tensors of ``graph`` are quantized.
 
@@ -29,6 +33,8 @@ def place(
     3. Every input of an integer operator is quantized, and every output that its kernel must quantize, after the
        ReLU or clip that disappears into it.
     4. Operators that only move codes about carry the same scale on both sides.
+    5. Layers whose activations get their range at run time are islands: they read floats through a quantizer of their
+       own and write floats, unless the operator before must write codes anyway, which they then read.
 
     Activations in a format that the target does not execute are quantized at the inputs of layers only: no kernel
     needs more, and every further quantizer costs accuracy.
@@ -38,13 +44,19 @@ def place(
         target: the runtime's table.
         recipe: layer-name patterns to specs.
         float_layers: names of layers to leave in float whatever the recipe says.
+        dynamic_layers: names of layers whose activations get their range at run time whatever the recipe says.
     """
-    return _Placer(graph, target, recipe, float_layers).run()
+    return _Placer(graph, target, recipe, float_layers, dynamic_layers).run()
 
 
 class _Placer:
     def __init__(
-        self, graph: fx.Graph, target: Target, recipe: Recipe, float_layers: Collection[str]
+        self,
+        graph: fx.Graph,
+        target: Target,
+        recipe: Recipe,
+        float_layers: Collection[str],
+        dynamic_layers: Collection[str],
     ) -> None:
         self.graph, self.target, self.float_layers = graph, target, float_layers
         self.names = readable_names(graph)
@@ -55,11 +67,12 @@ class _Placer:
         if len(outermost) == len(layers):  # an exception that leaves no rule
             outermost = set()
         self.specs: dict[fx.Node, LayerSpec | None] = {
-            node: recipe.spec(self.names[node], node in outermost) for node in layers
+            node: _spec(recipe, self.names[node], node in outermost, dynamic_layers) for node in layers
         }
         self._moving = target.passes | target.absorbed | target.fused
         self.reasons: dict[fx.Node, str] = {}
         self.integer: set[fx.Node] = set()  # operators whose activations are quantized
+        self.islands: set[fx.Node] = set()  # layers whose activations get their range at run time
         self.root: dict[fx.Node, fx.Node] = {}  # value -> the value whose scale it shares
 
     def _is_layer(self, op: Operator) -> bool:
@@ -69,12 +82,8 @@ class _Placer:
         self._choose_layers()
         self._choose_followers()
         self._choose_values()
-        return Placement(
-            (*self._activation_sites(), *self._weight_sites()),
-            self._layers(),
-            self._float_operators(),
-            self._followers(),
-        )
+        sites = (*self._activation_sites(), *self._run_time_sites(), *self._weight_sites())
+        return Placement(sites, self._layers(), self._float_operators(), self._followers())
 
     # 1 and 2: which operators
 
@@ -85,14 +94,29 @@ class _Placer:
                 self.reasons[node] = "left in float on request"
             elif spec is None:
                 self.reasons[node] = "left in float by the recipe"
+            elif op.kind in self.target.tables:
+                if spec.weights is None:
+                    self.reasons[node] = "a table in float by the recipe"
             elif op.kind not in self.target.layers:
                 self.reasons[node] = self.target.reasons.get(
                     op.kind, f"{op.kind} has no integer kernel on {self.target.name}"
                 )
             elif op.weight is None and (spec.activations is None or len(op.inputs) < 2):
                 self.reasons[node] = "has no weight to quantize"
-            elif spec.activations is not None:
+            elif spec.activations is None:
+                continue
+            elif not spec.activations.dynamic:
                 self.integer.add(node)
+            elif self._takes_run_time_ranges(op):
+                self.islands.add(node)
+            else:
+                self.reasons[node] = (
+                    f"{op.kind} has no kernel on {self.target.name} that takes ranges at run time; left in float"
+                )
+
+    def _takes_run_time_ranges(self, op: Operator) -> bool:
+        matrix = op.weight is not None and op.weight.meta["val"].dim() == 2
+        return matrix and op.kind in self.target.run_time_ranges
 
     def _choose_followers(self) -> None:
         followers = {
@@ -222,6 +246,29 @@ class _Placer:
             sites.append(Site(self.names[root], fmt, granularity, tuple(positions), is_weight=False))
         return sites
 
+    def _run_time_sites(self) -> list[Site]:
+        """One site for each value and granularity that islands read, but where the value is codes already."""
+        readers: dict[tuple[fx.Node, Granularity], list[fx.Node]] = {}
+        for node in self.specs:
+            if node not in self.islands:
+                continue
+            spec = self._activations(node)
+            for value in self.operators[node].inputs:
+                if not self.quantized.get(value):
+                    readers.setdefault((value, spec.granularity or ACTIVATIONS), []).append(node)
+        sites, self.run_time_names = [], {}
+        for (value, granularity), users in readers.items():
+            name = f"{self.names[value]}:{_run_time_suffix(granularity)}"
+            fmt = self.target.activation_format(self._activations(users[0]))
+            sites.append(Site(name, fmt, granularity, (Position(value, tuple(users)),), False, dynamic=True))
+            self.run_time_names.update(dict.fromkeys(users, name))
+        return sites
+
+    def _activations(self, island: fx.Node) -> TensorSpec:
+        spec = self.specs[island]
+        assert spec is not None and spec.activations is not None
+        return spec.activations
+
     def _activation_spec(self, values: list[fx.Node]) -> TensorSpec:
         """The widest spec of the layers that read the values; else of the nearest layer that made them."""
         specs = [
@@ -270,7 +317,9 @@ class _Placer:
         for node in self.specs:
             op = self.operators[node]
             sites = []
-            if node in self.integer:
+            if node in self.run_time_names:
+                sites.append(self.run_time_names[node])
+            elif node in self.integer | self.islands:
                 sites += [self.names[self._root(value)] for value in op.inputs]
             if node in self.weight_names:
                 sites.append(self.weight_names[node])
@@ -294,6 +343,16 @@ class _Placer:
             reason = self.reasons.get(node) or self.target.reasons.get(op.kind, unknown)
             found.append(FloatOperator(self.names[node], op, reason))
         return tuple(found)
+
+
+def _spec(recipe: Recipe, name: str, outermost: bool, dynamic_layers: Collection[str]) -> LayerSpec | None:
+    spec = recipe.spec(name, outermost)
+    return spec.with_dynamic_activations() if spec is not None and name in dynamic_layers else spec
+
+
+def _run_time_suffix(granularity: Granularity) -> str:
+    """Sets a site apart from one with a fixed range on the same tensor."""
+    return f"groups_{granularity.size}" if isinstance(granularity, PerGroup) else "dynamic"
 
 
 def _weight_granularity(spec: TensorSpec, op: Operator) -> Granularity:

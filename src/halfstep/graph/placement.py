@@ -34,6 +34,7 @@ class Site:
         granularity: how many scales.
         positions: the edges, the first untied.
         is_weight: whether the tensor is a parameter.
+        dynamic: whether the range is computed from each tensor at run time.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Site:
     granularity: Granularity
     positions: tuple[Position, ...]
     is_weight: bool
+    dynamic: bool = False
 
     @property
     def key(self) -> str:

@@ -38,8 +38,12 @@ Answers = Mapping[str, Answer]
 
 
 def activation_sites(model: QuantizedModel) -> dict[str, FakeQuantize]:
-    """The quantizers of the activations by site, in the graph's order."""
-    return {site.name: model.sites[site.name] for site in model.placement.sites if not site.is_weight}
+    """The quantizers of the activations that have a range to choose, by site, in the graph's order."""
+    return {
+        site.name: model.sites[site.name]
+        for site in model.placement.sites
+        if not (site.is_weight or site.dynamic)
+    }
 
 
 def activation_answers(model: QuantizedModel, calibrator: Calibrator) -> dict[str, Answer]:

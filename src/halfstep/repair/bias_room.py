@@ -28,7 +28,9 @@ def widen_for_bias(model: QuantizedModel, layer: Layer) -> None:
     ):
         return
     weight, activation = model.sites[str(op.weight.target)], model.sites[layer.sites[0]]
-    if not isinstance(weight.format, Integer) or activation.scale.dim() or weight.scale.dim() > 1:
+    if activation.dynamic or activation.scale.dim():
+        return
+    if not isinstance(weight.format, Integer) or weight.scale.dim() > 1:
         return
     bias = model.weight(str(op.bias.target)).detach().abs()
     needed = bias / (activation.scale * BIAS_STEPS)

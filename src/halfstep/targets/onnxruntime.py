@@ -25,6 +25,9 @@ ONNXRUNTIME = Target(
     absorbed=frozenset({"relu", "clip"}),
     decomposed=frozenset({"silu"}),
     lowering=Lowering(integer_bias=True, full_rank_bias=True, guarded_floats=True),
+    run_time_ranges=frozenset({"linear", "matmul"}),  # ConvInteger runs at a twentieth of float's speed
+    tables=frozenset({"embedding"}),
+    packed=True,
     reasons={
         "conv_transpose": _FLOAT + "its weight stays float",
         "hardswish": _FLOAT + "the conv before it stays integer; SiLU or ReLU would be integer throughout",

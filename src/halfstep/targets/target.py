@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from halfstep.formats import Format, Integer
+from halfstep.granularity import PerGroup
 from halfstep.recipe import TensorSpec
 
 
@@ -54,6 +55,10 @@ class Target:
         fused: kinds that are computed in float at the end of the layer before them, which stays integer.
         decomposed: kinds that are split into simpler ones before placement, because the parts have kernels.
         reasons: for kinds without a kernel, why and what follows, in words.
+        run_time_ranges: layers with a weight that have an integer kernel for activations whose range is computed at
+            run time.
+        tables: kinds that only look rows of their weight up; the weight may be stored in few bits.
+        packed: the runtime multiplies by weights packed in groups, and unpacks at load what it has no kernel for.
         activation_bits: widths its kernels execute; other widths are simulated on the inputs of layers only.
         runtime: the one of :mod:`halfstep.runtime` that runs its files here and says what became integer.
         lowering: how it wants the file written.
@@ -69,12 +74,21 @@ class Target:
     fused: frozenset[str] = frozenset()
     decomposed: frozenset[str] = frozenset()
     reasons: Mapping[str, str] = field(default_factory=dict)
+    run_time_ranges: frozenset[str] = frozenset()
+    tables: frozenset[str] = frozenset()
+    packed: bool = False
     activation_bits: frozenset[int] = frozenset({8})
     runtime: str = "onnxruntime"
     lowering: Lowering = Lowering()
 
     def activation_format(self, spec: TensorSpec) -> Format:
-        """The format of an activation: the spec's own, or this target's flavour at the spec's bits."""
+        """The format of an activation: the spec's own, or this target's flavour at the spec's bits.
+
+        Ranges per row and group are symmetric whatever the target's flavour: kernels that sum group by group have no
+        zero point for activations.
+        """
+        if spec.dynamic and isinstance(spec.granularity, PerGroup):
+            return Integer(8)
         return _flavour(self.activations, spec)
 
     def weight_format(self, spec: TensorSpec) -> Format:

@@ -1,0 +1,112 @@
+"""The few edits of an ONNX graph that every pass is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from halfstep.export.trace import DOMAIN, MARKER
+
+#: ONNX Runtime's own operators.
+MICROSOFT = "com.microsoft"
+
+
+def add(
+    graph: ir.Graph,
+    before: ir.Node,
+    op_type: str,
+    inputs: Sequence[ir.Value | None],
+    name: str,
+    shape: Sequence[int] | ir.Shape | None = None,
+    dtype: ir.DataType | None = None,
+    domain: str = "",
+    **attributes: int | float | str | Sequence[int],
+) -> ir.Value:
+    """The result of a new node, put in front of ``before``; both carry the name."""
+    node = ir.node(op_type, inputs, attributes, domain=domain, name=name)
+    result = node.outputs[0]
+    result.name, result.shape = name, None if shape is None else ir.Shape(shape)
+    if dtype is not None:
+        result.dtype = dtype
+    graph.insert_before(before, node)
+    return result
+
+
+def existing(graph: ir.Graph, name: str) -> ir.Value | None:
+    """The result called ``name`` of a node that is there already."""
+    return next((value for node in graph for value in node.outputs if value.name == name), None)
+
+
+def markers(graph: ir.Graph) -> list[ir.Node]:
+    """Every marker, in order."""
+    return [node for node in graph if is_marker(node)]
+
+
+def is_marker(node: ir.Node | None) -> bool:
+    """Whether a node stands for a site."""
+    return node is not None and node.domain == DOMAIN and node.op_type == MARKER
+
+
+def marker_name(node: ir.Node) -> str:
+    """The site that a marker stands for."""
+    return node.attributes.get_string("name")
+
+
+def constant(value: ir.Value | None) -> np.ndarray | None:
+    """The value of an initializer, else None."""
+    if value is None or value.const_value is None:
+        return None
+    return value.const_value.numpy()
+
+
+def initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """The initializer called ``name``, made when first asked for."""
+    if name not in graph.initializers:
+        tensor = ir.tensor(np.array(array, order="C"), name=name)
+        graph.register_initializer(
+            ir.Value(
+                name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+            )
+        )
+    return graph.initializers[name]
+
+
+def replace(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
+    """Let every reader of ``old``, the graph's outputs included, read ``new``."""
+    if old in graph.outputs:  # the output keeps its name
+        name, old.name = old.name, f"{old.name}_float"
+        new.name = name
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+
+
+def producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    """The node that makes ``value``, if it is of that type."""
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.op_type == op_type else None
+
+
+def scale_of(value: ir.Value | None) -> np.ndarray | None:
+    """The scale of the DequantizeLinear that makes ``value``; None if none does."""
+    node = producer(value, "DequantizeLinear")
+    return None if node is None else constant(node.inputs[1])
+
+
+def is_constant(value: ir.Value | None) -> bool:
+    """Whether ``value`` depends on initializers only, so that a runtime can compute it at load."""
+    if value is None or value.is_initializer():
+        return True
+    node = value.producer()
+    return node is not None and all(map(is_constant, node.inputs))
+
+
+def drop_unused(graph: ir.Graph) -> None:
+    """Remove initializers that nothing reads any more (float weights, above all)."""
+    outputs = {id(value) for value in graph.outputs}
+    for node in reversed(list(graph)):
+        if all(not value.uses() and id(value) not in outputs for value in node.outputs):
+            graph.remove(node, safe=True)
+    for name, value in list(graph.initializers.items()):
+        if not value.uses() and id(value) not in outputs:
+            del graph.initializers[name]
