@@ -92,7 +92,7 @@ UNPACKED = {  # and how many bits each takes in the file
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_other_formats_are_stored_packed_and_run_as_floats(kind, tmp_path):
     path, x = tmp_path / "model.onnx", torch.randn(4, 8, 96)
-    make = {"linear": lambda: nn.Linear(96, 85), "conv": lambda: nn.Conv1d(8, 341, 3)}[kind]
+    make = {"linear": lambda: nn.Linear(96, 191), "conv": lambda: nn.Conv1d(8, 767, 3)}[kind]
     specs = [spec for spec, _ in UNPACKED.values()]
     q, counts, sqnr = branches(specs, make, x, path)
     assert counts == {"Conv": len(specs)} if kind == "conv" else counts["MatMul"] == len(specs)
@@ -104,7 +104,7 @@ def test_other_formats_are_stored_packed_and_run_as_floats(kind, tmp_path):
             t for t in tensors if t.name.startswith(f"layers.{index}.weight") and "_quantized" in t.name
         ]
         values = q.weight(f"layers.{index}.weight").numel()
-        assert values * bits / 8 <= sum(len(t.raw_data) for t in stored) < values * bits / 8 + 3, name
+        assert values * bits / 8 <= sum(len(t.raw_data) for t in stored) < values * bits / 8 + 32, name
 
 
 def test_a_table_for_each_channel_is_looked_up_there(tmp_path):
@@ -153,7 +153,7 @@ def test_few_bits_beside_8_bit_activations_run_on_integer_kernels_and_weigh_thei
     x = torch.randn(4, 8, 8, 8)
     weights = 8 * 64 * 9 + 64 * 32 * 9 + 512 * 32
     for bits in (3, 4):
-        q = quantized(hs.Recipe.uniform(bits, 8), model.eval(), x)
+        q = quantized(hs.Recipe.uniform(bits, 8, ends=None), model.eval(), x)
         counts, sqnr = deployed(q, tmp_path / "model.onnx", x)
         assert (counts["QLinearConv"], counts["QGemm"]) == (2, 1)
         assert sqnr > 30
