@@ -13,6 +13,8 @@ from halfstep.ladder.calibration import calibrate, observe
 from halfstep.ladder.candidates import Candidate, Sweep
 from halfstep.ladder.climb import prepare, quantize
 from halfstep.ladder.outcome import Outcome
+from halfstep.ladder.partial import Partial, PartialResult, partial
+from halfstep.ladder.sensitivity import Sensitivity, sensitivity
 from halfstep.model import QuantizedModel
 from halfstep.recipe import LayerSpec, Recipe, TensorSpec
 from halfstep.repair.bias import correct_bias
@@ -32,6 +34,8 @@ __all__ = [
     "Max",
     "Metric",
     "Outcome",
+    "Partial",
+    "PartialResult",
     "PerChannel",
     "PerGroup",
     "PerTensor",
@@ -40,6 +44,7 @@ __all__ = [
     "Recipe",
     "Score",
     "Sweep",
+    "Sensitivity",
     "TensorSpec",
     "Verification",
     "best_of",
@@ -49,8 +54,10 @@ __all__ = [
     "export_float",
     "export_onnx",
     "observe",
+    "partial",
     "prepare",
     "quantize",
+    "sensitivity",
     "verify",
     "weigh_ranges",
 ]

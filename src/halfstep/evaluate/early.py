@@ -74,6 +74,12 @@ class EarlyStopping:
         scores = torch.cat(taken)
         return scores, None if len(scores) == self.total else test.answer
 
+    def drop(self, score: Score) -> float:
+        """How much worse than the reference a candidate is on the examples that :meth:`run` has seen."""
+        assert score.count is not None
+        difference = float(self._reference[: score.count].mean()) - score.value
+        return difference if self.metric.higher_is_better else -difference
+
     def finish(self, model: Callable[..., Any], scores: torch.Tensor) -> Score:
         """The score over all examples, in the data's own order, given those that :meth:`run` has seen.
 

@@ -51,6 +51,7 @@ class Search:
         goal: the target.
         evaluations: every evaluation, in order.
         decisions: what was decided and why, one sentence each.
+        found: what rungs found out on the way, by name: ``"halves"``, ``"sensitivity"`` ...; each has ``to_dict()``.
         memory: verdicts by the candidates' fingerprints: nothing is scored twice.
         early: whether :meth:`judge` may stop before all examples are seen.
         journal: where everything is kept; what it holds already is remembered and not done again.
@@ -64,6 +65,7 @@ class Search:
     goal: Goal
     evaluations: list[Evaluation] = field(default_factory=list)
     decisions: list[str] = field(default_factory=list)
+    found: dict[str, Any] = field(default_factory=dict)
     memory: dict[str, Verdict] = field(default_factory=dict)
     early: bool = True
     journal: Journal = field(default_factory=Journal)
@@ -128,6 +130,12 @@ class Search:
         verdict = Verdict(met, score, complete)
         self._record(what, verdict, time.perf_counter() - start, len(scores), self._stopper.total, key)
         return verdict
+
+    def drop(self, verdict: Verdict) -> float:
+        """How much worse than float a judged candidate is, on the examples that it was judged on."""
+        if verdict.complete or self._stopper is None:
+            return self.goal.drop(verdict.score)
+        return self._stopper.drop(verdict.score)
 
     def record(self, made: Evaluation, verdict: Verdict) -> None:
         """Remember an evaluation, here and in the journal."""

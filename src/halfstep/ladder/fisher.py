@@ -1,0 +1,145 @@
+"""What quantizing each group alone would do to the outputs, all groups from one forward and one backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from halfstep.evaluate import logits_of
+from halfstep.graph.inputs import batch_size
+from halfstep.graph.operators import describe
+from halfstep.ladder.groups import Group
+from halfstep.ladder.probe import Loss, Probe, loss_weight
+from halfstep.ladder.replay import Values, Wiring, quantizing, wiring
+from halfstep.progress import track
+from halfstep.runtime.parity import float_tensors
+
+
+@dataclass(frozen=True)
+class _Tap:
+    """A value of the float network that a group's quantizers change."""
+
+    node: fx.Node
+    group: int
+    result: bool  # what the layer computes from quantized inputs and weight; or its output, quantized itself
+
+
+def fisher(probe: Probe, groups: Sequence[Group], by: Loss, draws: int = 1, seed: int = 0) -> list[float]:
+    """Estimate each group's loss of :meth:`Probe.losses` when it alone is quantized, to second order.
+
+    A group changes the output y of its layers by dy: what they compute from quantized inputs and weights, less what
+    they compute from float ones, and what quantizing the output adds. To second order the divergence of the outputs is
+    E (g . dy)^2 / 2 per example, where g is the gradient at y of the outputs times random weights, drawn so that their
+    covariance is the Fisher information of the outputs. For ``"sqnr"`` the weights are random signs, and E (g . dy)^2
+    is the noise. Errors of a group's layers are added before squaring, so that what cancels, cancels.
+
+    Args:
+        probe: its kept examples are used.
+        groups: to be scored.
+        by: the loss that is estimated.
+        draws: of the weights, one backward pass each; the estimate is unbiased with one, and its spread falls with
+            more.
+        seed: of the draws.
+
+    Source: Martens, "New insights and perspectives on the natural gradient method" (2020), section 5, the Fisher
+    information as the second-order expansion of the divergence.
+    """
+    wires = wiring(probe.model, tied=True)
+    taps = _taps(probe, groups, wires)
+    totals = torch.zeros(len(groups), dtype=torch.float64)
+    weight = 0.0
+    generator = torch.Generator().manual_seed(seed)
+    for inputs in track(probe.batches, "Fisher information of the layers"):
+        kept: dict[fx.Node, Tensor] = {}
+        nodes = {tap.node for tap in taps}
+
+        def keep(
+            node: fx.Node, value: Any, nodes: set[fx.Node] = nodes, kept: dict[fx.Node, Tensor] = kept
+        ) -> Any:
+            if node not in nodes:
+                return value
+            # A value of its own, which gradients can be asked of even where no parameter wants one.
+            kept[node] = value.view_as(value) if value.requires_grad else value.detach().requires_grad_()
+            return kept[node]
+
+        with torch.enable_grad():
+            values = probe.replay.run(inputs, tap=keep)
+            outputs = probe.replay.outputs(values)
+        with quantizing(probe.model):
+            errors = [_error(probe, tap, values, wires) for tap in taps]
+        for draw in range(draws):
+            with torch.enable_grad():
+                objective = _objective(outputs, by, generator)
+                if not objective.requires_grad:
+                    break
+                gradients = torch.autograd.grad(
+                    objective, list(kept.values()), retain_graph=draw < draws - 1, allow_unused=True
+                )
+            by_node = dict(zip(kept, gradients, strict=True))
+            changes = torch.zeros(len(groups), batch_size(inputs), dtype=torch.float64)
+            for tap, error in zip(taps, errors, strict=True):
+                if (gradient := by_node[tap.node]) is not None:
+                    changes[tap.group] += (
+                        (gradient * error).reshape(batch_size(inputs), -1).sum(1).double().cpu()
+                    )
+            totals += changes.square().sum(1) / draws
+        weight += loss_weight(outputs, by) * (2 if by == "kl" else 1)
+        probe.passes += batch_size(inputs) * (
+            2 + 2 * draws
+        )  # forward, layers quantized, and a backward is two
+    return (totals / weight).tolist()
+
+
+def _taps(probe: Probe, groups: Sequence[Group], wires: Wiring) -> list[_Tap]:
+    """Where the groups' errors enter: their layers' results, and those of their outputs that are quantized."""
+    owner = {name: index for index, group in enumerate(groups) for name in group.layers}
+    quantized = {value for value, _ in wires}
+    target = probe.model.target
+    taps = []
+    for layer in probe.model.layers:
+        if layer.name not in owner:
+            continue
+        node = layer.operator.node
+        taps.append(_Tap(node, owner[layer.name], result=True))
+        while (
+            len(node.users) == 1 and (op := describe(next(iter(node.users)))) and op.kind in target.absorbed
+        ):
+            node = op.node
+        if node in quantized and target.kernel(layer.operator.kind).output:
+            taps.append(_Tap(node, owner[layer.name], result=False))
+    return taps
+
+
+def _error(probe: Probe, tap: _Tap, values: Values, wires: Wiring) -> Tensor:
+    """What quantization adds to the tapped value, with everything before it in float."""
+    value: Tensor = values[tap.node].detach()
+    if tap.result:
+        seen = {
+            node: values[node].detach() if isinstance(values[node], Tensor) else values[node]
+            for node in tap.node.all_input_nodes
+        }
+        result: Tensor = probe.replay.compute(tap.node, seen, wires)
+        return result - value
+    quantizer = next(module for (source, _), module in wires.items() if source is tap.node)
+    quantized: Tensor = quantizer(value)
+    return quantized - value
+
+
+def _objective(outputs: Any, by: Loss, generator: torch.Generator) -> Tensor:
+    """The scalar whose gradient is taken: the outputs times random weights, whose covariance is the loss's curvature.
+
+    Of the squared error that is the identity: random signs e. Of the divergence it is diag(p) - p p^T, and the weights
+    are s (e - s (s . e)) with s = sqrt(p), which touch every class, however rare.
+    """
+    total = torch.zeros((), dtype=torch.float64)
+    for output in [logits_of(outputs)] if by == "kl" else float_tensors(outputs):
+        signs = torch.randint(0, 2, output.shape, generator=generator).to(output.device) * 2.0 - 1
+        if by == "kl":
+            root = output.detach().softmax(-1).sqrt()
+            signs = root * (signs - root * (root * signs).sum(-1, keepdim=True))
+        total = total + (output.double() * signs).sum().cpu()
+    return total

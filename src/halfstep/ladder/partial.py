@@ -1,0 +1,321 @@
+"""Rung 2, partial quantization: the fewest layers put back towards float that meet the target."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from halfstep.errors import ArgumentError, RecipeError
+from halfstep.evaluate import Drop, Score, as_scorer
+from halfstep.ladder.goal import Goal
+from halfstep.ladder.groups import Group, groups_of, matching, names_of
+from halfstep.ladder.halves import Halves, where_is_the_loss
+from halfstep.ladder.methods import Method
+from halfstep.ladder.prefix import WALKS, without_needless
+from halfstep.ladder.search import Evaluation, Search, float_evaluation
+from halfstep.ladder.sensitivity import Sensitivity, rank
+from halfstep.ladder.steps import STEPS, Assignment, Step, find_steps, put
+from halfstep.model import QuantizedModel
+
+
+@dataclass(frozen=True)
+class Partial:
+    """How to look for the layers.
+
+    Attributes:
+        method: of sensitivity; see :func:`halfstep.sensitivity`.
+        steps: what layers may be put to, by names of :data:`~halfstep.ladder.steps.STEPS`.
+        walk: how far to go down the sorted list: ``"gallop"`` (and bisect), or ``"one_by_one"``.
+        keep_float: patterns of layers that stay in float whatever comes.
+        keep_quantized: patterns of layers that are never put back.
+        prune: try at the end to do without each layer put back.
+        measured: groups whose drop is measured beside their score, for Kendall's tau.
+        early: whether verdicts may be given before all examples are seen.
+    """
+
+    method: str | Method | None = None
+    steps: tuple[str, ...] = ("float",)
+    walk: Literal["gallop", "one_by_one"] = "gallop"
+    keep_float: tuple[str, ...] = ()
+    keep_quantized: tuple[str, ...] = ()
+    prune: bool = True
+    measured: int = 0
+    early: bool = True
+
+    def __post_init__(self) -> None:
+        if self.walk not in WALKS:
+            raise ArgumentError(f"walk: got {self.walk!r}, needed one of {', '.join(map(repr, WALKS))}")
+        find_steps(self.steps)
+
+
+@dataclass(frozen=True)
+class PartialResult:
+    """What :func:`partial` found. The model is left as it says.
+
+    Attributes:
+        met: whether the goal is met, by its own rule.
+        float_score: of the float model.
+        score: of the model with the layers put back, on all examples.
+        drop: from the one to the other, with its interval.
+        put_back: the step that each layer was put to, by the layer's name.
+        halves: which half loses the accuracy; None if the model met the goal as it was, or has one half only.
+        sensitivity: the ranking; None if none was needed.
+        history: every evaluation.
+        decisions: what was decided and why, one sentence each.
+        full_evaluations: what it all cost, in evaluations of every example.
+        saved: examples that early verdicts spared.
+    """
+
+    met: bool
+    float_score: float
+    score: float
+    drop: Drop
+    put_back: Mapping[str, str]
+    halves: Halves | None
+    sensitivity: Sensitivity | None
+    history: tuple[Evaluation, ...]
+    decisions: tuple[str, ...]
+    full_evaluations: float
+    saved: int
+
+    @property
+    def float_layers(self) -> tuple[str, ...]:
+        """The layers put back to float."""
+        return tuple(name for name, step in self.put_back.items() if step == "float")
+
+    def __str__(self) -> str:
+        """The verdict and the decisions."""
+        head = f"{'met' if self.met else 'not met'}: drop {self.drop}, {len(self.put_back)} layers put back"
+        return "\n".join([head, *(f"- {sentence}" for sentence in self.decisions)])
+
+
+def partial(
+    model: QuantizedModel,
+    metric: Any,
+    max_drop: float = 0.01,
+    options: Partial | None = None,
+    confidence: float = 0.95,
+    strict: bool = False,
+) -> PartialResult:
+    """Put the fewest layers back to float that bring the drop within ``max_drop``.
+
+    Args:
+        model: observed and calibrated; it is left with the layers put back that were found.
+        metric: as for :func:`halfstep.quantize`.
+        max_drop: in the metric's unit, against the float model on the same examples.
+        options: how to look for them.
+        confidence: of intervals and early verdicts.
+        strict: whether the drop's interval must keep within ``max_drop``, or its point estimate.
+
+    Raises:
+        RecipeError: if a pattern matches no layer, or layers are pinned both ways.
+        ArgumentError: if no layer is left that could be put back.
+        MetricError: if the metric cannot be used.
+
+    >>> hs.partial(q, hs.Accuracy(labelled), max_drop=0.01).float_layers  # doctest: +SKIP
+    ('blocks.0.body.3',)
+    """
+    options = options or Partial()
+    if not _candidates(model, options)[1]:
+        raise ArgumentError(
+            "partial: no layers are left to put back to float: "
+            + ("all that are quantized are pinned" if groups_of(model) else "none is quantized")
+        )
+    scorer = as_scorer(metric)
+    score, made = float_evaluation(scorer, model)
+    goal = Goal(max_drop, score, scorer.higher_is_better, confidence, strict)
+    search = Search(model, scorer, goal, made)
+    found = climb_partial(search, options)
+    table, halves = search.found.get("sensitivity"), search.found.get("halves")
+    return PartialResult(
+        met=goal.met(found),
+        float_score=score.value,
+        score=found.value,
+        drop=goal.compare(found),
+        put_back={
+            name: step.name
+            for name in model.layer_names
+            for step in STEPS.values()
+            if name in getattr(model, step.attribute)
+        },
+        halves=halves if isinstance(halves, Halves) else None,
+        sensitivity=table if isinstance(table, Sensitivity) else None,
+        history=tuple(search.evaluations),
+        decisions=tuple(search.decisions),
+        full_evaluations=search.full_evaluations,
+        saved=search.saved,
+    )
+
+
+def climb_partial(search: Search, options: Partial | None = None) -> Score:
+    """Put back the fewest layers that meet the goal; the model is left with them, or as near as it came.
+
+    1. Judge weights only and activations only: where is the loss?
+    2. Rank the groups of layers by what quantizing them loses.
+    3. For each step, cheapest first: if putting every group to it would do, gallop and bisect for the fewest.
+    4. Try to put each of them to something cheaper, least sensitive first.
+    5. Evaluate the result on all examples. Should that overturn an early verdict, go back to 3, where everything
+       that was judged is remembered.
+
+    Args:
+        search: its model calibrated.
+        options: how to look for them.
+
+    Returns:
+        The score on all examples.
+
+    Raises:
+        RecipeError: if a pattern matches no layer, or layers are pinned both ways.
+    """
+    options = options or Partial()
+    model, goal, early = search.model, search.goal, search.early
+    base, groups = _candidates(model, options)
+    put(model, base, {})
+    start = search.evaluate("the pinned layers in float" if options.keep_float else "all layers quantized")
+    if goal.met(start) or not groups:
+        why = "the target is met as it is" if goal.met(start) else "no layer is left that could be"
+        search.decide(f"Partial quantization put no layer back: {why}.")
+        return start
+    search.early = early and options.early
+    try:
+        walk = _Walk(search, options, base, groups)
+        while (assignment := walk.find()) is not None:
+            put(model, base, assignment)
+            what = f"{_many(len(assignment))} put back"
+            score = search.evaluate(f"{what}, on all examples")
+            if goal.met(score):
+                return walk.report(assignment, score)
+            search.decide(f"All examples overturn the early verdict on {what}; the search goes on.")
+        return walk.best_effort(start)
+    finally:
+        search.early = early
+
+
+class _Walk:
+    """The ranked groups, and how to try assignments of steps to them."""
+
+    def __init__(
+        self,
+        search: Search,
+        options: Partial,
+        base: Mapping[str, frozenset[str]],
+        groups: tuple[Group, ...],
+    ) -> None:
+        self.search, self.options, self.base = search, options, base
+        self.steps = find_steps(options.steps)
+        model = search.model
+        if (halves := where_is_the_loss(search)) is not None:
+            search.found["halves"] = halves
+            search.decide(str(halves))
+        put(model, base, {})
+        table = rank(model, search, groups, options.method, options.measured)
+        search.found["sensitivity"] = table
+        self.ranked = [row.group for row in table.rows]
+        first = ", ".join(group.name for group in self.ranked[:3])
+        agreement = "" if table.tau is None else f"; Kendall's tau with measured drops is {table.tau:+.2f}"
+        search.decide(
+            f"{len(groups)} groups of layers ranked by {table.method} in {table.seconds:.1f} s ({table.examples:,} "
+            f"examples sent through the network); most sensitive: {first}{agreement}."
+        )
+
+    def holds(self, assignment: Assignment, what: str) -> bool:
+        """Whether the goal is met with groups put to their steps."""
+        put(self.search.model, self.base, assignment)
+        return self.search.judge(what).met
+
+    def find(self) -> Assignment | None:
+        """An assignment that holds and from which nothing can be taken, by the verdicts so far; or None."""
+        for step in self.steps:
+            able = [group for group in self.ranked if step.fits(self.search.model, group)]
+            cheaper = step is not self.steps[-1]
+            if not able or (cheaper and not self._first_hold(able, step, len(able))):
+                continue
+            count = WALKS[self.options.walk](len(able), functools.partial(self._first_hold, able, step))
+            if count is not None:
+                return self._cheaper(dict.fromkeys(able[:count], step), step)
+        return None
+
+    def _first_hold(self, able: list[Group], step: Step, count: int) -> bool:
+        what = f"the {_many(count)} down to {able[count - 1].name} {step.words}"
+        return self.holds(dict.fromkeys(able[:count], step), what)
+
+    def _cheaper(self, found: dict[Group, Step], step: Step) -> Assignment:
+        """Put each group to the cheapest step that does, the least sensitive first."""
+        if not self.options.prune:
+            return found
+        kept = without_needless(
+            list(found),
+            lambda groups, left_out: self.holds(
+                dict.fromkeys(groups, step), f"{left_out.name} quantized again"
+            ),
+        )
+        assignment = dict.fromkeys(kept, step)
+        for group in reversed(kept):
+            for other in self.steps[: self.steps.index(step)]:
+                if other.fits(self.search.model, group) and self.holds(
+                    {**assignment, group: other}, f"{group.name} only {other.words}"
+                ):
+                    assignment[group] = other
+                    break
+        return assignment
+
+    def report(self, assignment: Assignment, score: Score) -> Score:
+        """Say what was found, and return its score."""
+        search = self.search
+        layers, total = len(names_of(assignment)), len(names_of(self.ranked))
+        search.decide(
+            f"{layers} of {total} layers put back ({_listed(assignment)}): {score.value:.4f}, drop "
+            f"{search.goal.drop(score):+.4f}, allowed {search.goal.max_drop:g}. {search.goal.evidence(score)}"
+        )
+        saved = f", {search.saved:,} examples spared by early verdicts" if search.saved else ""
+        why = f" No verdict was early: {search.never_early}." if search.never_early else ""
+        search.decide(f"The search so far took {search.full_evaluations:.1f} full evaluations{saved}.{why}")
+        return score
+
+    def best_effort(self, start: Score) -> Score:
+        """Nothing holds: leave the model as near to the goal as putting everything back gets it."""
+        search = self.search
+        everything = dict.fromkeys(self.ranked, self.steps[-1])
+        put(search.model, self.base, everything)
+        score = search.evaluate(f"every group {self.steps[-1].words}")
+        if search.goal.drop(score) >= search.goal.drop(start):
+            put(search.model, self.base, {})
+            score = search.evaluate("all layers quantized")
+        search.decide(
+            "Partial quantization does not meet the target: with every layer that may be put back "
+            f"{self.steps[-1].words} the drop is {search.goal.compare(score)}, allowed {search.goal.max_drop:g}. Unpin "
+            "layers, or train."
+        )
+        return score
+
+
+def _candidates(
+    model: QuantizedModel, options: Partial
+) -> tuple[dict[str, frozenset[str]], tuple[Group, ...]]:
+    """The layers that are put back from the start, by attribute, and the groups that may be."""
+    base = {step.attribute: frozenset(getattr(model, step.attribute)) for step in STEPS.values()}
+    up, down = matching(options.keep_float, model), matching(options.keep_quantized, model)
+    if both := sorted(up & down):
+        raise RecipeError(
+            f"layer {both[0]!r} is pinned both in float and quantized; take it out of one of the patterns"
+        )
+    groups = groups_of(model)
+    tied = names_of(group for group in groups if up.intersection(group.layers))
+    if both := sorted(tied & down):
+        raise RecipeError(
+            f"layer {both[0]!r} is pinned quantized, but reads the same quantizer as a layer that is pinned in float; "
+            "pin both the same way"
+        )
+    base["float_layers"] |= up | tied
+    free = [group for group in groups if not (down | base["float_layers"]).intersection(group.layers)]
+    return base, tuple(free)
+
+
+def _many(groups: int) -> str:
+    return "1 group" if groups == 1 else f"{groups} groups"
+
+
+def _listed(assignment: Assignment) -> str:
+    return ", ".join(f"{name} {step.words}" for group, step in assignment.items() for name in group.layers)

@@ -1,0 +1,154 @@
+"""Losses of the outputs under many placements of the quantizers, on the examples that calibration kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from halfstep.errors import ArgumentError, NotObservedError
+from halfstep.evaluate import logits_of
+from halfstep.graph.inputs import ModelInputs, batch_size
+from halfstep.graph.operators import WEIGHTED, describe
+from halfstep.ladder.fidelity import divergences
+from halfstep.ladder.replay import FLOAT, Replay, Wiring, quantizing, wiring
+from halfstep.ladder.search import Search
+from halfstep.model import QuantizedModel
+from halfstep.progress import steps
+from halfstep.runtime.parity import float_tensors
+
+Loss = Literal["kl", "sqnr"]
+
+#: Activations of the whole network that may be held at a time.
+HELD_BYTES = 256 * 2**20
+
+
+class Probe:
+    """What a method of sensitivity measures with.
+
+    Args:
+        model: calibrated.
+        search: scores the metric; None where there is none.
+        examples: at most so many of the kept examples.
+
+    Attributes:
+        passes: examples sent through the network so far, a partial pass counted as its share of the layers.
+
+    Raises:
+        NotObservedError: if no example was kept.
+    """
+
+    def __init__(self, model: QuantizedModel, search: Search | None = None, examples: int = 256) -> None:
+        if examples < 1:
+            raise ArgumentError(f"examples: got {examples}, needed at least 1")
+        if not model.sample:
+            raise NotObservedError("no example was kept to compare outputs on; run observe() first")
+        self.model, self.search = model, search
+        self.replay = Replay(model)
+        self.passes = 0.0
+        self._weighted = {n for n in self.replay.nodes if (op := describe(n)) and op.kind in WEIGHTED}
+        self.batches = list(self._cut(examples))
+
+    @property
+    def examples(self) -> int:
+        """How many examples there are."""
+        return sum(map(batch_size, self.batches))
+
+    def _cut(self, examples: int) -> Iterator[ModelInputs]:
+        """The kept examples in parts whose activations fit the memory set aside for them."""
+        held = sum(_example_bytes(node) for node in self.replay.nodes if node.op == "call_function")
+        size = max(1, HELD_BYTES // max(held, 1))
+        for batch in self.model.sample:
+            stop = min(batch_size(batch), examples)
+            for start in range(0, stop, size):
+                yield self.model.captured.examples(batch, start, min(start + size, stop))
+            examples -= stop
+
+    def wirings(self, float_layers: Iterable[frozenset[str]]) -> list[Wiring]:
+        """The wiring of the model with each set of layers in float; the model is as before afterwards."""
+        before, found = self.model.float_layers, []
+        try:
+            for names in float_layers:
+                self.model.float_layers = names
+                found.append(wiring(self.model))
+        finally:
+            self.model.float_layers = before
+        return found
+
+    def losses(
+        self, candidates: Sequence[Wiring], by: Loss, base: Wiring = FLOAT, what: str = ""
+    ) -> list[float]:
+        """How far each candidate's outputs are from the float network's.
+
+        Each candidate is computed from ``base`` by redoing only what depends on the difference.
+
+        Args:
+            candidates: where the quantizers sit.
+            by: ``"kl"``: mean Kullback-Leibler divergence in nats of the softmax over the last axis of the first float
+                output; ``"sqnr"``: sum of squared errors over sum of squares, all float outputs.
+            base: a wiring that is near the candidates.
+            what: told to the progress listener.
+
+        Returns:
+            A loss for each candidate, 0 for equal outputs, inf for NaN.
+
+        Raises:
+            ArgumentError: ``"kl"`` of outputs that are no logits.
+        """
+        totals = torch.zeros(len(candidates), dtype=torch.float64)
+        weight = 0.0
+        with quantizing(self.model), steps(what or "comparing outputs", len(candidates)) as advance:
+            for number, inputs in enumerate(self.batches):
+                values = self.replay.run(inputs)
+                wanted = self.replay.outputs(values)
+                if base:
+                    values = self.replay.run(inputs, base)
+                self.passes += batch_size(inputs) * (2 if base else 1)
+                weight += loss_weight(wanted, by)
+                for index, wires in enumerate(candidates):
+                    changed = self.replay.change(values, base, wires)
+                    totals[index] += _loss(wanted, self.replay.outputs({**values, **changed}), by)
+                    redone = sum(node in self._weighted for node in changed)
+                    self.passes += batch_size(inputs) * redone / max(len(self._weighted), 1)
+                    if number == len(self.batches) - 1:
+                        advance(1)
+        return [math.inf if math.isnan(loss) else loss for loss in (totals / weight).tolist()]
+
+
+def default_loss(probe: Probe) -> Loss:
+    """``"kl"`` where the first float output looks like logits, (batch, classes), else ``"sqnr"``."""
+    with torch.no_grad():
+        outputs = probe.replay.outputs(probe.replay.run(probe.batches[0]))
+    shape = logits_of(outputs).shape
+    return "kl" if len(shape) == 2 and shape[-1] >= 2 else "sqnr"
+
+
+def loss_weight(wanted: Any, by: Loss) -> float:
+    """What a batch's loss is divided by: its decisions, or its signal."""
+    if by == "sqnr":
+        return sum(float(output.detach().double().square().sum()) for output in float_tensors(wanted)) or 1.0
+    shape = logits_of(wanted).shape
+    if len(shape) < 2 or shape[-1] < 2:
+        raise ArgumentError(
+            f"sensitivity: the divergence (kl) needs logits (..., classes), got outputs of shape {tuple(shape)}; use "
+            "method='sqnr'"
+        )
+    return float(math.prod(shape[:-1]))
+
+
+def _loss(wanted: Any, got: Any, by: Loss) -> float:
+    if by == "kl":
+        return float(divergences(logits_of(wanted), logits_of(got)).sum())
+    pairs = zip(float_tensors(wanted), float_tensors(got), strict=True)
+    return sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
+
+
+def _example_bytes(node: fx.Node) -> int:
+    """Bytes of a node's value for one example, as far as its traced shape tells."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return 0
+    return math.prod(size for size in value.shape if isinstance(size, int)) * value.element_size()

@@ -1,0 +1,131 @@
+"""Run a graph node by node, and again with other quantizers, recomputing only what they change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from halfstep.fake_quantize import FakeQuantize, Mode
+from halfstep.graph.inputs import ModelInputs, call_arguments
+from halfstep.model import QuantizedModel
+
+#: What a reader sees of a value: (value, reader) -> the quantizer between them; none means the value itself.
+Wiring = Mapping[tuple[fx.Node, fx.Node], FakeQuantize]
+
+#: The value of each node of a graph.
+Values = dict[fx.Node, Any]
+
+FLOAT: Wiring = {}
+
+
+def wiring(model: QuantizedModel, tied: bool = False) -> Wiring:
+    """Where the quantizers sit in ``model`` as it stands (its mode does not matter).
+
+    Args:
+        model: any.
+        tied: also where codes have only been moved about since they were quantized: what each reader sees, taken by
+            itself. In a run of the whole graph that would change nothing.
+    """
+    found: dict[tuple[fx.Node, fx.Node], FakeQuantize] = {}
+    for site in model.placement.sites:
+        for position in site.positions:
+            if position.tied and not (tied or site.is_weight):
+                continue
+            for reader in position.readers:
+                found.setdefault((position.value, reader), model.sites[site.name])
+    return found
+
+
+class Replay:
+    """Runs the float graph of ``model`` with any wiring.
+
+    Args:
+        model: the quantizers must be set to :data:`Mode.QUANTIZE` by :func:`quantizing` while wirings are used.
+    """
+
+    def __init__(self, model: QuantizedModel) -> None:
+        self.model = model
+        self.nodes = list(model.graph.nodes)
+
+    def run(
+        self,
+        inputs: ModelInputs,
+        wires: Wiring = FLOAT,
+        tap: Callable[[fx.Node, Any], Any] | None = None,
+    ) -> Values:
+        """Compute every node.
+
+        Args:
+            inputs: of the model.
+            wires: where the quantizers sit.
+            tap: is shown each computed node and its value, and returns the value to go on with.
+        """
+        args, kwargs = call_arguments(inputs)
+        given = iter(self.model.flatten(args, kwargs))
+        values: Values = {}
+        for node in self.nodes:
+            if node.op == "placeholder":
+                values[node] = next(given)
+            elif node.op == "get_attr":
+                values[node] = self._parameter(node)
+            else:
+                values[node] = self.compute(node, values, wires)
+                if tap is not None:
+                    values[node] = tap(node, values[node])
+        return values
+
+    def change(self, values: Values, before: Wiring, after: Wiring) -> Values:
+        """The nodes whose values differ from ``values`` (computed with ``before``) if ``after`` is wired instead."""
+        changed: Values = {}
+        for node in self.nodes:
+            read = node.all_input_nodes
+            if any(value in changed for value in read) or any(
+                before.get((value, node)) is not after.get((value, node)) for value in read
+            ):
+                changed[node] = self.compute(
+                    node, {value: changed.get(value, values[value]) for value in read}, after
+                )
+        return changed
+
+    def compute(self, node: fx.Node, values: Values, wires: Wiring) -> Any:
+        """The value of one node from those that it reads."""
+
+        def see(value: fx.Node) -> Any:
+            quantizer = wires.get((value, node))
+            return values[value] if quantizer is None else quantizer(values[value])
+
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), see)
+        if node.op == "output":
+            return args[0]
+        assert node.op == "call_function" and callable(node.target)
+        return node.target(*args, **kwargs)
+
+    def outputs(self, values: Values) -> Any:
+        """What the model returns, from the output node's value."""
+        return pytree.tree_unflatten(list(values[self.nodes[-1]]), self.model.captured.out_spec)
+
+    def _parameter(self, node: fx.Node) -> Any:
+        found: Any = self.model.captured.module
+        for name in str(node.target).split("."):
+            found = getattr(found, name)
+        return found
+
+
+@contextmanager
+def quantizing(model: QuantizedModel) -> Iterator[None]:
+    """Every quantizer of ``model``, in use or not, quantizes within the block; no gradients are kept."""
+    modules = [module for module in model.quantizers.values() if isinstance(module, FakeQuantize)]
+    before = [module.mode for module in modules]
+    for module in modules:
+        module.mode = Mode.QUANTIZE
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in zip(modules, before, strict=True):
+            module.mode = mode

@@ -1,0 +1,184 @@
+"""Which layers lose the accuracy: a table, most sensitive first."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from halfstep.errors import ArgumentError, HalfstepError
+from halfstep.evaluate import as_scorer
+from halfstep.ladder.agreement import kendall_tau
+from halfstep.ladder.goal import Goal
+from halfstep.ladder.groups import Group, groups_of
+from halfstep.ladder.methods import METHODS, UNITS, Alone, Method, find_method
+from halfstep.ladder.probe import Probe, default_loss
+from halfstep.ladder.search import Search, float_evaluation
+from halfstep.model import QuantizedModel
+
+
+@dataclass(frozen=True)
+class LayerSensitivity:
+    """A row of the table.
+
+    Attributes:
+        layers: what is quantized together.
+        kinds: what they are.
+        score: what quantizing them loses, in the table's unit.
+        drop: the metric's drop with only them quantized, where it was measured beside the score.
+    """
+
+    layers: tuple[str, ...]
+    kinds: tuple[str, ...]
+    score: float
+    drop: float | None = None
+
+    @property
+    def group(self) -> Group:
+        """The layers as a group."""
+        return Group(self.layers, self.kinds)
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Groups of layers by what quantizing them loses.
+
+    Attributes:
+        method: how that was measured.
+        unit: of the scores: the metric's drop, nats of divergence, or noise over signal.
+        rows: most sensitive first.
+        examples: sent through the network for it; a pass through a part of it counts as that part.
+        seconds: what it took.
+        tau: Kendall's tau between score and measured drop, over the rows that have one; None without two.
+    """
+
+    method: str
+    unit: str
+    rows: tuple[LayerSensitivity, ...]
+    examples: int
+    seconds: float
+    tau: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """A line for every group."""
+        width = max((len(row.group.name) for row in self.rows), default=0)
+        lines = [f"sensitivity by {self.method}, in {self.unit}"]
+        for row in self.rows:
+            drop = "" if row.drop is None else f"   measured drop {row.drop:+.4f}"
+            lines.append(f"  {row.group.name:<{width}}  {row.score:10.4g}{drop}")
+        if self.tau is not None:
+            measured = sum(row.drop is not None for row in self.rows)
+            lines.append(f"  Kendall's tau with the measured drop of {measured} of them: {self.tau:+.2f}")
+        return "\n".join(lines)
+
+    def plot(self, path: str | Path) -> Path:
+        """Draw the table as bars and write it to ``path``; the suffix chooses the file's format.
+
+        Raises:
+            HalfstepError: if matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise HalfstepError("plots need matplotlib: pip install 'halfstep[plot]'") from error
+        figure = Figure(figsize=(7, 1 + 0.22 * len(self.rows)), layout="constrained")
+        axes = figure.add_subplot()
+        names = [row.group.name for row in self.rows]
+        places = range(len(self.rows))
+        axes.barh(places, [row.score for row in self.rows], color="tab:blue")
+        axes.set_yticks(places, names, fontsize=7)
+        axes.invert_yaxis()
+        positive = [row.score for row in self.rows if 0 < row.score < math.inf]
+        if positive and max(positive) > 100 * min(positive):
+            axes.set_xscale("symlog", linthresh=max(positive) / 1e4)
+        axes.set_xlabel(f"lost by quantizing ({self.method}: {self.unit})")
+        measured = [(place, row.drop) for place, row in enumerate(self.rows) if row.drop is not None]
+        if measured and self.unit != UNITS["metric"]:
+            beside = axes.twiny()
+            beside.plot(
+                [drop for _, drop in measured], [place for place, _ in measured], "o", color="tab:orange"
+            )
+            beside.set_xlabel(
+                f"measured drop of the metric (tau {self.tau or math.nan:.2f})", color="tab:orange"
+            )
+        figure.savefig(path)
+        return Path(path)
+
+
+def sensitivity(
+    model: QuantizedModel,
+    method: str | Method | None = None,
+    metric: Any = None,
+    measured: int = 0,
+    examples: int = 256,
+) -> Sensitivity:
+    """Score every group of layers by what quantizing it loses.
+
+    A group is what the target fuses: a layer with its activation function, and the layers that read a common
+    quantizer. There is no agreed criterion, so there are several, and ``measured`` says how far one agrees with the
+    metric.
+
+    Args:
+        model: observed and calibrated; it is the same afterwards.
+        method: ``"kl"`` or ``"sqnr"``: one group quantized, outputs compared with the float network's on the kept
+            examples, no labels; ``"fisher"``: an estimate of the same for all groups from one forward and backward;
+            ``"metric"``: one group quantized, the metric evaluated; ``"spared"`` (``_kl``, ``_sqnr``): one group left
+            in float with all others quantized. Or a :class:`Method`. None for ``"kl"`` where the model's output looks
+            like logits, ``"sqnr"`` elsewhere.
+        metric: for ``"metric"``, ``"spared"`` and ``measured``: as for :func:`halfstep.quantize`.
+        measured: also measure the metric's drop for so many groups, spread over the ranking.
+        examples: use at most so many of the kept examples.
+
+    Raises:
+        ArgumentError: for an unknown method, or one that needs a metric where there is none.
+        NotObservedError: if the model saw no data or has no ranges.
+
+    >>> print(hs.sensitivity(q, "fisher", metric=hs.Accuracy(labelled), measured=5))  # doctest: +SKIP
+    """
+    search = None
+    if metric is not None:
+        scorer = as_scorer(metric)
+        score, made = float_evaluation(scorer, model)
+        search = Search(model, scorer, Goal(0.0, score, scorer.higher_is_better), made)
+    return rank(model, search, groups_of(model), method, measured, examples)
+
+
+def rank(
+    model: QuantizedModel,
+    search: Search | None,
+    groups: tuple[Group, ...],
+    method: str | Method | None = None,
+    measured: int = 0,
+    examples: int = 256,
+) -> Sensitivity:
+    """:func:`sensitivity` of chosen groups, with the evaluations of a search."""
+    start = time.perf_counter()
+    probe = Probe(model, search, examples)
+    chosen = find_method(default_loss(probe) if method is None else method)
+    if measured and search is None:
+        raise ArgumentError(f"measured: got {measured} groups to measure and no metric; give metric=")
+    scores = chosen.measure(probe, groups)
+    name = next((name for name, known in METHODS.items() if known == chosen), repr(chosen))
+    order = sorted(range(len(groups)), key=lambda index: -scores[index])
+    rows = tuple(LayerSensitivity(groups[i].layers, groups[i].kinds, scores[i]) for i in order)
+    table = Sensitivity(name, UNITS[chosen.by], rows, round(probe.passes), time.perf_counter() - start)
+    return _with_drops(table, probe, groups, measured) if measured else table
+
+
+def _with_drops(table: Sensitivity, probe: Probe, groups: tuple[Group, ...], measured: int) -> Sensitivity:
+    """The table with the metric measured on some rows, evenly spread from the first to the last."""
+    count = min(measured, len(table.rows))
+    last = len(table.rows) - 1
+    chosen = sorted({round(i * last / max(count - 1, 1)) for i in range(count)})
+    others = tuple(table.rows[index].group for index in chosen)
+    drops = dict(zip(chosen, Alone("metric").measure(probe, others), strict=True))
+    rows = tuple(replace(row, drop=drops.get(index)) for index, row in enumerate(table.rows))
+    pairs = [(row.score, row.drop) for row in rows if row.drop is not None]
+    tau = kendall_tau([score for score, _ in pairs], [drop for _, drop in pairs])
+    return replace(table, rows=rows, tau=None if math.isnan(tau) else tau)

@@ -1,0 +1,65 @@
+"""The steps between an integer layer and a float one, as a table: cheapest first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from halfstep.errors import ArgumentError
+from halfstep.graph.placement import Layer
+from halfstep.ladder.groups import Group
+from halfstep.model import QuantizedModel
+
+
+@dataclass(frozen=True)
+class Step:
+    """Something that a layer can be put to, to lose less.
+
+    Attributes:
+        name: what users write.
+        attribute: the model's property that lists the layers put to it.
+        words: how sentences call a layer put to it.
+        supports: whether a layer can be put to it on the model's target.
+    """
+
+    name: str
+    attribute: str
+    words: str
+    supports: Callable[[QuantizedModel, Layer], bool]
+
+    def fits(self, model: QuantizedModel, group: Group) -> bool:
+        """Whether every layer of ``group`` can be put to it."""
+        return all(self.supports(model, layer) for layer in model.layers if layer.name in group.layers)
+
+
+STEPS: dict[str, Step] = {
+    step.name: step for step in (Step("float", "float_layers", "in float", lambda model, layer: True),)
+}
+
+
+def find_steps(names: tuple[str, ...]) -> tuple[Step, ...]:
+    """The steps called so, cheapest first.
+
+    Raises:
+        ArgumentError: for an unknown name, or none.
+    """
+    unknown = [name for name in names if name not in STEPS]
+    if unknown or not names:
+        raise ArgumentError(
+            f"steps: got {unknown[0]!r}, needed some of {', '.join(map(repr, STEPS))}"
+            if unknown
+            else f"steps: got none, needed at least one of {', '.join(map(repr, STEPS))}"
+        )
+    return tuple(step for step in STEPS.values() if step.name in names)
+
+
+#: Which step each group is put to; groups that are not listed stay integer.
+Assignment = Mapping[Group, Step]
+
+
+def put(model: QuantizedModel, base: Mapping[str, frozenset[str]], assignment: Assignment) -> None:
+    """Put groups to their steps, and every other layer where ``base`` (attribute -> layers) has it."""
+    for step in STEPS.values():
+        layers = base.get(step.attribute, frozenset())
+        layers |= {name for group, chosen in assignment.items() if chosen is step for name in group.layers}
+        setattr(model, step.attribute, layers)

@@ -1,0 +1,53 @@
+"""Replaying a graph with other quantizers gives what the model itself gives, bit for bit."""
+
+import pytest
+import torch
+
+import halfstep as hs
+from halfstep.demo import DigitsNet
+from halfstep.ladder.replay import FLOAT, Replay, quantizing, wiring
+from tests.ladder.networks import INPUTS, Attention, calibrated
+
+
+@pytest.fixture(scope="module", params=["attention", "residual"])
+def case(request):
+    torch.manual_seed(0)
+    if request.param == "attention":
+        return calibrated(Attention()), INPUTS[:8]
+    images = torch.rand(64, 1, 8, 8)
+    return calibrated(DigitsNet().eval(), inputs=images), images[:8]
+
+
+def test_replay_is_the_model(case):
+    model, inputs = case
+    replay = Replay(model)
+    for names in [[], model.layer_names[:2], model.layer_names[2:], model.layer_names]:
+        model.float_layers = names
+        model.set_mode(hs.model.Mode.QUANTIZE)
+        with torch.no_grad():
+            wanted = model(inputs)
+        with quantizing(model):
+            assert torch.equal(replay.outputs(replay.run(inputs, wiring(model))), wanted)
+    model.float_layers = []
+
+
+def test_change_recomputes_only_what_depends_on_the_difference(case):
+    model, inputs = case
+    replay = Replay(model)
+    last = model.layer_names[-1]
+    model.float_layers = [name for name in model.layer_names if name != last]
+    after = wiring(model)
+    with quantizing(model):
+        values = replay.run(inputs)
+        changed = replay.change(values, FLOAT, after)
+        assert torch.equal(replay.outputs(changed), replay.outputs(replay.run(inputs, after)))
+    assert len(changed) < 5 < len(replay.nodes)
+    model.float_layers = []
+
+
+def test_the_modes_are_as_before_afterwards(case):
+    model, _ = case
+    model.set_mode(hs.model.Mode.FLOAT)
+    with quantizing(model):
+        assert all(module.mode is hs.model.Mode.QUANTIZE for module in model.quantizers.values())
+    assert all(module.mode is hs.model.Mode.FLOAT for module in model.quantizers.values())
