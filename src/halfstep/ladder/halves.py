@@ -80,4 +80,4 @@ def where_is_the_loss(search: Search) -> Halves | None:
         weights = search.judge("only weights quantized")
     with model.using(Mode.QUANTIZE, weights=False):
         activations = search.judge("only activations quantized")
-    return Halves(*map(search.drop, (weights, activations, both)), search.goal.max_drop)
+    return Halves(search.drop(weights), search.drop(activations), search.drop(both), search.goal.max_drop)

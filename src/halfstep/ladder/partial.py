@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 from halfstep.errors import ArgumentError, RecipeError
 from halfstep.evaluate import Drop, Score, as_scorer
+from halfstep.ladder.evaluation import Evaluation
 from halfstep.ladder.goal import Goal
 from halfstep.ladder.groups import Group, groups_of, matching, names_of
 from halfstep.ladder.halves import Halves, where_is_the_loss
 from halfstep.ladder.methods import Method
 from halfstep.ladder.prefix import WALKS, without_needless
-from halfstep.ladder.search import Evaluation, Search, float_evaluation
+from halfstep.ladder.search import Search, float_evaluation
 from halfstep.ladder.sensitivity import Sensitivity, rank
 from halfstep.ladder.steps import STEPS, Assignment, Step, find_steps, put
 from halfstep.model import QuantizedModel

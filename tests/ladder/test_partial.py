@@ -1,0 +1,203 @@
+"""Partial quantization: the fewest layers, the evidence, the pins, and what cannot be done."""
+
+import pytest
+import torch
+from torch import nn
+
+import halfstep as hs
+from halfstep.demo import DigitsNet
+from halfstep.errors import ArgumentError, MetricError, RecipeError
+from halfstep.evaluate import Score
+from halfstep.ladder.goal import Goal
+from halfstep.ladder.groups import groups_of
+from halfstep.ladder.partial import climb_partial
+from halfstep.ladder.search import Search, float_evaluation
+from tests.ladder.networks import FAULTS, INPUTS, Attention, calibrated, faulty, labelled, weights_per_tensor
+
+
+@pytest.fixture(scope="module")
+def accuracy():
+    return hs.Accuracy(labelled(faulty()))
+
+
+@pytest.fixture
+def model():
+    return weights_per_tensor()
+
+
+def test_the_planted_faults_and_nothing_else_are_put_back(model, accuracy):
+    result = hs.partial(model, accuracy, max_drop=0.06)
+    assert result.met and set(result.float_layers) == set(FAULTS) == set(model.float_layers)
+    assert result.score == accuracy.evaluate(model).value
+    assert result.drop.low < result.drop.value < result.drop.high
+    assert result.drop.value == pytest.approx(result.float_score - result.score)
+    assert result.full_evaluations < 6 and result.saved > 0
+    assert str(result).startswith("met: drop")
+
+
+def test_nothing_can_be_taken_from_the_result(model, accuracy):
+    result = hs.partial(model, accuracy, max_drop=0.025)
+    goal = Goal(0.025, accuracy.evaluate(faulty()))
+    assert result.met and len(result.float_layers) > 2
+    for name in result.float_layers:
+        model.float_layers = set(result.float_layers) - {name}
+        assert not goal.met(accuracy.evaluate(model))
+
+
+@pytest.mark.parametrize("max_drop", [0.06, 0.025, 0.0])
+def test_as_few_as_one_by_one_on_the_true_drops_within_one(accuracy, max_drop):
+    slow = hs.Partial(method="metric", walk="one_by_one", prune=False, early=False)
+    exhaustive = hs.partial(weights_per_tensor(), accuracy, max_drop, slow)
+    quick = hs.partial(weights_per_tensor(), accuracy, max_drop)
+    assert quick.met and exhaustive.met
+    assert len(quick.float_layers) <= len(exhaustive.float_layers) + 1
+    assert quick.full_evaluations < exhaustive.full_evaluations
+
+
+def test_a_model_that_meets_the_target_is_left_alone(model, accuracy):
+    result = hs.partial(model, accuracy, max_drop=0.99)
+    assert result.met and result.float_layers == () and len(result.history) == 3
+    assert "put no layer back: the target is met as it is" in result.decisions[-1]
+
+
+def test_float_layers_are_float_in_the_file_too(tmp_path):
+    torch.manual_seed(0)
+    images = torch.rand(256, 1, 8, 8)
+    network = DigitsNet().eval()
+    with torch.no_grad():  # one filter of block2.conv1 outweighs the others, which a single range then loses
+        network.block2.conv1.weight[0] *= 200
+    model = calibrated(network, hs.Recipe.uniform(5, 8, hs.PerTensor()), images)
+    with torch.no_grad():
+        wanted = network(images)
+    error = hs.CallableMetric(lambda m: (m(images) - wanted).abs().mean(), higher_is_better=False)
+    spared = hs.partial(model, error, max_drop=0.3 * error.evaluate(model).value)
+    assert spared.met and 0 < len(spared.float_layers) < 10
+    proof = hs.verify(hs.export_onnx(model, tmp_path / "model.onnx"), model, [images[:32]])
+    assert {fate.name for fate in proof.layers if not fate.integer} == set(spared.float_layers)
+    assert len(proof.kernels.floating) == len(spared.float_layers)
+    assert proof.parity.sqnr > 25
+
+
+def test_which_half_loses_it(accuracy):
+    weights = calibrated(faulty(), hs.Recipe.uniform(6, 8, hs.PerTensor()))
+    result = hs.partial(weights, accuracy, max_drop=0.05)
+    assert result.halves.cause in ("weights", "both") and result.halves.weights > 0.05
+    assert "With only the weights quantized the drop is" in result.decisions[0]
+    both = calibrated(faulty(), hs.Recipe.uniform(8, 3))
+    assert hs.partial(both, accuracy, max_drop=0.05).halves.cause == "activations"
+    assert hs.partial(weights_per_tensor(), accuracy, max_drop=0.06).halves is None  # there is no other half
+
+
+def test_pins(model, accuracy):
+    options = hs.Partial(keep_float=("0",), keep_quantized=("6",))
+    result = hs.partial(model, accuracy, 0.06, options)
+    assert "0" in result.float_layers and "6" not in result.float_layers
+    assert not result.met  # one of the faults may not be put back
+    assert "does not meet the target" in result.decisions[-1]
+    assert result.score > accuracy.evaluate(weights_per_tensor()).value
+
+
+def test_pins_that_suffice(model, accuracy):
+    result = hs.partial(model, accuracy, 0.06, hs.Partial(keep_float=FAULTS))
+    assert result.met and set(result.float_layers) == set(FAULTS) and result.sensitivity is None
+
+
+def test_tied_layers_are_put_back_together():
+    torch.manual_seed(0)
+    network = Attention()
+    attention = calibrated(network, hs.Recipe.uniform(3, 8, hs.PerTensor()))
+    result = hs.partial(attention, hs.Accuracy(labelled(network)), 0.0, hs.Partial(keep_float=("key",)))
+    assert {"query", "key", "value"} <= set(result.float_layers)
+    attention.float_layers = []
+    with pytest.raises(RecipeError, match=r"layer 'query' is pinned quantized, but reads the same quantizer"):
+        hs.partial(
+            attention, hs.Accuracy([]), 0.0, hs.Partial(keep_float=("key",), keep_quantized=("query",))
+        )
+
+
+def test_lower_is_better(model):
+    with torch.no_grad():
+        targets = faulty()(INPUTS)
+    batches = list(zip(INPUTS.split(100), targets.split(100), strict=True))
+    error = hs.Metric(batches, lambda o, y: (o - y).square().mean(1), higher_is_better=False)
+    start = error.evaluate(model).value
+    result = hs.partial(model, error, max_drop=start / 20)
+    assert result.met and 0 <= result.score <= start / 20 and set(FAULTS) <= set(result.float_layers)
+    assert result.drop.method == "bootstrap" and "no known bounds" in result.decisions[-1]
+
+
+def test_a_strict_goal_puts_back_more(accuracy):
+    loose = hs.partial(weights_per_tensor(), accuracy, max_drop=0.03)
+    strict = hs.partial(weights_per_tensor(), accuracy, max_drop=0.03, strict=True)
+    assert strict.met and strict.drop.high <= 0.03
+    assert len(strict.float_layers) >= len(loose.float_layers)
+
+
+def test_an_early_verdict_that_all_examples_overturn_is_not_the_end(model, accuracy, monkeypatch):
+    score, made = float_evaluation(accuracy, model)
+    search = Search(model, accuracy, Goal(0.06, score), made)
+    run, lies = search._stopper.run, []
+
+    def lying(candidate, *args, **options):
+        scores, side = run(candidate, *args, **options)
+        if candidate.float_layers == {"6"} and not lies:
+            lies.append(side)
+            return scores[:100], "below"
+        return scores, side
+
+    monkeypatch.setattr(search._stopper, "run", lying)
+    found = climb_partial(search, hs.Partial(early=True))
+    assert lies == ["above"] and search.goal.met(found)
+    assert any("All examples overturn the early verdict" in sentence for sentence in search.decisions)
+
+
+def test_nothing_is_scored_twice(model, accuracy):
+    score, made = float_evaluation(accuracy, model)
+    search = Search(model, accuracy, Goal(0.025, score), made)
+    first = climb_partial(search)
+    spent, decided = len(search.evaluations), model.float_layers
+    model.float_layers = []
+    assert climb_partial(search).value == first.value and model.float_layers == decided
+    assert len(search.evaluations) == spent
+
+
+def test_what_partial_cannot_do(model, accuracy):
+    with pytest.raises(RecipeError, match=r"pattern 'layer9' matches no layer; the nearest names are"):
+        hs.partial(model, accuracy, options=hs.Partial(keep_float=("layer9",)))
+    with pytest.raises(RecipeError, match=r"layer '2' is pinned both in float and quantized"):
+        hs.partial(model, accuracy, options=hs.Partial(keep_float=("2",), keep_quantized=("2",)))
+    with pytest.raises(
+        ArgumentError, match=r"no layers are left to put back to float: all that are quantized"
+    ):
+        hs.partial(model, accuracy, options=hs.Partial(keep_quantized=("*",)))
+    with pytest.raises(ArgumentError, match=r"walk: got 'random', needed one of 'gallop', 'one_by_one'"):
+        hs.Partial(walk="random")
+    with pytest.raises(ArgumentError, match=r"steps: got 'int4', needed some of"):
+        hs.Partial(steps=("int4",))
+    with pytest.raises(ArgumentError, match=r"steps: got none"):
+        hs.Partial(steps=())
+    with pytest.raises(MetricError, match=r"a strict goal needs the scores of single examples"):
+        hs.partial(model, lambda m: 1.0, strict=True)
+    model.float_layers = model.layer_names
+    with pytest.raises(ArgumentError, match=r"no layers are left to put back to float: none is quantized"):
+        hs.partial(model, accuracy)
+    with pytest.raises(ArgumentError, match=r"the float model itself scores 0.9, needed at least 0.95"):
+        Goal.floor(0.95, Score(0.9))
+
+
+@pytest.mark.parametrize("name", ["residual", "attention", "linear"])
+def test_every_single_layer_can_be_the_only_one_or_the_only_one_not(name):
+    torch.manual_seed(0)
+    networks = {
+        "residual": (DigitsNet().eval(), torch.rand(32, 1, 8, 8)),
+        "attention": (Attention(), INPUTS[:32]),
+        "linear": (nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 3)), INPUTS[:32]),
+    }
+    network, inputs = networks[name]
+    model = calibrated(network, inputs=inputs)
+    everything = set(model.layer_names)
+    for group in groups_of(model):
+        for names in (everything - set(group.layers), set(group.layers)):
+            model.float_layers = names
+            assert all(site.calibrated for site in model.sites.values())
+        model.float_layers = []
