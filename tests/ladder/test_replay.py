@@ -12,10 +12,12 @@ from tests.ladder.networks import INPUTS, Attention, calibrated
 @pytest.fixture(scope="module", params=["attention", "residual"])
 def case(request):
     torch.manual_seed(0)
-    if request.param == "attention":
-        return calibrated(Attention()), INPUTS[:8]
     images = torch.rand(64, 1, 8, 8)
-    return calibrated(DigitsNet().eval(), inputs=images), images[:8]
+    network, inputs = (Attention(), INPUTS) if request.param == "attention" else (DigitsNet().eval(), images)
+    model = calibrated(network, inputs=inputs)
+    for shift in model.shifts.values():  # as bias correction leaves them
+        shift.shift.normal_(std=0.1)
+    return model, inputs[:8]
 
 
 def test_replay_is_the_model(case):
@@ -49,5 +51,7 @@ def test_the_modes_are_as_before_afterwards(case):
     model, _ = case
     model.set_mode(hs.model.Mode.FLOAT)
     with quantizing(model):
-        assert all(module.mode is hs.model.Mode.QUANTIZE for module in model.quantizers.values())
-    assert all(module.mode is hs.model.Mode.FLOAT for module in model.quantizers.values())
+        assert all(site.mode is hs.model.Mode.QUANTIZE for site in model.sites.values())
+        assert all(shift.active for shift in model.shifts.values())
+    assert all(site.mode is hs.model.Mode.FLOAT for site in model.sites.values())
+    assert not any(shift.active for shift in model.shifts.values())

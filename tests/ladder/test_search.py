@@ -60,6 +60,9 @@ def test_the_fingerprint_names_what_is_computed(model):
     assert other != before and fingerprint(model) == before
     with model.using(hs.model.Mode.QUANTIZE, activations=False):
         assert fingerprint(model) != before
+    model.shifts["0"].shift.fill_(1)
+    assert fingerprint(model) != before
+    model.shifts["0"].shift.zero_()
     with torch.no_grad():
         model.weight("0.bias").add_(1)
     assert fingerprint(model) != before

@@ -7,15 +7,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from halfstep.bias_shift import BiasShift
 from halfstep.fake_quantize import FakeQuantize, Mode
 from halfstep.graph.inputs import ModelInputs, call_arguments
 from halfstep.model import QuantizedModel
 
-#: What a reader sees of a value: (value, reader) -> the quantizer between them; none means the value itself.
-Wiring = Mapping[tuple[fx.Node, fx.Node], FakeQuantize]
+#: What a reader sees of a value: (value, reader) -> the quantizer (or shift of a bias) between them; none means the
+#: value itself.
+Wiring = Mapping[tuple[fx.Node, fx.Node], nn.Module]
 
 #: The value of each node of a graph.
 Values = dict[fx.Node, Any]
@@ -31,13 +33,16 @@ def wiring(model: QuantizedModel, tied: bool = False) -> Wiring:
         tied: also where codes have only been moved about since they were quantized: what each reader sees, taken by
             itself. In a run of the whole graph that would change nothing.
     """
-    found: dict[tuple[fx.Node, fx.Node], FakeQuantize] = {}
+    found: dict[tuple[fx.Node, fx.Node], nn.Module] = {}
     for site in model.placement.sites:
         for position in site.positions:
             if position.tied and not (tied or site.is_weight):
                 continue
             for reader in position.readers:
                 found.setdefault((position.value, reader), model.sites[site.name])
+    for layer in model.layers:
+        if layer.name in model.shifts and layer.operator.bias is not None:
+            found[layer.operator.bias, layer.operator.node] = model.shifts[layer.name]
     return found
 
 
@@ -118,14 +123,19 @@ class Replay:
 
 @contextmanager
 def quantizing(model: QuantizedModel) -> Iterator[None]:
-    """Every quantizer of ``model``, in use or not, quantizes within the block; no gradients are kept."""
-    modules = [module for module in model.quantizers.values() if isinstance(module, FakeQuantize)]
-    before = [module.mode for module in modules]
-    for module in modules:
+    """Every quantizer of ``model``, in use or not, quantizes within the block, and biases are shifted; no gradients."""
+    quantizers = [module for module in model.quantizers.values() if isinstance(module, FakeQuantize)]
+    shifts = [module for module in model.quantizers.values() if isinstance(module, BiasShift)]
+    modes, active = [module.mode for module in quantizers], [module.active for module in shifts]
+    for module in quantizers:
         module.mode = Mode.QUANTIZE
+    for shift in shifts:
+        shift.active = True
     try:
         with torch.no_grad():
             yield
     finally:
-        for module, mode in zip(modules, before, strict=True):
+        for module, mode in zip(quantizers, modes, strict=True):
             module.mode = mode
+        for shift, was in zip(shifts, active, strict=True):
+            shift.active = was
