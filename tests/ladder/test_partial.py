@@ -78,6 +78,32 @@ def test_float_layers_are_float_in_the_file_too(tmp_path):
     assert proof.parity.sqnr > 25
 
 
+def test_ranges_at_run_time_are_a_step_before_float():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+    model = calibrated(network, inputs=INPUTS / 40)  # calibrated on inputs that are far too small
+    accuracy = hs.Accuracy(labelled(network))
+    result = hs.partial(model, accuracy, 0.03, hs.Partial(steps=("float", "dynamic")))
+    assert result.met and result.put_back and set(result.put_back.values()) == {"dynamic"}
+    assert set(model.dynamic_layers) == set(result.put_back) and not model.float_layers
+    assert "with ranges at run time" in result.decisions[-2]
+
+
+def test_a_step_is_taken_by_single_layers_where_it_does_not_do_for_all():
+    torch.manual_seed(0)
+    network = DigitsNet().eval()
+    images = torch.rand(300, 1, 8, 8)
+    model = calibrated(network, inputs=images / 20)
+    with torch.no_grad():
+        wanted = network(images)
+    error = hs.CallableMetric(lambda m: (m(images) - wanted).abs().mean(), higher_is_better=False)
+    result = hs.partial(
+        model, error, 0.2 * error.evaluate(model).value, hs.Partial(steps=("dynamic", "float"))
+    )
+    # Convs have no kernel for ranges at run time; the one linear layer has.
+    assert result.met and result.put_back.get("fc", "dynamic") == "dynamic" and len(result.float_layers) > 1
+
+
 def test_which_half_loses_it(accuracy):
     weights = calibrated(faulty(), hs.Recipe.uniform(6, 8, hs.PerTensor()))
     result = hs.partial(weights, accuracy, max_drop=0.05)

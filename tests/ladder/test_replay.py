@@ -28,8 +28,9 @@ def test_replay_is_the_model(case):
         model.set_mode(hs.model.Mode.QUANTIZE)
         with torch.no_grad():
             wanted = model(inputs)
-        with quantizing(model):
-            assert torch.equal(replay.outputs(replay.run(inputs, wiring(model))), wanted)
+        wires = wiring(model)
+        with quantizing([wires]):
+            assert torch.equal(replay.outputs(replay.run(inputs, wires)), wanted)
     model.float_layers = []
 
 
@@ -39,7 +40,7 @@ def test_change_recomputes_only_what_depends_on_the_difference(case):
     last = model.layer_names[-1]
     model.float_layers = [name for name in model.layer_names if name != last]
     after = wiring(model)
-    with quantizing(model):
+    with quantizing([after]):
         values = replay.run(inputs)
         changed = replay.change(values, FLOAT, after)
         assert torch.equal(replay.outputs(changed), replay.outputs(replay.run(inputs, after)))
@@ -50,7 +51,7 @@ def test_change_recomputes_only_what_depends_on_the_difference(case):
 def test_the_modes_are_as_before_afterwards(case):
     model, _ = case
     model.set_mode(hs.model.Mode.FLOAT)
-    with quantizing(model):
+    with quantizing([wiring(model)]):
         assert all(site.mode is hs.model.Mode.QUANTIZE for site in model.sites.values())
         assert all(shift.active for shift in model.shifts.values())
     assert all(site.mode is hs.model.Mode.FLOAT for site in model.sites.values())

@@ -49,6 +49,12 @@ def place(
     return _Placer(graph, target, recipe, float_layers, dynamic_layers).run()
 
 
+def takes_run_time_ranges(op: Operator, target: Target) -> bool:
+    """Whether ``target`` has a kernel for this layer whose activations get their range at run time."""
+    matrix = op.weight is not None and op.weight.meta["val"].dim() == 2
+    return matrix and op.kind in target.run_time_ranges
+
+
 class _Placer:
     def __init__(
         self,
@@ -107,16 +113,12 @@ class _Placer:
                 continue
             elif not spec.activations.dynamic:
                 self.integer.add(node)
-            elif self._takes_run_time_ranges(op):
+            elif takes_run_time_ranges(op, self.target):
                 self.islands.add(node)
             else:
                 self.reasons[node] = (
                     f"{op.kind} has no kernel on {self.target.name} that takes ranges at run time; left in float"
                 )
-
-    def _takes_run_time_ranges(self, op: Operator) -> bool:
-        matrix = op.weight is not None and op.weight.meta["val"].dim() == 2
-        return matrix and op.kind in self.target.run_time_ranges
 
     def _choose_followers(self) -> None:
         followers = {

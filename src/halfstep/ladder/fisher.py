@@ -69,7 +69,7 @@ def fisher(probe: Probe, groups: Sequence[Group], by: Loss, draws: int = 1, seed
         with torch.enable_grad():
             values = probe.replay.run(inputs, tap=keep)
             outputs = probe.replay.outputs(values)
-        with quantizing(probe.model):
+        with quantizing([wires]):
             errors = [_error(probe, tap, values, wires) for tap in taps]
         for draw in range(draws):
             with torch.enable_grad():

@@ -100,7 +100,7 @@ class Probe:
         """
         totals = torch.zeros(len(candidates), dtype=torch.float64)
         weight = 0.0
-        with quantizing(self.model), steps(what or "comparing outputs", len(candidates)) as advance:
+        with quantizing([base, *candidates]), steps(what or "comparing outputs", len(candidates)) as advance:
             for number, inputs in enumerate(self.batches):
                 values = self.replay.run(inputs)
                 wanted = self.replay.outputs(values)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,7 +50,7 @@ class Replay:
     """Runs the float graph of ``model`` with any wiring.
 
     Args:
-        model: the quantizers must be set to :data:`Mode.QUANTIZE` by :func:`quantizing` while wirings are used.
+        model: wirings are used within :func:`quantizing`, which sets their quantizers to quantize.
     """
 
     def __init__(self, model: QuantizedModel) -> None:
@@ -122,10 +122,11 @@ class Replay:
 
 
 @contextmanager
-def quantizing(model: QuantizedModel) -> Iterator[None]:
-    """Every quantizer of ``model``, in use or not, quantizes within the block, and biases are shifted; no gradients."""
-    quantizers = [module for module in model.quantizers.values() if isinstance(module, FakeQuantize)]
-    shifts = [module for module in model.quantizers.values() if isinstance(module, BiasShift)]
+def quantizing(wirings: Iterable[Wiring]) -> Iterator[None]:
+    """Every quantizer of the wirings quantizes within the block, and biases are shifted; no gradients are kept."""
+    modules = {id(module): module for wires in wirings for module in wires.values()}.values()
+    quantizers = [module for module in modules if isinstance(module, FakeQuantize)]
+    shifts = [module for module in modules if isinstance(module, BiasShift)]
     modes, active = [module.mode for module in quantizers], [module.active for module in shifts]
     for module in quantizers:
         module.mode = Mode.QUANTIZE

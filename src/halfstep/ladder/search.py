@@ -158,16 +158,16 @@ class Search:
         if not verdict.complete or any(site.mode is not Mode.QUANTIZE for site in self.model.sites.values()):
             return
 
-        def rank(score: Score, float_layers: frozenset[str]) -> tuple[bool, int, float]:
-            met = self.goal.met(score)
-            return not met, len(float_layers) if met else 0, self.goal.drop(score)
-
-        score, best = verdict.score, self.best
-        if best is None or rank(score, self.model.float_layers) < rank(
-            best.score, best.snapshot.float_layers
-        ):
+        score, best, model = verdict.score, self.best, self.model
+        if best is None or self._rank(score, model) < self._rank(best.score, best.snapshot):
             self.best = Candidate(what, score, Snapshot.of(self.model))
             say(f"best so far {score.value:.4f}, {self.goal.drop(score):+.4f} below float: {what}")
+
+    def _rank(self, score: Score, layers: QuantizedModel | Snapshot) -> tuple[bool, int, int, float]:
+        """Less is better: meets the goal, few layers in float, few with ranges at run time, a small drop."""
+        met = self.goal.met(score)
+        put_back = (len(layers.float_layers), len(layers.dynamic_layers)) if met else (0, 0)
+        return (not met, *put_back, self.goal.drop(score))
 
     def _record(
         self, what: str, verdict: Verdict, seconds: float, examples: int | None, total: int | None, key: str

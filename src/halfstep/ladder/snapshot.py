@@ -12,28 +12,31 @@ from halfstep.model import QuantizedModel
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Parameters, ranges and float layers of a model.
+    """Parameters and ranges of a model, and what its layers are put to.
 
     Attributes:
         model: the model itself, which may have changed since.
         float_layers: as they were.
+        dynamic_layers: the same.
         state: a copy of its parameters, buffers, scales and zero points.
     """
 
     model: QuantizedModel
     float_layers: frozenset[str]
+    dynamic_layers: frozenset[str]
     state: dict[str, torch.Tensor]
 
     @classmethod
     def of(cls, model: QuantizedModel) -> Snapshot:
         """The model as it stands."""
         state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-        return cls(model, model.float_layers, state)
+        return cls(model, model.float_layers, model.dynamic_layers, state)
 
     def restore(self) -> QuantizedModel:
         """Put the model back to this moment, quantizing."""
         self.model.float_layers = self.float_layers
-        self.model.load_state_dict(self.state)
+        self.model.dynamic_layers = self.dynamic_layers
+        self.model.load_state_dict(self.state, strict=False)  # quantizers made since then are not in use
         for site in self.model.sites.values():
             site.calibrated = True
         self.model.set_mode(Mode.QUANTIZE)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from halfstep.errors import ArgumentError
+from halfstep.graph.place import takes_run_time_ranges
 from halfstep.graph.placement import Layer
 from halfstep.ladder.groups import Group
 from halfstep.model import QuantizedModel
@@ -32,8 +33,20 @@ class Step:
         return all(self.supports(model, layer) for layer in model.layers if layer.name in group.layers)
 
 
+def _has_kernel(model: QuantizedModel, layer: Layer) -> bool:
+    return takes_run_time_ranges(layer.operator, model.target)
+
+
+def _always(model: QuantizedModel, layer: Layer) -> bool:
+    return True
+
+
 STEPS: dict[str, Step] = {
-    step.name: step for step in (Step("float", "float_layers", "in float", lambda model, layer: True),)
+    step.name: step
+    for step in (
+        Step("dynamic", "dynamic_layers", "with ranges at run time", _has_kernel),
+        Step("float", "float_layers", "in float", _always),
+    )
 }
 
 
