@@ -12,6 +12,7 @@ from halfstep.ladder.budget import Budget
 from halfstep.ladder.calibration import calibrate, observe
 from halfstep.ladder.candidates import Candidate, Sweep
 from halfstep.ladder.climb import prepare, quantize
+from halfstep.ladder.concerns import SiteConcern, concerns
 from halfstep.ladder.outcome import Outcome
 from halfstep.ladder.partial import Partial, PartialResult, partial
 from halfstep.ladder.sensitivity import Sensitivity, sensitivity
@@ -20,6 +21,7 @@ from halfstep.recipe import LayerSpec, Recipe, TensorSpec
 from halfstep.repair.bias import correct_bias
 from halfstep.repair.equalize import equalize
 from halfstep.repair.ranges import weigh_ranges
+from halfstep.report.site_plot import plot_site
 
 __all__ = [
     "MSE",
@@ -44,17 +46,20 @@ __all__ = [
     "Recipe",
     "Score",
     "Sensitivity",
+    "SiteConcern",
     "Sweep",
     "TensorSpec",
     "Verification",
     "best_of",
     "calibrate",
+    "concerns",
     "correct_bias",
     "equalize",
     "export_float",
     "export_onnx",
     "observe",
     "partial",
+    "plot_site",
     "prepare",
     "quantize",
     "sensitivity",

@@ -7,6 +7,7 @@ from halfstep.calibrators.maximum import Max
 from halfstep.calibrators.moving_average import MovingAverage
 from halfstep.calibrators.mse import MSE
 from halfstep.calibrators.percentile import Percentile
+from halfstep.calibrators.placed import levels
 
 __all__ = [
     "MSE",
@@ -19,5 +20,6 @@ __all__ = [
     "WeightCalibrator",
     "data_concerns",
     "disagreements",
+    "levels",
     "unlike",
 ]

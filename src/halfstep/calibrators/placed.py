@@ -51,6 +51,19 @@ def place(format: Format, low: Float64, high: Float64) -> Placed:
     return _Table(column, values, (values[1:] + values[:-1]) / 2, "left")
 
 
+def levels(format: Format, low: float, high: float) -> Float64:
+    """Return the numbers that a format can represent when it covers [low, high], ascending.
+
+    >>> levels(Integer(2), -3.0, 3.0)
+    array([-3.,  0.,  3.])
+    """
+    scale, zero_point = format.parameters(torch.tensor(low), torch.tensor(high))
+    if isinstance(format, Integer):
+        codes = np.arange(format.quant_min, format.quant_max + 1) - int(zero_point) + format.half
+        return np.asarray(codes * float(scale), np.float64)
+    return np.asarray(_numbers(format) * float(scale), np.float64)
+
+
 def _numbers(format: Format) -> Float64:
     """Return the finite numbers that the codes of a format stand for, ascending, zero once."""
     codes = torch.arange(format.levels, dtype=torch.int32).to(format.dtype)

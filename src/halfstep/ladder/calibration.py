@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import overload
@@ -15,6 +16,7 @@ from halfstep.fake_quantize import Mode
 from halfstep.graph.inputs import ModelInputs, batch_size, call_arguments, tensors_of
 from halfstep.ladder.best_of import BestOf
 from halfstep.ladder.candidates import Sweep
+from halfstep.ladder.concerns import concerns, sentences
 from halfstep.ladder.ranges import activation_answers, activation_sites, set_ranges, weight_answers
 from halfstep.ladder.sweep import sweep
 from halfstep.model import QuantizedModel
@@ -91,6 +93,8 @@ def calibrate(
     No data are needed: the histograms of :func:`observe` answer any calibrator and any number format, and
     :func:`best_of` compares outputs on the examples that it kept.
 
+    Warns of sites that saw only zeros or infinities, and of a percentile that rests on too few values.
+
     Args:
         model: observed.
         calibrator: for the activations, Max if None; or :func:`best_of`, which finds the best of several.
@@ -104,6 +108,9 @@ def calibrate(
     """
     if isinstance(calibrator, BestOf):
         return sweep(model, calibrator if weights is None else replace(calibrator, weights=(weights,)))
-    answers = activation_answers(model, calibrator or Max()) | weight_answers(model, weights or Max())
+    chosen = calibrator or Max()
+    answers = activation_answers(model, chosen) | weight_answers(model, weights or Max())
     set_ranges(model, answers)
+    for sentence in sentences(concerns(model, (chosen,))):
+        warnings.warn(sentence, stacklevel=2)
     return None

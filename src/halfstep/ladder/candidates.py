@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
+from halfstep.ladder.concerns import SiteConcern
 from halfstep.ladder.fidelity import Fidelity, Measure
 from halfstep.ladder.ranges import Answers, set_ranges
 from halfstep.model import QuantizedModel
@@ -53,6 +55,8 @@ class Sweep:
         passes: forward passes over them; the backward pass of ``mixed`` counts as one.
         evaluations: how often the metric was evaluated.
         weights_alone: what each weight calibrator does with activations in float.
+        concerns: reasons for a second look at the activations' sites: where calibrators disagree, and what the data
+            say against the winner.
         activations_alone: what the measure's best does with weights in float; None where one side is float anyway.
     """
 
@@ -63,6 +67,27 @@ class Sweep:
     evaluations: int = 0
     weights_alone: Mapping[str, Fidelity] = field(default_factory=dict)
     activations_alone: Fidelity | None = None
+    concerns: tuple[SiteConcern, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but ranges, as plain data."""
+        rows = [
+            {
+                "activations": candidate.activations,
+                "weights": candidate.weights,
+                **asdict(candidate.fidelity),
+                "score": candidate.score,
+            }
+            for candidate in self.candidates
+        ]
+        return {
+            "candidates": rows,
+            "by": self.by,
+            "examples": self.examples,
+            "passes": self.passes,
+            "evaluations": self.evaluations,
+            "concerns": [str(concern) for concern in self.concerns],
+        }
 
     @property
     def best(self) -> Candidate:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import tempfile
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +20,7 @@ from halfstep.graph.fold import fold
 from halfstep.graph.inputs import ModelInputs
 from halfstep.ladder.budget import Budget, BudgetSpent
 from halfstep.ladder.calibration import observe
+from halfstep.ladder.concerns import sentences, unlike_sites, watching
 from halfstep.ladder.deploy import deploy
 from halfstep.ladder.environment import environment
 from halfstep.ladder.goal import Goal
@@ -145,12 +147,17 @@ def _begin(
     budget: Budget,
 ) -> Search:
     """The float baseline and the statistics: what every rung starts from."""
-    baseline, _ = float_evaluation(scorer, prepared, journal)
+    with watching(prepared) as seen:
+        baseline, _ = float_evaluation(scorer, prepared, journal)
     goal = Goal(max_drop, baseline, scorer.higher_is_better)
     examples = Examples()
     observe(prepared, _watched(calibration, examples))
     journal.claim("calibration data", examples.digest())
-    return Search(prepared, scorer, goal, journal=journal, budget=budget)
+    search = Search(prepared, scorer, goal, journal=journal, budget=budget)
+    for sentence in sentences(unlike_sites(prepared, seen)):
+        warnings.warn(sentence, stacklevel=3)
+        search.decide(sentence)
+    return search
 
 
 def _watched(batches: Iterable[ModelInputs], examples: Examples) -> Iterator[ModelInputs]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from halfstep.evaluate import Accuracy, Score
 from halfstep.ladder.best_of import BestOf
 from halfstep.ladder.candidates import Sweep
+from halfstep.ladder.concerns import sentences
 from halfstep.ladder.search import Search
 from halfstep.ladder.sweep import judge, sweep
 
@@ -25,6 +26,8 @@ def climb_ptq(search: Search, options: BestOf | None = None) -> Score:
         options = BestOf(by="kl" if isinstance(search.scorer, Accuracy) else "sqnr")
     found = sweep(search.model, replace(options, metric=None))
     _explain(search, found)
+    for sentence in sentences(found.concerns):
+        search.decide(sentence)
     found, score = judge(
         found,
         search.model,
@@ -33,6 +36,7 @@ def climb_ptq(search: Search, options: BestOf | None = None) -> Score:
         search.goal.met,
         options.finalists,
     )
+    search.journal.write("sweep", **found.to_dict())
     search.decide(
         f"PTQ with {found.best} scores {score.value:.4f}, {search.goal.drop(score):+.4f} below float (allowed "
         f"{search.goal.max_drop:g}); {found.evaluations} of {len(found.candidates)} candidates were evaluated"

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from halfstep.calibrators import Calibrator, data_concerns, disagreements
 from halfstep.evaluate import Score, as_scorer
 from halfstep.fake_quantize import Mode
 from halfstep.ladder.best_of import FINALISTS, BestOf
 from halfstep.ladder.candidates import FLOAT, MIXED, Candidate, Sweep
+from halfstep.ladder.concerns import SiteConcern
 from halfstep.ladder.fidelity import Fidelity, Reference
 from halfstep.ladder.influence import influences
 from halfstep.ladder.ranges import (
@@ -113,6 +115,7 @@ class _Runs:
             self.reference.passes + self.passes,
             weights_alone={c.weights: c.fidelity for c in weights_alone} if both else {},
             activations_alone=activations_alone,
+            concerns=self._concerns(candidates[0].answers),
         )
 
     def _weights(self) -> tuple[Candidate | None, list[Candidate]]:
@@ -176,6 +179,17 @@ class _Runs:
             if best is not uniform or len(proposals) <= 1:
                 break
         return best
+
+    def _concerns(self, winner: Answers) -> tuple[SiteConcern, ...]:
+        """What the data say against the winner, and where the calibrators disagree."""
+        found = []
+        for name, module in activation_sites(self.model).items():
+            chosen = winner[name].calibrator
+            assert isinstance(chosen, Calibrator)
+            answers = {c: c.range(module.histogram, module.format) for c in self.options.calibrators}
+            at_site = [*data_concerns(module.histogram, (chosen,)), *disagreements(answers)]
+            found += [SiteConcern(name, concern) for concern in at_site]
+        return tuple(found)
 
     def _loss(self, candidate: Candidate) -> float:
         return candidate.fidelity.loss(self.options.by)

@@ -1,0 +1,151 @@
+"""What is said of calibration data that do not fit, with the site's name; and data that must not do harm."""
+
+import pytest
+import torch
+from torch import nn
+
+import halfstep as hs
+from halfstep.errors import DataError, NotObservedError
+from halfstep.ladder.concerns import sentences, watching
+
+X = torch.randn(256, 4, generator=torch.Generator().manual_seed(0))
+
+
+def net(bias=0.0):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)).eval()
+    model[0].bias.data += bias
+    return model
+
+
+def observed(*batches, model=None):
+    q = hs.prepare(model or net(), X[:2])
+    hs.observe(q, batches or [X])
+    return q
+
+
+def kinds(found):
+    return [(concern.site, concern.concern.kind) for concern in found]
+
+
+def test_nothing_is_said_of_data_that_fit():
+    q = observed()
+    hs.calibrate(q)
+    assert hs.concerns(q, (hs.Max(), hs.MSE()), evaluation=[X + 0.01]) == ()
+
+
+def test_a_dead_site_is_named():
+    q = observed(model=net(bias=-100.0))
+    with pytest.warns(UserWarning, match=r"site '1': all 1280 values are zero: the site is dead"):
+        hs.calibrate(q)
+
+
+def test_a_percentile_of_too_few_values_is_named():
+    q = observed()
+    with pytest.warns(
+        UserWarning, match=r"site 'input': percentile\(99.999\) of 1024 values .* \(so too '1'\)"
+    ):
+        hs.calibrate(q, hs.Percentile(99.999))
+
+
+def test_infinities_are_left_out_and_named():
+    model = nn.Linear(4, 3)
+    x = X.clone()
+    x[0, 0] = float("inf")
+    q = hs.prepare(model, X[:2])
+    hs.observe(q, [x])
+    with pytest.warns(UserWarning, match=r"site 'input': 0 NaN and 1 infinite values were left out"):
+        hs.calibrate(q)
+    assert q.sites["input"].range()[1] < 10
+
+
+def test_nan_is_an_error_that_names_batch_and_site():
+    x = X.clone()
+    x[3, 1] = float("nan")
+    with pytest.raises(DataError, match=r"calibration batch 1: site 'input': 1 of 1024 values are NaN"):
+        observed(X, x)
+
+
+def test_calibrators_that_disagree_are_named():
+    x = X.clone()
+    x[0, 0] = 1000.0
+    q = observed(x)
+    found = hs.calibrate(q, hs.best_of(hs.Max(), hs.Percentile(99)))
+    assert ("input", "disagreement") in kinds(found.concerns)
+    assert "max answers" in sentences(found.concerns)[0]
+
+
+def test_other_data_are_told_apart_at_the_sites_where_they_differ():
+    q = observed()
+    found = hs.concerns(q, evaluation=[3 + X])
+    assert kinds(found)[0] == ("input", "unlike")
+    with pytest.raises(DataError, match=r"evaluation batch 0: input 'input': got shape \(2, 3\)"):
+        hs.concerns(q, evaluation=[torch.randn(2, 3)])
+
+
+def test_watching_counts_apart_and_only_the_first_examples():
+    q = observed()
+    before = q.sites["input"].histogram.count
+    with watching(q, examples=100) as seen:
+        for part in X.split(64):
+            q(part)
+    assert seen["input"].count == 2 * 64 * 4
+    assert q.sites["input"].histogram.count == before
+    assert not any(module._forward_pre_hooks for module in (q, *q.sites.values()))
+
+
+def test_the_ladder_compares_calibration_data_with_the_metrics():
+    labelled = [(5 + X, torch.zeros(256, dtype=torch.int64))]
+    with pytest.warns(UserWarning, match=r"site 'input': calibration and evaluation values differ"):
+        outcome = hs.quantize(net(), X[:2], [X], hs.Accuracy(labelled), max_drop=1.0)
+    assert any("calibration and evaluation values differ" in sentence for sentence in outcome.decisions)
+
+
+def test_a_sentence_for_every_kind():
+    q = observed(model=net(bias=-100.0))
+    lines = sentences(hs.concerns(q, (hs.Percentile(99.999),)))
+    assert len(lines) == 2
+    assert lines[0].startswith("site 'input': percentile(99.999) of 1024 values")
+    assert lines[1].startswith("site '1': all 1280 values are zero")
+
+
+# data that must do no harm
+
+
+def test_a_first_batch_of_zeros():
+    q = observed(torch.zeros(8, 4), X)
+    histogram = q.sites["input"].histogram
+    assert histogram.count == 8 * 4 + 1024
+    assert (histogram.min, histogram.max) == (float(X.min()), float(X.max()))
+    hs.calibrate(q)
+    assert torch.isfinite(q(X)).all()
+
+
+def test_a_tiny_first_batch_and_a_huge_value_later():
+    huge = torch.zeros(1, 4)
+    huge[0, 0] = 1e30
+    q = observed(X[:8] * 1e-30, huge)
+    histogram = q.sites["input"].histogram
+    assert histogram.count == 36
+    assert histogram.max == float(torch.tensor(1e30))
+    assert len(histogram.state_dict()["keys"]) == 32 + 2  # zero and the huge one
+    hs.calibrate(q)
+    assert torch.isfinite(q(huge)).all()
+
+
+def test_batches_of_any_size_count_alike():
+    one, many = observed(X), observed(X[:1], X[1:8], X[8:100], X[100:])
+    for name, module in one.sites.items():
+        state, other = module.histogram.state_dict(), many.sites[name].histogram.state_dict()
+        assert module.histogram.count == many.sites[name].histogram.count
+        if name == "input":  # the others come from matrix products, whose rounding depends on the batch
+            assert all(torch.equal(state[part], other[part]) for part in state)
+
+
+def test_a_site_that_saw_nothing_is_named():
+    q = hs.prepare(net(), X[:2])
+    with pytest.raises(
+        NotObservedError, match=r"site 'input': no finite value was observed; run at least one"
+    ):
+        hs.calibrate(q)
+    assert kinds(hs.concerns(q))[0] == ("input", "unobserved")
