@@ -15,6 +15,7 @@ from halfstep.ladder.climb import prepare, quantize
 from halfstep.ladder.concerns import SiteConcern, concerns
 from halfstep.ladder.outcome import Outcome
 from halfstep.ladder.partial import Partial, PartialResult, partial
+from halfstep.ladder.qat import train
 from halfstep.ladder.sensitivity import Sensitivity, sensitivity
 from halfstep.model import QuantizedModel
 from halfstep.recipe import LayerSpec, Recipe, TensorSpec
@@ -22,6 +23,11 @@ from halfstep.repair.bias import correct_bias
 from halfstep.repair.equalize import equalize
 from halfstep.repair.ranges import weigh_ranges
 from halfstep.report.site_plot import plot_site
+from halfstep.training.distillation import Distillation
+from halfstep.training.fit import Trained
+from halfstep.training.options import Training
+from halfstep.training.oscillation import Damping, Freezing
+from halfstep.training.ranges import Ranges
 
 __all__ = [
     "MSE",
@@ -29,7 +35,10 @@ __all__ = [
     "Budget",
     "CallableMetric",
     "Candidate",
+    "Damping",
+    "Distillation",
     "Entropy",
+    "Freezing",
     "HalfstepError",
     "Integer",
     "LayerSpec",
@@ -43,12 +52,15 @@ __all__ = [
     "PerTensor",
     "Percentile",
     "QuantizedModel",
+    "Ranges",
     "Recipe",
     "Score",
     "Sensitivity",
     "SiteConcern",
     "Sweep",
     "TensorSpec",
+    "Trained",
+    "Training",
     "Verification",
     "best_of",
     "calibrate",
@@ -63,6 +75,7 @@ __all__ = [
     "prepare",
     "quantize",
     "sensitivity",
+    "train",
     "verify",
     "weigh_ranges",
 ]

@@ -11,6 +11,7 @@
     │   └── NotObservedError a range was asked of a site that saw no data
     ├── MetricError          the metric raised, or answered with something that is no score
     ├── TrainingError        fine-tuning cannot go on
+    │   └── DivergedError    a loss or gradient became NaN or infinite; the last good state was kept
     ├── ExportError          the graph cannot be written, or the file written is not what was simulated
     └── RunError             a run directory that cannot be used or belongs to something else
 
@@ -57,6 +58,10 @@ class MetricError(HalfstepError):
 
 class TrainingError(HalfstepError):
     """Fine-tuning cannot go on."""
+
+
+class DivergedError(TrainingError):
+    """A loss or gradient became NaN or infinite; the last good state was kept."""
 
 
 class ExportError(HalfstepError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import Enum
 from typing import Any
 
@@ -10,8 +11,10 @@ from torch import nn
 
 from halfstep import functional
 from halfstep.calibrators.calibrator import Calibrator, WeightCalibrator
-from halfstep.errors import DataError, NotObservedError, named
-from halfstep.formats import Format
+from halfstep.errors import DataError, FormatError, NotObservedError, named
+from halfstep.formats import Codebook, Format, Integer
+from halfstep.formats.codebook import midpoints
+from halfstep.functional import CLIPPED_STE, Gradient
 from halfstep.granularity import Granularity
 from halfstep.statistics import Histogram
 
@@ -24,8 +27,15 @@ class Mode(Enum):
     QUANTIZE = "quantize"
 
 
+#: What training may move, by the names that parameters and state dicts use.
+LEARNABLE = ("growth", "zero", "values")
+
+
 class FakeQuantize(nn.Module):
     """Quantizes and dequantizes the tensor of one site, or observes it, or lets it through.
+
+    Scale and zero point are buffers. After :meth:`learn` they follow from parameters that an optimizer moves, until
+    :meth:`settle` makes buffers of them again; ``scale``, ``zero_point`` and ``format`` tell what holds now.
 
     Args:
         name: the site's name, for error messages.
@@ -37,23 +47,58 @@ class FakeQuantize(nn.Module):
     #: Whether the range is computed from each tensor at run time; see :class:`.RunTimeQuantize`.
     dynamic = False
 
-    scale: torch.Tensor
-    zero_point: torch.Tensor
+    growth: nn.Parameter | None
+    zero: nn.Parameter | None
+    values: nn.Parameter | None
     offset: torch.Tensor | None
 
     def __init__(self, name: str, format: Format, granularity: Granularity, shape: tuple[int, ...]) -> None:
         super().__init__()
-        self.name, self.format, self.granularity = name, format, granularity
+        self.name, self.granularity = name, granularity
+        self._format = format
         self.mode = Mode.FLOAT
         self.calibrated = False
         self.calibrated_by: Calibrator | WeightCalibrator | None = None  # so that it can be done again
+        self.gradient: Gradient = CLIPPED_STE
         self.histogram = Histogram()
         parameters = granularity.parameter_shape(shape)
-        self.register_buffer("scale", torch.ones(parameters))
-        self.register_buffer("zero_point", torch.zeros(parameters, dtype=torch.int32))
+        # Not by register_buffer, which refuses the names of properties. A scale of NaN says: not calibrated.
+        self._buffers["scale"] = torch.full(parameters, float("nan"))
+        self._buffers["zero_point"] = torch.zeros(parameters, dtype=torch.int32)
+        for parameter in LEARNABLE:
+            self.register_parameter(parameter, None)
         # What a learned rounding adds to the weight before it is quantized. The float weight stays what it was, for
         # layers put back to float, and training goes on from there.
         self.register_buffer("offset", None)
+
+    @property
+    def scale(self) -> torch.Tensor:
+        """The scale that holds now, float32; differentiable where it is learned."""
+        scale = self._buffers["scale"]
+        assert scale is not None
+        return scale if self.growth is None else scale * torch.exp2(self.growth)
+
+    @property
+    def zero_point(self) -> torch.Tensor:
+        """The zero point that holds now, int32; a learned one rounded."""
+        if self.zero is not None and isinstance(self._format, Integer):
+            low, high = self._format.quant_min, self._format.quant_max
+            return self.zero.detach().round().clamp(low, high).int()
+        zero_point = self._buffers["zero_point"]
+        assert zero_point is not None
+        return zero_point
+
+    @property
+    def format(self) -> Format:
+        """The number format, with the values that a learned codebook has now."""
+        if self.values is None or not isinstance(self._format, Codebook):
+            return self._format
+        values = _increasing(self.values)
+        return replace(self._format, values=values, thresholds=midpoints(values), ties_up=False)
+
+    @format.setter
+    def format(self, format: Format) -> None:
+        self._format, self.values = format, None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Shape, dtype and device of ``x`` are kept."""
@@ -73,6 +118,8 @@ class FakeQuantize(nn.Module):
                 f"site {self.name!r}: {nans} of {x.numel()} values are NaN; look for NaN in the calibration data, or "
                 "for a layer that overflows on it"
             )
+
+    # the range
 
     def calibrate(self, calibrator: Calibrator) -> None:
         """Set scale and zero point from what was observed.
@@ -108,10 +155,11 @@ class FakeQuantize(nn.Module):
     def set_range(self, low: torch.Tensor, high: torch.Tensor) -> None:
         """Set scale and zero point so that [low, high] is representable (shapes as the scale's).
 
-        A rounding learned for the old range is dropped.
+        What was learned for the old range (its growth, zero point, rounding) is forgotten; the values of a learned
+        codebook stay.
         """
         scale, zero_point = self.format.parameters(low, high)
-        self.offset = None
+        self.growth = self.zero = self.offset = None
         self.scale.copy_(scale.expand(self.scale.shape))
         self.zero_point.copy_(zero_point.expand(self.zero_point.shape))
         self.calibrated = True
@@ -123,7 +171,13 @@ class FakeQuantize(nn.Module):
     def rounded(self, x: torch.Tensor) -> torch.Tensor:
         """What ``x`` becomes when it is quantized and dequantized, whatever the mode."""
         x = self.shifted(x)
-        return functional.fake_quantize(x, self.scale, self.zero_point, self.format, self.granularity)
+        if self.values is not None:
+            scale = self.scale if self._scaled else None
+            return functional.fake_quantize_learned(x, self.values, scale, self.granularity, self.gradient)
+        zero_point = self.zero_point if self.zero is None else self.zero
+        return functional.fake_quantize(
+            x, self.scale, zero_point, self._format, self.granularity, self.gradient
+        )
 
     def shifted(self, x: torch.Tensor) -> torch.Tensor:
         """What is quantized when ``x`` passes: ``x`` itself, or moved to where a learned rounding wants it."""
@@ -137,14 +191,81 @@ class FakeQuantize(nn.Module):
         """
         if not self.calibrated:
             raise NotObservedError(f"site {self.name!r}: has no range yet; run observe() and calibrate()")
-        return self.format.range(self.scale, self.zero_point)
+        return self.format.range(self.scale.detach(), self.zero_point)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Take over a learned rounding where there is one, or lose it where there is none."""
-        offset = state_dict.get(f"{prefix}offset")
-        self.offset = None if offset is None else torch.empty_like(offset, device=self.scale.device)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    # learning it
+
+    @property
+    def _scaled(self) -> bool:
+        return not (isinstance(self._format, Codebook) and not self._format.scaled)
+
+    def learn(self, step: bool = True, offset: bool = False, values: bool = False) -> list[nn.Parameter]:
+        """Make parameters of the range, starting from where it is; :meth:`settle` ends it.
+
+        What a format lacks is left out: the step of absolute codebooks, and of scales that must be powers of two;
+        the offset of symmetric formats, and of ranges that start at 0, where ReLU needs the zero point to stay the
+        lowest code; the values of uniform formats.
+
+        Args:
+            step: learn the scale's growth, log2 of what it is now over what it was, which keeps it positive and makes
+                its updates relative ones.
+            offset: learn the zero point, in codes; it is rounded in use.
+            values: learn a codebook's values; thresholds become the midpoints.
+
+        Returns:
+            The new parameters.
+
+        Raises:
+            NotObservedError: before calibration.
+
+        Source: Esser et al. 2020, "Learned Step Size Quantization"; Bhalgat et al. 2020, "LSQ+" (offset).
+        """
+        low, _ = self.range()
+        format = self._format
+        if step and self._scaled and not (isinstance(format, Integer) and format.power_of_two):
+            self.growth = nn.Parameter(torch.zeros_like(self.scale))
+        affine = isinstance(format, Integer) and format.fixed_zero_point is None
+        if offset and affine and bool((low < 0).any()):
+            self.zero = nn.Parameter(self.zero_point.to(self.scale.dtype))
+        if values and isinstance(format, Codebook):
+            numbers = format.values if self.values is None else self.values.detach()
+            self.values = nn.Parameter(numbers.to(self.scale.device, copy=True))
+        return [parameter for parameter in self.parameters(recurse=False) if parameter.requires_grad]
+
+    def settle(self) -> None:
+        """Keep the learned range as buffers; what was learned of a codebook's values stays as it is."""
+        scale, zero_point = self.scale.detach(), self.zero_point
+        self.growth = self.zero = None
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
+        if self.values is not None:
+            self.values.requires_grad_(False)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Load, with the parameters that the saved one had, calibrated if it was."""
+        if f"{prefix}scale" in state_dict:
+            for name in LEARNABLE:
+                saved, own = state_dict.get(prefix + name), getattr(self, name)
+                if saved is None:
+                    setattr(self, name, None)
+                elif own is None or own.shape != saved.shape:
+                    setattr(self, name, nn.Parameter(torch.empty_like(saved, device=self.scale.device)))
+            offset = state_dict.get(f"{prefix}offset")
+            self.offset = None if offset is None else torch.empty_like(offset, device=self.scale.device)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self.calibrated = bool(torch.isfinite(self.scale).all())
 
     def extra_repr(self) -> str:
         """Format, granularity and mode."""
-        return f"{self.format}, {self.granularity}, {self.mode.value}"
+        return f"{self._format}, {self.granularity}, {self.mode.value}"
+
+
+def _increasing(values: torch.Tensor) -> torch.Tensor:
+    """Sorted, and strictly increasing even where training has moved two values to the same place."""
+    numbers = values.detach().sort(dim=-1).values.clone()
+    if not bool(numbers.isfinite().all()):
+        raise FormatError("codebook: a learned value is NaN or infinite")
+    for k in range(1, numbers.shape[-1]):
+        above = torch.nextafter(numbers[..., k - 1], torch.full_like(numbers[..., 0], float("inf")))
+        numbers[..., k] = torch.maximum(numbers[..., k], above)
+    return numbers

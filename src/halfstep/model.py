@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import types
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from halfstep.bias_shift import BiasShift
-from halfstep.errors import ArgumentError, DataError
+from halfstep.errors import ArgumentError, DataError, RunError
 from halfstep.fake_quantize import FakeQuantize, Mode
 from halfstep.formats import Integer
 from halfstep.graph.capture import Captured
@@ -24,6 +25,7 @@ from halfstep.graph.names import readable_names
 from halfstep.graph.operators import describe
 from halfstep.graph.place import place
 from halfstep.graph.placement import Layer, Placement, Position, Site
+from halfstep.graph.unfold import unfold
 from halfstep.recipe import Recipe, match_layers
 from halfstep.run_time_quantize import RunTimeQuantize
 from halfstep.targets import Target
@@ -34,7 +36,8 @@ class QuantizedModel(nn.Module):
 
     An ordinary module: it takes and returns what the user's model does, its parameters carry the names they have
     there (batch norms folded away), and ``train()``/``eval()`` differ in nothing, since dropout and batch norm are
-    gone. The quantizers live under ``quantizers``.
+    gone. The quantizers live under ``quantizers``. It trains in any loop: gradients pass the quantizers straight
+    through, and its ``state_dict()`` holds weights, ranges and what is left in float.
 
     Args:
         captured: the network as a graph; the model takes it over.
@@ -58,6 +61,9 @@ class QuantizedModel(nn.Module):
             )
         self.captured, self.target, self.recipe = captured, target, recipe
         self.quantizers = nn.ModuleDict()
+        # The quantizers of other choices of float layers too, with what they saw.
+        self._shelf: dict[str, nn.Module] = {}
+        self._keys: dict[str, str] = {}
         self.mode = Mode.FLOAT
         self.sample: list[ModelInputs] = []  # a bounded part of the calibration data, kept for scoring
         self._names = readable_names(self.graph)
@@ -134,6 +140,8 @@ class QuantizedModel(nn.Module):
         self.placement: Placement = place(
             self.graph, self.target, self.recipe, self._float_layers, self._dynamic_layers
         )
+        self._shelf.update(self.quantizers.items())
+        self.quantizers.clear()
         self._in_use = {site.name: self._quantizer(site) for site in self.placement.sites}
         self._shifts = {layer.name: self._bias_shift(layer) for layer in self.layers if _has_bias(layer)}
         code = self.simulation().graph.python_code("self")
@@ -161,9 +169,9 @@ class QuantizedModel(nn.Module):
         """The shift of a layer's bias, made when first seen."""
         key, bias = _shift_key(layer), layer.operator.bias
         assert bias is not None
-        if key not in self.quantizers:
-            self.quantizers[key] = BiasShift(len(self.weight(str(bias.target)))).to(self._device())
-        found = self.quantizers[key]
+        if key not in self._shelf:
+            self._shelf[key] = BiasShift(len(self.weight(str(bias.target))))
+        self.quantizers[key] = found = self._shelf[key].to(self._device())
         assert isinstance(found, BiasShift)
         return found
 
@@ -174,21 +182,21 @@ class QuantizedModel(nn.Module):
         same quantizer, since the values are the same.
         """
         value, key = site.positions[0].value, site.key
-        while key not in self.quantizers and not (site.is_weight or site.dynamic):
+        while key not in self._shelf and not (site.is_weight or site.dynamic):
             op = describe(value)
             if op is None or op.kind not in self.target.passes or not op.inputs:
                 break
             value = op.inputs[0]
             key = replace(site, name=self._names[value]).key
-        if key not in self.quantizers:
+        if key not in self._shelf:
             key = site.key
             shape = (
                 self.weight(site.name).shape if site.is_weight else site.positions[0].value.meta["val"].shape
             )
             sizes = tuple(size if isinstance(size, int) else 0 for size in shape)  # 0: the dynamic batch
-            self.quantizers[key] = make_quantizer(site, sizes).to(self._device())
-        self._keys = {**getattr(self, "_keys", {}), site.name: key}
-        found = self.quantizers[key]
+            self._shelf[key] = make_quantizer(site, sizes)
+        self._keys[site.name] = key
+        self.quantizers[key] = found = self._shelf[key].to(self._device())
         assert isinstance(found, FakeQuantize)
         return found
 
@@ -258,14 +266,62 @@ class QuantizedModel(nn.Module):
             f"positional and keywords {sorted(example_kwargs)}, as in example_inputs"
         )
 
+    # what is kept of it
+
+    def to_float_state_dict(self) -> dict[str, torch.Tensor]:
+        """The float weights as they are now, for ``load_state_dict`` of the user's own module.
+
+        Folded batch norms are unfolded: they keep their statistics and gains, the layers before them and their
+        shifts take the training up. Ranges are left out.
+
+        Raises:
+            ArgumentError: naming the parameter, where the user's module cannot express what was trained: a shared
+                weight whose copies have parted, a channel that batch norm multiplies by 0.
+        """
+        captured = self.captured
+        return unfold(captured.module, captured.folded, captured.originals, captured.names)
+
+    def _choices(self) -> dict[str, list[str]]:
+        """The layers that are not as the recipe has them, by the names of the properties to assign."""
+        return {
+            "float_layers": sorted(self._float_layers),
+            "dynamic_layers": sorted(self._dynamic_layers),
+        }
+
+    def get_extra_state(self) -> torch.Tensor:
+        """What the tensors of a state dict do not say, as JSON in a tensor of bytes, which safetensors can store."""
+        state = {**self._choices(), "mode": self.mode.value}
+        return torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Quantize, observe or pass floats as the saved model did."""
+        self.set_mode(Mode(_told(state)["mode"]))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Load, after a look at the float and dynamic layers: with others there would be other sites.
+
+        Raises:
+            RunError: if the saved model had others.
+        """
+        extra = state_dict.get(f"{prefix}_extra_state")
+        saved = {} if extra is None else _told(extra)
+        for name, ours in self._choices().items():
+            if saved.get(name, ours) != ours:
+                words = name.replace("_", " ")
+                raise RunError(
+                    f"state dict: saved with {words} {saved[name]}, this model has {ours}; set {name} = {saved[name]} "
+                    "before loading"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedModel:
         """A model of its own with the same parameters, ranges, statistics and float layers."""
         root = copy.deepcopy(self.captured.module, memo)
         root._modules.pop("quantizers", None)
         captured = replace(self.captured, module=root)
         twin = QuantizedModel(captured, self.target, self.recipe)
-        for key, module in self.quantizers.items():
-            twin.quantizers[key] = copy.deepcopy(module, memo)
+        twin._shelf = {key: copy.deepcopy(module, memo) for key, module in self._shelf.items()}
+        twin.quantizers.clear()
         twin.sample = self.sample
         twin._keys, twin.mode, twin._float_layers = dict(self._keys), self.mode, self._float_layers
         twin._dynamic_layers = self._dynamic_layers
@@ -302,6 +358,12 @@ def make_quantizer(site: Site, shape: tuple[int, ...]) -> FakeQuantize:
         assert isinstance(site.format, Integer)
         return RunTimeQuantize(site.name, site.format, site.granularity)
     return FakeQuantize(site.name, site.format, site.granularity, shape)
+
+
+def _told(extra_state: torch.Tensor) -> dict[str, Any]:
+    """What :meth:`QuantizedModel.get_extra_state` wrote."""
+    told: dict[str, Any] = json.loads(bytes(extra_state.tolist()))
+    return told
 
 
 def describe_site(module: FakeQuantize) -> str:

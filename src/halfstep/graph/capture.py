@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from halfstep.errors import CaptureError, DataError
 from halfstep.graph.inputs import ModelInputs, batch_size, call_arguments
+from halfstep.graph.unfold import FoldedNorm, tensors
 
 #: Captured and original outputs may differ by this much, relative in the L2 norm. Captured graphs run the same
 #: kernels, so the slack is for folded constants only.
@@ -40,6 +41,10 @@ class Captured:
         out_spec: how the tuple of outputs is put together to what the user's model returns.
         example_inputs: ``(args, kwargs)`` that the graph was traced with, batch of at least 2.
         batched: for each placeholder, whether its first dimension is the (dynamic) batch.
+        folded: the batch norms that are no longer in the graph, one record for each layer they were folded into.
+        originals: the user's parameters and buffers that are not in the graph, by name; weights that a batch norm was
+            folded into are not kept twice.
+        names: from every name of the user's state dict to the one that the graph, or ``originals``, has for it.
     """
 
     module: fx.GraphModule
@@ -48,6 +53,9 @@ class Captured:
     example_inputs: tuple[tuple[Any, ...], dict[str, Any]]
     batched: tuple[bool, ...]
     notes: list[str] = field(default_factory=list)
+    folded: list[FoldedNorm] = field(default_factory=list)
+    originals: dict[str, torch.Tensor] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
 
     def check_inputs(self, flat: Sequence[Any]) -> None:
         """Raise unless ``flat`` are tensors of the example's types and shapes, but for the batch's size.
@@ -136,9 +144,26 @@ def capture(model: nn.Module, example_inputs: ModelInputs) -> Captured:
     module = fx.GraphModule(
         module, module.graph
     )  # without torch's hooks, which check for the user's signature
-    captured = Captured(module, in_spec, out_spec, (args, kwargs), batched)
+    originals, graph_names = _not_in_graph(own, module)
+    captured = Captured(
+        module, in_spec, out_spec, (args, kwargs), batched, originals=originals, names=graph_names
+    )
     check_equal(captured, own)
     return captured
+
+
+def _not_in_graph(model: nn.Module, graph: fx.GraphModule) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """What the model's state dict has and the graph has not, and which of the graph's names stands for each name.
+
+    A tensor with several names in the model has one in the graph.
+    """
+    live = tensors(graph)
+    state = model.state_dict(keep_vars=True)
+    first: dict[int, str] = {}
+    for name, tensor in sorted(state.items(), key=lambda item: item[0] not in live):
+        first.setdefault(id(tensor), name)
+    names = {name: first[id(tensor)] for name, tensor in state.items()}
+    return {name: state[name].detach() for name in names.values() if name not in live}, names
 
 
 def check_equal(captured: Captured, model: nn.Module) -> None:

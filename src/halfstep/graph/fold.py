@@ -10,7 +10,8 @@ from torch import fx, nn
 
 from halfstep.graph.capture import Captured, unchanged
 from halfstep.graph.operators import is_spatial_mean
-from halfstep.graph.parameters import parameter, store
+from halfstep.graph.parameters import parameter, store, trainable
+from halfstep.graph.unfold import FoldedNorm, tensors
 
 aten = torch.ops.aten
 
@@ -66,8 +67,13 @@ def fold(captured: Captured) -> Captured:
     with unchanged(captured, "folding batch norm"):
         remove_identities(captured.module)
         keep_pooled_axes(captured.module)
-        fold_batch_norm(captured.module)
+        before = tensors(captured.module)
+        captured.folded += fold_batch_norm(captured.module)
         clean(captured.module)
+    after, weights = tensors(captured.module), {norm.source_weight for norm in captured.folded}
+    for name, tensor in before.items():
+        if after.get(name) is not tensor and name not in weights:
+            captured.originals[name] = tensor.detach()
     return captured
 
 
@@ -120,13 +126,17 @@ def _is_noop_cast(node: fx.Node) -> bool:
     return before.dtype == value.dtype and before.device == value.device
 
 
-def fold_batch_norm(module: fx.GraphModule) -> None:
+def fold_batch_norm(module: fx.GraphModule) -> list[FoldedNorm]:
     """Fold batch norms into the conv or linear before them, in float64.
 
     ``W' = W * g / sqrt(var + eps)`` per output channel, ``b' = beta + (b - mean) * g / sqrt(var + eps)``; with no
     affine g = 1 and beta = 0, with no conv bias b = 0. A conv whose output is also read elsewhere keeps its batch
     norm. A weight used by several layers is folded into a copy of its own for each different batch norm.
+
+    Returns:
+        A record of every layer and batch norm that became one.
     """
+    records: list[FoldedNorm] = []
     folded: dict[tuple[str, ...], tuple[fx.Node, fx.Node]] = {}
     for node in list(module.graph.nodes):
         if node.target is not aten._native_batch_norm_legit_no_training.default:
@@ -134,7 +144,9 @@ def fold_batch_norm(module: fx.GraphModule) -> None:
         source = node.args[0]
         if not _can_fold(source) or set(node.users) - {u for u in node.users if _is_first_item(u)}:
             continue
-        _fold_one(module, source, node, folded)
+        record = _fold_one(module, source, node, folded)
+        records += [record] if record else []
+    return records
 
 
 def _can_fold(source: Any) -> bool:
@@ -169,22 +181,23 @@ def _fold_one(
     source: fx.Node,
     norm: fx.Node,
     folded: dict[tuple[str, ...], tuple[fx.Node, fx.Node]],
-) -> None:
-    gain, shift, mean, variance = (_node(argument) for argument in norm.args[1:5])
+) -> FoldedNorm | None:
+    """Fold ``norm`` into ``source``; None if the same two were folded before, for another use of them."""
+    gain, shift, mean_node, variance = (_node(argument) for argument in norm.args[1:5])
     epsilon = norm.args[6]
     weight_node, bias_node = _node(source.args[1]), _node(source.args[2]) if len(source.args) > 2 else None
     assert weight_node is not None
     assert isinstance(epsilon, float)
-    parts = (weight_node, bias_node, gain, shift, mean, variance)
+    parts = (weight_node, bias_node, gain, shift, mean_node, variance)
     key = (*(str(part.target) if part is not None else "" for part in parts), str(epsilon))
+    record = None
     if key not in folded:
         weight = parameter(module, weight_node)
         bias, g, b, mu, var = (
             parameter(module, part).double() if part is not None else None
-            for part in (bias_node, gain, shift, mean, variance)
+            for part in (bias_node, gain, shift, mean_node, variance)
         )
-        assert mu is not None
-        assert var is not None
+        assert mean_node is not None and mu is not None and var is not None
         factor = (var + epsilon).rsqrt()
         if g is not None:
             factor = factor * g
@@ -200,19 +213,42 @@ def _fold_one(
         if b is not None:
             new_bias = new_bias + b
         stem = str(weight_node.target).rpartition(".")[0]
+        new_weight = (weight.double() * scale).to(weight.dtype)
         with module.graph.inserting_before(source):
             folded[key] = (
                 store(
-                    module, str(weight_node.target), (weight.double() * scale).to(weight.dtype), weight_node
+                    module,
+                    str(weight_node.target),
+                    new_weight,
+                    weight_node,
+                    requires_grad=trainable(module, weight_node),
                 ),
-                store(module, f"{stem}.bias" if stem else "bias", new_bias.to(weight.dtype), bias_node),
+                store(
+                    module,
+                    f"{stem}.bias" if stem else "bias",
+                    new_bias.to(weight.dtype),
+                    bias_node,
+                    requires_grad=trainable(module, shift or bias_node or weight_node),
+                ),
             )
-    new_weight, new_bias_node = folded[key]
-    source.args = (source.args[0], new_weight, new_bias_node, *source.args[3:])
+        weight_name, bias_name = (str(node.target) for node in folded[key])
+        record = FoldedNorm(
+            weight=weight_name,
+            bias=bias_name,
+            source_weight=str(weight_node.target),
+            shift=str(shift.target) if shift is not None else None,
+            mean=str(mean_node.target),
+            factor=scale,
+            channels=factor,
+            offset=-mu if bias is None else bias - mu,
+        )
+    new_weight_node, new_bias_node = folded[key]
+    source.args = (source.args[0], new_weight_node, new_bias_node, *source.args[3:])
     for user in list(norm.users):
         user.replace_all_uses_with(source)
         module.graph.erase_node(user)
     module.graph.erase_node(norm)
+    return record
 
 
 def clean(module: fx.GraphModule) -> None:

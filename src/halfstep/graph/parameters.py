@@ -14,7 +14,15 @@ def parameter(module: nn.Module, node: fx.Node) -> torch.Tensor:
     return tensor.detach()
 
 
-def store(module: fx.GraphModule, wanted: str, value: torch.Tensor, old: fx.Node | None) -> fx.Node:
+def trainable(module: nn.Module, node: fx.Node) -> bool:
+    """Whether the tensor that a ``get_attr`` node reads is a parameter that the user lets train."""
+    owner, _, name = str(node.target).rpartition(".")
+    return bool(getattr(module.get_submodule(owner), name).requires_grad)
+
+
+def store(
+    module: fx.GraphModule, wanted: str, value: torch.Tensor, old: fx.Node | None, requires_grad: bool = True
+) -> fx.Node:
     """Store ``value`` under ``wanted`` and return a new ``get_attr`` node for it, at the graph's insertion point.
 
     Where ``wanted`` is read by any node but ``old`` with its one user, a number is appended instead: what another
@@ -32,7 +40,7 @@ def store(module: fx.GraphModule, wanted: str, value: torch.Tensor, old: fx.Node
         table.pop(leaf, None)
     if hasattr(owner, leaf):  # a plain attribute, such as ``bias = None``
         delattr(owner, leaf)
-    owner.register_parameter(leaf, nn.Parameter(value.contiguous()))
+    owner.register_parameter(leaf, nn.Parameter(value.contiguous(), requires_grad=requires_grad))
     node = module.graph.get_attr(name)
     node.meta["val"] = value
     return node

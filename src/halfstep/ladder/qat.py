@@ -1,0 +1,130 @@
+"""Rung 3, quantization-aware training: fine-tuning through the fake quantizers, from the best that came before."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from halfstep.errors import ArgumentError, DivergedError
+from halfstep.evaluate import Score, as_scorer
+from halfstep.fake_quantize import Mode
+from halfstep.ladder.evaluation import Verdict as Scored
+from halfstep.ladder.goal import Goal
+from halfstep.ladder.search import Search, float_evaluation, timed_evaluation
+from halfstep.model import QuantizedModel
+from halfstep.training.fit import Judge, Trained, Verdict, fit
+from halfstep.training.options import Training
+
+
+def train(
+    model: QuantizedModel,
+    training: Training,
+    metric: Any = None,
+    max_drop: float | None = None,
+    directory: str | Path | None = None,
+) -> Trained:
+    """Fine-tune ``model`` in place through its quantizers.
+
+    Args:
+        model: calibrated; starts from its ranges, and its float layers stay float.
+        training: what to do.
+        metric: as for :func:`quantize`; scored every ``training.evaluate_every`` epochs, and the model is left as the
+            best that was seen, the start included. None keeps the last state.
+        max_drop: stop when the score is within it of the float model's; needs a metric. None trains to the end.
+        directory: for ``training.safetensors``; a training that was interrupted goes on from there, with the same
+            result on the CPU.
+
+    Returns:
+        What happened: losses, scores, seconds, the step that was kept, the float control's score.
+
+    Raises:
+        ArgumentError: if ``max_drop`` or the control is asked for without a metric.
+        NotObservedError: if a site has no range.
+        TrainingError: if nothing can be trained, or the loss cannot be used.
+        DivergedError: if the loss became NaN or infinite; the model is back at its last good state.
+        DataError: if the batches cannot be used.
+        RunError: if the checkpoint cannot be written, or is another training's.
+
+    >>> training = hs.Training(labelled, torch.nn.functional.cross_entropy, epochs=1)  # doctest: +SKIP
+    >>> hs.train(q, training, hs.Accuracy(held_out)).best_step  # doctest: +SKIP
+    """
+    folder = None if directory is None else Path(directory)
+    if metric is None:
+        if max_drop is not None or training.control:
+            what = "max_drop" if max_drop is not None else "control"
+            raise ArgumentError(f"{what}: needs a metric; give hs.train(..., metric=hs.Accuracy(labelled))")
+        return _fit(model, training, None, folder)
+    scorer = as_scorer(metric)
+    float_score, made = float_evaluation(scorer, model)
+    goal = Goal(max_drop or 0.0, float_score, scorer.higher_is_better)
+    search = Search(model, scorer, goal, made)
+    control = _control(search, training, folder) if training.control else None
+    trained = _fit(model, training, _judge(search, stop=max_drop is not None), folder)
+    return replace(trained, control=None if control is None else control.value)
+
+
+def climb_qat(search: Search, training: Training, directory: Path | None = None) -> Score:
+    """Fine-tune the model until it meets the goal, leave the best that was seen, and return its score.
+
+    Starts from the search's best candidate so far. A training that diverges is no error here: the best state before
+    it stays, and a decision says what happened.
+
+    Args:
+        search: its model is calibrated.
+        training: what to do.
+        directory: for the checkpoint; the journal's if None.
+
+    Raises:
+        HalfstepError: as :func:`train`, for data, losses and models that cannot be used.
+    """
+    folder = directory or search.journal.folder
+    if search.best is not None:
+        search.best.snapshot.restore()
+    if training.control:
+        control = _control(search, training, folder)
+        search.decide(
+            f"the float model, fine-tuned in the same way, scores {control.value:.4f}, "
+            f"{search.goal.drop(control):+.4f} below float"
+        )
+    try:
+        trained = _fit(search.model, training, _judge(search, stop=True), folder)
+    except DivergedError as error:
+        search.decide(f"QAT diverged: {error}")
+        return search.evaluate("QAT, the last good state")
+    kept = f"step {trained.best_step}" if trained.best_step else "the start"
+    score = search.evaluate(
+        f"QAT, {kept}"
+    )  # in memory, but for a run that went on: then it is the best again
+    search.decide(
+        f"QAT scores {score.value:.4f}, {search.goal.drop(score):+.4f} below float (allowed "
+        f"{search.goal.max_drop:g}), after {trained.steps} of {trained.planned} steps; {kept} was kept"
+    )
+    return score
+
+
+def _fit(model: QuantizedModel, training: Training, judge: Judge | None, directory: Path | None) -> Trained:
+    model.set_mode(Mode.QUANTIZE)
+    return fit(model, training, judge, directory)
+
+
+def _judge(search: Search, stop: bool) -> Judge:
+    def judge(step: int) -> Verdict:
+        score = search.evaluate(f"QAT, step {step}" if step else "QAT, the start")
+        return Verdict(score.value, search.goal.drop(score), stop and search.goal.met(score))
+
+    return judge
+
+
+def _control(search: Search, training: Training, directory: Path | None) -> Score:
+    """The score of the float model after the same training, without quantizers."""
+    key = "float control"
+    if key in search.memory:
+        return search.memory[key].score
+    model = copy.deepcopy(search.model)
+    model.set_mode(Mode.FLOAT)
+    fit(model, training, None, None if directory is None else directory / "control")
+    score, made = timed_evaluation(search.scorer, model, "the float control")
+    search.record(replace(made, key=key), Scored(search.goal.met(score), score, complete=True))
+    return score

@@ -1,0 +1,1 @@
+"""Fine-tuning through fake quantizers: options, the loop, its checkpoints."""

@@ -1,0 +1,69 @@
+"""Labelled batches, checked, in the same order again for a run that goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sized
+from itertools import islice
+from typing import Any
+
+from halfstep.errors import DataError
+from halfstep.graph.inputs import ModelInputs
+from halfstep.training.options import Training
+from halfstep.training.randomness import seed_everything
+
+
+class Batches:
+    """The batches of a training, epoch by epoch.
+
+    Args:
+        training: whose ``labelled`` to iterate. Without a length its batches are counted by iterating once.
+
+    Raises:
+        DataError: if there are none.
+    """
+
+    def __init__(self, training: Training) -> None:
+        self.training = training
+        data = training.labelled
+        self.count = len(data) if isinstance(data, Sized) else sum(1 for _ in data)
+        if not self.count:
+            raise DataError("training data: got no batch, needed at least one (inputs, labels) pair")
+
+    def epoch(
+        self, epoch: int, skip: int = 0, resume: Callable[[], None] = lambda: None
+    ) -> Iterator[tuple[int, ModelInputs, Any]]:
+        """Index, inputs and labels of every batch of an epoch after the first ``skip``.
+
+        The seed is set first, so that shuffling and augmentation by torch, numpy or Python repeat themselves.
+
+        Args:
+            epoch: its number, from 0.
+            skip: batches that an earlier run has used; they are fetched again and dropped.
+            resume: called between the last dropped batch and the first used one.
+
+        Raises:
+            DataError: naming the batch, if it is no pair, its labels are missing, or the data have run dry.
+        """
+        seed_everything(self.training.seed + epoch)
+        items = iter(self.training.labelled)
+        index = sum(1 for _ in islice(items, skip)) - 1
+        if skip:
+            resume()
+        for index, item in enumerate(items, start=skip):
+            if not (isinstance(item, (tuple, list)) and len(item) == 2):
+                raise DataError(
+                    f"training batch {index}: got {type(item).__name__}, needed a pair (inputs, labels); to train "
+                    "without labels give (inputs, None) and loss=None"
+                )
+            inputs, labels = item
+            if labels is None and self.training.loss is not None:
+                raise DataError(
+                    f"training batch {index}: its labels are None, but the loss needs them; give labels, or loss=None "
+                    "to train on distillation alone"
+                )
+            yield index, inputs, labels
+        if index + 1 < self.count:
+            raise DataError(
+                f"training data: got {index + 1} batches in epoch {epoch + 1}, needed {self.count}; give data that can "
+                "be iterated again, such as a list or a DataLoader"
+            )

@@ -1,0 +1,379 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from halfstep.errors import DivergedError, FormatError, HalfstepError, NotObservedError, TrainingError, named
+from halfstep.fake_quantize import Mode
+from halfstep.graph.inputs import ModelInputs, move
+from halfstep.model import QuantizedModel, run
+from halfstep.progress import steps
+from halfstep.training.batches import Batches
+from halfstep.training.checkpoint import (
+    FILE,
+    Checkpoint,
+    Tensors,
+    fingerprint,
+    optimizer_tensors,
+    restore_optimizer,
+)
+from halfstep.training.divergence import first_bad_gradient, first_bad_value
+from halfstep.training.options import OPTIMIZERS, Training
+from halfstep.training.randomness import own_randomness, random_state, restore_random_state
+from halfstep.training.ranges import MovingRanges
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a judge says of the model as it stands.
+
+    Attributes:
+        score: in the metric's unit.
+        drop: how much worse than float, in the metric's unit.
+        enough: whether training may stop.
+    """
+
+    score: float
+    drop: float
+    enough: bool
+
+
+Judge = Callable[[int], Verdict]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A score taken in training: after ``step`` steps and ``seconds`` of training (evaluations not counted)."""
+
+    step: int
+    seconds: float
+    score: float
+    drop: float
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training did.
+
+    Attributes:
+        steps: made; fewer than ``planned`` after an early stop.
+        planned: epochs times batches.
+        losses: of every step.
+        marks: the scores taken, the one before the first step included; empty without a metric.
+        best_step: the step whose state was kept: the best mark's, the last one without a metric.
+        seconds: of training, evaluations not counted, over all runs that it took.
+        resumed_at: the step that this run went on from; 0 from the start.
+        control: the float control's score; None if none was asked for.
+    """
+
+    steps: int
+    planned: int
+    losses: tuple[float, ...]
+    marks: tuple[Mark, ...]
+    best_step: int
+    seconds: float
+    resumed_at: int = 0
+    control: float | None = None
+
+
+def fit(
+    model: QuantizedModel, training: Training, judge: Judge | None = None, directory: Path | None = None
+) -> Trained:
+    """Train ``model`` in place, and leave it as the best that the judge saw.
+
+    A model that quantizes is trained through its quantizers; one that passes floats is trained as the float model
+    that it is, which is the float control.
+
+    Args:
+        model: calibrated.
+        training: what to do.
+        judge: asked before the first step, at every ``evaluate_every`` and after the last step; without one the last
+            state is kept.
+        directory: for the checkpoint; a training that was interrupted goes on from there. None keeps none.
+
+    Raises:
+        TrainingError: if nothing can be trained, or the loss cannot be used.
+        DivergedError: if loss or gradients became NaN or infinite, with the step and what went first; the model is
+            back at its last good state.
+        DataError: if the batches cannot be used.
+        RunError: if the checkpoint cannot be written, or is another training's.
+    """
+    with own_randomness():
+        return _Fit(model, training, judge, directory).run()
+
+
+class _Fit:
+    def __init__(
+        self, model: QuantizedModel, training: Training, judge: Judge | None, directory: Path | None
+    ) -> None:
+        self.model, self.training, self.judge = model, training, judge
+        self.device = next(model.parameters()).device if list(model.parameters()) else torch.device("cpu")
+        weights = _trainable(model)
+        self.batches = Batches(training)
+        self.planned = max(1, round(training.epochs * self.batches.count))
+        self.every = max(1, round(training.evaluate_every * self.batches.count))
+        self.path = directory / FILE if directory is not None else None
+        self.fingerprint = fingerprint(model.state_dict(), training.describe()) if self.path else ""
+        self.teacher = _float_twin(model) if training.distillation is not None else None
+        quantized = model.mode is Mode.QUANTIZE
+        self.ranges = MovingRanges(model, training.ranges) if quantized else None
+        keeping = training.oscillation if quantized else None
+        self.keeper = keeping.start(model) if keeping is not None else None
+        self.move_at = math.ceil(training.ranges.after * self.planned)
+        self.optimizer = OPTIMIZERS[training.optimizer](self._groups(weights))
+        self.step = self.resumed_at = 0
+        self.seconds = 0.0
+        self.losses: list[float] = []
+        self.marks: list[Mark] = []
+        self.enough = False
+        self.best_step = 0
+        self.random: Tensors = {}
+        self.good = self._state()  # of the best mark; without a judge of the last checkpoint
+
+    def _groups(self, weights: list[nn.Parameter]) -> list[dict[str, Any]]:
+        rate, decay = self.training.learning_rate, self.training.weight_decay
+        moving = self.ranges.parameters if self.ranges is not None else []
+        groups = [
+            {"params": [p for p in weights if p.dim() > 1], "base": rate, "weight_decay": decay},
+            {"params": [p for p in weights if p.dim() <= 1], "base": rate, "weight_decay": 0.0},
+            {"params": moving, "base": rate * self.training.ranges.rate, "weight_decay": 0.0},
+        ]
+        return [group for group in groups if group["params"]]
+
+    def run(self) -> Trained:
+        try:
+            self._resume()
+            self._loop()
+        finally:
+            if self.ranges is not None:
+                self.ranges.settle()
+        return Trained(
+            self.step,
+            self.planned,
+            tuple(self.losses),
+            tuple(self.marks),
+            self.best_step,
+            self.seconds,
+            self.resumed_at,
+        )
+
+    def _loop(self) -> None:
+        if self.judge is not None and not self.marks:
+            self._mark()
+        with steps("training", self.planned) as advance:
+            advance(self.step)
+            for index, inputs, labels in self._items():
+                start = time.perf_counter()
+                with named(f"training batch {index}"):
+                    self._train(move(inputs, self.device), move(labels, self.device))
+                self.seconds += time.perf_counter() - start
+                advance(1)
+                last = self.step == self.planned
+                if self.judge is not None and (last or self.step % self.every == 0):
+                    self._mark()
+                if last or self.enough or self.step % self.training.checkpoint_every == 0:
+                    self._keep()
+        if self.judge is not None:
+            self.model.load_state_dict(self.good)
+
+    # what comes in
+
+    def _items(self) -> Iterator[tuple[int, ModelInputs, Any]]:
+        """Batches from the current step to the last, unless it is enough before."""
+        while self.step < self.planned and not self.enough:
+            epoch, skip = divmod(self.step, self.batches.count)
+            for item in self.batches.epoch(epoch, skip, lambda: restore_random_state(self.random)):
+                yield item
+                if self.enough or self.step == self.planned:
+                    break
+
+    # one step
+
+    def _train(self, inputs: ModelInputs, labels: Any) -> None:
+        if self.ranges is not None and not self.ranges.moving and self.step >= self.move_at:
+            self.ranges.move(True)
+        share = self.training.rate(self.step, self.planned)
+        for group in self.optimizer.param_groups:
+            group["lr"] = share * group["base"]
+        try:
+            loss = self._loss(inputs, labels)
+        except FormatError as error:  # a range that cannot be
+            raise self._diverged(f"{error}; {first_bad_value(self.model, inputs)}") from error
+        value = loss.item()
+        if not math.isfinite(value):
+            raise self._diverged(f"the loss became {value}; {first_bad_value(self.model, inputs)}")
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = self._gradient_norm()
+        if not math.isfinite(norm):
+            raise self._diverged(f"the loss is {value:.4g}, but {first_bad_gradient(self.model)}")
+        if self.keeper is not None:
+            self.keeper.before_step(self.step / self.planned)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.ranges is not None:
+            self.ranges.follow()
+        if self.keeper is not None:
+            self.keeper.after_step()
+        self.losses.append(value)
+        self.step += 1
+
+    def _loss(self, inputs: ModelInputs, labels: Any) -> torch.Tensor:
+        dtype = self.training.autocast
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            outputs = run(self.model, inputs)
+            total = outputs_loss(self.training, outputs, labels)
+            if self.training.distillation is not None and self.teacher is not None:
+                with torch.no_grad():
+                    answers = run(self.teacher, inputs)
+                total = total + self.training.distillation.loss(outputs, answers)
+        return total
+
+    def _gradient_norm(self) -> float:
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if not gradients:
+            raise TrainingError(
+                "the loss does not reach any parameter that trains; compute it from the model's outputs"
+            )
+        norm = nn.utils.get_total_norm(gradients)
+        if self.training.clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self.training.clip_norm, norm)
+        return norm.item()
+
+    # what is kept
+
+    def _state(self) -> Tensors:
+        return {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+
+    def _mark(self) -> None:
+        assert self.judge is not None
+        with self.ranges.settled() if self.ranges is not None else nullcontext():
+            verdict = self.judge(self.step)
+            if not self.marks or verdict.drop < min(mark.drop for mark in self.marks):
+                self.good, self.best_step = self._state(), self.step
+        self.marks.append(Mark(self.step, self.seconds, verdict.score, verdict.drop))
+        self.enough = verdict.enough
+
+    def _keep(self) -> None:
+        """Keep the state to fall back on, and to go on from where there is a directory."""
+        state = self._state()
+        if self.judge is None:
+            self.good, self.best_step = state, self.step
+        if self.path is None:
+            return
+        position = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "losses": self.losses,
+            "marks": [asdict(mark) for mark in self.marks],
+            "enough": self.enough,
+            "best_step": self.best_step,
+        }
+        parts = {
+            "model": state,
+            "best": self.good,
+            "optimizer": optimizer_tensors(self.optimizer),
+            "random": random_state(),
+            "keeper": self.keeper.state() if self.keeper is not None else {},
+        }
+        Checkpoint(position, parts).save(self.path, self.fingerprint)
+
+    def _resume(self) -> None:
+        found = Checkpoint.load(self.path, self.fingerprint) if self.path else None
+        if found is None:
+            return
+        self.model.load_state_dict(found.parts["model"])
+        restore_optimizer(self.optimizer, found.parts.get("optimizer", {}))
+        self.good = {name: tensor.to(self.device) for name, tensor in found.parts["best"].items()}
+        self.random = found.parts["random"]
+        if self.keeper is not None:
+            self.keeper.restore(found.parts.get("keeper", {}))
+        position = found.position
+        self.step = self.resumed_at = position["step"]
+        self.seconds, self.losses = position["seconds"], position["losses"]
+        self.marks = [Mark(**mark) for mark in position["marks"]]
+        self.enough, self.best_step = position["enough"], position["best_step"]
+
+    def _diverged(self, what: str) -> DivergedError:
+        self.optimizer.zero_grad()
+        self.model.load_state_dict(self.good)
+        return DivergedError(
+            f"step {self.step + 1} of {self.planned}: {what}. The model is back at step {self.best_step}. Lower "
+            f"learning_rate (now {self.training.learning_rate:g}) or set clip_norm (now {self.training.clip_norm}), "
+            "and look for NaN in the data"
+        )
+
+
+def outputs_loss(training: Training, outputs: Any, labels: Any) -> torch.Tensor:
+    """The user's loss, checked; 0 without one.
+
+    Raises:
+        TrainingError: if it raises, is no scalar tensor, or does not depend on the outputs.
+    """
+    if training.loss is None:
+        return torch.zeros(())
+    try:
+        loss = training.loss(outputs, labels)
+    except HalfstepError:
+        raise
+    except Exception as error:
+        raise TrainingError(f"loss(outputs, labels) raised {type(error).__name__}: {error}") from error
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+        raise TrainingError(
+            f"loss(outputs, labels) gave {got}, needed a tensor of one number, such as a mean"
+        )
+    if not loss.requires_grad:
+        raise TrainingError(
+            "loss(outputs, labels) does not depend on the outputs, or detaches them (.detach(), .item(), argmax): it "
+            "has no gradient"
+        )
+    return loss.reshape(())
+
+
+def _trainable(model: QuantizedModel) -> list[nn.Parameter]:
+    """The float weights that train, after a look at whether the model can.
+
+    Raises:
+        TrainingError: if there are none, or nothing is quantized.
+        NotObservedError: if a site has no range.
+    """
+    if model.mode is Mode.QUANTIZE:
+        missing = [name for name, site in model.sites.items() if not site.calibrated]
+        if missing:
+            raise NotObservedError(
+                f"{len(missing)} of {len(model.sites)} sites have no range ({', '.join(missing[:3])} ...): run "
+                "observe() and calibrate() before training"
+            )
+        if not model.sites:
+            raise TrainingError(
+                "nothing is quantized: every layer is in float; there is nothing to train for"
+            )
+    weights = [
+        p for name, p in model.named_parameters() if not name.startswith("quantizers.") and p.requires_grad
+    ]
+    if not weights:
+        raise TrainingError(
+            "the model has no trainable parameter: every one has requires_grad=False; call model.requires_grad_() "
+            "before hs.prepare, or q.requires_grad_() after it"
+        )
+    return weights
+
+
+def _float_twin(model: QuantizedModel) -> QuantizedModel:
+    """The float model as it is now, which stays as it is."""
+    twin = copy.deepcopy(model)
+    twin.set_mode(Mode.FLOAT)
+    return twin.requires_grad_(False)

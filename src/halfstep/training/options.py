@@ -1,0 +1,120 @@
+"""What a training does, as frozen records of options."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+
+from halfstep.errors import TrainingError
+from halfstep.graph.inputs import ModelInputs
+from halfstep.training.distillation import Distillation
+from halfstep.training.oscillation import Damping, Freezing
+from halfstep.training.ranges import Ranges
+
+Labelled = Iterable[tuple[ModelInputs, Any]]
+Loss = Callable[[Any, Any], torch.Tensor]
+
+#: The optimizers by name, with what they need beside parameter groups. Learning rates come with the groups.
+OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]]], torch.optim.Optimizer]] = {
+    "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.0),
+    "sgd": lambda groups: torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True),
+}
+
+
+@dataclass(frozen=True)
+class Training:
+    """The options of a fine-tuning; every default is what the usual case wants.
+
+    Attributes:
+        labelled: iterable of ``(inputs, labels)`` batches, iterated once an epoch; it brings its own shuffling and
+            augmentation. A generator, which can be iterated only once, is kept as a list. With ``loss=None`` labels
+            are not looked at and may be None.
+        loss: ``loss(outputs, labels)`` -> a scalar tensor; None trains on distillation alone.
+        epochs: passes over ``labelled``; 0.25 is a quarter of one. About a tenth of the original training's.
+        learning_rate: at the start; about 1% of the original one for 8 bits, and 10% or more for 4 bits and below.
+        final_rate: the share of it that the cosine schedule ends at.
+        optimizer: ``"adamw"`` or ``"sgd"``.
+        weight_decay: of the weights; ranges and one-dimensional parameters have none.
+        clip_norm: gradients are scaled down to this norm where theirs is larger; None leaves them.
+        distillation: from the float model; None trains on ``loss`` alone.
+        ranges: which ranges move, and when.
+        oscillation: what keeps weights of 4 bits and fewer from jumping to and fro between two codes, ``Damping()`` or
+            ``Freezing()``; None leaves them.
+        autocast: a dtype, say ``torch.bfloat16``, for torch's automatic mixed precision; None computes in the
+            model's own.
+        evaluate_every: epochs between two scores on the metric, for the early stop and the best checkpoint.
+        checkpoint_every: steps between two checkpoints.
+        control: also fine-tune the float model in the same way and score it, since training alone lifts a model too.
+        seed: of torch, numpy and Python, set anew for each epoch.
+
+    Raises:
+        TrainingError: naming the option that cannot be.
+
+    Source of the schedule: Wu et al. 2020, "Integer Quantization for Deep Learning Inference", section 5.
+    """
+
+    labelled: Labelled
+    loss: Loss | None = None
+    epochs: float = 1.0
+    learning_rate: float = 1e-3
+    final_rate: float = 0.01
+    optimizer: str = "adamw"
+    weight_decay: float = 0.0
+    clip_norm: float | None = None
+    distillation: Distillation | None = field(default_factory=Distillation)
+    ranges: Ranges = field(default_factory=Ranges)
+    oscillation: Damping | Freezing | None = None
+    autocast: torch.dtype | None = None
+    evaluate_every: float = 0.5
+    checkpoint_every: int = 100
+    control: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.labelled, Iterator):
+            object.__setattr__(self, "labelled", list(self.labelled))
+        if self.loss is None and self.distillation is None:
+            raise TrainingError(
+                "Training: got neither a loss nor distillation; give loss=..., such as "
+                "torch.nn.functional.cross_entropy"
+            )
+        if self.optimizer not in OPTIMIZERS:
+            raise TrainingError(
+                f"Training: optimizer is {self.optimizer!r}, needed one of {', '.join(map(repr, OPTIMIZERS))}"
+            )
+        for name in ("epochs", "learning_rate", "evaluate_every", "checkpoint_every"):
+            check_positive(name, getattr(self, name))
+        if not 0 <= self.final_rate <= 1:
+            raise TrainingError(f"Training: final_rate is {self.final_rate}, needed 0 to 1")
+        if self.clip_norm is not None:
+            check_positive("clip_norm", self.clip_norm)
+
+    def rate(self, step: int, steps: int) -> float:
+        """The share of the learning rate at ``step`` of ``steps``: a cosine from 1 to ``final_rate``.
+
+        >>> Training([], final_rate=0.0).rate(50, 100)
+        0.5
+        """
+        return self.final_rate + (1 - self.final_rate) * (1 + math.cos(math.pi * step / steps)) / 2
+
+    def describe(self) -> dict[str, str]:
+        """The options that decide about the result, in words: all but the data and the loss themselves."""
+        return {
+            option.name: repr(getattr(self, option.name))
+            for option in fields(self)
+            if option.name not in ("labelled", "loss", "control", "checkpoint_every")
+        }
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise unless ``value`` is a finite number above 0.
+
+    Raises:
+        TrainingError: naming the option.
+    """
+    if not (math.isfinite(value) and value > 0):
+        raise TrainingError(f"Training: {name} is {value}, needed a number above 0")

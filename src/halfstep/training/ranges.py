@@ -1,0 +1,141 @@
+"""Which ranges move during training, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from halfstep.errors import TrainingError
+from halfstep.fake_quantize import LEARNABLE, FakeQuantize
+from halfstep.formats import Codebook
+from halfstep.functional import LSQ, XNOR
+from halfstep.model import QuantizedModel
+from halfstep.repair.bias_room import widen_for_bias
+
+WEIGHTS = ("learned", "follow", "fixed")
+ACTIVATIONS = ("learned", "fixed")
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """What moves beside the weights. All is fixed in the first ``after`` of the steps.
+
+    Attributes:
+        weights: ``"learned"``: the steps of weights by gradient (LSQ); ``"follow"``: in proportion to the mean
+            magnitude of the weights that share them; ``"fixed"``: as calibrated. Binary weights always follow: their
+            mean magnitude is the best scale, and XNOR-Net's gradient assumes it.
+        activations: ``"learned"`` or ``"fixed"``.
+        offsets: with learned activations, learn affine zero points too, except of ranges that start at 0.
+        codebooks: learn the values of codebooks.
+        after: share of the steps before anything of this begins.
+        rate: learning rate over that of the weights; of scales log2 is learned, so an update is a relative one.
+
+    Raises:
+        TrainingError: naming the option that cannot be.
+    """
+
+    weights: str = "learned"
+    activations: str = "learned"
+    offsets: bool = False
+    codebooks: bool = True
+    after: float = 0.1
+    rate: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, known in (("weights", WEIGHTS), ("activations", ACTIVATIONS)):
+            if getattr(self, name) not in known:
+                raise TrainingError(
+                    f"Ranges: {name} is {getattr(self, name)!r}, needed one of {', '.join(map(repr, known))}"
+                )
+        if not 0 <= self.after <= 1:
+            raise TrainingError(f"Ranges: after is {self.after}, needed 0 to 1, a share of the steps")
+        if not self.rate > 0:
+            raise TrainingError(f"Ranges: rate is {self.rate}, needed a number above 0")
+
+
+class MovingRanges:
+    """The ranges of a model in training.
+
+    Args:
+        model: calibrated; its sites get the parameters that :class:`Ranges` asks for.
+        options: which.
+    """
+
+    def __init__(self, model: QuantizedModel, options: Ranges) -> None:
+        self.options = options
+        self.model = model
+        self.sites = [module for module in model.sites.values() if not module.dynamic]
+        self.parameters: list[nn.Parameter] = []
+        self._following: list[Callable[[], None]] = []
+        for site in model.placement.sites:
+            module = model.sites[site.name]
+            if module.dynamic:  # its range comes from each tensor
+                continue
+            if module.offset is not None:  # a learned rounding: the weight itself goes where it wants it
+                model.weight(site.name).data.copy_(module.shifted(model.weight(site.name)))
+                module.offset = None
+            binary = site.is_weight and isinstance(module.format, Codebook) and module.format.levels == 2
+            how = options.activations
+            if site.is_weight:
+                how = "follow" if binary else options.weights
+            module.gradient = XNOR if binary else LSQ
+            learned = how == "learned"
+            offset = learned and options.offsets and not site.is_weight
+            self.parameters += module.learn(learned, offset, options.codebooks and not binary)
+            if how == "follow":
+                self._following.append(_follower(model, module, site.name))
+        self.move(False)
+
+    def move(self, moving: bool) -> None:
+        """Let the learned parameters move, or hold them."""
+        for parameter in self.parameters:
+            parameter.requires_grad_(moving)
+        self.moving = moving
+
+    def follow(self) -> None:
+        """After a step of the optimizer: bring the ranges that follow the weights up to date."""
+        if self.moving:
+            for follow in self._following:
+                follow()
+
+    def settle(self) -> None:
+        """Make plain scales and zero points of what was learned, with room for the biases, as they are exported."""
+        for module in self.sites:
+            module.settle()
+        for layer in self.model.layers:
+            widen_for_bias(self.model, layer)
+
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """The model as it would be exported, for the length of a block; then the training goes on from there."""
+        learned = [{name: getattr(module, name) for name in LEARNABLE} for module in self.sites]
+        self.settle()
+        try:
+            yield
+        finally:
+            for module, parameters in zip(self.sites, learned, strict=True):
+                for name, parameter in parameters.items():
+                    setattr(module, name, parameter)
+                if module.growth is not None:
+                    module.growth.data.zero_()  # the scale has it now
+            self.move(self.moving)
+
+
+def _follower(model: QuantizedModel, module: FakeQuantize, name: str) -> Callable[[], None]:
+    """Keeps scale / mean|weight| at what it is now; a row of zeros keeps its scale."""
+
+    def magnitude() -> torch.Tensor:
+        return module.granularity.reduce(model.weight(name).detach(), "absmean")
+
+    before = magnitude()
+    proportion = torch.where(before > 0, module.scale / before, 0.0)
+
+    def follow() -> None:
+        scale = proportion * magnitude()
+        module.scale.copy_(torch.where(scale > 0, scale, module.scale))
+
+    return follow
