@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument(
-        "--build", action="store_true", help="make the files and prove them, without the race"
+        "--only", choices=("files", "race"), help="make and prove the files, or race those there"
     )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +21,10 @@ def quantize_static(
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     logging.disable(logging.WARNING)
+    float_path, out = float_path.resolve(), out.resolve()
     prepared = out.with_suffix(".prepared.onnx")
-    quant_pre_process(str(float_path), str(prepared))
+    with contextlib.chdir(out.parent):  # where symbolic shape inference fails, it leaves a file behind
+        quant_pre_process(str(float_path), str(prepared))
     names = [value.name for value in onnx.load(str(prepared), load_external_data=False).graph.input]
 
     class Reader(q.CalibrationDataReader):
