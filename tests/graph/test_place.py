@@ -36,7 +36,8 @@ CASES = {
     "concat": (lambda m, x: m.b(torch.cat([m.a(x), x], 1)[:, :4]), ["x", "a", "concat", "b"]),
     "spatial mean, linear": (lambda m, x: m.fc(m.a(x).mean((2, 3))), ["x", "a", "global_average_pool"]),
     "add of a number stays float": (lambda m, x: m.b(m.a(x) + 1.0), ["x", "a", "add", "b"]),
-    "hardswish stays float": (lambda m, x: m.b(F.hardswish(m.a(x))), ["x", "a", "hardswish", "b"]),
+    "hardswish is a gate": (lambda m, x: m.b(F.hardswish(m.a(x))), ["x", "a", "hardsigmoid", "mul", "b"]),
+    "gelu stays float": (lambda m, x: m.b(F.gelu(m.a(x))), ["x", "a", "gelu", "b"]),
     "softmax stays float": (
         lambda m, x: m.fc(m.a(x).softmax(1).mean((2, 3))),
         ["x", "a", "global_average_pool"],

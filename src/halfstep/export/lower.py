@@ -25,6 +25,7 @@ from halfstep.export.editing import (
     replace,
     scale_of,
 )
+from halfstep.export.gates import saturate_gates
 from halfstep.export.products import lower_products
 from halfstep.export.stored import stored_codes
 from halfstep.export.trace import MARKER
@@ -42,6 +43,8 @@ def lower(onnx_model: ir.Model, model: QuantizedModel) -> None:
     quantize_weights(graph, model)
     quantize_activations(graph, model)
     absorb_clips(graph)
+    if wanted.saturated_gates:
+        saturate_gates(graph)
     if wanted.integer_bias:
         quantize_biases(graph)
     if wanted.full_rank_bias:

@@ -16,6 +16,7 @@ from torch import nn
 from halfstep.errors import ArgumentError
 from halfstep.evaluate import Scorer, as_scorer
 from halfstep.graph.capture import capture
+from halfstep.graph.decompose import decompose
 from halfstep.graph.fold import fold
 from halfstep.graph.inputs import ModelInputs
 from halfstep.ladder.budget import Budget, BudgetSpent
@@ -56,7 +57,8 @@ def prepare(
     """
     found = find_target(target)
     with steps("capturing"):
-        return QuantizedModel(fold(capture(model, example_inputs)), found, recipe or Recipe.int8())
+        captured = decompose(fold(capture(model, example_inputs)), found.decomposed)
+        return QuantizedModel(captured, found, recipe or Recipe.int8())
 
 
 def quantize(

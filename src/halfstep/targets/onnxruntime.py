@@ -15,6 +15,7 @@ ONNXRUNTIME = Target(
         "mul": Kernel(output=True),
         "concat": Kernel(output=True),
         "sigmoid": Kernel(output=True),
+        "hardsigmoid": Kernel(output=True),
         "leaky_relu": Kernel(output=True),
         "average_pool": Kernel(output=True),
         "global_average_pool": Kernel(output=True),
@@ -23,15 +24,13 @@ ONNXRUNTIME = Target(
         {"max_pool", "reshape", "transpose", "slice", "expand", "split", "item", "resize_nearest"}
     ),
     absorbed=frozenset({"relu", "clip"}),
-    decomposed=frozenset({"silu"}),
-    lowering=Lowering(integer_bias=True, full_rank_bias=True, guarded_floats=True),
+    decomposed=frozenset({"silu", "hardswish"}),
+    lowering=Lowering(integer_bias=True, full_rank_bias=True, guarded_floats=True, saturated_gates=True),
     run_time_ranges=frozenset({"linear", "matmul"}),  # ConvInteger runs at a twentieth of float's speed
     tables=frozenset({"embedding"}),
     packed=True,
     reasons={
         "conv_transpose": _FLOAT + "its weight stays float",
-        "hardswish": _FLOAT + "the conv before it stays integer; SiLU or ReLU would be integer throughout",
-        "hardsigmoid": _FLOAT + "Sigmoid would be integer",
         "gelu": _FLOAT + "the linear layers around it stay integer",
         "layer_norm": _FLOAT + "the linear layers after it stay integer",
         "softmax": "is left in float: 8-bit attention logits cost accuracy and save no time",

@@ -33,11 +33,13 @@ class Lowering:
         full_rank_bias: a bias added to a product of matrices is stored with the product's rank.
         guarded_floats: a float layer between quantizers needs a bias that is no constant, or the runtime quantizes
             its weight by itself.
+        saturated_gates: a HardSigmoid between quantizers is written as an Add, whose saturation clips.
     """
 
     integer_bias: bool = False
     full_rank_bias: bool = False
     guarded_floats: bool = False
+    saturated_gates: bool = False
 
 
 @dataclass(frozen=True)
