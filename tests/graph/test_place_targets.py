@@ -51,6 +51,39 @@ def test_formats(target, activations):
     assert q.sites["a.weight"].granularity == hs.PerChannel(0)
 
 
+class Signs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(8, 4, 1)
+        self.up, self.fc = nn.ConvTranspose2d(4, 4, 2, 2), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = F.relu(self.a(x))
+        y = F.max_pool2d(F.relu6(self.b(x)), 2) + 1.0
+        y = torch.cat([F.relu(self.a(x)), self.up(y)], 1)
+        return self.fc(self.c(y).clamp(-1, 1).mean((2, 3)))
+
+
+def test_codes_are_unsigned_where_nothing_can_be_negative():
+    q = hs.prepare(Signs(), torch.randn(2, 4, 8, 8), target="openvino")
+    formats = {name: str(site.format) for name, site in q.sites.items() if not name.endswith("weight")}
+    assert formats == {
+        "x": "s8 scale full",
+        "relu": "u8 affine",
+        "add": "u8 affine",
+        "relu:2": "s8 scale full",  # beside one that may be negative
+        "up": "s8 scale full",
+        "concat": "s8 scale full",
+        "clip:2": "s8 scale full",
+        "global_average_pool": "s8 scale full",
+    }
+    assert {
+        str(s.format)
+        for n, s in hs.prepare(Signs(), torch.randn(2, 4, 8, 8)).sites.items()
+        if "weight" not in n
+    } == {"u8 affine"}
+
+
 def test_an_activation_fused_in_float_hands_codes_on():
     class Gated(nn.Module):
         def __init__(self):

@@ -315,10 +315,11 @@ def _integer_bias(graph: ir.Graph, node: ir.Node, bias: np.ndarray, scale: np.nd
 
 
 def shape_biases(graph: ir.Graph) -> None:
-    """A bias added to a MatMul gets the product's rank.
+    """A bias added to a MatMul of fixed shape gets the product's rank.
 
     ONNX Runtime turns MatMul + Add of a 1-D bias into Reshape + Gemm before it looks for integer kernels, and the
-    Gemm then stays float; with a bias of shape (1, ..., 1, N) it does not.
+    Gemm then stays float; with a bias of shape (1, ..., 1, N) it does not. Where a dimension is dynamic it does not
+    either, and a 1-D bias can be taken into the GELU or LayerNorm behind it.
     """
     for node in list(graph):
         if node.op_type != "Add" or producer(node.inputs[0], "MatMul") is None:
@@ -328,6 +329,8 @@ def shape_biases(graph: ir.Graph) -> None:
         matmul = producer(product, "MatMul")
         assert product is not None and bias is not None and matmul is not None
         if values is None or values.ndim != 1 or product.shape is None or scale_of(matmul.inputs[1]) is None:
+            continue
+        if not product.shape.is_static():
             continue
         rank = len(product.shape)
         shaped = initializer(

@@ -14,6 +14,7 @@ from halfstep.graph.ends import ends
 from halfstep.graph.names import readable_names
 from halfstep.graph.operators import Operator, constant_operands, describe, input_axis, weight_axis
 from halfstep.graph.placement import FloatOperator, Follower, Layer, Placement, Position, Site
+from halfstep.graph.signs import nonnegative
 from halfstep.recipe import ACTIVATIONS, LayerSpec, Recipe, TensorSpec
 from halfstep.targets import Target
 
@@ -130,9 +131,7 @@ class _Placer:
         layers = set(self.integer)
         self.integer |= followers
         while lost := {
-            node
-            for node in self.integer - layers
-            if not (all(map(self._supplied, self.operators[node].inputs)) and self._wanted(node))
+            node for node in self.integer - layers if not (self._fed(node) and self._wanted(node))
         }:
             self.integer -= lost
         if not all(self._executed(self.specs[node]) for node in layers):
@@ -144,6 +143,12 @@ class _Placer:
         if spec is None or spec.activations is None:
             return True
         return self.target.executes(self.target.activation_format(spec.activations))
+
+    def _fed(self, node: fx.Node) -> bool:
+        """Whether enough of what a follower reads comes in codes."""
+        op = self.operators[node]
+        enough = any if self.target.kernel(op.kind).partial else all
+        return enough(map(self._supplied, op.inputs))
 
     def _supplied(self, value: fx.Node) -> bool:
         """Whether ``value`` comes from an integer kernel, or is an input that another one reads anyway."""
@@ -244,9 +249,15 @@ class _Placer:
                 positions.append(Position(value, tuple(readers), tied=value is not root))
             spec = self._activation_spec(values)
             granularity = spec.granularity or ACTIVATIONS
-            fmt = self.target.activation_format(spec)
+            fmt = self.target.activation_format(spec, any(map(self._negative, values)))
             sites.append(Site(self.names[root], fmt, granularity, tuple(positions), is_weight=False))
         return sites
+
+    def _negative(self, value: fx.Node) -> bool:
+        """Whether a value may be negative, or is joined with one that may: a concat reads one flavour of codes."""
+        concats = [op for user in value.users if (op := self.operators.get(user)) and op.kind == "concat"]
+        joined = [value, *(source for op in concats for source in op.inputs)]
+        return not all(nonnegative(source, self.operators) for source in joined)
 
     def _run_time_sites(self) -> list[Site]:
         """One site for each value and granularity that islands read, but where the value is codes already."""

@@ -13,7 +13,7 @@ ONNXRUNTIME = Target(
     followers={
         "add": Kernel(output=True),
         "mul": Kernel(output=True),
-        "concat": Kernel(output=True),
+        "concat": Kernel(output=True, partial=True),
         "sigmoid": Kernel(output=True),
         "hardsigmoid": Kernel(output=True),
         "leaky_relu": Kernel(output=True),

@@ -10,11 +10,13 @@ OPENVINO = Target(
     name="openvino",
     runtime="openvino",
     activations=Integer(8, signed=False, symmetric=False),
+    # A zero point other than 0 is subtracted before every product, in a pass of its own.
+    signed=Integer(8, signed=True, symmetric=True, narrow=False),
     weights=Integer(8, signed=True, symmetric=True),
-    layers={"conv": Kernel(), "linear": Kernel(), "matmul": Kernel()},
+    layers={"conv": Kernel(), "conv_transpose": Kernel(), "linear": Kernel(), "matmul": Kernel()},
     followers={
         "add": Kernel(joins=True),
-        "concat": Kernel(),
+        "concat": Kernel(partial=True),
         "average_pool": Kernel(),
         "global_average_pool": Kernel(),
     },
@@ -24,7 +26,6 @@ OPENVINO = Target(
     absorbed=frozenset({"relu", "clip"}),
     fused=frozenset({"hardswish", "hardsigmoid", "silu", "gelu", "sigmoid", "tanh", "leaky_relu"}),
     reasons={
-        "conv_transpose": _FLOAT + "its weight stays float",
         "hardswish": _FUSED,
         "hardsigmoid": _FUSED,
         "silu": _FUSED,

@@ -18,10 +18,13 @@ class Kernel:
         output: its result must be quantized too (True), or may come out in float (False).
         joins: it is computed at the end of the layer that makes one of its inputs, so that input must not be
             quantized (True), or it is a kernel of its own that reads codes on every input (False).
+        partial: worth it as soon as one input comes in codes, since quantizing the others costs no more than
+            quantizing what becomes of them.
     """
 
     output: bool = False
     joins: bool = False
+    partial: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Target:
         name: the name that users write.
         activations: the flavour of integer that its kernels take for activations (bits come from the recipe).
         weights: the same for weights.
+        signed: the same for activations that may be negative, where kernels are faster on another flavour for those.
         layers: kinds with a weight (or two activations to multiply) that have an integer kernel.
         followers: kinds that have one too but are worth it only between integer neighbours.
         passes: kinds that move codes unchanged: their result shares the input's scale and zero point.
@@ -80,18 +84,21 @@ class Target:
     tables: frozenset[str] = frozenset()
     packed: bool = False
     activation_bits: frozenset[int] = frozenset({8})
+    signed: Integer | None = None
     runtime: str = "onnxruntime"
     lowering: Lowering = Lowering()
 
-    def activation_format(self, spec: TensorSpec) -> Format:
+    def activation_format(self, spec: TensorSpec, negative: bool = False) -> Format:
         """The format of an activation: the spec's own, or this target's flavour at the spec's bits.
+
+        ``negative`` says whether it may be negative.
 
         Ranges per row and group are symmetric whatever the target's flavour: kernels that sum group by group have no
         zero point for activations.
         """
         if spec.dynamic and isinstance(spec.granularity, PerGroup):
             return Integer(8)
-        return _flavour(self.activations, spec)
+        return _flavour(self.signed if negative and self.signed is not None else self.activations, spec)
 
     def weight_format(self, spec: TensorSpec) -> Format:
         """The format of a weight: the spec's own, or this target's flavour at the spec's bits."""
@@ -106,8 +113,11 @@ class Target:
         return (
             isinstance(activation, Integer)
             and activation.bits in self.activation_bits
-            and activation.signed == self.activations.signed
-            and (activation.symmetric or not self.activations.symmetric)
+            and any(
+                activation.signed == flavour.signed and (activation.symmetric or not flavour.symmetric)
+                for flavour in (self.activations, self.signed)
+                if flavour is not None
+            )
         )
 
 
