@@ -6,12 +6,14 @@ from torch import nn
 
 import halfstep as hs
 from halfstep.demo import DigitsNet
-from halfstep.errors import ArgumentError, MetricError, RecipeError
+from halfstep.errors import ArgumentError, MetricError, NotObservedError, RecipeError
 from halfstep.evaluate import Score
+from halfstep.ladder.costs import microseconds
 from halfstep.ladder.goal import Goal
 from halfstep.ladder.groups import groups_of
 from halfstep.ladder.partial import climb_partial
 from halfstep.ladder.search import Search, float_evaluation
+from halfstep.runtime.latency import Latency
 from tests.ladder.networks import FAULTS, INPUTS, Attention, calibrated, faulty, labelled, weights_per_tensor
 
 
@@ -102,6 +104,44 @@ def test_a_step_is_taken_by_single_layers_where_it_does_not_do_for_all():
     )
     # Convs have no kernel for ranges at run time; the one linear layer has.
     assert result.met and result.put_back.get("fc", "dynamic") == "dynamic" and len(result.float_layers) > 1
+
+
+def test_layers_that_cost_much_time_in_float_come_later(accuracy, monkeypatch):
+    times = {"0": 0.0, "2": 5000.0, "4": 10.0, "6": 10.0, "8": 10.0, "10": -3.0}
+    monkeypatch.setattr(
+        "halfstep.ladder.partial.microseconds", lambda model, groups: [times[g.name] for g in groups]
+    )
+    model = weights_per_tensor()
+    plain = {row.group.name: row.score for row in hs.sensitivity(model).rows}
+    result = hs.partial(model, accuracy, 0.06, hs.Partial(order="latency"))
+    order = [row.group.name for row in result.sensitivity.rows]
+    assert set(order[:2]) == {"0", "10"}  # they cost nothing
+    assert order[2:] == sorted(order[2:], key=lambda name: -plain[name] / times[name])
+    assert result.met and "over the time that float costs" in result.decisions[0]
+    assert "+5000 us in float" in str(result.sensitivity)
+
+
+def test_time_in_float_is_measured_on_the_runtime(monkeypatch):
+    outputs = {}
+
+    def raced(contestants, rounds):
+        outputs.update({name: run() for name, run in contestants.items()})
+        speedups = [1.0, 0.98, 0.5, 1.25, 0.99]  # quantized, its twin, and one file for each group
+        return {name: Latency(2.0, 0.1, speedup) for name, speedup in zip(contestants, speedups, strict=True)}
+
+    monkeypatch.setattr("halfstep.ladder.costs.race", raced)
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
+    model = calibrated(network)
+    groups = groups_of(model)
+    # Twice as long as 2 ms, four fifths of that, and a difference within the twin's 2%.
+    assert microseconds(model, groups) == pytest.approx([2000, -400, 0])
+    for index, group in enumerate(groups):
+        model.float_layers = group.layers
+        assert torch.allclose(outputs[str(index + 2)], model(INPUTS[:128]), atol=1e-2)
+    assert not torch.equal(outputs["0"], outputs["2"]) and torch.equal(outputs["0"], outputs["1"])
+    with pytest.raises(NotObservedError, match=r"latency: no example was kept to time"):
+        microseconds(hs.prepare(network, INPUTS[:2]), groups)
 
 
 def test_which_half_loses_it(accuracy):
@@ -198,6 +238,8 @@ def test_what_partial_cannot_do(model, accuracy):
         hs.partial(model, accuracy, options=hs.Partial(keep_quantized=("*",)))
     with pytest.raises(ArgumentError, match=r"walk: got 'random', needed one of 'gallop', 'one_by_one'"):
         hs.Partial(walk="random")
+    with pytest.raises(ArgumentError, match=r"order: got 'size', needed 'accuracy' or 'latency'"):
+        hs.Partial(order="size")
     with pytest.raises(ArgumentError, match=r"steps: got 'int4', needed some of"):
         hs.Partial(steps=("int4",))
     with pytest.raises(ArgumentError, match=r"steps: got none"):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from halfstep.errors import ArgumentError, RecipeError
 from halfstep.evaluate import Drop, Score, as_scorer
+from halfstep.ladder.costs import microseconds
 from halfstep.ladder.evaluation import Evaluation
 from halfstep.ladder.goal import Goal
 from halfstep.ladder.groups import Group, groups_of, matching, names_of
@@ -16,7 +17,7 @@ from halfstep.ladder.halves import Halves, where_is_the_loss
 from halfstep.ladder.methods import Method
 from halfstep.ladder.prefix import WALKS, without_needless
 from halfstep.ladder.search import Search, float_evaluation
-from halfstep.ladder.sensitivity import Sensitivity, rank
+from halfstep.ladder.sensitivity import LayerSensitivity, Sensitivity, rank
 from halfstep.ladder.steps import STEPS, Assignment, Step, find_steps, put
 from halfstep.model import QuantizedModel
 
@@ -28,6 +29,8 @@ class Partial:
     Attributes:
         method: of sensitivity; see :func:`halfstep.sensitivity`.
         steps: what layers may be put to, by names of :data:`~halfstep.ladder.steps.STEPS`.
+        order: which layers come first: the most sensitive (``"accuracy"``), or those that regain most for each
+            microsecond that leaving them in float costs, measured on the target's runtime (``"latency"``).
         walk: how far to go down the sorted list: ``"gallop"`` (and bisect), or ``"one_by_one"``.
         keep_float: patterns of layers that stay in float whatever comes.
         keep_quantized: patterns of layers that are never put back.
@@ -38,6 +41,7 @@ class Partial:
 
     method: str | Method | None = None
     steps: tuple[str, ...] = ("float",)
+    order: Literal["accuracy", "latency"] = "accuracy"
     walk: Literal["gallop", "one_by_one"] = "gallop"
     keep_float: tuple[str, ...] = ()
     keep_quantized: tuple[str, ...] = ()
@@ -48,6 +52,8 @@ class Partial:
     def __post_init__(self) -> None:
         if self.walk not in WALKS:
             raise ArgumentError(f"walk: got {self.walk!r}, needed one of {', '.join(map(repr, WALKS))}")
+        if self.order not in ("accuracy", "latency"):
+            raise ArgumentError(f"order: got {self.order!r}, needed 'accuracy' or 'latency'")
         find_steps(self.steps)
 
 
@@ -212,13 +218,18 @@ class _Walk:
             search.decide(str(halves))
         put(model, base, {})
         table = rank(model, search, groups, options.method, options.measured)
+        if options.order == "latency":
+            times = microseconds(model, [row.group for row in table.rows])
+            rows = [replace(row, microseconds=time) for row, time in zip(table.rows, times, strict=True)]
+            table = replace(table, rows=tuple(sorted(rows, key=_regained_per_microsecond, reverse=True)))
         search.found["sensitivity"] = table
         self.ranked = [row.group for row in table.rows]
         first = ", ".join(group.name for group in self.ranked[:3])
         agreement = "" if table.tau is None else f"; Kendall's tau with measured drops is {table.tau:+.2f}"
+        by_time = ", over the time that float costs" if options.order == "latency" else ""
         search.decide(
             f"{len(groups)} groups of layers ranked by {table.method} in {table.seconds:.1f} s ({table.examples:,} "
-            f"examples sent through the network); most sensitive: {first}{agreement}."
+            f"examples sent through the network){by_time}; first: {first}{agreement}."
         )
 
     def holds(self, assignment: Assignment, what: str) -> bool:
@@ -312,6 +323,14 @@ def _candidates(
     base["float_layers"] |= up | tied
     free = [group for group in groups if not (down | base["float_layers"]).intersection(group.layers)]
     return base, tuple(free)
+
+
+def _regained_per_microsecond(row: LayerSensitivity) -> tuple[bool, float]:
+    """Groups that cost nothing in float come first, then those that regain most for a microsecond."""
+    assert row.microseconds is not None
+    if row.microseconds <= 0:
+        return True, row.score
+    return False, row.score / row.microseconds
 
 
 def _many(groups: int) -> str:

@@ -28,12 +28,14 @@ class LayerSensitivity:
         kinds: what they are.
         score: what quantizing them loses, in the table's unit.
         drop: the metric's drop with only them quantized, where it was measured beside the score.
+        microseconds: what leaving them in float costs a batch, where that was measured on the target's runtime.
     """
 
     layers: tuple[str, ...]
     kinds: tuple[str, ...]
     score: float
     drop: float | None = None
+    microseconds: float | None = None
 
     @property
     def group(self) -> Group:
@@ -71,7 +73,8 @@ class Sensitivity:
         lines = [f"sensitivity by {self.method}, in {self.unit}"]
         for row in self.rows:
             drop = "" if row.drop is None else f"   measured drop {row.drop:+.4f}"
-            lines.append(f"  {row.group.name:<{width}}  {row.score:10.4g}{drop}")
+            time = "" if row.microseconds is None else f"   {row.microseconds:+.0f} us in float"
+            lines.append(f"  {row.group.name:<{width}}  {row.score:10.4g}{drop}{time}")
         if self.tau is not None:
             measured = sum(row.drop is not None for row in self.rows)
             lines.append(f"  Kendall's tau with the measured drop of {measured} of them: {self.tau:+.2f}")

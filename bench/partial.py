@@ -1,0 +1,191 @@
+"""Partial quantization on Fashion-MNIST: what the search costs, what it leaves in float, and what the file is like.
+
+A network whose weights have few bits and one range a tensor misses the target by far. The search by a cheap proxy,
+gallop and bisection is counted beside the plain one, which scores every layer by the metric on all examples and then
+puts layers back one by one. Early verdicts are held to their stated level by simulation.
+
+python -m bench.partial
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import tempfile
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import halfstep as hs
+from bench import fashion
+from halfstep.evaluate import Score, SequentialTest, paired_drop
+from halfstep.ladder.evaluation import Evaluation
+from halfstep.runtime.deployed import DeployedModel
+from halfstep.runtime.latency import race
+
+LEVEL = 0.05
+RUNS = 200
+SLOW = hs.Partial(method="metric", walk="one_by_one", prune=False, early=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--network", default="mobilenet", choices=sorted(fashion.NETWORKS))
+    parser.add_argument("--weights", type=int, default=4, help="bits")
+    parser.add_argument("--max-drop", type=float, default=0.01)
+    parser.add_argument("--examples", type=int, default=10_000, help="test images")
+    parser.add_argument("--methods", default="kl,fisher", help="of ranking, the first one's file is deployed")
+    parser.add_argument(
+        "--skip-exhaustive", action="store_true", help="leave out the plain search, which takes long"
+    )
+    options = parser.parse_args()
+    console = Console(width=150)
+    data = fashion.load()
+    accuracy = hs.Accuracy(data.test(options.examples, batch=250))
+    recipe = hs.Recipe.uniform(options.weights, 8, hs.PerTensor())
+    model = hs.prepare(fashion.trained(options.network, data), data.train_images[:4], recipe)
+    hs.observe(model, data.calibration(512))
+    hs.calibrate(model)
+    groups = len(hs.sensitivity(model, "fisher").rows)
+
+    found = {}
+    for method in options.methods.split(","):
+        twin = copy.deepcopy(model)
+        found[f"gallop, {method}"] = (
+            twin,
+            hs.partial(twin, accuracy, options.max_drop, hs.Partial(method=method)),
+        )
+    if not options.skip_exhaustive:
+        twin = copy.deepcopy(model)
+        found["one by one, metric"] = twin, hs.partial(twin, accuracy, options.max_drop, SLOW)
+
+    title = (
+        f"{options.network}, W{options.weights}A8, a range a tensor, max calibrator, 512 calibration images; "
+        f"{options.examples:,} test images, {groups} groups of layers, allowed drop {options.max_drop:g}"
+    )
+    console.print(searches(title, found, groups, options.examples))
+    first = next(iter(found.values()))
+    console.print("\n".join(f"- {sentence}" for sentence in first[1].decisions))
+    console.print(verdicts(first[1].history))
+    console.print(deployed(model, first[0], accuracy, data.test_images[:32]))
+    console.print(wrong_acceptances(options.max_drop, options.examples))
+
+
+def searches(
+    title: str, found: dict[str, tuple[hs.QuantizedModel, hs.PartialResult]], groups: int, examples: int
+) -> Table:
+    table = Table(title=title)
+    for column in (
+        "search",
+        "met",
+        "accuracy",
+        "drop",
+        "float groups",
+        "evaluations",
+        "with ranking",
+        "bound",
+        "s",
+    ):
+        table.add_column(column, justify="right" if column != "search" else "left")
+    bound = 2 * math.log2(groups) + 8
+    for name, (model, result) in found.items():
+        assert result.sensitivity is not None
+        kept = sum(row.layers[0] in model.float_layers for row in result.sensitivity.rows)
+        ranking = result.sensitivity.examples / examples
+        seconds = sum(made.seconds for made in result.history) + result.sensitivity.seconds
+        table.add_row(
+            name,
+            str(result.met),
+            f"{result.score:.2%}",
+            f"{result.drop.value:+.2%} ({result.drop.low:+.2%} to {result.drop.high:+.2%})",
+            str(kept),
+            f"{result.full_evaluations:.1f}",
+            f"{result.full_evaluations + ranking:.1f}",
+            f"{bound:.1f}",
+            f"{seconds:.0f}",
+        )
+    return table
+
+
+def verdicts(history: tuple[Evaluation, ...]) -> Table:
+    """Every evaluation of a search, with the share of the examples that it took."""
+    table = Table(title="the first search, evaluation by evaluation")
+    for column in ("candidate", "score on the examples seen", "examples", "share"):
+        table.add_column(column, justify="right" if column != "candidate" else "left")
+    for made in history:
+        table.add_row(made.what, f"{made.score:.2%}", f"{made.examples:,}", f"{made.share:.1%}")
+    return table
+
+
+def deployed(
+    quantized: hs.QuantizedModel, partly: hs.QuantizedModel, accuracy: hs.Accuracy, images: torch.Tensor
+) -> Table:
+    """Accuracy and latency of the float, the fully and the partly quantized file."""
+    with tempfile.TemporaryDirectory() as directory:
+        folder = Path(directory)
+        files = {
+            "float": hs.export_float(partly, folder / "float.onnx"),
+            "float again (null)": folder / "float.onnx",
+            "fully quantized": hs.export_onnx(quantized, folder / "quantized.onnx"),
+            "partly quantized": hs.export_onnx(partly, folder / "partly.onnx"),
+        }
+        scores = {name: accuracy.evaluate(DeployedModel(file)).value for name, file in files.items()}
+        times = {}
+        for batch in (1, len(images)):
+            sessions = {name: DeployedModel(file) for name, file in files.items()}
+            times[batch] = race(
+                {name: lambda s=session, b=batch: s(images[:b]) for name, session in sessions.items()},
+                rounds=41,
+            )
+        table = Table(title="the files on ONNX Runtime, interleaved runs, all cores")
+        for column in ("file", "accuracy", "KiB", *(f"batch {b}, ms | x float" for b in times)):
+            table.add_column(column, justify="right" if column != "file" else "left")
+        for name, file in files.items():
+            cells = [f"{raced[name].median:.3f} | {raced[name].speedup:.2f}" for raced in times.values()]
+            table.add_row(name, f"{scores[name]:.2%}", f"{file.stat().st_size / 1024:.0f}", *cells)
+    return table
+
+
+def wrong_acceptances(max_drop: float, count: int) -> Table:
+    """How often a candidate that must not be accepted is, at drops equal to the target."""
+    generator = torch.Generator().manual_seed(0)
+    early = strict = seen = 0
+    for _ in range(RUNS):
+        # A full evaluation would show one example more than the target allows; early verdicts must not say "below".
+        lost, won = round(count * (max_drop + 0.02)) + 1, round(count * 0.02)
+        values = torch.cat([torch.ones(lost), -torch.ones(won), torch.zeros(count - lost - won)])
+        test = SequentialTest(max_drop, -1.0, 1.0, LEVEL, total=count)
+        for part in values[torch.randperm(count, generator=generator)].split(250):
+            if test.update(part):
+                break
+        early += test.answer == "below"
+        seen += test.seen
+        # Another sample of a population whose drop is the target: the interval must not lie within it.
+        draws = torch.rand(count, generator=generator)
+        candidate = 1 - (draws < max_drop + 0.02).double()
+        reference = 1 - (draws > 0.98).double()
+        drop = paired_drop(Score.mean(reference), Score.mean(candidate), confidence=1 - LEVEL)
+        strict += drop.high is not None and drop.high <= max_drop
+    table = Table(title=f"{RUNS} simulated runs at a drop equal to the target, {count:,} examples, seed 0")
+    for column in ("rule", "wrong acceptances", "stated level"):
+        table.add_column(column)
+    table.add_row(
+        "an early verdict, one example above the target", f"{early} = {early / RUNS:.1%}", f"{LEVEL:.0%}"
+    )
+    table.add_row(
+        "a strict goal, on all examples", f"{strict} = {strict / RUNS:.1%}", f"{LEVEL / 2:.1%} (one side)"
+    )
+    table.caption = (
+        f"the early test looked at {seen / RUNS / count:.0%} of the examples on average: no clear case"
+    )
+    return table
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main()
