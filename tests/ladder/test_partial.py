@@ -126,16 +126,16 @@ def test_time_in_float_is_measured_on_the_runtime(monkeypatch):
 
     def raced(contestants, rounds):
         outputs.update({name: run() for name, run in contestants.items()})
-        speedups = [1.0, 0.98, 0.5, 1.25, 0.99]  # quantized, its twin, and one file for each group
+        speedups = [1.0, 0.98, 0.5, 0.99]  # quantized, its twin, and one file for each group
         return {name: Latency(2.0, 0.1, speedup) for name, speedup in zip(contestants, speedups, strict=True)}
 
     monkeypatch.setattr("halfstep.ladder.costs.race", raced)
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
+    network = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 3))
     model = calibrated(network)
     groups = groups_of(model)
-    # Twice as long as 2 ms, four fifths of that, and a difference within the twin's 2%.
-    assert microseconds(model, groups) == pytest.approx([2000, -400, 0])
+    # Twice as long as 2 ms, and a difference within the twin's 2%.
+    assert microseconds(model, groups) == pytest.approx([2000, 0])
     for index, group in enumerate(groups):
         model.float_layers = group.layers
         assert torch.allclose(outputs[str(index + 2)], model(INPUTS[:128]), atol=1e-2)
