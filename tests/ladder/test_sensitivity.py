@@ -107,6 +107,16 @@ def test_measured_drops_stand_beside_the_scores(model):
     assert [row.drop is not None for row in three.rows] == [True, False, True, False, False, True]
 
 
+def test_the_model_s_mode_does_not_matter_and_is_kept(model):
+    accuracy = hs.Accuracy(labelled(faulty()))
+    for method in ("metric", "kl", "fisher"):
+        wanted = [row.score for row in hs.sensitivity(model, method, metric=accuracy).rows]
+        with model.using(Mode.FLOAT):
+            got = [row.score for row in hs.sensitivity(model, method, metric=accuracy).rows]
+            assert model.mode is Mode.FLOAT
+        assert got == wanted and max(wanted) > 0
+
+
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=2, max_size=15))
 def test_tau_is_scipys(pairs):
     first, second = zip(*pairs, strict=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from halfstep.errors import ArgumentError
+from halfstep.fake_quantize import Mode
 from halfstep.ladder.fisher import fisher
 from halfstep.ladder.groups import Group
 from halfstep.ladder.probe import Loss, Probe
@@ -131,6 +132,7 @@ def _drop(probe: Probe, float_layers: frozenset[str], what: str) -> float:
     before = model.float_layers
     model.float_layers = float_layers
     try:
-        return search.goal.drop(search.evaluate(what))
+        with model.using(Mode.QUANTIZE):
+            return search.goal.drop(search.evaluate(what))
     finally:
         model.float_layers = before

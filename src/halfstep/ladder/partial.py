@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from halfstep.errors import ArgumentError, RecipeError
 from halfstep.evaluate import Drop, Score, as_scorer
+from halfstep.fake_quantize import Mode
 from halfstep.ladder.costs import microseconds
 from halfstep.ladder.evaluation import Evaluation
 from halfstep.ladder.goal import Goal
@@ -180,6 +181,7 @@ def climb_partial(search: Search, options: Partial | None = None) -> Score:
     model, goal, early = search.model, search.goal, search.early
     base, groups = _candidates(model, options)
     put(model, base, {})
+    model.set_mode(Mode.QUANTIZE)
     start = search.evaluate("the pinned layers in float" if options.keep_float else "all layers quantized")
     if goal.met(start) or not groups:
         why = "the target is met as it is" if goal.met(start) else "no layer is left that could be"
