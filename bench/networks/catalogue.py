@@ -13,7 +13,7 @@ from bench.networks.convnext import ConvNeXtLike
 from bench.networks.efficientnet import EfficientNetLike
 from bench.networks.mobilenet import SmallMobileNet
 from bench.networks.resnet import ResNet18, SmallResNet, randomize_batch_norm
-from bench.networks.sequence import LSTMTagger, TwoTowers, bert
+from bench.networks.sequence import GRUTagger, LSTMTagger, TwoTowers, bert
 from bench.networks.swin import SwinLike
 from bench.networks.unet import UNet
 from bench.networks.vit import SmallViT
@@ -49,6 +49,7 @@ CATALOGUE: dict[str, Entry] = {
     "unet": Entry(UNet, _images(64)),
     "bert": Entry(bert, _tokens),
     "lstm": Entry(LSTMTagger, lambda batch: torch.randint(0, 100, (batch, 20))),
+    "gru": Entry(GRUTagger, lambda batch: torch.randint(0, 100, (batch, 20))),
     "two towers": Entry(TwoTowers, lambda batch: (torch.randn(batch, 3, 32, 32), torch.randn(batch, 12))),
 }
 

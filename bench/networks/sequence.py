@@ -19,6 +19,19 @@ class LSTMTagger(nn.Module):
         return self.fc(self.lstm(self.embedding(tokens))[0])
 
 
+class GRUTagger(nn.Module):
+    """Embedding, GRU, linear: (batch, time) token ids -> (batch, time, classes)."""
+
+    def __init__(self, vocabulary: int = 100, width: int = 32, classes: int = 5) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.gru = nn.GRU(width, width, batch_first=True)
+        self.fc = nn.Linear(width, classes)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.gru(self.embedding(tokens))[0])
+
+
 class TwoTowers(nn.Module):
     """Two inputs, two outputs: an image and a vector in, logits and their embedding out."""
 

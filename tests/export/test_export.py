@@ -4,6 +4,7 @@ import copy
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
@@ -11,7 +12,9 @@ from torch.nn import functional as F
 
 import halfstep as hs
 from halfstep.errors import ExportError, NotObservedError
+from halfstep.export import build
 from halfstep.export import onnx as export
+from halfstep.export.parting import agreements
 from halfstep.fake_quantize import Mode
 from halfstep.runtime.deployed import DeployedModel
 from halfstep.runtime.kernels import inspect_kernels
@@ -177,6 +180,30 @@ def test_a_file_that_answers_otherwise_is_not_left_behind(tmp_path, monkeypatch)
         hs.export_onnx(q, path)
     assert path.read_text() == "what was there before"
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_where_file_and_simulation_part_is_named(residual, tmp_path, monkeypatch):
+    q, _, _ = residual
+    lowered = build.lower
+
+    def spoiled(onnx_model, model):
+        lowered(onnx_model, model)
+        scale = onnx_model.graph.initializers["relu_scale"]
+        scale.const_value = ir.tensor(scale.const_value.numpy() / 10, name=scale.name)
+
+    monkeypatch.setattr(build, "lower", spoiled)
+    with pytest.raises(
+        ExportError, match=r"they part at site 'relu' \([-\d.]+ dB there, [\d.]+ dB at 'conv' before it\)"
+    ):
+        hs.export_onnx(q, tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_site_agrees_where_nothing_is_wrong(residual):
+    q, x, path = residual
+    found = agreements(q, path, x)
+    assert [agreement.site for agreement in found] == [n for n in q.sites if not n.endswith("weight")]
+    assert min(agreement.sqnr for agreement in found) > 35
 
 
 def test_an_unwritable_place_is_named(tmp_path):

@@ -106,8 +106,10 @@ def _check_parity(model: QuantizedModel, path: Path) -> None:
     with model.using(Mode.QUANTIZE):
         parity = compare(model, deployed, [kwargs or args])
     if not parity.sqnr >= MINIMUM_SQNR:
+        from halfstep.export.parting import explain_parting
+
         raise ExportError(
             f"the file's outputs differ from the simulation's: {parity.sqnr:.1f} dB, needed {MINIMUM_SQNR:.0f} dB; "
-            "nothing was written under the final name. Calibrate on more data, or leave the layers with the largest "
-            "ranges in float"
+            f"{explain_parting(model, path, kwargs or args, MINIMUM_SQNR)}. Nothing was written under the final name; "
+            "calibrate on more data, or leave the layer before that site in float"
         )

@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from halfstep.graph.capture import Captured, unchanged
+from halfstep.graph.constants import fold_weights, merge_repeated
 from halfstep.graph.operators import is_spatial_mean
 from halfstep.graph.parameters import parameter, store, trainable
 from halfstep.graph.unfold import FoldedNorm, tensors
@@ -59,13 +60,15 @@ TRANSPOSED = frozenset(
 
 
 def fold(captured: Captured) -> Captured:
-    """Remove identities and dropout, fold every batch norm that directly follows a conv or linear.
+    """Remove identities and dropout, store computed weights, fold every batch norm right behind a conv or linear.
 
     The graph is changed in place and returned; its outputs stay equal up to float rounding (see
     :data:`halfstep.graph.capture.TOLERANCE`).
     """
     with unchanged(captured, "folding batch norm"):
         remove_identities(captured.module)
+        merge_repeated(captured.module.graph)
+        fold_weights(captured.module)
         keep_pooled_axes(captured.module)
         before = tensors(captured.module)
         captured.folded += fold_batch_norm(captured.module)

@@ -55,8 +55,16 @@ def compare(
             decisions += equal.numel()
     if signal == noise == 0.0 and decisions == 0:
         raise DataError("parity: no batches to compare on; give at least one")
-    sqnr = math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)
-    return Parity(same / decisions if decisions else math.nan, sqnr, decisions)
+    return Parity(same / decisions if decisions else math.nan, _decibels(signal, noise), decisions)
+
+
+def signal_to_noise(wanted: torch.Tensor, got: torch.Tensor) -> float:
+    """``10 log10(sum y^2 / sum (y - y')^2)`` in dB; infinite where both are equal."""
+    return _decibels(float((wanted * wanted).sum()), float(((wanted - got) ** 2).sum()))
+
+
+def _decibels(signal: float, noise: float) -> float:
+    return math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)
 
 
 def float_tensors(outputs: Any) -> list[torch.Tensor]:
