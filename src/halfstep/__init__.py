@@ -16,12 +16,17 @@ from halfstep.ladder.concerns import SiteConcern, concerns
 from halfstep.ladder.outcome import Outcome
 from halfstep.ladder.partial import Partial, PartialResult, partial
 from halfstep.ladder.qat import train
+from halfstep.ladder.repairs import Repairs, repair
 from halfstep.ladder.sensitivity import Sensitivity, sensitivity
 from halfstep.model import QuantizedModel
 from halfstep.recipe import LayerSpec, Recipe, TensorSpec
 from halfstep.repair.bias import correct_bias
 from halfstep.repair.equalize import equalize
+from halfstep.repair.gptq import gptq
+from halfstep.repair.migrate import migrate
 from halfstep.repair.ranges import weigh_ranges
+from halfstep.repair.record import Repair
+from halfstep.repair.rounding import learn_rounding
 from halfstep.report.site_plot import plot_site
 from halfstep.training.distillation import Distillation
 from halfstep.training.fit import Trained
@@ -54,6 +59,8 @@ __all__ = [
     "QuantizedModel",
     "Ranges",
     "Recipe",
+    "Repair",
+    "Repairs",
     "Score",
     "Sensitivity",
     "SiteConcern",
@@ -69,11 +76,15 @@ __all__ = [
     "equalize",
     "export_float",
     "export_onnx",
+    "gptq",
+    "learn_rounding",
+    "migrate",
     "observe",
     "partial",
     "plot_site",
     "prepare",
     "quantize",
+    "repair",
     "sensitivity",
     "train",
     "verify",

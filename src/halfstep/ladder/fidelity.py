@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -48,7 +48,8 @@ class Reference:
 
     Args:
         model: observed.
-        examples: at most so many of the kept ones.
+        examples: at most so many of them.
+        batches: compare on these instead of the kept ones.
 
     Attributes:
         examples: how many there are.
@@ -58,12 +59,15 @@ class Reference:
         NotObservedError: nothing was kept, since nothing was observed.
     """
 
-    def __init__(self, model: QuantizedModel, examples: int = 256) -> None:
+    def __init__(
+        self, model: QuantizedModel, examples: int = 256, batches: Sequence[ModelInputs] | None = None
+    ) -> None:
         if examples < 1:
             raise ArgumentError(f"examples: got {examples}, needed at least 1")
-        if not model.sample:
+        batches = model.sample if batches is None else batches
+        if not batches:
             raise NotObservedError("no example was kept to compare outputs on; run observe() first")
-        self.batches = list(_first(model, examples))
+        self.batches = list(_first(model, batches, examples))
         self.examples = sum(map(batch_size, self.batches))
         with model.using(Mode.FLOAT), torch.no_grad():
             outputs = [run(model, batch) for batch in track(self.batches, "float outputs")]
@@ -107,9 +111,9 @@ class Reference:
             )
 
 
-def _first(model: QuantizedModel, examples: int) -> Iterator[ModelInputs]:
-    """Batches of the kept examples, up to a number of them."""
-    for batch in model.sample:
+def _first(model: QuantizedModel, batches: Sequence[ModelInputs], examples: int) -> Iterator[ModelInputs]:
+    """Batches of examples, up to a number of them."""
+    for batch in batches:
         size = min(batch_size(batch), examples)
         if size:
             yield model.captured.examples(batch, 0, size)

@@ -90,4 +90,6 @@ class Grid:
         """The nearest numbers to one column of values, (groups, out)."""
         flat = values.reshape(-1, 1)
         scale, zero_point = (p[..., column].reshape(-1) for p in (self.scale, self.zero_point))
-        return functional.fake_quantize(flat, scale, zero_point, self.format, PerChannel(0)).reshape(values.shape)
+        return functional.fake_quantize(flat, scale, zero_point, self.format, PerChannel(0)).reshape(
+            values.shape
+        )

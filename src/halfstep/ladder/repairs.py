@@ -1,0 +1,209 @@
+"""Repairs in order, each kept only where it measures better."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from halfstep.errors import ArgumentError
+from halfstep.evaluate import as_scorer
+from halfstep.fake_quantize import Mode
+from halfstep.graph.inputs import ModelInputs, batch_size
+from halfstep.ladder.fidelity import Fidelity, Measure, Reference
+from halfstep.model import QuantizedModel
+from halfstep.progress import track
+from halfstep.repair.bias import correct_bias
+from halfstep.repair.equalize import equalize
+from halfstep.repair.gptq import gptq
+from halfstep.repair.migrate import migrate
+from halfstep.repair.ranges import sample_of, weigh_ranges
+from halfstep.repair.record import Repair
+from halfstep.repair.rounding import learn_rounding
+from halfstep.repair.snapshot import Snapshot
+
+#: A repair: takes a calibrated model and batches, changes the model, and says what it did.
+Pass = Callable[[QuantizedModel, Sequence[ModelInputs]], Repair]
+
+#: Function-preserving scalings first, then the ranges of what they left, then roundings on those ranges, and the mean
+#: errors that remain last.
+PASSES: tuple[Pass, ...] = (equalize, migrate, weigh_ranges, gptq, learn_rounding, correct_bias)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One repair, measured.
+
+    Attributes:
+        repair: what it did.
+        before: the outputs' fidelity on examples that it was not fitted on.
+        after: the same with the repair.
+        kept: whether it was.
+    """
+
+    repair: Repair
+    before: Fidelity
+    after: Fidelity
+    kept: bool
+
+    def __str__(self) -> str:
+        what, took = self.repair.name, f"{self.repair.seconds:.1f} s"
+        if not self.repair.treated:
+            reasons = [*self.repair.notes, *dict.fromkeys(why for _, why in self.repair.skipped)]
+            return f"{what} found nothing to do" + (f": {reasons[0]}" if reasons else "") + f" ({took})"
+        if self.kept:
+            return f"{what} on {len(self.repair.treated)}: {self.before} to {self.after}, kept ({took})"
+        return f"{what} put back: {self.before} would become {self.after} ({took})"
+
+
+@dataclass(frozen=True)
+class Repairs:
+    """What :func:`repair` tried.
+
+    Attributes:
+        trials: in order.
+        by: the measure that decided.
+        fitted: examples that the repairs worked on.
+        examples: other examples that they were measured on.
+        seconds: of wall time, for everything.
+        left_out: repairs that the budget left no time for.
+        score_before: the metric before; None without one.
+        score_after: the metric with all that was kept.
+        put_back: the metric fell, and everything was put back.
+    """
+
+    trials: tuple[Trial, ...]
+    by: Measure
+    fitted: int
+    examples: int
+    seconds: float
+    left_out: tuple[str, ...] = ()
+    score_before: float | None = None
+    score_after: float | None = None
+    put_back: bool = False
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The repairs that are in the model now."""
+        return () if self.put_back else tuple(trial.repair.name for trial in self.trials if trial.kept)
+
+    def sentences(self) -> list[str]:
+        """What each repair brought, or why it was put back."""
+        lines = [str(trial) for trial in self.trials]
+        lines += [note for trial in self.trials if trial.kept for note in trial.repair.notes]
+        lines += [f"{name} was not tried: the budget is used up" for name in self.left_out]
+        if self.score_before is not None and self.score_after is not None:
+            verdict = "everything was put back" if self.put_back else "kept"
+            lines.append(f"all together: metric {self.score_before:.4f} to {self.score_after:.4f}, {verdict}")
+        return lines
+
+    def __str__(self) -> str:
+        head = (
+            f"repairs fitted on {self.fitted} and measured on {self.examples} examples, {self.seconds:.1f} s"
+        )
+        return "\n".join([head, *(f"- {sentence}" for sentence in self.sentences())])
+
+
+def repair(
+    model: QuantizedModel,
+    passes: Sequence[Pass] = PASSES,
+    batches: Iterable[ModelInputs] | None = None,
+    metric: Any = None,
+    budget: float | None = None,
+) -> Repairs:
+    """Repair a calibrated network for few bits before any training, keeping only what measures better.
+
+    Each repair works on half of the examples. It stays if the outputs of the quantized network come nearer to those of
+    the float network on the other half, by the divergence of the classes' probabilities, or by the signal to noise
+    where the outputs are no classes. The float network computes what it did before.
+
+    Args:
+        model: calibrated; left with what was kept, quantizing.
+        passes: what to try, in order.
+        batches: model inputs; the sample that :func:`~halfstep.observe` kept if None.
+        metric: has the last word: where it falls, everything is put back. None for none.
+        budget: seconds after which no further repair is begun; None for no bound.
+
+    Raises:
+        DataError: if there are no examples.
+        NotObservedError: naming a site that has no range.
+        ArgumentError: a budget that is not above 0.
+    """
+    if budget is not None and not (math.isfinite(budget) and budget > 0):
+        raise ArgumentError(f"budget: got {budget}, needed seconds above 0, or None for no bound")
+    start = time.perf_counter()
+    fitted, held = halves(model, sample_of(model, batches))
+    model.set_mode(Mode.QUANTIZE)
+    reference = Reference(model, sum(map(batch_size, held)), held)
+    by: Measure = "kl" if reference.has_classes else "sqnr"
+    untouched = Snapshot.of(model)
+    scorer = None if metric is None else as_scorer(metric)
+    score_before = None if scorer is None else scorer.evaluate(model)
+    trials: list[Trial] = []
+    left_out: list[str] = []
+    now = reference.compare(model, "measuring")
+    for each in track(passes, "repairing"):
+        if budget is not None and time.perf_counter() - start > budget:
+            left_out.append(getattr(each, "__name__", repr(each)))
+            continue
+        trial = _try(model, each, fitted, reference, now, by)
+        now = trial.after if trial.kept else now
+        trials.append(trial)
+    score_after, put_back = score_before, False
+    if scorer is not None and score_before is not None and any(trial.kept for trial in trials):
+        score_after = scorer.evaluate(model)
+        worse = score_after.value - score_before.value
+        put_back = (-worse if scorer.higher_is_better else worse) > 0
+        if put_back:
+            untouched.restore(model)
+    return Repairs(
+        tuple(trials),
+        by,
+        sum(map(batch_size, fitted)),
+        reference.examples,
+        time.perf_counter() - start,
+        tuple(left_out),
+        None if score_before is None else score_before.value,
+        None if score_after is None else score_after.value,
+        put_back,
+    )
+
+
+def halves(
+    model: QuantizedModel, batches: Sequence[ModelInputs]
+) -> tuple[list[ModelInputs], list[ModelInputs]]:
+    """The first and the second half of every batch; a single example is in both."""
+    first, second = [], []
+    for batch in batches:
+        size = batch_size(batch)
+        middle = size // 2
+        if middle:
+            first.append(model.captured.examples(batch, 0, middle))
+        second.append(model.captured.examples(batch, middle, size))
+    return first or second, second
+
+
+def _try(
+    model: QuantizedModel,
+    each: Pass,
+    fitted: Sequence[ModelInputs],
+    reference: Reference,
+    before: Fidelity,
+    by: Measure,
+) -> Trial:
+    """Run one repair and keep it if it measures better."""
+    snapshot = Snapshot.of(model)
+    try:
+        done = each(model, fitted)
+        if not done.treated:
+            return Trial(done, before, before, kept=False)
+        after = reference.compare(model, "measuring")
+    except BaseException:
+        snapshot.restore(model)
+        raise
+    kept = after.loss(by) < before.loss(by)
+    if not kept:
+        snapshot.restore(model)
+    return Trial(done, before, after, kept)

@@ -1,0 +1,194 @@
+"""GPTQ and learned rounding: against slow references, and never worse than what was there."""
+
+import copy
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+import halfstep as hs
+from halfstep.fake_quantize import Mode
+from halfstep.formats import Codebook
+from halfstep.granularity import PerGroup
+from halfstep.repair import gptq as gptq_file
+from halfstep.repair.gptq import gptq_rows
+from halfstep.repair.layer_weight import LayerWeight
+from halfstep.repair.moments import Moments
+from halfstep.repair.quadratic import Grid, Quadratic
+from halfstep.repair.rounding import descend
+from halfstep.repair.walk import walk
+from tests.repair.networks import Net, built, calibrated, conv, depthwise, images, residual
+
+
+def problem(groups=1, outputs=3, inputs=6, bits=3, seed=0, noise=0.3):
+    """Moments of correlated inputs, weights, and their grid with one step a row."""
+    g = torch.Generator().manual_seed(seed)
+    mix = torch.randn(groups, inputs, inputs, generator=g)
+    x = torch.randn(groups, 200, inputs, generator=g) @ mix
+    seen = x + noise * torch.randn(x.shape, generator=g)
+    a, b = seen.double(), x.double()
+    moments = Moments(a.mT @ a / 200, a.mT @ b / 200, b.mT @ b / 200, 200)
+    rows = torch.randn(groups, outputs, inputs, generator=g)
+    scale = rows.abs().amax(-1, keepdim=True).expand(rows.shape) / (2 ** (bits - 1) - 1)
+    grid = Grid(scale, torch.zeros(rows.shape, dtype=torch.int32), hs.Integer(bits))
+    nearest = torch.stack([grid.nearest(rows[..., j], j) for j in range(inputs)], -1).double()
+    return moments, rows, grid, nearest
+
+
+def slow_gptq(form, grid):
+    """One row and one input at a time, the inverse of what is left recomputed from its definition."""
+    result = torch.zeros_like(form.target)
+    for g in range(len(form.hessian)):
+        order = form.hessian[g].diagonal().argsort(descending=True).tolist()
+        for o in range(form.target.shape[1]):
+            row, left = form.target[g, o].clone(), list(order)
+            while left:
+                inverse = torch.linalg.inv(form.hessian[g][left][:, left])
+                j = left[0]
+                scale = grid.scale[g, o, j].double()
+                end = grid.format.quant_max
+                number = (row[j] / scale).round().clamp(-end, end) * scale
+                row[left] -= (row[j] - number) / inverse[0, 0] * inverse[0]
+                result[g, o, j] = number
+                left = left[1:]
+    return result
+
+
+@pytest.mark.parametrize("block", [1, 4, 128])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_gptq_is_the_slow_reference(groups, block, monkeypatch):
+    monkeypatch.setattr(gptq_file, "BLOCK", block)
+    moments, rows, grid, nearest = problem(groups)
+    form = Quadratic.of(moments, rows)
+    torch.testing.assert_close(gptq_rows(form, grid, nearest), slow_gptq(form, grid), rtol=1e-6, atol=1e-6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([2, 3, 4]), st.integers(1, 2))
+def test_descent_only_goes_down_and_stops_where_no_single_change_helps(seed, bits, groups):
+    moments, rows, grid, nearest = problem(groups, inputs=5, bits=bits, seed=seed)
+    form = Quadratic.of(moments, rows)
+    found = descend(form, grid, nearest)
+    value = form.value(found)
+    assert bool((value <= form.value(nearest) * (1 + 1e-9)).all())
+    end = grid.format.quant_max
+    for j, code in product(range(5), range(-end, end + 1)):
+        other = found.clone()
+        other[..., j] = grid.scale[..., j] * code
+        assert bool((form.value(other) >= value * (1 - 1e-9)).all())
+
+
+def test_descent_comes_near_the_best_of_all():
+    gained = []
+    for seed in range(20):
+        moments, rows, grid, nearest = problem(outputs=1, inputs=5, bits=2, seed=seed)
+        form = Quadratic.of(moments, rows)
+        codes = torch.tensor(list(product((-1.0, 0.0, 1.0), repeat=5)), dtype=torch.float64)
+        best = float(form.value(codes[None] * grid.scale[0, 0]).min())
+        start = gptq_rows(form, grid, nearest)
+        near, found = float(form.value(nearest).min()), float(form.value(descend(form, grid, start)).min())
+        assert best <= found * (1 + 1e-9)
+        gained.append((near - found) / max(near - best, 1e-12))
+    assert sum(gained) / len(gained) > 0.8  # of what the best of all rounding would gain
+
+
+def test_the_form_is_the_damped_error_up_to_a_constant():
+    moments, rows, grid, nearest = problem()
+    form = Quadratic.of(moments, rows, damping=0.1)
+    amount = 0.1 * moments.quantized.diagonal(dim1=-2, dim2=-1).mean()
+    candidates = [nearest, rows.double(), torch.zeros_like(nearest), gptq_rows(form, grid, nearest)]
+    constants = torch.stack(
+        [moments.error(v, rows) + amount * (v - rows).square().sum(-1) - form.value(v) for v in candidates]
+    )
+    torch.testing.assert_close(constants, constants[:1].expand_as(constants), rtol=1e-9, atol=1e-9)
+
+
+def test_uncorrelated_inputs_make_the_nearest_the_best():
+    eye = torch.eye(6, dtype=torch.float64)[None]
+    _, rows, grid, nearest = problem()
+    form = Quadratic.of(Moments(eye, eye, eye, 1), rows)
+    torch.testing.assert_close(gptq_rows(form, grid, nearest), nearest)
+    torch.testing.assert_close(descend(form, grid, nearest), nearest)
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {make.__name__: calibrated(built(make)) for make in (residual, depthwise)}
+
+
+@pytest.mark.parametrize("name", ["residual", "depthwise"])
+@pytest.mark.parametrize("repair", [hs.gptq, hs.learn_rounding])
+def test_no_layer_gets_worse_and_the_float_network_stays(repair, name, models):
+    q, x = copy.deepcopy(models[name]), images()
+    with torch.no_grad(), q.using(Mode.FLOAT):
+        wanted = q(x)
+    with torch.no_grad():
+        before = (q(x) - wanted).square().sum()
+    record = repair(q)
+    assert len(record.treated) == len(q.layers)
+    assert all(treated.after <= treated.before for treated in record.treated)
+    with torch.no_grad():
+        assert (q(x) - wanted).square().sum() < before / 2
+        with q.using(Mode.FLOAT):
+            assert torch.equal(q(x), wanted)
+
+
+def test_learned_rounding_goes_on_from_gptq(models):
+    q = copy.deepcopy(models["residual"])
+    first = hs.gptq(q).treated
+    second = hs.learn_rounding(q).treated
+    assert second[0].before == pytest.approx(first[0].after)
+    assert all(b.after <= b.before for b in second)
+
+
+def test_rounded_weights_are_numbers_of_the_format(models):
+    q = copy.deepcopy(models["residual"])
+    hs.gptq(q)
+    for step in walk(q, q.sample, "test"):
+        weight = LayerWeight.of(q, step.layer)
+        site = weight.site
+        assert site.offset is not None
+        again = copy.deepcopy(site)
+        again.offset = None
+        rounded = site.rounded(weight.tensor)
+        assert torch.equal(again.rounded(rounded), rounded)
+
+
+SPECS = {
+    "groups along the input": hs.TensorSpec(4, PerGroup(1, 16)),
+    "one scale": hs.TensorSpec(4, hs.PerTensor()),
+    "a codebook": hs.TensorSpec(Codebook.nf4()),
+    "affine": hs.TensorSpec(hs.Integer(3, symmetric=False)),
+}
+
+
+@pytest.mark.parametrize("what", SPECS)
+def test_any_format_and_granularity(what):
+    model = built(lambda: Net(lambda m, x: m.a(x.flatten(1)), a=nn.Linear(192, 6)))
+    x = images(64)
+    q = hs.prepare(model, x[:2], hs.Recipe(hs.LayerSpec(SPECS[what], None)))
+    hs.observe(q, [x])
+    hs.calibrate(q, hs.MSE(), hs.MSE())
+    for repair in (hs.gptq, hs.learn_rounding):
+        (treated,) = repair(q).treated
+        assert treated.after < treated.before
+
+
+def test_singular_moments_are_damped_and_said():
+    model = built(lambda: Net(lambda m, x: m.b(F.relu(m.a(x))), a=conv(3, 6), b=conv(6, 4, 1)))
+    with torch.no_grad():
+        model.a.weight[1], model.a.bias[1] = 0, -1  # a channel that ReLU switches off
+    q = calibrated(model)
+    record = hs.gptq(q)
+    assert [note for note in record.notes if note.startswith("b: its inputs do not span all directions")]
+    assert all(bool(site.offset.isfinite().all()) for site in q.sites.values() if site.offset is not None)
+
+
+def test_a_layer_whose_inputs_are_all_zero():
+    q = calibrated(built(lambda: Net(lambda m, x: m.b(F.relu(m.a(x) - 1e3)), a=conv(3, 6), b=conv(6, 4, 1))))
+    record = hs.gptq(q)
+    assert record.treated[1].after == record.treated[1].before == 0
