@@ -1,0 +1,138 @@
+"""Repairs in order: kept where they measure better, put back where they do not, and said."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import halfstep as hs
+from halfstep.errors import ArgumentError, DataError, NotObservedError
+from halfstep.ladder import repairs
+from halfstep.ladder.repairs import PASSES, halves
+from halfstep.repair.record import Repair, Treated
+from tests.repair.networks import Net, built, calibrated, conv, images, residual
+
+
+@pytest.fixture(scope="module")
+def observed():
+    return calibrated(built(residual), bits=3)
+
+
+@pytest.fixture
+def q(observed):
+    return copy.deepcopy(observed)
+
+
+def outputs(q):
+    with torch.no_grad():
+        return q(images(seed=1))
+
+
+def harm(model, batches):
+    """A pass that makes everything worse."""
+    model.shifts["a"].shift.fill_(100.0)
+    return Repair("harm", "nothing", (Treated("a", 0.0, 0.0),))
+
+
+def test_all_together_come_nearer_to_the_float_network(q):
+    found = hs.repair(q)
+    first, last = found.trials[0].before, [t.after for t in found.trials if t.kept][-1]
+    assert last.kl < first.kl / 2
+    assert found.fitted == found.examples == 8
+    assert [trial.repair.name for trial in found.trials] == [
+        "equalization",
+        "migration",
+        "weight ranges",
+        "GPTQ",
+        "learned rounding",
+        "bias correction",
+    ]
+    kept = [trial for trial in found.trials if trial.kept]
+    assert all(trial.after.kl < trial.before.kl for trial in kept)
+    assert found.kept == tuple(trial.repair.name for trial in kept)
+    text = str(found)
+    assert "repairs fitted on 8 and measured on 8 examples" in text
+    assert all(trial.repair.name in text for trial in found.trials)
+
+
+def test_what_measures_worse_is_put_back(q):
+    before = outputs(q)
+    found = hs.repair(q, [harm])
+    assert found.kept == ()
+    assert torch.equal(outputs(q), before)
+    assert "harm put back: KL" in found.sentences()[0]
+
+
+def test_what_finds_nothing_says_why():
+    q = calibrated(
+        built(lambda: Net(lambda m, x: m.b(F.gelu(m.a(x))).mean((2, 3)), a=conv(3, 4), b=conv(4, 5)))
+    )
+    (sentence,) = hs.repair(q, [hs.equalize]).sentences()
+    assert sentence.startswith("equalization found nothing to do: ")
+
+
+def test_the_metric_has_the_last_word(q):
+    before = outputs(q)
+    scores = iter([0.9, 0.8])
+    found = hs.repair(q, [hs.gptq], metric=lambda model: next(scores))
+    assert found.put_back
+    assert found.kept == ()
+    assert (found.score_before, found.score_after) == (0.9, 0.8)
+    assert torch.equal(outputs(q), before)
+    assert found.sentences()[-1] == "all together: metric 0.9000 to 0.8000, everything was put back"
+    scores = iter([0.8, 0.9])
+    assert hs.repair(q, [hs.gptq], metric=lambda model: next(scores)).kept == ("GPTQ",)
+
+
+def test_a_budget_that_is_used_up_leaves_the_rest_out(q, monkeypatch):
+    def slow(model, batches):
+        clock[0] += 100.0
+        return hs.correct_bias(model, batches)
+
+    clock = [0.0]
+    monkeypatch.setattr(repairs.time, "perf_counter", lambda: clock[0])
+    found = hs.repair(q, [slow, hs.gptq], budget=50.0)
+    assert [trial.repair.name for trial in found.trials] == ["bias correction"]
+    assert found.left_out == ("gptq",)
+    assert "gptq was not tried: the budget is used up" in found.sentences()
+
+
+def test_a_pass_that_fails_leaves_the_model_as_it_was(q):
+    def failing(model, batches):
+        harm(model, batches)
+        raise RuntimeError("stopped")
+
+    before = outputs(q)
+    with pytest.raises(RuntimeError, match="stopped"):
+        hs.repair(q, [failing])
+    assert torch.equal(outputs(q), before)
+
+
+def test_the_halves_share_no_example(q):
+    first, second = halves(q, q.sample)
+    assert [len(x) for x in first] == [len(x) for x in second] == [4, 4]
+    assert torch.equal(torch.cat([first[0], second[0]]), q.sample[0])
+    assert [len(x) for part in halves(q, [images(1)]) for x in part] == [1, 1]
+
+
+def test_outputs_that_are_no_classes_are_measured_by_signal_to_noise():
+    q = calibrated(built(lambda: Net(lambda m, x: m.a(x.flatten(1)), a=nn.Linear(192, 1))), bits=2)
+    found = hs.repair(q, [hs.gptq])
+    assert found.by == "sqnr"
+
+
+def test_bad_input(q):
+    with pytest.raises(ArgumentError, match=r"budget: got 0, needed seconds above 0"):
+        hs.repair(q, budget=0)
+    with pytest.raises(DataError, match=r"keeps no calibration sample; run hs.observe"):
+        hs.repair(q, batches=[])
+    fresh = hs.prepare(built(residual), images(2))
+    hs.observe(fresh, [images()])
+    with pytest.raises(NotObservedError, match=r"has no range yet"):
+        hs.repair(fresh)
+
+
+def test_every_pass_is_public():
+    assert all(each is getattr(hs, each.__name__) for each in PASSES)
