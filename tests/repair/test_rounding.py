@@ -190,6 +190,8 @@ def test_singular_moments_are_damped_and_said():
 
 
 def test_a_layer_whose_inputs_are_all_zero():
-    q = calibrated(built(lambda: Net(lambda m, x: m.b(F.relu(m.a(x) - 1e3)), a=conv(3, 6), b=conv(6, 4, 1))))
+    model = built(lambda: Net(lambda m, x: m.b(F.relu(m.a(x) - 1e3)), a=conv(3, 6), b=conv(6, 4, 1)))
+    with pytest.warns(UserWarning, match="all .* values are zero: the site is dead"):
+        q = calibrated(model)
     record = hs.gptq(q)
     assert record.treated[1].after == record.treated[1].before == 0
