@@ -49,3 +49,16 @@ def quantize_static(
     )
     logging.disable(logging.NOTSET)
     return out
+
+
+def quantize_dynamic(float_path: Path, out: Path, per_channel: bool = False) -> Path:
+    """Weights in 8 bits, activations with ranges at run time; after quant_pre_process."""
+    from onnxruntime import quantization as q
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    logging.disable(logging.WARNING)
+    prepared = out.with_suffix(".prepared.onnx")
+    quant_pre_process(str(float_path), str(prepared), skip_symbolic_shape=True)  # it fails on an Expand
+    q.quantize_dynamic(str(prepared), str(out), per_channel=per_channel, weight_type=q.QuantType.QInt8)
+    logging.disable(logging.NOTSET)
+    return out

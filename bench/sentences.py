@@ -16,22 +16,22 @@ from pathlib import Path
 import torch
 from torch import nn
 
-MODULES = (
-    "argparse array ast asyncio base64 bisect calendar cmath codecs collections concurrent.futures configparser "
-    "contextlib copy csv ctypes datetime decimal difflib dis email.message fileinput fractions functools gc getpass "
-    "gettext glob gzip hashlib heapq html http.client http.cookies imaplib inspect io ipaddress itertools json "
-    "linecache locale logging lzma mailbox math mimetypes multiprocessing numbers operator optparse os pathlib pdb "
-    "pickle pkgutil platform plistlib poplib pprint queue random re sched secrets selectors shelve shlex shutil smtplib "
-    "socket sqlite3 ssl stat statistics string struct subprocess sys tarfile tempfile textwrap threading time timeit "
-    "tokenize traceback types typing unicodedata unittest urllib.parse urllib.request uuid venv warnings wave weakref "
-    "webbrowser xml.dom.minidom xml.sax zipfile zlib"
-).split()
+MODULES = """
+    argparse array ast asyncio base64 bisect calendar cmath codecs collections concurrent.futures configparser
+    contextlib copy csv ctypes datetime decimal difflib dis email.message fileinput fractions functools gc getpass
+    gettext glob gzip hashlib heapq html http.client http.cookies imaplib inspect io ipaddress itertools json
+    linecache locale logging lzma mailbox math mimetypes multiprocessing numbers operator optparse os pathlib pdb
+    pickle pkgutil platform plistlib poplib pprint queue random re sched secrets selectors shelve shlex shutil
+    smtplib socket sqlite3 ssl stat statistics string struct subprocess sys tarfile tempfile textwrap threading time
+    timeit tokenize traceback types typing unicodedata unittest urllib.parse urllib.request uuid venv warnings wave
+    weakref webbrowser xml.dom.minidom xml.sax zipfile zlib
+"""
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:
     """That many different sentences of 25 to 160 characters, the same for the same Python and seed."""
     found = set()
-    for name in MODULES:
+    for name in MODULES.split():
         module = importlib.import_module(name)
         for owner in (module, *(item for item in vars(module).values() if inspect.isclass(item))):
             for item in vars(owner).values():
@@ -43,7 +43,9 @@ def sentences(count: int, seed: int = 0) -> list[str]:
     ordered = sorted(found)
     random.Random(seed).shuffle(ordered)
     if len(ordered) < count:
-        raise SystemExit(f"{count} sentences wanted, {len(ordered)} found in the standard library's docstrings")
+        raise SystemExit(
+            f"{count} sentences wanted, {len(ordered)} found in the standard library's docstrings"
+        )
     return ordered[:count]
 
 
