@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 
 from halfstep.errors import ExportError
-from halfstep.export.editing import drop_unused
+from halfstep.export.editing import drop_unused, share_equal
 from halfstep.export.lower import lower, pool_globally, rename
 from halfstep.export.trace import DOMAIN, trace
 from halfstep.model import QuantizedModel
@@ -24,6 +24,7 @@ def build_quantized(model: QuantizedModel, metadata: Mapping[str, str]) -> ir.Mo
     """The network with QuantizeLinear/DequantizeLinear at its sites, and what is worth knowing as metadata."""
     onnx_model = trace(model, quantized=True)
     lower(onnx_model, model)
+    share_equal(onnx_model.graph)
     onnx_model.producer_name, onnx_model.producer_version = "halfstep", version("halfstep")
     onnx_model.opset_imports.pop(DOMAIN, None)
     onnx_model.metadata_props.clear()
@@ -34,6 +35,7 @@ def build_quantized(model: QuantizedModel, metadata: Mapping[str, str]) -> ir.Mo
             "halfstep.target": model.target.name,
             "halfstep.recipe": repr(model.recipe),
             "halfstep.float_layers": ", ".join(sorted(model.float_layers)),
+            "halfstep.dynamic_layers": ", ".join(sorted(model.dynamic_layers)),
             **{f"halfstep.{key}": value for key, value in metadata.items()},
         }
     )
@@ -46,6 +48,7 @@ def build_float(model: QuantizedModel) -> ir.Model:
     rename(onnx_model.graph)
     pool_globally(onnx_model.graph)
     drop_unused(onnx_model.graph)
+    share_equal(onnx_model.graph)
     return onnx_model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,6 +12,9 @@ from halfstep.export.trace import DOMAIN, MARKER
 
 #: ONNX Runtime's own operators.
 MICROSOFT = "com.microsoft"
+
+#: Bytes from which equal tensors are stored once.
+WORTH_SHARING = 256
 
 
 def add(
@@ -109,4 +113,21 @@ def drop_unused(graph: ir.Graph) -> None:
             graph.remove(node, safe=True)
     for name, value in list(graph.initializers.items()):
         if not value.uses() and id(value) not in outputs:
+            del graph.initializers[name]
+
+
+def share_equal(graph: ir.Graph) -> None:
+    """Store tensors of equal content once, under the first one's name.
+
+    Small ones are left alone: a scale that happens to equal another keeps its site's name.
+    """
+    seen: dict[tuple[object, ...], ir.Value] = {}
+    for name, value in list(graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is None or tensor.nbytes < WORTH_SHARING:
+            continue
+        key = (tensor.dtype, tuple(tensor.shape), hashlib.sha256(tensor.tobytes()).digest())
+        first = seen.setdefault(key, value)
+        if first is not value:
+            ir.convenience.replace_all_uses_with(value, first)
             del graph.initializers[name]

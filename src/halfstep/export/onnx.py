@@ -84,6 +84,9 @@ def _written(path: Path, write: Callable[[Path], None]) -> Iterator[Path]:
             raise ExportError(f"cannot write {path}: {error.strerror}") from error
         yield temporary
         try:
+            weights = Path(name) / f"{path.name}.data"
+            if not weights.exists():  # those of a larger file that was here before
+                (path.parent / weights.name).unlink(missing_ok=True)
             for file in Path(name).iterdir():  # the model, and its weights where they lie beside it
                 os.replace(file, path.parent / file.name)
         except OSError as error:

@@ -13,12 +13,16 @@ from torch.utils import _pytree as pytree
 from halfstep.errors import ExportError
 from halfstep.export.onnx import export_float
 from halfstep.fake_quantize import Mode
+from halfstep.formats import Integer
+from halfstep.granularity import PerGroup
 from halfstep.graph.inputs import ModelInputs
+from halfstep.graph.placement import Layer
 from halfstep.model import QuantizedModel
 from halfstep.runtime.deployed import DeployedModel
 from halfstep.runtime.kernels import Kernels, inspect_kernels
 from halfstep.runtime.latency import Latency, race
 from halfstep.runtime.parity import Parity, compare
+from halfstep.runtime.size import file_size
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Verification:
         kernels: the runtime's own account.
         latency: ``{"float": ..., "null": ..., "quantized": ...}`` for the first batch; "null" is the float file a
             second time: what its speed-up differs from 1 is noise.
-        size: bytes of the quantized file.
+        size: bytes of the quantized file, with what lies beside it.
         float_size: bytes of the float file.
     """
 
@@ -117,24 +121,38 @@ def verify(
             float_fates(model, kernels),
             kernels,
             latency,
-            path.stat().st_size,
-            Path(float_path).stat().st_size,
+            file_size(path),
+            file_size(float_path),
         )
 
 
 def layer_fates(model: QuantizedModel, kernels: Kernels) -> tuple[LayerFate, ...]:
     """Every layer of ``model``, with what the runtime made of it."""
-    integer = {name.split("/")[0] for name in kernels.integer}
+    integer, packed = ({name.split("/")[0] for name in names} for names in (kernels.integer, kernels.packed))
     fates = []
     for layer in model.layers:
         real = layer.name in integer
-        reason = (
-            ""
-            if real
-            else layer.reason or "the runtime has no integer kernel for it as it stands in the graph"
-        )
+        reason = "" if real else layer.reason or _why_float(model, layer, layer.name in packed)
         fates.append(LayerFate(layer.name, layer.operator.kind, real, reason))
     return tuple(fates)
+
+
+def _why_float(model: QuantizedModel, layer: Layer, packed: bool) -> str:
+    """Why a quantized layer is on no integer kernel: what became of its weight, if that is the reason."""
+    weight = layer.operator.weight
+    site = model.sites.get(str(weight.target)) if weight is not None else None
+    if site is not None and packed:
+        doing = (
+            "dequantized row by row" if layer.operator.kind in model.target.tables else "multiplied in float"
+        )
+        return f"its weight of {site.format.bits} bits stays packed in memory and is {doing}"
+    plain = site is None or (isinstance(site.format, Integer) and not isinstance(site.granularity, PerGroup))
+    if site is not None and (not plain or len(layer.sites) == 1):
+        return (
+            f"its weight of {site.format.bits} bits is unpacked when the file is loaded and multiplied in float: a "
+            "smaller file, no faster"
+        )
+    return "the runtime has no integer kernel for it as it stands in the graph"
 
 
 def float_fates(model: QuantizedModel, kernels: Kernels) -> tuple[tuple[str, str, str], ...]:

@@ -65,7 +65,7 @@ class FloatNode:
 def float_nodes(path: str | Path, kernels: Kernels, target: Target) -> tuple[FloatNode, ...]:
     """The nodes that compute in float, in the file's order.
 
-    Adds of a constant (biases) and operators that no deployment table names are left out.
+    Adds of a constant (biases), operators that no deployment table names and what is computed at load are left out.
 
     Args:
         path: an ONNX file.
@@ -77,16 +77,18 @@ def float_nodes(path: str | Path, kernels: Kernels, target: Target) -> tuple[Flo
     """
     graph = load(path, weights=False).graph
     makers = {name: node for node in graph.node for name in node.output}
-    computed = {name for name, node in makers.items() if node.op_type not in _MARKS | {"Constant"}}
-    computed |= {value.name for value in graph.input}
+    computed = {value.name for value in graph.input}  # what depends on them; the rest is known at load
     found = []
     for node in graph.node:
-        kind = KINDS.get(node.op_type)
-        if kind is None or node.name in kernels.integer:
-            continue
         # What a quantizer hands on was computed before it.
         sources = [_before_marks(name, makers) for name in node.input]
-        if kind in ("add", "mul", "sub", "div") and sum(name in computed for name in sources) < 2:
+        count = sum(name in computed for name in sources)
+        if count and node.op_type not in _MARKS:
+            computed |= set(node.output)
+        kind = KINDS.get(node.op_type)
+        if kind is None or not count or node.name in kernels.integer:
+            continue
+        if kind in ("add", "mul", "sub", "div") and count < 2:
             continue
         stem, slash, _ = node.name.rpartition("/")
         name = stem if slash and stem else node.name or node.output[0]

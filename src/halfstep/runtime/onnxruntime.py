@@ -8,12 +8,15 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from halfstep.errors import ExportError
 from halfstep.runtime.runtime import Kernels, Runtime
+
+if TYPE_CHECKING:
+    import onnx
 
 #: Operators that compute on integers.
 INTEGER = frozenset(
@@ -26,9 +29,6 @@ INTEGER = frozenset(
         "MatMulIntegerToFloat",
         "DynamicQuantizeMatMul",
         "DynamicQuantizeLSTM",
-        "MatMulNBits",
-        "MatMulBnb4",
-        "GatherBlockQuantized",
         "QLinearAdd",
         "QLinearMul",
         "QLinearConcat",
@@ -39,6 +39,10 @@ INTEGER = frozenset(
         "QLinearGlobalAveragePool",
     }
 )
+
+#: Operators that read weights of few bits. They compute in float, but for MatMulNBits at this accuracy level.
+PACKED = frozenset({"MatMulNBits", "MatMulBnb4", "GatherBlockQuantized"})
+INTEGER_SUMS = 4
 
 #: Operators that multiply: where the time goes, and what ought to be integer.
 HEAVY = frozenset(
@@ -110,9 +114,18 @@ def inspect(path: Path, threads: int | None) -> Kernels:
         graph = onnx.load(optimized, load_external_data=False).graph
     return Kernels(
         counts=dict(Counter(node.op_type for node in graph.node).most_common()),
-        integer=tuple(_original(node.name) for node in graph.node if node.op_type in INTEGER),
+        integer=tuple(_original(node.name) for node in graph.node if _on_integers(node)),
         floating=tuple(_original(node.name) for node in graph.node if node.op_type in HEAVY),
+        packed=tuple(
+            _original(node.name) for node in graph.node if node.op_type in PACKED and not _on_integers(node)
+        ),
     )
+
+
+def _on_integers(node: onnx.NodeProto) -> bool:
+    """Whether a node of the optimised graph multiplies, adds or moves integers."""
+    levels = [attribute.i for attribute in node.attribute if attribute.name == "accuracy_level"]
+    return node.op_type in INTEGER or (node.op_type == "MatMulNBits" and levels == [INTEGER_SUMS])
 
 
 def _original(name: str) -> str:

@@ -32,11 +32,13 @@ class Kernels:
         counts: operator types of the graph that is executed, with how often each occurs.
         integer: names of the file's nodes that run on integer kernels, what is computed inside such a kernel too.
         floating: names of the multiplying nodes that stayed in float.
+        packed: names of the nodes that read weights of few bits and compute in float.
     """
 
     counts: dict[str, int]
     integer: tuple[str, ...]
     floating: tuple[str, ...]
+    packed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
