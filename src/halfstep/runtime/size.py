@@ -14,10 +14,11 @@ def file_size(path: str | Path) -> int:
         ExportError: if it is no ONNX file.
     """
     path = Path(path)
-    places = {
+    places: set[str] = {
         entry.value
         for tensor in load(path, weights=False).graph.initializer
         for entry in tensor.external_data
         if entry.key == "location"
     }
-    return path.stat().st_size + sum((path.parent / place).stat().st_size for place in places)
+    sizes = [(path.parent / place).stat().st_size for place in places]
+    return path.stat().st_size + sum(sizes)
