@@ -9,8 +9,12 @@ from torch.nn import functional as F
 
 import halfstep as hs
 from halfstep.errors import ArgumentError, DataError, NotObservedError
-from halfstep.ladder import repairs
+from halfstep.evaluate import Score, as_scorer
+from halfstep.ladder import ptq, repairs
+from halfstep.ladder.best_of import BestOf
+from halfstep.ladder.goal import Goal
 from halfstep.ladder.repairs import PASSES, halves
+from halfstep.ladder.search import Search
 from halfstep.repair.record import Repair, Treated
 from tests.repair.networks import Net, built, calibrated, conv, images, residual
 
@@ -132,6 +136,37 @@ def test_bad_input(q):
     hs.observe(fresh, [images()])
     with pytest.raises(NotObservedError, match=r"has no range yet"):
         hs.repair(fresh)
+
+
+def climbed(q, scores, monkeypatch, max_drop=0.01):
+    """The PTQ rung with one calibrator, one repair, and a metric that answers from a list."""
+    answers = iter(scores)
+    scorer = as_scorer(lambda model: next(answers))
+    monkeypatch.setattr(ptq, "repair", lambda model, budget: hs.repair(model, [hs.gptq], budget=budget))
+    search = Search(q, scorer, Goal(max_drop, Score(0.9)))
+    score = ptq.climb_ptq(search, BestOf((hs.MSE(),), (hs.MSE(),), by="kl", mixed=False))
+    return search, score
+
+
+def test_the_rung_repairs_what_misses_the_goal(q, monkeypatch):
+    search, score = climbed(q, [0.6, 0.8], monkeypatch)
+    assert score.value == 0.8
+    assert search.best.what == "PTQ, repaired by GPTQ"
+    assert q.sites["b.weight"].offset is not None
+    assert search.decisions[-1] == "PTQ, repaired by GPTQ: 0.6000 to 0.8000, +0.1000 below float"
+
+
+def test_the_rung_takes_back_what_the_metric_does_not_like(q, monkeypatch):
+    search, score = climbed(q, [0.6, 0.5], monkeypatch)
+    assert score.value == 0.6
+    assert search.best.what.startswith("PTQ, mse")
+    assert q.sites["b.weight"].offset is None
+    assert search.decisions[-1] == "PTQ, repaired by GPTQ: put back, 0.6000 would become 0.5000"
+
+
+def test_the_rung_repairs_nothing_where_the_goal_is_met(q, monkeypatch):
+    search, _ = climbed(q, [0.9], monkeypatch)
+    assert not any("GPTQ" in sentence for sentence in search.decisions)
 
 
 def test_every_pass_is_public():

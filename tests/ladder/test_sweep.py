@@ -10,6 +10,7 @@ import halfstep as hs
 from halfstep.errors import ArgumentError
 from halfstep.evaluate import Score
 from halfstep.fake_quantize import Mode
+from halfstep.ladder import ptq
 from halfstep.ladder.best_of import BestOf
 from halfstep.ladder.fidelity import Reference
 from halfstep.ladder.goal import Goal
@@ -231,7 +232,8 @@ def test_the_rung_stops_at_the_first_candidate_that_meets_the_goal(model):
     assert "+0.0500 below float (allowed 0.1); 1 of" in search.decisions[-1]
 
 
-def test_the_rung_evaluates_a_few_and_leaves_the_best(model):
+def test_the_rung_evaluates_a_few_and_leaves_the_best(model, monkeypatch):
+    monkeypatch.setattr(ptq, "REPAIR_SECONDS", 0.0)  # no repairs
     search, score = climb(model, [0.3, 0.6, 0.5])
     assert score.value == 0.6
     assert len(search.evaluations) == 3

@@ -92,3 +92,13 @@ def test_gelu_between_two_layers_is_a_barrier():
     record = hs.migrate(calibrated(model))
     assert record.treated == ()
     assert any("is read by gelu" in why for _, why in record.skipped)
+
+
+def test_ranges_at_run_time_take_part():
+    model, x = built(outlying), images()
+    spec = hs.LayerSpec(hs.TensorSpec(8)).with_dynamic_activations()
+    q = hs.prepare(model, x[:2], hs.Recipe(spec))
+    hs.observe(q, [x])
+    hs.calibrate(q)
+    (treated, *_) = hs.migrate(q).treated
+    assert treated.after < treated.before / 4

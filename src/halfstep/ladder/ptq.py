@@ -8,14 +8,21 @@ from halfstep.evaluate import Accuracy, Score
 from halfstep.ladder.best_of import BestOf
 from halfstep.ladder.candidates import Sweep
 from halfstep.ladder.concerns import sentences
+from halfstep.ladder.repairs import repair
 from halfstep.ladder.search import Search
 from halfstep.ladder.sweep import judge, sweep
+from halfstep.repair.snapshot import Snapshot
+
+#: No repair is begun after so many seconds of repairing.
+REPAIR_SECONDS = 600.0
 
 
 def climb_ptq(search: Search, options: BestOf | None = None) -> Score:
     """Rank every calibrator without labels, evaluate the metric on the best few, and return the best score.
 
-    Evaluation stops at the first candidate that meets the goal: whatever is left would only polish.
+    Evaluation stops at the first candidate that meets the goal: whatever is left would only polish. If none does, the
+    best one is repaired, within :data:`REPAIR_SECONDS` or what the budget leaves, and the repairs stay if the metric
+    rises with them.
 
     Args:
         search: its model observed; it is left with the best candidate's ranges.
@@ -41,6 +48,34 @@ def climb_ptq(search: Search, options: BestOf | None = None) -> Score:
         f"PTQ with {found.best} scores {score.value:.4f}, {search.goal.drop(score):+.4f} below float (allowed "
         f"{search.goal.max_drop:g}); {found.evaluations} of {len(found.candidates)} candidates were evaluated"
     )
+    return score if search.goal.met(score) else _repaired(search, score)
+
+
+def _repaired(search: Search, score: Score) -> Score:
+    """Repair the model and return the score, or put it back where the metric does not rise."""
+    left = search.seconds_left()
+    seconds = REPAIR_SECONDS if left is None else min(REPAIR_SECONDS, left)
+    if seconds <= 0:
+        return score
+    before = Snapshot.of(search.model)
+    found = repair(search.model, budget=seconds)
+    for sentence in found.sentences():
+        search.decide(sentence)
+    if not found.kept:
+        return score
+    words = f"PTQ, repaired by {', '.join(found.kept)}"
+    try:
+        repaired = search.evaluate(words)
+    except BaseException:
+        before.restore(search.model)
+        raise
+    if search.goal.drop(repaired) < search.goal.drop(score):
+        search.decide(
+            f"{words}: {score.value:.4f} to {repaired.value:.4f}, {search.goal.drop(repaired):+.4f} below float"
+        )
+        return repaired
+    before.restore(search.model)
+    search.decide(f"{words}: put back, {score.value:.4f} would become {repaired.value:.4f}")
     return score
 
 

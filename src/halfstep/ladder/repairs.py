@@ -49,13 +49,13 @@ class Trial:
     kept: bool
 
     def __str__(self) -> str:
-        what, took = self.repair.name, f"{self.repair.seconds:.1f} s"
-        if not self.repair.treated:
-            reasons = [*self.repair.notes, *dict.fromkeys(why for _, why in self.repair.skipped)]
-            return f"{what} found nothing to do" + (f": {reasons[0]}" if reasons else "") + f" ({took})"
+        what, count = self.repair.name, len(self.repair.treated)
+        if not count:
+            reasons = [*(why for _, why in self.repair.skipped), *self.repair.notes]
+            return f"{what} found nothing to do" + (f": {reasons[0]}" if reasons else "")
         if self.kept:
-            return f"{what} on {len(self.repair.treated)}: {self.before} to {self.after}, kept ({took})"
-        return f"{what} put back: {self.before} would become {self.after} ({took})"
+            return f"{what} on {count}: {self.before} to {self.after}, kept"
+        return f"{what} put back: {self.before} would become {self.after}"
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Repairs:
         return () if self.put_back else tuple(trial.repair.name for trial in self.trials if trial.kept)
 
     def sentences(self) -> list[str]:
-        """What each repair brought, or why it was put back."""
+        """What each repair brought, or why it was put back; the same in every run, so without the seconds."""
         lines = [str(trial) for trial in self.trials]
         lines += [note for trial in self.trials if trial.kept for note in trial.repair.notes]
         lines += [f"{name} was not tried: the budget is used up" for name in self.left_out]
@@ -103,7 +103,8 @@ class Repairs:
         head = (
             f"repairs fitted on {self.fitted} and measured on {self.examples} examples, {self.seconds:.1f} s"
         )
-        return "\n".join([head, *(f"- {sentence}" for sentence in self.sentences())])
+        took = [f"{trial.repair.name} {trial.repair.seconds:.1f} s" for trial in self.trials]
+        return "\n".join([head, *(f"- {sentence}" for sentence in self.sentences()), f"- {', '.join(took)}"])
 
 
 def repair(

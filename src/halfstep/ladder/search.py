@@ -153,6 +153,12 @@ class Search:
         if spent and self.best is not None:
             raise BudgetSpent(spent)
 
+    def seconds_left(self) -> float | None:
+        """Seconds until the budget's minutes are used up; None where it bounds no time."""
+        if self.budget.minutes is None:
+            return None
+        return self.budget.minutes * 60 - (time.perf_counter() - self._started)
+
     def _consider(self, what: str, verdict: Verdict) -> None:
         """Keep the candidate if it is the best so far: meets the goal, few float layers, a small drop."""
         if not verdict.complete or any(site.mode is not Mode.QUANTIZE for site in self.model.sites.values()):

@@ -146,7 +146,9 @@ class _Reader:
         each = factors.repeat_interleave(self.port.repeat).to(self.rows)
         taps = groups * inputs // len(each)
         rows = self.rows / each.repeat_interleave(taps).reshape(groups, 1, inputs)
-        if self.activations is not None:
+        if self.activations is not None and self.activations.dynamic:
+            rows = self.activations.rounded(rows)
+        elif self.activations is not None:
             how = self.activations.calibrated_by or MSE()
             assert isinstance(how, Calibrator)
             histogram = Histogram()
