@@ -1,6 +1,6 @@
 """halfstep: quantize a trained network to an accuracy target, proven on the runtime it is deployed to."""
 
-from halfstep.calibrators import MSE, Entropy, Max, Percentile
+from halfstep.calibrators import MSE, Entropy, Max, MovingAverage, Percentile
 from halfstep.errors import HalfstepError
 from halfstep.evaluate import Accuracy, CallableMetric, Metric, Score
 from halfstep.export.onnx import export_float, export_onnx
@@ -18,6 +18,7 @@ from halfstep.ladder.partial import Partial, PartialResult, partial
 from halfstep.ladder.qat import train
 from halfstep.ladder.repairs import Repairs, repair
 from halfstep.ladder.sensitivity import Sensitivity, sensitivity
+from halfstep.ladder.shards import gather_statistics, load_statistics, save_statistics
 from halfstep.model import QuantizedModel
 from halfstep.recipe import LayerSpec, Recipe, TensorSpec
 from halfstep.repair.bias import correct_bias
@@ -49,6 +50,7 @@ __all__ = [
     "LayerSpec",
     "Max",
     "Metric",
+    "MovingAverage",
     "Outcome",
     "Partial",
     "PartialResult",
@@ -76,8 +78,10 @@ __all__ = [
     "equalize",
     "export_float",
     "export_onnx",
+    "gather_statistics",
     "gptq",
     "learn_rounding",
+    "load_statistics",
     "migrate",
     "observe",
     "partial",
@@ -85,6 +89,7 @@ __all__ = [
     "prepare",
     "quantize",
     "repair",
+    "save_statistics",
     "sensitivity",
     "train",
     "verify",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from enum import Enum
 from typing import Any
@@ -15,8 +16,8 @@ from halfstep.errors import DataError, FormatError, NotObservedError, named
 from halfstep.formats import Codebook, Format, Integer
 from halfstep.formats.codebook import midpoints
 from halfstep.functional import CLIPPED_STE, Gradient
-from halfstep.granularity import Granularity
-from halfstep.statistics import Histogram
+from halfstep.granularity import Granularity, PerChannel
+from halfstep.statistics import ChannelRange, Histogram
 
 
 class Mode(Enum):
@@ -61,6 +62,8 @@ class FakeQuantize(nn.Module):
         self.calibrated_by: Calibrator | WeightCalibrator | None = None  # so that it can be done again
         self.gradient: Gradient = CLIPPED_STE
         self.histogram = Histogram()
+        #: Beside it, where there is a scale per channel; weights do not use it.
+        self.channels = ChannelRange(granularity.axis) if isinstance(granularity, PerChannel) else None
         parameters = granularity.parameter_shape(shape)
         # Not by register_buffer, which refuses the names of properties. A scale of NaN says: not calibrated.
         self._buffers["scale"] = torch.full(parameters, float("nan"))
@@ -118,6 +121,41 @@ class FakeQuantize(nn.Module):
                 f"site {self.name!r}: {nans} of {x.numel()} values are NaN; look for NaN in the calibration data, or "
                 "for a layer that overflows on it"
             )
+        if self.channels is not None:
+            self.channels.update(x)
+
+    def statistics(self) -> dict[str, torch.Tensor]:
+        """What was seen, as tensors that :meth:`add_statistics` of another process takes."""
+        state = self.histogram.state_dict()
+        return state if self.channels is None else {**state, **self.channels.state_dict()}
+
+    def add_statistics(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Add what another one saw of the same site.
+
+        Raises:
+            DataError: a part is missing, unknown, or of the wrong shape.
+        """
+        ends = {"low", "high"} if self.channels is not None else set()
+        seen = Histogram()
+        seen.load_state_dict({part: tensor for part, tensor in state.items() if part not in ends})
+        if self.channels is not None:
+            channels = ChannelRange(self.channels.axis)
+            channels.load_state_dict({part: state[part] for part in ends & set(state)})
+            self.channels.merge(channels)
+        if self.histogram.count or self.histogram.keeps_batch_ranges == seen.keeps_batch_ranges:
+            self.histogram.merge(seen)
+        else:
+            self.histogram = seen
+
+    def forget(self, batch_ranges: bool = False) -> None:
+        """Start the statistics anew.
+
+        Args:
+            batch_ranges: also keep the range of every batch, for :class:`.MovingAverage`.
+        """
+        self.histogram = Histogram(batch_ranges=batch_ranges)
+        if self.channels is not None:
+            self.channels = ChannelRange(self.channels.axis)
 
     # the range
 
@@ -138,12 +176,22 @@ class FakeQuantize(nn.Module):
     def observed_range(self, calibrator: Calibrator) -> tuple[torch.Tensor, torch.Tensor]:
         """What ``calibrator`` answers from what was observed: low and high of the scale's shape.
 
+        Where there is a scale per channel, each channel's own extremes, cut off at the range that the calibrator
+        answers for the whole tensor: a histogram for every channel would take a thousand times the memory.
+
         Raises:
             NotObservedError: naming the site, if nothing was.
         """
         with named(f"site {self.name!r}"):
-            low, high = calibrator.range(self.histogram, self.format)
-            return torch.tensor(low), torch.tensor(high)
+            ends = calibrator.range(self.histogram, self.format)
+            low, high = torch.tensor(ends[0]), torch.tensor(ends[1])
+            if self.channels is None:
+                return low, high
+            lows, highs = (end.cpu() for end in self.channels.range())
+            if self.format.symmetric:
+                highs = torch.maximum(-lows, highs)
+                lows = -highs
+            return lows.clamp(max=0.0).maximum(low), highs.clamp(min=0.0).minimum(high)
 
     def weight_range(
         self, weight: torch.Tensor, calibrator: WeightCalibrator

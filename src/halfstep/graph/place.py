@@ -9,6 +9,7 @@ from collections.abc import Collection
 
 from torch import fx
 
+from halfstep.errors import RecipeError
 from halfstep.granularity import Granularity, PerChannel, PerGroup
 from halfstep.graph.ends import ends
 from halfstep.graph.names import readable_names
@@ -248,7 +249,7 @@ class _Placer:
                 readers = [u for u in value.users if self.quantized[value] or self._reads_codes(u)]
                 positions.append(Position(value, tuple(readers), tied=value is not root))
             spec = self._activation_spec(values)
-            granularity = spec.granularity or ACTIVATIONS
+            granularity = _activation_granularity(spec, self.names[root], root)
             fmt = self.target.activation_format(spec, any(map(self._negative, values)))
             sites.append(Site(self.names[root], fmt, granularity, tuple(positions), is_weight=False))
         return sites
@@ -366,6 +367,19 @@ def _spec(recipe: Recipe, name: str, outermost: bool, dynamic_layers: Collection
 def _run_time_suffix(granularity: Granularity) -> str:
     """Sets a site apart from one with a fixed range on the same tensor."""
     return f"groups_{granularity.size}" if isinstance(granularity, PerGroup) else "dynamic"
+
+
+def _activation_granularity(spec: TensorSpec, name: str, value: fx.Node) -> Granularity:
+    """The spec's granularity, if it leaves the batch alone: a fixed scale cannot belong to an example."""
+    granularity = spec.granularity or ACTIVATIONS
+    if isinstance(granularity, PerGroup) or (
+        isinstance(granularity, PerChannel) and granularity.axis % value.meta["val"].dim() == 0
+    ):
+        raise RecipeError(
+            f"site {name!r}: got activations {granularity}, needed one scale per tensor, or per channel of an axis "
+            "that is not the batch's (axis 0)"
+        )
+    return granularity
 
 
 def _weight_granularity(spec: TensorSpec, op: Operator) -> Granularity:

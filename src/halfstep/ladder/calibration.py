@@ -11,7 +11,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from halfstep.calibrators import Calibrator, Max, WeightCalibrator
-from halfstep.errors import DataError, named
+from halfstep.errors import ArgumentError, DataError, named
 from halfstep.fake_quantize import Mode
 from halfstep.graph.inputs import ModelInputs, batch_size, call_arguments, tensors_of
 from halfstep.ladder.best_of import BestOf
@@ -25,10 +25,12 @@ from halfstep.statistics import Histogram
 
 #: The calibration inputs that a model keeps for scoring without labels: at most so many examples and bytes.
 SAMPLE_EXAMPLES = 256
-SAMPLE_BYTES = 128 * 2**20
+SAMPLE_BYTES = 32 * 2**20
 
 
-def observe(model: QuantizedModel, batches: Iterable[ModelInputs]) -> dict[str, Histogram]:
+def observe(
+    model: QuantizedModel, batches: Iterable[ModelInputs], batch_ranges: bool = False
+) -> dict[str, Histogram]:
     """Run the float network once over ``batches``; every activation's site fills its histogram.
 
     Observing again adds to what is there. The first examples are kept in ``model.sample``, at most
@@ -37,13 +39,17 @@ def observe(model: QuantizedModel, batches: Iterable[ModelInputs]) -> dict[str, 
     Args:
         model: its mode is the same afterwards.
         batches: inputs, each a tensor, a tuple or a dict; iterated once, batches may differ in size.
+        batch_ranges: also keep the range of every batch, which only :class:`MovingAverage` asks for.
 
     Returns:
         The histograms by site.
 
     Raises:
         DataError: if there is no batch, or one has a wrong shape or type, or makes NaN (naming batch and site).
+        ArgumentError: if earlier batches were observed without ``batch_ranges``.
     """
+    if batch_ranges:
+        _keep_batch_ranges(model)
     seen = 0
     with model.using(Mode.OBSERVE), torch.no_grad():
         for index, inputs in enumerate(track(batches, "observing")):
@@ -57,6 +63,17 @@ def observe(model: QuantizedModel, batches: Iterable[ModelInputs]) -> dict[str, 
             "calibration data: got no batch, needed at least one (a generator can be used only once)"
         )
     return {name: module.histogram for name, module in activation_sites(model).items()}
+
+
+def _keep_batch_ranges(model: QuantizedModel) -> None:
+    for name, module in activation_sites(model).items():
+        if module.histogram.keeps_batch_ranges:
+            continue
+        if module.histogram.count:
+            raise ArgumentError(
+                f"site {name!r}: earlier batches were observed without batch_ranges=True; prepare the model anew"
+            )
+        module.forget(batch_ranges=True)
 
 
 def _keep(model: QuantizedModel, inputs: ModelInputs) -> None:

@@ -177,6 +177,11 @@ class Histogram:
         return math.fsum(counts * (centres**2 + halves**2 / 3))
 
     @property
+    def keeps_batch_ranges(self) -> bool:
+        """Whether the extremes of every batch are kept."""
+        return self._batch_ranges is not None
+
+    @property
     def batch_ranges(self) -> list[tuple[float, float]]:
         """The smallest and largest finite value of every batch, in the order seen.
 
