@@ -55,6 +55,30 @@ def test_scales_cannot_follow_the_batch(granularity):
         prepared(granularity)
 
 
+def test_scales_cannot_follow_codes_through_a_reshape():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4))
+    recipe = hs.Recipe(hs.LayerSpec(activations=hs.TensorSpec(8, hs.PerChannel(1))))
+    with pytest.raises(
+        RecipeError, match=r"site '1': got .*, but the tensors .* have \[8, 288\] channels there"
+    ):
+        hs.prepare(model, torch.randn(2, 3, 8, 8), recipe=recipe)
+
+
+def test_the_file_has_the_same_scales(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    x = torch.randn(8, 3, 8, 8)
+    recipe = hs.Recipe(hs.LayerSpec(activations=hs.TensorSpec(8, hs.PerChannel(1))))
+    q = hs.prepare(model, x[:2], recipe=recipe)
+    hs.observe(q, [x])
+    hs.calibrate(q)
+    file = hs.export_onnx(q, tmp_path / "model.onnx")
+    from halfstep.runtime.deployed import DeployedModel
+
+    with torch.no_grad():
+        wanted = q(x)
+    assert (DeployedModel(file)(x) - wanted).abs().max() <= wanted.abs().max() / 100
+
+
 def test_the_moving_average_needs_ranges_of_batches():
     q = prepared(None)
     hs.observe(q, X.split(16))

@@ -5,7 +5,7 @@ The simulated graph has a quantizer exactly where the exported file has a Quanti
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from torch import fx
 
@@ -249,7 +249,7 @@ class _Placer:
                 readers = [u for u in value.users if self.quantized[value] or self._reads_codes(u)]
                 positions.append(Position(value, tuple(readers), tied=value is not root))
             spec = self._activation_spec(values)
-            granularity = _activation_granularity(spec, self.names[root], root)
+            granularity = _activation_granularity(spec, self.names[root], values)
             fmt = self.target.activation_format(spec, any(map(self._negative, values)))
             sites.append(Site(self.names[root], fmt, granularity, tuple(positions), is_weight=False))
         return sites
@@ -369,9 +369,11 @@ def _run_time_suffix(granularity: Granularity) -> str:
     return f"groups_{granularity.size}" if isinstance(granularity, PerGroup) else "dynamic"
 
 
-def _activation_granularity(spec: TensorSpec, name: str, value: fx.Node) -> Granularity:
-    """The spec's granularity, if it leaves the batch alone: a fixed scale cannot belong to an example."""
+def _activation_granularity(spec: TensorSpec, name: str, values: Sequence[fx.Node]) -> Granularity:
+    """The spec's granularity, if it leaves the batch alone (a fixed scale cannot belong to an example) and if all the
+    values that share its scales have the same channels."""
     granularity = spec.granularity or ACTIVATIONS
+    value = values[0]
     if isinstance(granularity, PerGroup) or (
         isinstance(granularity, PerChannel) and granularity.axis % value.meta["val"].dim() == 0
     ):
@@ -379,6 +381,13 @@ def _activation_granularity(spec: TensorSpec, name: str, value: fx.Node) -> Gran
             f"site {name!r}: got activations {granularity}, needed one scale per tensor, or per channel of an axis "
             "that is not the batch's (axis 0)"
         )
+    if isinstance(granularity, PerChannel):
+        counts = [value.meta["val"].shape[granularity.axis] for value in values]
+        if len(set(counts)) > 1:
+            raise RecipeError(
+                f"site {name!r}: got activations {granularity}, but the tensors that share its codes have {counts} "
+                "channels there, being reshaped; needed one scale per tensor for the layers that read them"
+            )
     return granularity
 
 
