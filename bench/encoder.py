@@ -37,9 +37,9 @@ BEHIND_GELU = "*layer.?.output.dense"
 Batches = list[dict[str, torch.Tensor]]
 
 
-def static(model: SentenceEncoder, batches: Batches) -> QuantizedModel:
+def static(model: SentenceEncoder, batches: Batches, recipe: hs.Recipe | None = None) -> QuantizedModel:
     """Ranges from calibration everywhere."""
-    q = hs.prepare(model, batches[0])
+    q = hs.prepare(model, batches[0], recipe=recipe or hs.Recipe.int8())
     hs.observe(q, batches)
     hs.calibrate(q, hs.MSE())
     return q
@@ -60,7 +60,17 @@ def partly(model: SentenceEncoder, batches: Batches, field: str) -> QuantizedMod
     return q
 
 
-def behind_gelu(model: SentenceEncoder, batches: Batches) -> QuantizedModel:
+def migrated(model: SentenceEncoder, batches: Batches, floating: bool = False) -> QuantizedModel:
+    """Channels of the layer norms evened out, then ranges at run time; the six layers in float or not."""
+    q = static(model, batches)
+    hs.migrate(q)
+    q.dynamic_layers = ["*"]
+    q.float_layers = [BEHIND_GELU] if floating else []
+    hs.calibrate(q, hs.MSE())
+    return q
+
+
+def but_six(model: SentenceEncoder, batches: Batches) -> QuantizedModel:
     """Ranges at run time, those six layers in float."""
     q = dynamic(model, batches)
     q.float_layers = [BEHIND_GELU]
@@ -69,10 +79,13 @@ def behind_gelu(model: SentenceEncoder, batches: Batches) -> QuantizedModel:
 
 CANDIDATES: dict[str, Callable[[SentenceEncoder, Batches], QuantizedModel]] = {
     "static": static,
+    "static, W4": lambda m, b: static(m, b, hs.Recipe.uniform(4, 8, ends=None)),
     "static, 6 layers dynamic": lambda m, b: partly(m, b, "dynamic_layers"),
     "static, 6 layers float": lambda m, b: partly(m, b, "float_layers"),
     "dynamic": dynamic,
-    "dynamic, 6 layers float": behind_gelu,
+    "dynamic, 6 layers float": but_six,
+    "migrated, dynamic": migrated,
+    "migrated, dynamic, 6 layers float": lambda m, b: migrated(m, b, floating=True),
     "dynamic, W4": lambda m, b: dynamic(m, b, hs.Recipe.dynamic(4)),
     "dynamic, groups of 32": lambda m, b: dynamic(m, b, hs.Recipe.dynamic(8, 32)),
     "dynamic, W4 in groups of 32": lambda m, b: dynamic(m, b, hs.Recipe.dynamic(4, 32)),

@@ -12,7 +12,7 @@ import torch
 
 from halfstep import functional
 from halfstep.errors import ExportError
-from halfstep.export.containers import Container, container
+from halfstep.export.containers import Container, container, packed_initializer
 from halfstep.export.editing import (
     constant,
     drop_unused,
@@ -150,12 +150,17 @@ def dequantized_weight(
         attributes["block_size"] = site.granularity.size
         scale, zero_point = scale.permute(permutation), zero_point.permute(permutation)
     codes = codes.permute(permutation)
-    inputs = [
-        stored_codes(graph, node, f"{name}_quantized", codes, site.format.bits if packed else 8, box),
-        initializer(graph, f"{name}_scale", scale.numpy().astype(np.float32)),
+    if not packed and site.format.bits <= 4 and isinstance(site.granularity, PerGroup):
+        # Runtimes that take weights in groups know them by ONNX's own 4-bit type.
+        stored, zero = (
+            packed_initializer(graph, f"{name}_{ending}", tensor, signed=box.low < 0)
+            for ending, tensor in (("quantized", codes), ("zero_point", zero_point))
+        )
+    else:
+        stored = stored_codes(graph, node, f"{name}_quantized", codes, site.format.bits if packed else 8, box)
         # Written out even where it is 0: without it onnxruntime leaves a Gemm in float.
-        box.initializer(graph, f"{name}_zero_point", zero_point.numpy()),
-    ]
+        zero = box.initializer(graph, f"{name}_zero_point", zero_point.numpy())
+    inputs = [stored, initializer(graph, f"{name}_scale", scale.numpy().astype(np.float32)), zero]
     dequantize = ir.node("DequantizeLinear", inputs, attributes, name=f"{name}/DequantizeLinear")
     result = dequantize.outputs[0]
     result.name, result.dtype, result.shape = dequantize.name, ir.DataType.FLOAT, ir.Shape(codes.shape)
