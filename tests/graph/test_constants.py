@@ -39,3 +39,18 @@ def test_computed_weights_and_repeated_calls_run_on_integers(tmp_path):
     assert kernels.counts["QLinearConv"] == 2 and kernels.counts["QLinearAdd"] == 1
     assert kernels.counts["QGemm"] == 1
     assert compare(q, DeployedModel(path), [x]).sqnr > 35
+
+
+def test_positions_that_the_model_computes_are_no_weight():
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Embedding(8, 16), nn.Linear(16, 4)
+            self.register_buffer("places", torch.arange(8).unsqueeze(0))
+
+        def forward(self, x):
+            return self.head(x + self.table(self.places[:, 2:6]))
+
+    q = hs.prepare(Positions().eval(), torch.randn(2, 4, 16))
+    assert q.layer_names == ["table", "head"]
+    assert set(q.sites) >= {"table.weight", "head.weight"}

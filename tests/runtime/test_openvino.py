@@ -1,5 +1,6 @@
 """OpenVINO: what it executes, in which precision, and that it answers as the simulation does."""
 
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -81,3 +82,14 @@ def test_without_openvino_the_message_says_what_to_install(mixed, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "openvino", None)
     with pytest.raises(ExportError, match=r"not installed; pip install 'halfstep\[openvino\]'"):
         DeployedModel(mixed[2])
+
+
+def test_weights_in_groups_of_4_bits_are_onnx_s_own_type(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(4, 5, 64)
+    q = hs.prepare(nn.Linear(64, 32).eval(), x, recipe=hs.Recipe.weight_only(4, 32), target="openvino")
+    hs.calibrate(q)
+    path = hs.export_onnx(q, tmp_path / "model.onnx")
+    types = {t.name: t.data_type for t in onnx.load(path).graph.initializer}
+    assert types["weight_transposed_quantized"] == onnx.TensorProto.INT4
+    assert any("i4" in name for name in inspect_kernels(path).counts)

@@ -20,7 +20,7 @@ def fold_weights(module: fx.GraphModule) -> None:
         op = describe(node)
         if op is None or op.kind not in WEIGHTED:
             continue
-        for index, leaf in ((1, "weight"), (2, "bias")):
+        for index, leaf in ((WEIGHTED[op.kind], "weight"), (2, "bias")):
             source = node.args[index] if index < len(node.args) else None
             if not isinstance(source, fx.Node) or source.op != "call_function" or not _constant(source):
                 continue
