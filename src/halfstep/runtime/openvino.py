@@ -91,7 +91,7 @@ def inspect(path: Path, threads: int | None) -> Kernels:
         if precision in INTEGER:
             integer.update(names)
         elif kind in HEAVY:
-            floating.update(names)
+            floating.update(names or {kind: None})  # of recurrent layers it forgets the names
     return Kernels(dict(counts.most_common()), tuple(integer), tuple(floating))
 
 
