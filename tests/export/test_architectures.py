@@ -58,7 +58,7 @@ EXPECTED = {
     "gru": Expected({"MatMulIntegerToFloat": 1, "GRU": 1}, ("gru:2",), ("RNNSeq",)),
     "two towers": Expected({"QLinearConv": 2, "QLinearGlobalAveragePool": 1, "QLinearConcat": 1, "QGemm": 3}),
 }
-QUICK = ("gru", "two towers")
+QUICK = ("two towers",)
 CASES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in EXPECTED]
 
 
