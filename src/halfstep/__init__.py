@@ -19,6 +19,7 @@ from halfstep.ladder.qat import train
 from halfstep.ladder.repairs import Repairs, repair
 from halfstep.ladder.sensitivity import Sensitivity, sensitivity
 from halfstep.ladder.shards import gather_statistics, load_statistics, save_statistics
+from halfstep.ladder.tune import Tuning, tune
 from halfstep.model import QuantizedModel
 from halfstep.recipe import LayerSpec, Recipe, TensorSpec
 from halfstep.repair.bias import correct_bias
@@ -70,6 +71,7 @@ __all__ = [
     "TensorSpec",
     "Trained",
     "Training",
+    "Tuning",
     "Verification",
     "best_of",
     "calibrate",
@@ -92,6 +94,7 @@ __all__ = [
     "save_statistics",
     "sensitivity",
     "train",
+    "tune",
     "verify",
     "weigh_ranges",
 ]

@@ -1,0 +1,64 @@
+"""Layers left in float for speed: what is decided from what was measured."""
+
+import pytest
+import torch
+from torch import nn
+
+import halfstep as hs
+from halfstep.errors import NotObservedError
+from halfstep.ladder import tune as tuning
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    q = hs.prepare(
+        nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)),
+        torch.randn(4, 6),
+    )
+    hs.observe(q, [torch.randn(16, 6)])
+    hs.calibrate(q)
+    return q
+
+
+def measured(monkeypatch, table):
+    """Let the clock say what ``table`` says of each group of layers."""
+    asked = []
+
+    def microseconds(model, groups, threads, rounds):
+        asked.append([group.layers for group in groups])
+        return [table[group.layers] for group in groups]
+
+    monkeypatch.setattr(tuning, "microseconds", microseconds)
+    return asked
+
+
+def test_nothing_is_left_in_float_where_integers_win(model, monkeypatch):
+    measured(monkeypatch, {("0",): 3.0, ("2",): 0.0, ("4",): 1.0})
+    found = hs.tune(model)
+    assert found == tuning.Tuning((), 0.0, 3)
+    assert str(found) == "no layer is left in float for speed: none of 3 groups is faster so"
+    assert model.float_layers == frozenset()
+
+
+def test_all_that_lose_go_together_where_that_is_faster_still(model, monkeypatch):
+    asked = measured(monkeypatch, {("0",): -2.0, ("2",): 1.0, ("4",): -3.0, ("0", "4"): -4.5})
+    assert str(hs.tune(model)) == "left in float for speed: 0, 4 (4 us less a batch)"
+    assert model.float_layers == {"0", "4"}
+    assert asked == [[("0",), ("2",), ("4",)], [("0", "4")]]
+
+
+def test_the_best_alone_where_together_they_lose(model, monkeypatch):
+    measured(monkeypatch, {("0",): -2.0, ("2",): 1.0, ("4",): -3.0, ("0", "4"): 5.0})
+    assert hs.tune(model).float_layers == ("4",)
+    assert model.float_layers == {"4"}
+
+
+def test_it_runs_on_the_runtime_and_needs_an_example(model):
+    before = model.float_layers
+    found = hs.tune(model, threads=1, rounds=3)
+    assert found.tried == 3
+    assert model.float_layers == before | set(found.float_layers)
+    model.sample = []
+    with pytest.raises(NotObservedError, match="no example was kept to time"):
+        hs.tune(model)
