@@ -44,3 +44,7 @@ class Budget:
         if self.minutes is not None and seconds >= self.minutes * 60:
             return f"{seconds / 60:.1f} of {self.minutes:g} minutes"
         return ""
+
+    def __str__(self) -> str:
+        bounds = [f"{value:g} {name}" for name, value in vars(self).items() if value is not None]
+        return " or ".join(bounds) or "no bound"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import tempfile
 import time
 import warnings
@@ -13,23 +12,22 @@ from typing import Any
 
 from torch import nn
 
-from halfstep.errors import ArgumentError
 from halfstep.evaluate import Scorer, as_scorer
 from halfstep.graph.capture import capture
 from halfstep.graph.decompose import decompose
 from halfstep.graph.fold import fold
 from halfstep.graph.inputs import ModelInputs
+from halfstep.ladder.aim import Aim
 from halfstep.ladder.budget import Budget, BudgetSpent
 from halfstep.ladder.calibration import observe
 from halfstep.ladder.concerns import sentences, unlike_sites, watching
 from halfstep.ladder.deploy import deploy
 from halfstep.ladder.environment import environment
-from halfstep.ladder.goal import Goal
 from halfstep.ladder.identity import Examples, metric_digest, model_digest
 from halfstep.ladder.journal import Journal
 from halfstep.ladder.outcome import Outcome
-from halfstep.ladder.ptq import climb_ptq
 from halfstep.ladder.rung import Rung, Step
+from halfstep.ladder.rungs import RUNGS, find_rungs
 from halfstep.ladder.search import Search, float_evaluation
 from halfstep.model import QuantizedModel
 from halfstep.progress import steps
@@ -66,15 +64,20 @@ def quantize(
     example_inputs: ModelInputs,
     calibration: Iterable[ModelInputs],
     metric: Any,
-    max_drop: float = 0.01,
+    max_drop: float | None = None,
     recipe: Recipe | None = None,
     target: str | Target = "onnxruntime",
     directory: str | Path | None = None,
     threads: int | None = None,
-    rungs: Sequence[str] = ("ptq",),
+    *,
+    relative_drop: float | None = None,
+    floor: float | None = None,
+    confidence: float = 0.95,
+    strict: bool = False,
+    rungs: Sequence[str] = tuple(RUNGS),
     budget: Budget | None = None,
 ) -> Outcome:
-    """Quantize ``model`` so that its score drops by no more than ``max_drop``, and prove it on the deployed file.
+    """Quantize ``model`` so that its score drops by no more than allowed, and prove it on the deployed file.
 
     Climbs rung after rung, each from the best candidate so far, and stops at the first that meets the target. If none
     does, the outcome is the best that was found, with ``met`` False and advice.
@@ -87,48 +90,40 @@ def quantize(
         example_inputs: a tensor, a tuple or a dict, with a batch of at least 2.
         calibration: model inputs, each a tensor, a tuple or a dict; iterated once.
         metric: :class:`Accuracy`, :class:`Metric`, or any callable from a model to a float.
-        max_drop: in the metric's unit, against the float model on the same examples.
+        max_drop: in the metric's unit, against the float model on the same examples; 0.01 unless another target is
+            given.
         recipe: what to quantize, and how; :meth:`Recipe.int8` if None.
         target: where it will run.
         directory: for the journal, ``model.onnx``, ``float.onnx`` and ``outcome.json``; None keeps nothing.
         threads: of the runtime, for one operator; None for all cores.
+        relative_drop: instead of ``max_drop``: a share of the float score.
+        floor: instead of ``max_drop``: the worst score allowed.
+        confidence: of the drop's intervals, 0.95 for 95%.
+        strict: demand that the interval keeps to the target, not only the drop itself.
         rungs: which to climb, in order.
         budget: what the search may cost; None for no bound.
 
     Raises:
         HalfstepError: a subclass that says what was wrong with the model, the data, the metric or the directory.
     """
-    ladder = _ladder(rungs)
+    ladder = find_rungs(rungs)
+    aim = Aim(max_drop, relative_drop, floor, confidence, strict)
     found, recipe = find_target(target), recipe or Recipe.int8()
     with Journal(directory) as journal, tempfile.TemporaryDirectory() as temporary:
         scorer = as_scorer(metric)
         prepared = prepare(model, example_inputs, recipe, found)
-        _claim(journal, prepared, scorer, max_drop)
-        search = _begin(journal, prepared, scorer, max_drop, calibration, budget or Budget())
+        _claim(journal, prepared, scorer, aim)
+        search = _begin(journal, prepared, scorer, aim, calibration, budget or Budget())
+        _settle(search, ladder, aim)
         path = _climb(search, ladder)
         return deploy(search, path, journal.folder or Path(temporary), threads)
 
 
-def _ladder(names: Sequence[str]) -> list[Rung]:
-    known = {
-        "ptq": Rung("ptq", "post-training quantization", climb_ptq),
-    }
-    wanted = f"needed some of {', '.join(map(repr, known))}"
-    for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ArgumentError(f"rungs: got {name!r}, {wanted}{hint}")
-    if not names:
-        raise ArgumentError(f"rungs: got none, {wanted}")
-    return [known[name] for name in names]
-
-
-def _claim(journal: Journal, prepared: QuantizedModel, scorer: Scorer, max_drop: float) -> None:
+def _claim(journal: Journal, prepared: QuantizedModel, scorer: Scorer, aim: Aim) -> None:
     """Make the directory this run's own, or see that it is."""
     journal.claim("model", model_digest(prepared.captured))
     journal.claim("recipe", repr(prepared.recipe))
-    journal.claim("configuration", f"target {prepared.target.name}, max_drop {max_drop!r}")
+    journal.claim("configuration", f"target {prepared.target.name}, {aim}")
     journal.claim("metric", metric_digest(scorer))
     labelled = getattr(scorer, "labelled", None)
     if labelled is not None:
@@ -144,14 +139,14 @@ def _begin(
     journal: Journal,
     prepared: QuantizedModel,
     scorer: Scorer,
-    max_drop: float,
+    aim: Aim,
     calibration: Iterable[ModelInputs],
     budget: Budget,
 ) -> Search:
     """The float baseline and the statistics: what every rung starts from."""
     with watching(prepared) as seen:
         baseline, _ = float_evaluation(scorer, prepared, journal)
-    goal = Goal(max_drop, baseline, scorer.higher_is_better)
+    goal = aim.goal(baseline, scorer.higher_is_better)
     examples = Examples()
     observe(prepared, _watched(calibration, examples))
     journal.claim("calibration data", examples.digest())
@@ -160,6 +155,26 @@ def _begin(
         warnings.warn(sentence, stacklevel=3)
         search.decide(sentence)
     return search
+
+
+def _settle(search: Search, ladder: Sequence[Rung], aim: Aim) -> None:
+    """Write down what was asked, with every default resolved."""
+    model, goal = search.model, search.goal
+    search.journal.write(
+        "settings",
+        target=model.target.name,
+        recipe=repr(model.recipe),
+        asked=str(aim),
+        max_drop=goal.max_drop,
+        float_score=goal.float_score.value,
+        higher_is_better=goal.higher_is_better,
+        confidence=goal.confidence,
+        strict=goal.strict,
+        metric=type(search.scorer).__name__,
+        examples=goal.float_score.count,
+        rungs=[rung.name for rung in ladder],
+        budget=str(search.budget),
+    )
 
 
 def _watched(batches: Iterable[ModelInputs], examples: Examples) -> Iterator[ModelInputs]:
@@ -183,14 +198,17 @@ def _climb(search: Search, ladder: Sequence[Rung]) -> list[Step]:
         assert best is not None  # a search evaluates one candidate whatever the budget
         best.snapshot.restore()
         search.journal.save(rung.name, best.snapshot.state)
+        drop = search.goal.compare(best.score)
         step = Step(
             rung=rung.name,
             met=search.goal.met(best.score),
             score=best.score.value,
-            drop=search.goal.drop(best.score),
+            drop=drop.value,
+            low=drop.low,
+            high=drop.high,
             what=best.what,
             float_layers=tuple(sorted(best.snapshot.float_layers)),
-            evaluations=sum(made.rung == rung.name for made in search.evaluations),
+            cost=sum(made.share for made in search.evaluations if made.rung == rung.name),
             note=note,
         )
         search.journal.write("step", **asdict(step), measured={"seconds": time.perf_counter() - start})

@@ -12,6 +12,7 @@ from halfstep.export.onnx import export_float, export_onnx
 from halfstep.export.verify import verify
 from halfstep.ladder.evaluation import Verdict
 from halfstep.ladder.outcome import Outcome
+from halfstep.ladder.portrait import portray_input, portray_sites
 from halfstep.ladder.rung import Step
 from halfstep.ladder.search import Search, timed_evaluation
 from halfstep.progress import steps
@@ -56,10 +57,8 @@ def deploy(search: Search, path: Sequence[Step], place: Path, threads: int | Non
         directory=search.journal.folder,
         path=tuple(path),
     )
-    known_by_now = ("history", "decisions", "path", "latency_ms")
-    record = {name: value for name, value in outcome.to_dict().items() if name not in known_by_now}
-    latency = {name: asdict(value) for name, value in proof.latency.items()}
-    search.journal.write("outcome", **record, measured={"latency_ms": latency})
+    _write_down(search, outcome)
+    outcome = replace(outcome, entries=tuple(search.journal.entries))
     if search.journal.folder is not None:
         outcome.save(search.journal.folder / "outcome.json")
     return outcome
@@ -74,3 +73,15 @@ def _file_score(search: Search, deployed: DeployedModel, file: Path) -> Score:
     verdict = Verdict(search.goal.met(score), score, complete=True)
     search.record(replace(made, key=key, rung="deployed"), verdict)
     return score
+
+
+def _write_down(search: Search, outcome: Outcome) -> None:
+    """What the report needs beside what the journal holds already."""
+    search.journal.write("sites", sites=portray_sites(outcome.model))
+    picture = portray_input(outcome.model)
+    if picture is not None:
+        search.journal.write("picture", **picture)
+    known_by_now = ("history", "decisions", "path", "latency_ms")
+    record = {name: value for name, value in outcome.to_dict().items() if name not in known_by_now}
+    latency = {name: asdict(value) for name, value in outcome.verification.latency.items()}
+    search.journal.write("outcome", **record, measured={"latency_ms": latency})

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
 from halfstep.export.onnx import export_onnx
 from halfstep.export.verify import Verification
 from halfstep.ladder.evaluation import Evaluation
-from halfstep.ladder.journal import write_whole
+from halfstep.ladder.journal import Entry, write_whole
 from halfstep.ladder.rung import Step
 from halfstep.model import QuantizedModel
 
@@ -34,6 +35,8 @@ class Outcome:
         model: the simulation.
         directory: where the files lie; None if none was given.
         path: the rungs climbed, in order, and what came of each.
+        advice: what would help, if the target was not met.
+        entries: the journal, from which the report is made.
     """
 
     met: bool
@@ -50,6 +53,8 @@ class Outcome:
     model: QuantizedModel
     directory: Path | None = None
     path: tuple[Step, ...] = ()
+    advice: tuple[str, ...] = ()
+    entries: tuple[Entry, ...] = ()
 
     def export(self, path: str | Path) -> Path:
         """Write the quantized network to ``path`` as ONNX.
@@ -58,6 +63,18 @@ class Outcome:
             ExportError: if it cannot be written; see :func:`halfstep.export_onnx`.
         """
         return export_onnx(self.model, path, self.metadata())
+
+    def report(self, path: str | Path) -> Path:
+        """Write the report of the run to ``path``: one HTML page that needs no network.
+
+        Raises:
+            RunError: if it cannot be written.
+        """
+        from halfstep.report.page import write_report
+        from halfstep.report.run import Run
+
+        name = self.directory.resolve().name if self.directory is not None else "run"
+        return write_report(Run.of(self.entries, name), path)
 
     def metadata(self) -> dict[str, str]:
         """What the file says of itself beside recipe and versions."""
@@ -80,6 +97,7 @@ class Outcome:
             "path": [asdict(step) for step in self.path],
             "history": [asdict(evaluation) for evaluation in self.history],
             "decisions": list(self.decisions),
+            "advice": list(self.advice),
             "parity": asdict(proof.parity),
             "latency_ms": {name: asdict(value) for name, value in proof.latency.items()},
             "bytes": proof.size,
@@ -105,3 +123,22 @@ class Outcome:
             f"Outcome: {verdict} on rung {self.rung}: float {self.float_score:.4f}, simulated {self.score:.4f}, "
             f"deployed {self.deployed_score:.4f} (allowed drop {self.max_drop:g}), {self.evaluations} evaluations"
         )
+
+    def _repr_html_(self) -> str:
+        """The figures and decisions, as a notebook shows them."""
+        proof = self.verification
+        rows = [
+            ("target", "met" if self.met else "not met"),
+            ("rung", self.rung),
+            ("float score", f"{self.float_score:.4f}"),
+            ("simulated score", f"{self.score:.4f}"),
+            ("deployed score", f"{self.deployed_score:.4f} (allowed drop {self.max_drop:g})"),
+            ("layers left in float", ", ".join(self.float_layers) or "none"),
+            ("layers on integer kernels", f"{proof.integer_layers} of {len(proof.layers)}"),
+            ("size of float", f"{proof.size / proof.float_size:.2f}"),
+            ("speed over float", f"{proof.latency['quantized'].speedup:.2f}x"),
+            ("evaluations", str(self.evaluations)),
+        ]
+        cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows)
+        sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in (*self.decisions, *self.advice))
+        return f"<table>{cells}</table><ol>{sentences}</ol>"

@@ -32,9 +32,11 @@ class Step:
         met: the simulation meets the target now.
         score: of the best candidate so far, simulated.
         drop: against float, in the metric's unit.
+        low: lower end of the drop's confidence interval; None where the metric has none.
+        high: its upper end.
         what: the candidate, in words.
         float_layers: its layers in float.
-        evaluations: full evaluations that the rung made.
+        cost: of the rung in full evaluations; parts of one count as parts.
         note: why it ended early; empty if it did not.
     """
 
@@ -42,7 +44,9 @@ class Step:
     met: bool
     score: float
     drop: float
+    low: float | None
+    high: float | None
     what: str
     float_layers: tuple[str, ...]
-    evaluations: int
+    cost: float
     note: str = ""

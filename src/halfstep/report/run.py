@@ -1,0 +1,78 @@
+"""A run as frozen data, read from its journal alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from halfstep.ladder.evaluation import Evaluation, kept
+from halfstep.ladder.journal import Entry, read
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a journal tells.
+
+    Attributes:
+        name: of the run: its directory's.
+        settings: what was asked: target, recipe, max_drop ... ; empty in a run that was killed very early.
+        environment: versions and processor, by name.
+        evaluations: every one, in order.
+        decisions: sentences, in order.
+        steps: the rungs climbed, with what came of each.
+        sweep: the calibrators compared, best first.
+        sites: as :func:`halfstep.ladder.portrait.portray_sites` made them.
+        picture: an input, if it is an image.
+        sensitivity: the layers, most sensitive first.
+        training: losses and marks of a fine-tuning; empty without one.
+        outcome: the end; empty in a run that has not come there.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    environment: dict[str, str]
+    evaluations: tuple[Evaluation, ...]
+    decisions: tuple[str, ...]
+    steps: tuple[dict[str, Any], ...]
+    sweep: tuple[dict[str, Any], ...]
+    sites: tuple[dict[str, Any], ...]
+    picture: dict[str, Any] | None
+    sensitivity: dict[str, Any]
+    training: dict[str, Any]
+    outcome: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Run:
+        """The run whose journal lies in ``folder``.
+
+        Raises:
+            RunError: if there is none, or it is damaged.
+        """
+        return cls.of(read(folder), Path(folder).resolve().name)
+
+    @classmethod
+    def of(cls, entries: Sequence[Entry], name: str = "run") -> Run:
+        """The run that ``entries`` tell of; of what was written several times the last counts."""
+        last = {entry.kind: entry.data for entry in entries}
+        steps = {entry.data["rung"]: entry.data for entry in entries if entry.kind == "step"}
+        return cls(
+            name=name,
+            settings=last.get("settings", {}),
+            environment=last.get("environment", {}).get("packages", {}),
+            evaluations=tuple(kept(entry)[0] for entry in entries if entry.kind == "evaluation"),
+            decisions=tuple(entry.data["sentence"] for entry in entries if entry.kind == "decision"),
+            steps=tuple(steps.values()),
+            sweep=tuple(last.get("sweep", {}).get("candidates", ())),
+            sites=tuple(last.get("sites", {}).get("sites", ())),
+            picture=last.get("picture"),
+            sensitivity=last.get("sensitivity", {}),
+            training=last.get("training", {}),
+            outcome=last.get("outcome", {}),
+        )
+
+    @property
+    def seconds(self) -> float:
+        """What all evaluations together took."""
+        return sum(made.seconds for made in self.evaluations)

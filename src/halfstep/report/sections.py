@@ -1,0 +1,318 @@
+"""The sections of the page: each takes a run and returns markup, empty where the run has nothing to tell of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from halfstep.report.chart import Chart
+from halfstep.report.html import escape, figure, number, size, table
+from halfstep.report.picture import as_formats_see_it
+from halfstep.report.run import Run
+
+
+def summary(run: Run) -> str:
+    """Whether the target was met, and the figures that matter."""
+    end = run.outcome
+    if not end:
+        made = figure("evaluations", len(run.evaluations), str(len(run.evaluations)))
+        return (
+            f"<p class='verdict unmet'>not finished</p><p>{made} evaluations so far. The same command again goes on "
+            "from there.</p>"
+        )
+    latency, parity = end["measured"]["latency_ms"], end["parity"]
+    integer = sum(layer["integer"] for layer in end["layers"])
+    speedup = latency["quantized"]["speedup"]
+    rows = [
+        ("float score", figure("float_score", end["float_score"], f"{end['float_score']:.4f}")),
+        ("simulated score", figure("score", end["score"], f"{end['score']:.4f}")),
+        (
+            "score of the deployed file",
+            figure("deployed_score", end["deployed_score"], f"{end['deployed_score']:.4f}"),
+        ),
+        ("allowed drop", figure("max_drop", end["max_drop"], f"{end['max_drop']:g}")),
+        ("rung", end["rung"]),
+        ("layers left in float", str(len(end["float_layers"]))),
+        ("layers on integer kernels", f"{integer} of {len(end['layers'])}"),
+        ("same answer as the simulation", f"{parity['top1']:.2%} of {parity['examples']:,}"),
+        ("file", f"{size(end['bytes'])}, {end['bytes'] / end['float_bytes']:.2f} of float"),
+        (
+            "speed over float",
+            figure(
+                "speedup", speedup, f"{speedup:.2f}x (float against itself {latency['null']['speedup']:.2f}x)"
+            ),
+        ),
+        (
+            "evaluations",
+            figure("evaluations", end["evaluations"], f"{end['evaluations']}, {run.seconds:.1f} s"),
+        ),
+    ]
+    verdict = ("met", "target met") if end["met"] else ("unmet", "target not met")
+    facts = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in rows)
+    advice = "".join(f"<li>{escape(sentence)}</li>" for sentence in end.get("advice", ()))
+    return f"<p class='verdict {verdict[0]}'>{verdict[1]}</p><dl class='facts'>{facts}</dl>" + (
+        f"<h3>What would help</h3><ul>{advice}</ul>" if advice else ""
+    )
+
+
+def ladder(run: Run) -> str:
+    """The rungs with their scores and intervals, the decisions, and every evaluation."""
+    if not run.steps:
+        return ""
+    baseline = run.settings["float_score"]
+    sign = -1 if run.settings["higher_is_better"] else 1
+    worst = baseline + sign * run.settings["max_drop"]
+    spots: list[tuple[float, tuple[float, float] | None, str]] = [(baseline, None, "float")]
+    for step in run.steps:
+        ends = (
+            None if step["low"] is None else (baseline + sign * step["low"], baseline + sign * step["high"])
+        )
+        spots.append((step["score"], ends, step["rung"]))
+    if run.outcome:
+        spots.append((run.outcome["deployed_score"], None, "deployed file"))
+    heights = [
+        worst,
+        *(score for score, _, _ in spots),
+        *(end for _, pair, _ in spots if pair for end in pair),
+    ]
+    chart = Chart("score of each rung", "", "score", (0, len(spots) - 1), (min(heights), max(heights)))
+    chart.level(worst, "needed", "needed")
+    chart.line([(x, score) for x, (score, _, _) in enumerate(spots)], "path")
+    for x, (score, pair, name) in enumerate(spots):
+        if pair:
+            chart.upright(x, *pair, "interval")
+        chart.dot((x, score), "spot", f"{name}: {score:.4f}")
+    rows = [
+        (
+            step["rung"],
+            figure(f"step {step['rung']}", step["score"], f"{step['score']:.4f}"),
+            f"{step['drop']:+.4f}",
+            "–" if step["low"] is None else f"{step['low']:+.4f} to {step['high']:+.4f}",
+            len(step["float_layers"]),
+            f"{step['cost']:.3g}",
+            f"{step['measured']['seconds']:.1f}",
+            "yes" if step["met"] else "no",
+        )
+        for step in run.steps
+    ]
+    interval = f"{run.settings['confidence']:.0%} interval"
+    headers = ("rung", "score", "drop", interval, "float layers", "evaluations", "seconds", "met")
+    decisions = "".join(f"<li>{escape(sentence)}</li>" for sentence in run.decisions)
+    return (
+        chart.svg([(x, name) for x, (_, _, name) in enumerate(spots)])
+        + table(headers, rows, range(1, 7), "rungs")
+        + f"<h3>Decisions</h3><ol>{decisions}</ol>"
+        + _evaluations(run)
+    )
+
+
+def _evaluations(run: Run) -> str:
+    rows = [
+        (
+            index,
+            made.rung,
+            made.what,
+            figure(f"evaluation {index}", made.score, f"{made.score:.4f}"),
+            "–" if made.examples is None else f"{made.examples:,}",
+            f"{made.seconds:.2f}",
+        )
+        for index, made in enumerate(run.evaluations)
+    ]
+    headers = ("", "rung", "candidate", "score", "examples", "seconds")
+    return (
+        f"<details><summary>All {len(rows)} evaluations</summary>"
+        f"{table(headers, rows, (0, 3, 4, 5), 'evaluations')}</details>"
+    )
+
+
+def tradeoff(run: Run) -> str:
+    """Score against size and latency; the line joins what no other file beats."""
+    points = run.outcome.get("measured", {}).get("files", [])
+    if not points:
+        return ""
+    better = 1 if run.settings["higher_is_better"] else -1
+    charts = []
+    for key, label, unit in (("bytes", "size, KiB", 1024), ("ms", "latency of a batch, ms", 1)):
+        xs, ys = [p[key] / unit for p in points], [p["score"] for p in points]
+        chart = Chart(
+            f"score against {label}", label, "score", (min(0.0, *xs), max(xs)), (min(ys), max(ys)), 520, 300
+        )
+        front = sorted(
+            (x, y)
+            for x, y in zip(xs, ys, strict=True)
+            if not any(
+                a <= x and better * b >= better * y and (a, b) != (x, y) for a, b in zip(xs, ys, strict=True)
+            )
+        )
+        chart.line(front, "front")
+        for point, x, y in zip(points, xs, ys, strict=True):
+            style = "spot" if (x, y) in front else "spot beaten"
+            chart.dot((x, y), style, f"{point['name']}: {y:.4f}, {x:.4g} {label}", point["name"])
+        charts.append(f"<figure>{chart.svg()}</figure>")
+    rows = [
+        (
+            p["name"],
+            figure(f"file {p['name']}", p["score"], f"{p['score']:.4f}"),
+            size(p["bytes"]),
+            f"{p['ms']:.3f}",
+            f"{p['speedup']:.2f}",
+        )
+        for p in points
+    ]
+    return f"<div class='pair'>{''.join(charts)}</div>" + table(
+        ("file", "score", "size", "ms", "speed over float"), rows, range(1, 5), "files"
+    )
+
+
+def calibrators(run: Run) -> str:
+    """What every calibrator does to the outputs, and to the metric where it was asked."""
+    rows = [
+        (
+            row["activations"],
+            row["weights"],
+            figure(f"kl {index}", row["kl"], number(row["kl"], 3)),
+            number(row["sqnr"], 3),
+            "–" if row["score"] is None else f"{row['score']:.4f}",
+        )
+        for index, row in enumerate(run.sweep)
+    ]
+    headers = ("activations", "weights", "KL of the outputs", "SQNR, dB", "score")
+    return table(headers, rows, (2, 3, 4), "calibrators, best first") if rows else ""
+
+
+def picture(run: Run) -> str:
+    """An input as each format sees it."""
+    if run.picture is None:
+        return ""
+    figures = "".join(
+        f"<figure class='seen'><img alt='the input in {escape(name)}' src='{address}'><figcaption>{escape(name)}"
+        f"<br><small>{escape(words)}</small></figcaption></figure>"
+        for name, words, address in as_formats_see_it(run.picture)
+    )
+    return f"<div class='row'>{figures}</div>"
+
+
+def sites(run: Run) -> str:
+    """The site picker; the page's script fills it."""
+    if not run.sites:
+        return ""
+    return (
+        "<p>Type to search; arrow keys choose. Bars count values on a logarithmic scale; the shaded range is what the "
+        "format represents, with its steps where they can be told apart; lines are other calibrators' ranges.</p>"
+        "<div class='picker'><div><label for='search'>Search sites</label>"
+        "<input id='search' type='search' autocomplete='off' placeholder='name, layer or format'>"
+        f"<label for='list'>Sites (<span id='found'>{len(run.sites)}</span> of {len(run.sites)})</label>"
+        "<select id='list' size='10'></select></div>"
+        "<div id='site' aria-live='polite'></div></div>"
+    )
+
+
+def sensitivity(run: Run) -> str:
+    """What each layer alone costs, most sensitive first, with those left in float."""
+    rows = run.sensitivity.get("layers", [])
+    if not rows:
+        return ""
+    top = max((row["loss"] for row in rows if math.isfinite(row["loss"])), default=0.0) or 1.0
+    left = set(run.outcome.get("float_layers", ()))
+    bars = "".join(
+        f"<tr class='{'floating' if row['name'] in left else ''}'><th scope='row'>{escape(row['name'])}</th>"
+        f"<td class='bar'><span style='width:{max(0.0, min(1.0, row['loss'] / top)):.2%}'></span></td>"
+        f"<td class='number'>{figure('sensitivity ' + row['name'], row['loss'], number(row['loss'], 3))}</td>"
+        f"<td>{'left in float' if row['name'] in left else ''}</td></tr>"
+        for row in rows
+    )
+    return (
+        f"<p>{escape(run.sensitivity.get('method', ''))}</p><div class='scroll'><table class='bars'><tbody>{bars}"
+        "</tbody></table></div>"
+    )
+
+
+def layers(run: Run) -> str:
+    """Every layer: bits, noise, and whether it is integer, or why not."""
+    if not run.outcome:
+        return ""
+    by_layer: dict[str, dict[bool, dict[str, object]]] = {}
+    for site in run.sites:
+        for layer in site["layers"]:
+            by_layer.setdefault(layer, {}).setdefault(site["weight"], site)
+    rows = []
+    for layer in run.outcome["layers"]:
+        found = by_layer.get(layer["name"], {})
+        weight, activation = found.get(True, {}), found.get(False, {})
+        rows.append(
+            (
+                layer["name"],
+                layer["kind"],
+                weight.get("bits", "–"),
+                activation.get("bits", "–"),
+                number(weight.get("sqnr"), 3),  # type: ignore[arg-type]
+                number(activation.get("sqnr"), 3),  # type: ignore[arg-type]
+                "integers" if layer["integer"] else "float",
+                layer["reason"],
+            )
+        )
+    for op in run.outcome["float_operators"]:
+        rows.append((op["name"], op["kind"], "–", "–", "–", "–", "float", op["reason"]))
+    headers = ("layer", "kind", "weight bits", "input bits", "weight dB", "input dB", "runs in", "reason")
+    return table(headers, rows, (2, 3, 4, 5), "layers")
+
+
+def training(run: Run) -> str:
+    """Loss and score over the steps of the fine-tuning."""
+    losses, marks = run.training.get("losses", []), run.training.get("marks", [])
+    if not losses:
+        return ""
+    every = run.training["every"]
+    points = [(index * every, loss) for index, loss in enumerate(losses)]
+    chart = Chart("training loss", "step", "loss", (0, points[-1][0]), (min(losses), max(losses)), 520, 300)
+    chart.line(points, "path")
+    parts = [f"<figure>{chart.svg()}</figure>"]
+    if marks:
+        scores = [mark["score"] for mark in marks] + [run.settings["float_score"]]
+        chart = Chart(
+            "score while training",
+            "step",
+            "score",
+            (0, marks[-1]["step"]),
+            (min(scores), max(scores)),
+            520,
+            300,
+        )
+        chart.level(run.settings["float_score"], "float", "needed")
+        chart.line([(mark["step"], mark["score"]) for mark in marks], "path")
+        for mark in marks:
+            chart.dot((mark["step"], mark["score"]), "spot", f"step {mark['step']}: {mark['score']:.4f}")
+        parts.append(f"<figure>{chart.svg()}</figure>")
+    kept = f"<p>Step {run.training['best_step']} of {run.training['planned']} was kept.</p>"
+    return f"<div class='pair'>{''.join(parts)}</div>{kept}"
+
+
+def reproduce(run: Run) -> str:
+    """What was asked, as it would be asked again."""
+    if not run.settings:
+        return ""
+    rows = [(name, value) for name, value in run.settings.items() if name not in ("command", "float_score")]
+    command = run.settings.get("command")
+    code = f"<pre tabindex='0'><code>{escape(command)}</code></pre>" if command else ""
+    return code + table(("setting", "value"), rows, (), "settings, defaults resolved")
+
+
+def environment(run: Run) -> str:
+    """Where it ran."""
+    return table(("what", "version"), run.environment.items(), (), "environment") if run.environment else ""
+
+
+#: Every section: its address, its title, what makes it.
+SECTIONS: tuple[tuple[str, str, Callable[[Run], str]], ...] = (
+    ("summary", "Summary", summary),
+    ("ladder", "The ladder", ladder),
+    ("tradeoff", "Score, size and latency", tradeoff),
+    ("calibrators", "Calibrators", calibrators),
+    ("picture", "An input as each format sees it", picture),
+    ("sites", "Histograms", sites),
+    ("sensitivity", "Sensitivity", sensitivity),
+    ("layers", "Layers", layers),
+    ("training", "Training", training),
+    ("reproduce", "To do it again", reproduce),
+    ("environment", "Environment", environment),
+)
