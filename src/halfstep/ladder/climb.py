@@ -76,6 +76,7 @@ def quantize(
     strict: bool = False,
     rungs: Sequence[str] = tuple(RUNGS),
     budget: Budget | None = None,
+    command: str = "",
 ) -> Outcome:
     """Quantize ``model`` so that its score drops by no more than allowed, and prove it on the deployed file.
 
@@ -102,6 +103,7 @@ def quantize(
         strict: demand that the interval keeps to the target, not only the drop itself.
         rungs: which to climb, in order.
         budget: what the search may cost; None for no bound.
+        command: what to type to do it again; the report shows it.
 
     Raises:
         HalfstepError: a subclass that says what was wrong with the model, the data, the metric or the directory.
@@ -114,7 +116,7 @@ def quantize(
         prepared = prepare(model, example_inputs, recipe, found)
         _claim(journal, prepared, scorer, aim)
         search = _begin(journal, prepared, scorer, aim, calibration, budget or Budget())
-        _settle(search, ladder, aim)
+        _settle(search, ladder, aim, command)
         path = _climb(search, ladder)
         return deploy(search, path, journal.folder or Path(temporary), threads)
 
@@ -157,7 +159,7 @@ def _begin(
     return search
 
 
-def _settle(search: Search, ladder: Sequence[Rung], aim: Aim) -> None:
+def _settle(search: Search, ladder: Sequence[Rung], aim: Aim, command: str) -> None:
     """Write down what was asked, with every default resolved."""
     model, goal = search.model, search.goal
     search.journal.write(
@@ -174,6 +176,7 @@ def _settle(search: Search, ladder: Sequence[Rung], aim: Aim) -> None:
         examples=goal.float_score.count,
         rungs=[rung.name for rung in ladder],
         budget=str(search.budget),
+        command=command,
     )
 
 

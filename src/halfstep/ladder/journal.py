@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Self
@@ -93,11 +94,12 @@ class Journal:
         Raises:
             RunError: if it cannot be written (a full disk, say); what was written before stays good.
         """
+        data = finite(data)
         known = _text(kind, data)
         if known in self._known:
             return
         if measured:
-            data["measured"] = dict(measured)
+            data["measured"] = finite(dict(measured))
         entry = Entry(kind, round(time.time(), 3), data)
         if self.folder is not None:
             line, check = _line(entry, self._check)
@@ -165,22 +167,13 @@ class Journal:
         """The tensors last saved under ``name``; None if there are none, or (with a warning) none that are whole."""
         if self.folder is None:
             return self._tensors.get(name)
-        entries = [entry for entry in self.of("checkpoint") if entry.data["name"] == name]
-        if not entries:
+        if not any(entry.data["name"] == name for entry in self.of("checkpoint")):
             return None
-        from safetensors.torch import load
-
-        path = self.folder / entries[-1].data["file"]
         try:
-            content = path.read_bytes()
-        except OSError:
-            warnings.warn(f"checkpoint {path} is missing: what it held is computed again", stacklevel=2)
+            return read_checkpoint(self.folder, self.entries, name)
+        except RunError as error:
+            warnings.warn(f"{error}: what it held is computed again", stacklevel=2)
             return None
-        # A file may be newer than its last line, if the run was killed between the two.
-        if hashlib.sha256(content).hexdigest() not in {entry.data["sha256"] for entry in entries}:
-            warnings.warn(f"checkpoint {path} is damaged: what it held is computed again", stacklevel=2)
-            return None
-        return dict(load(content))
 
     def _resume(self, folder: Path) -> None:
         path = folder / FILE
@@ -227,6 +220,28 @@ def read(folder: str | Path) -> list[Entry]:
     return entries
 
 
+def read_checkpoint(folder: Path, entries: Sequence[Entry], name: str) -> dict[str, torch.Tensor]:
+    """The tensors last saved under ``name`` in a run's directory.
+
+    Raises:
+        RunError: if there are none, or the file is missing or not what was written.
+    """
+    from safetensors.torch import load
+
+    known = [entry.data for entry in entries if entry.kind == "checkpoint" and entry.data["name"] == name]
+    if not known:
+        raise RunError(f"{folder}: has no checkpoint {name!r}")
+    path = folder / known[-1]["file"]
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise RunError(f"checkpoint {path} is missing") from error
+    # A file may be newer than its last line, if the run was killed between the two.
+    if hashlib.sha256(content).hexdigest() not in {data["sha256"] for data in known}:
+        raise RunError(f"checkpoint {path} is damaged")
+    return dict(load(content))
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file under a temporary name beside it and rename it: it appears whole or not at all.
 
@@ -245,6 +260,15 @@ def write_whole(path: Path, content: bytes) -> None:
         if temporary.parent.is_dir():
             temporary.unlink(missing_ok=True)
         raise RunError(f"cannot write {path}: {error.strerror}") from error
+
+
+def finite(value: Any) -> Any:
+    """``value`` with None for numbers that JSON does not know: NaN and the infinities."""
+    if isinstance(value, Mapping):
+        return {name: finite(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _text(kind: str, data: Mapping[str, Any]) -> str:

@@ -1,0 +1,43 @@
+"""The commands together, and how they end."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+import typer
+
+from halfstep.cli.calibrate import calibrate
+from halfstep.cli.compare import compare
+from halfstep.cli.console import BAD_INPUT, INTERRUPTED, err
+from halfstep.cli.demo import demo
+from halfstep.cli.export import export
+from halfstep.cli.init import init
+from halfstep.cli.inspect import inspect
+from halfstep.cli.quantize import quantize
+from halfstep.cli.report import report
+from halfstep.cli.verify import verify
+from halfstep.errors import HalfstepError
+
+app = typer.Typer(
+    help="Quantize a trained PyTorch network to an accuracy target, proven on the runtime it is deployed to.",
+    epilog="Exit codes: 0 target met, 3 target not met, 2 bad input, 130 interrupted.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+for command in (demo, init, quantize, calibrate, export, verify, inspect, report, compare):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run the command line; a mistake of the user's ends in one line, not in a traceback."""
+    warnings.showwarning = lambda message, category, *_: err.print(f"warning: {message}", style="yellow")
+    try:
+        app()
+    except HalfstepError as error:
+        err.print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
+        sys.exit(BAD_INPUT)
+    except KeyboardInterrupt:
+        err.print("interrupted", style="red")
+        sys.exit(INTERRUPTED)

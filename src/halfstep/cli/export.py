@@ -1,0 +1,31 @@
+"""halfstep export: the best candidate of a run as a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from halfstep.cli.console import out, progress
+from halfstep.cli.options import RunFolder
+
+
+def export(
+    run: RunFolder,
+    output: Annotated[Path, typer.Argument(help="The ONNX file to write.")],
+    rung: Annotated[
+        str | None, typer.Option(help="The rung whose best to write; the last one by default.")
+    ] = None,
+) -> None:
+    """Write the best candidate of RUN to OUTPUT, from its checkpoint."""
+    from halfstep.cli.job import restore
+    from halfstep.export.onnx import export_onnx
+
+    with progress():
+        model, step = restore(run, rung)
+        metadata = {"score": repr(step["score"]), "rung": step["rung"]}
+        export_onnx(model, output, metadata)
+    out.print(
+        f"written to {output}: {step['what']}, score {step['score']:.4f}", highlight=False, soft_wrap=True
+    )

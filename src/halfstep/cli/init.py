@@ -1,0 +1,40 @@
+"""halfstep init: a configuration file with every key explained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from halfstep.cli.console import out
+
+
+def init(
+    model: Annotated[str, typer.Argument(help="package.module:callable that returns a torch.nn.Module.")],
+    output: Annotated[Path, typer.Option(help="The file to write.")] = Path("halfstep.yaml"),
+    labelled: Annotated[str, typer.Option(help="Data to judge on.")] = "test.npz",
+    calibration: Annotated[str, typer.Option(help="Data to calibrate on.")] = "train.npz",
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+) -> None:
+    """Write a commented configuration for MODEL, which is loaded to list its layers."""
+    from torch import nn
+
+    from halfstep.config import commented
+    from halfstep.errors import ArgumentError
+    from halfstep.ladder.journal import write_whole
+    from halfstep.sources import load_model
+
+    if output.exists() and not force:
+        raise ArgumentError(f"{output} exists; choose another --output, or give --force to replace it")
+    module = load_model(model)
+    weighted = [
+        name
+        for name, child in module.named_modules()
+        if isinstance(getattr(child, "weight", None), nn.Parameter)
+    ]
+    write_whole(output, commented(model, labelled, calibration, weighted).encode())
+    out.print(
+        f"written to {output}; fill in labelled and calibration, then: halfstep quantize {output}",
+        soft_wrap=True,
+    )

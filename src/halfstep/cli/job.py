@@ -1,0 +1,149 @@
+"""From a configuration to the objects that it names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+
+from halfstep.config import Config, make_config, read_config
+from halfstep.errors import DataError, RunError
+from halfstep.evaluate import Accuracy, Metric
+from halfstep.granularity import PerTensor
+from halfstep.ladder.budget import Budget
+from halfstep.ladder.journal import write_whole
+from halfstep.model import QuantizedModel
+from halfstep.recipe import Recipe
+from halfstep.sources import find_callable, load_inputs, load_labelled, load_model
+
+#: A run's own copy of what it was told.
+CONFIG = "config.yaml"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a configuration names, loaded.
+
+    Attributes:
+        config: itself.
+        model: the float network.
+        calibration: batches of inputs; the first one is the example that the model is captured with.
+    """
+
+    config: Config
+    model: nn.Module
+    calibration: list[Any]
+
+    @classmethod
+    def load(cls, config: Config) -> Job:
+        """Import the model and read the calibration data.
+
+        Raises:
+            HalfstepError: naming what cannot be found or read.
+        """
+        weights = None if config.weights is None else Path(config.weights)
+        model = load_model(config.model, weights)
+        inputs = load_inputs(config.calibration, config.batch, config.examples)
+        if not inputs:
+            raise DataError(f"calibration {config.calibration!r}: got no batch, needed at least one")
+        return cls(config, model, inputs)
+
+    def metric(self) -> Metric:
+        """The metric over the labelled data."""
+        labelled = load_labelled(self.config.labelled, self.config.batch)
+        if self.config.metric == "accuracy":
+            return Accuracy(labelled)
+        score: Callable[..., Any] = find_callable(self.config.metric)
+        return Metric(labelled, score, self.config.higher_is_better)
+
+    def recipe(self) -> Recipe:
+        """What to quantize, and how."""
+        part = self.config.recipe
+        recipe = Recipe.uniform(part.weights, part.activations, PerTensor() if part.per_tensor else None)
+        for pattern in part.float_layers:
+            recipe = recipe.override(pattern, None)
+        return recipe
+
+    def budget(self) -> Budget:
+        """What the search may cost."""
+        return Budget(self.config.budget.evaluations, self.config.budget.minutes)
+
+    def keep(self, path: Path) -> None:
+        """Write the configuration, every default resolved, where :func:`find_config` finds it.
+
+        Raises:
+            RunError: if it cannot be written.
+        """
+        write_whole(path, yaml.safe_dump(self.config.model_dump(), sort_keys=False).encode())
+
+    def prepare(self) -> QuantizedModel:
+        """The model with its sites, not observed."""
+        from halfstep.ladder.climb import prepare
+
+        return prepare(self.model, self.calibration[0], self.recipe(), self.config.target)
+
+
+def find_config(source: Path) -> Config:
+    """The configuration in a YAML file, or the one that a run's directory keeps.
+
+    Raises:
+        ArgumentError: if there is none, or it has a mistake.
+    """
+    return read_config(source / CONFIG if source.is_dir() else source)
+
+
+def config_from(source: str, flags: dict[str, Any], recipe: dict[str, Any], budget: dict[str, Any]) -> Config:
+    """The configuration that a YAML file and flags make together, flags last.
+
+    Args:
+        source: a ``.yaml`` file, or what names a model.
+        flags: those that were given; None stands for not given.
+        recipe: the same for keys of the recipe.
+        budget: the same for keys of the budget.
+
+    Raises:
+        ArgumentError: naming the line of the file, or the key, that is wrong.
+    """
+    changes = _given(flags)
+    if source.endswith((".yaml", ".yml")):
+        config = read_config(source)
+        for name, part in (("recipe", recipe), ("budget", budget)):
+            if _given(part):
+                changes[name] = {**getattr(config, name).model_dump(), **_given(part)}
+        return make_config({**config.model_dump(exclude_unset=True), **changes}, "command line")
+    parts = {"recipe": _given(recipe), "budget": _given(budget)}
+    return make_config({"model": source, **changes, **parts}, "command line")
+
+
+def _given(flags: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in flags.items() if value is not None}
+
+
+def restore(run: Path, rung: str | None) -> tuple[QuantizedModel, dict[str, Any]]:
+    """The best candidate of a run's rung, from the run's own configuration and checkpoint, and the rung's record.
+
+    The calibration data are read for a sample of inputs.
+
+    Raises:
+        RunError: if the run has no such rung, or its checkpoint is missing or damaged.
+        ArgumentError: if the run was not made by ``halfstep quantize``.
+    """
+    from halfstep.ladder.calibration import SAMPLE_EXAMPLES
+    from halfstep.ladder.journal import read, read_checkpoint
+    from halfstep.ladder.snapshot import Snapshot
+
+    entries = read(run)
+    steps = {entry.data["rung"]: entry.data for entry in entries if entry.kind == "step"}
+    if not steps or (rung is not None and rung not in steps):
+        known = ", ".join(map(repr, steps)) or "none"
+        raise RunError(f"{run}: has no finished rung {rung or ''!r}; finished are {known}")
+    step = steps[rung] if rung is not None else list(steps.values())[-1]
+    job = Job.load(find_config(run))
+    model = job.prepare()
+    model.sample = job.calibration[: max(1, SAMPLE_EXAMPLES // job.config.batch)]
+    state = read_checkpoint(run, entries, step["rung"])
+    return Snapshot(model, frozenset(step["float_layers"]), state).restore(), step

@@ -1,0 +1,120 @@
+"""halfstep quantize: the whole ladder."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from halfstep.cli.console import INTERRUPTED, err, progress
+from halfstep.cli.ending import finish
+from halfstep.cli.options import Json
+
+
+def quantize(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL|CONFIG.yaml", help="package.module:callable, or a file of keys and values."
+        ),
+    ],
+    labelled: Annotated[
+        str | None, typer.Option(help="Data to judge on: .npz with inputs and labels, or a callable.")
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="Data to calibrate on: .npz with inputs, or a callable; not the labelled."),
+    ] = None,
+    weights: Annotated[str | None, typer.Option(help="State dict: .safetensors or torch's.")] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(help="accuracy, or package.module:score, (outputs, labels) -> (batch,) floats."),
+    ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(help="Largest drop against float, in the metric's unit; 0.01 if none is given."),
+    ] = None,
+    relative_drop: Annotated[float | None, typer.Option(help="Instead: a share of the float score.")] = None,
+    floor: Annotated[float | None, typer.Option(help="Instead: the worst score allowed.")] = None,
+    strict: Annotated[
+        bool | None,
+        typer.Option("--strict", help="Demand that the drop's whole interval keeps to the target."),
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="onnxruntime, openvino or tensorrt.")] = None,
+    weight_bits: Annotated[
+        int | None, typer.Option(help="Bits of the weights, 2 to 16; 8 by default.")
+    ] = None,
+    activation_bits: Annotated[int | None, typer.Option(help="Bits of the activations, 2 to 16.")] = None,
+    rungs: Annotated[str | None, typer.Option(help="Which to climb, in order: ptq,partial,qat.")] = None,
+    evaluations: Annotated[int | None, typer.Option(help="Bound on full evaluations.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Bound on time.")] = None,
+    directory: Annotated[str | None, typer.Option(help="Where journal, files and report go.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Batch size for .npz data; 64 by default.")] = None,
+    examples: Annotated[
+        int | None, typer.Option(help="Examples of an .npz to calibrate on; 512 by default.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of the runtime; all cores by default.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Climb the ladder until the accuracy target is met, and write the ONNX file that proves it.
+
+    The same command again goes on where an earlier one was interrupted.
+    """
+    from halfstep.cli.job import CONFIG, Job, config_from
+    from halfstep.ladder.climb import quantize as climb
+
+    flags: dict[str, Any] = {
+        "labelled": labelled,
+        "calibration": calibration,
+        "weights": weights,
+        "metric": metric,
+        "max_drop": max_drop,
+        "relative_drop": relative_drop,
+        "floor": floor,
+        "strict": strict,
+        "target": target,
+        "rungs": None if rungs is None else rungs.split(","),
+        "directory": directory,
+        "batch": batch,
+        "examples": examples,
+        "threads": threads,
+    }
+    config = config_from(
+        source,
+        flags,
+        {"weights": weight_bits, "activations": activation_bits},
+        {"evaluations": evaluations, "minutes": minutes},
+    )
+    again = shlex.join(["halfstep", *sys.argv[1:]])
+    folder = Path(config.directory)
+    try:
+        with progress():
+            job = Job.load(config)
+            outcome = climb(
+                job.model,
+                job.calibration[0],
+                calibration=job.calibration,
+                metric=job.metric(),
+                max_drop=config.max_drop,
+                relative_drop=config.relative_drop,
+                floor=config.floor,
+                confidence=config.confidence,
+                strict=config.strict,
+                recipe=job.recipe(),
+                target=config.target,
+                directory=folder,
+                threads=config.threads,
+                budget=job.budget(),
+                command=again,
+                **({} if config.rungs is None else {"rungs": config.rungs}),
+            )
+    except KeyboardInterrupt:
+        err.print(
+            f"interrupted; to go on where it stopped: {again}", style="red", highlight=False, soft_wrap=True
+        )
+        raise typer.Exit(INTERRUPTED) from None
+    job.keep(folder / CONFIG)
+    finish(outcome, as_json)

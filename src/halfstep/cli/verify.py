@@ -1,0 +1,44 @@
+"""halfstep verify: does a file answer as its simulation does, in integers?"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from halfstep.cli.console import MET, NOT_MET, out, print_json, progress
+from halfstep.cli.options import Json, RunFolder, Threads
+
+#: What counts as the same answer, in dB of the outputs.
+SAME = 15.0
+
+
+def verify(
+    run: RunFolder,
+    file: Annotated[Path | None, typer.Option(help="The ONNX file; the run's own by default.")] = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Run the file of RUN beside the simulation it came from: agreement, integer kernels, latency, size.
+
+    The exit code is 3 if the two differ.
+    """
+    from halfstep.cli.job import restore
+    from halfstep.export.verify import verify as prove
+    from halfstep.report.terminal import layer_table, proof_rows
+
+    with progress():
+        model, _ = restore(run, None)
+        proof = prove(file or run / "model.onnx", model, model.sample, None, threads)
+    if as_json:
+        print_json({"parity": asdict(proof.parity), "kernels": proof.kernels.counts, "bytes": proof.size})
+    else:
+        out.print(layer_table(proof))
+        table = Table(title=str(file or run / "model.onnx"), show_header=False)
+        for row in proof_rows(proof):
+            table.add_row(*row)
+        out.print(table)
+    raise typer.Exit(MET if proof.parity.sqnr >= SAME else NOT_MET)

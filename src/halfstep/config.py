@@ -1,0 +1,179 @@
+"""A run as a YAML file: every key checked, every mistake named with its line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from halfstep.errors import ArgumentError
+
+Key = tuple[str | int, ...]
+Bits = Annotated[int, Field(ge=2, le=16)]
+
+
+class Part(BaseModel):
+    """A mapping of the file: unknown keys are refused, and so is a number in quotes."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class RecipePart(Part):
+    """What to quantize, and how."""
+
+    weights: Bits | None = Field(8, description="bits, 2 to 16; null leaves weights in float")
+    activations: Bits | None = Field(8, description="bits, 2 to 16; null leaves activations in float")
+    per_tensor: bool = Field(
+        False, description="one scale for a weight instead of one for each output channel"
+    )
+    float_layers: list[str] = Field(
+        [], description="layers that always stay in float: names or shell patterns"
+    )
+
+
+class BudgetPart(Part):
+    """What the search may cost; null for no bound."""
+
+    evaluations: int | None = Field(None, gt=0, description="full evaluations of the metric")
+    minutes: float | None = Field(None, gt=0, description="time")
+
+
+class Config(Part):
+    """Everything that ``halfstep quantize`` can be told."""
+
+    model: str = Field(description="package.module:callable that returns a torch.nn.Module")
+    weights: str | None = Field(None, description="state dict: .safetensors or torch's")
+    labelled: str = Field(
+        description="data to judge on: .npz with inputs and labels, or package.module:callable"
+    )
+    calibration: str = Field(description="data to calibrate on, other than the labelled: .npz, or a callable")
+    metric: str = Field(
+        "accuracy", description="accuracy, or package.module:score with score(outputs, labels) -> (batch,)"
+    )
+    higher_is_better: bool = Field(True, description="false for errors and losses")
+    max_drop: float | None = Field(None, ge=0, description="largest drop against float, in the metric's unit")
+    relative_drop: float | None = Field(None, ge=0, description="instead: a share of the float score")
+    floor: float | None = Field(None, description="instead: the worst score allowed")
+    confidence: float = Field(0.95, ge=0.5, lt=1, description="of the drop's interval")
+    strict: bool = Field(False, description="demand that the whole interval keeps to the target")
+    target: Literal["onnxruntime", "openvino", "tensorrt"] = Field(
+        "onnxruntime", description="runtime to deploy to"
+    )
+    recipe: RecipePart = Field(default_factory=RecipePart, description="what to quantize, and how")
+    rungs: list[str] | None = Field(None, description="which to climb, in order; null for all")
+    budget: BudgetPart = Field(default_factory=BudgetPart, description="what the search may cost")
+    directory: str = Field("runs/quantized", description="where journal, files and report go")
+    batch: int = Field(64, gt=1, description="batch size for .npz data")
+    examples: int = Field(512, gt=0, description="how many examples of an .npz to calibrate on")
+    threads: int | None = Field(None, gt=0, description="of the runtime; null for all cores")
+
+
+def read_config(path: str | Path, changes: Mapping[str, Any] | None = None) -> Config:
+    """The configuration in a YAML file, with ``changes`` over it.
+
+    Raises:
+        ArgumentError: naming file, line and key, with the nearest known key where one is unknown.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        tree = yaml.compose(text, yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "is no text"
+        raise ArgumentError(f"config {path}: {reason}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}, line {mark.line + 1}" if mark is not None else str(path)
+        raise ArgumentError(f"{place}: no YAML: {getattr(error, 'problem', None) or error}") from error
+    if not isinstance(values, dict):
+        raise ArgumentError(
+            f"{path}: got a {type(values).__name__}, needed keys and values, such as 'model: a.b:c'"
+        )
+    return make_config({**values, **(changes or {})}, str(path), _lines(tree))
+
+
+def make_config(values: Mapping[str, Any], source: str, lines: Mapping[Key, int] | None = None) -> Config:
+    """A checked configuration.
+
+    Args:
+        values: as the file or the command line has them.
+        source: what to call their source in a message.
+        lines: where each key stands.
+
+    Raises:
+        ArgumentError: for the first mistake.
+    """
+    try:
+        return Config.model_validate(dict(values))
+    except ValidationError as error:
+        raise ArgumentError(_message(error.errors()[0], source, lines or {})) from error
+
+
+def _message(mistake: Mapping[str, Any], source: str, lines: Mapping[Key, int]) -> str:
+    key: Key = tuple(mistake["loc"])
+    while key not in lines and len(key) > 1 and not isinstance(key[-1], str):
+        key = key[:-1]
+    place = f"{source}, line {lines[key]}" if key in lines else source
+    name = ".".join(map(str, key))
+    if mistake["type"] == "extra_forbidden":
+        known = _fields(key[:-1])
+        near = difflib.get_close_matches(str(key[-1]), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+        return f"{place}: unknown key {name!r}; {hint}"
+    if mistake["type"] == "missing":
+        return f"{source}: {name} is missing: {Config.model_fields[str(key[0])].description}"
+    needed = mistake["msg"].removeprefix("Input should be ")
+    return f"{place}: {name} is {mistake['input']!r}, needed {needed}"
+
+
+def _fields(key: Key) -> list[str]:
+    """The known keys of the mapping that lies at ``key``."""
+    part: type[BaseModel] = Config
+    for name in key:
+        part = part.model_fields[str(name)].annotation  # type: ignore[assignment]
+    return list(part.model_fields)
+
+
+def _lines(node: yaml.Node | None, key: Key = ()) -> dict[Key, int]:
+    """The line of every key and item, by its path."""
+    found: dict[Key, int] = {}
+    if isinstance(node, yaml.MappingNode):
+        for name, value in node.value:
+            found[(*key, name.value)] = name.start_mark.line + 1
+            found |= _lines(value, (*key, name.value))
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            found[(*key, index)] = value.start_mark.line + 1
+            found |= _lines(value, (*key, index))
+    return found
+
+
+def commented(model: str, labelled: str, calibration: str, layers: list[str]) -> str:
+    """A configuration file with every key, its default, and what it means."""
+    given = {"model": model, "labelled": labelled, "calibration": calibration}
+    lines = [
+        "# halfstep quantize FILE climbs this ladder; keys that are commented out show their default.",
+        "",
+    ]
+    for name, field in Config.model_fields.items():
+        lines.append(f"# {field.description}")
+        if name in given:
+            lines.append(f"{name}: {_yaml(given[name])}")
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, Part):
+            lines.append(f"{name}:")
+            for inner, part in field.annotation.model_fields.items():
+                lines.append(f"  # {part.description}")
+                lines.append(f"  {inner}: {_yaml(part.default)}")
+        else:
+            lines.append(f"# {name}: {_yaml(field.default)}")
+        lines.append("")
+    lines += ["# The layers that float_layers can name:", *(f"#   {layer}" for layer in layers)]
+    return "\n".join(lines) + "\n"
+
+
+def _yaml(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True).strip().removesuffix("...").strip()
