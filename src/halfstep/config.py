@@ -25,51 +25,54 @@ class Part(BaseModel):
 class RecipePart(Part):
     """What to quantize, and how."""
 
-    weights: Bits | None = Field(8, description="bits, 2 to 16; null leaves weights in float")
-    activations: Bits | None = Field(8, description="bits, 2 to 16; null leaves activations in float")
+    weights: Bits | None = Field(default=8, description="bits, 2 to 16; null leaves weights in float")
+    activations: Bits | None = Field(default=8, description="bits, 2 to 16; null leaves activations in float")
     per_tensor: bool = Field(
-        False, description="one scale for a weight instead of one for each output channel"
+        default=False, description="one scale for a weight instead of one for each output channel"
     )
     float_layers: list[str] = Field(
-        [], description="layers that always stay in float: names or shell patterns"
+        default=[], description="layers that always stay in float: names or shell patterns"
     )
 
 
 class BudgetPart(Part):
     """What the search may cost; null for no bound."""
 
-    evaluations: int | None = Field(None, gt=0, description="full evaluations of the metric")
-    minutes: float | None = Field(None, gt=0, description="time")
+    evaluations: int | None = Field(default=None, gt=0, description="full evaluations of the metric")
+    minutes: float | None = Field(default=None, gt=0, description="time")
 
 
 class Config(Part):
     """Everything that ``halfstep quantize`` can be told."""
 
     model: str = Field(description="package.module:callable that returns a torch.nn.Module")
-    weights: str | None = Field(None, description="state dict: .safetensors or torch's")
+    weights: str | None = Field(default=None, description="state dict: .safetensors or torch's")
     labelled: str = Field(
         description="data to judge on: .npz with inputs and labels, or package.module:callable"
     )
     calibration: str = Field(description="data to calibrate on, other than the labelled: .npz, or a callable")
     metric: str = Field(
-        "accuracy", description="accuracy, or package.module:score with score(outputs, labels) -> (batch,)"
+        default="accuracy",
+        description="accuracy, or package.module:score with score(outputs, labels) -> (batch,)",
     )
-    higher_is_better: bool = Field(True, description="false for errors and losses")
-    max_drop: float | None = Field(None, ge=0, description="largest drop against float, in the metric's unit")
-    relative_drop: float | None = Field(None, ge=0, description="instead: a share of the float score")
-    floor: float | None = Field(None, description="instead: the worst score allowed")
-    confidence: float = Field(0.95, ge=0.5, lt=1, description="of the drop's interval")
-    strict: bool = Field(False, description="demand that the whole interval keeps to the target")
+    higher_is_better: bool = Field(default=True, description="false for errors and losses")
+    max_drop: float | None = Field(
+        default=None, ge=0, description="largest drop against float, in the metric's unit"
+    )
+    relative_drop: float | None = Field(default=None, ge=0, description="instead: a share of the float score")
+    floor: float | None = Field(default=None, description="instead: the worst score allowed")
+    confidence: float = Field(default=0.95, ge=0.5, lt=1, description="of the drop's interval")
+    strict: bool = Field(default=False, description="demand that the whole interval keeps to the target")
     target: Literal["onnxruntime", "openvino", "tensorrt"] = Field(
-        "onnxruntime", description="runtime to deploy to"
+        default="onnxruntime", description="runtime to deploy to"
     )
     recipe: RecipePart = Field(default_factory=RecipePart, description="what to quantize, and how")
-    rungs: list[str] | None = Field(None, description="which to climb, in order; null for all")
+    rungs: list[str] | None = Field(default=None, description="which to climb, in order; null for all")
     budget: BudgetPart = Field(default_factory=BudgetPart, description="what the search may cost")
-    directory: str = Field("runs/quantized", description="where journal, files and report go")
-    batch: int = Field(64, gt=1, description="batch size for .npz data")
-    examples: int = Field(512, gt=0, description="how many examples of an .npz to calibrate on")
-    threads: int | None = Field(None, gt=0, description="of the runtime; null for all cores")
+    directory: str = Field(default="runs/quantized", description="where journal, files and report go")
+    batch: int = Field(default=64, gt=1, description="batch size for .npz data")
+    examples: int = Field(default=512, gt=0, description="how many examples of an .npz to calibrate on")
+    threads: int | None = Field(default=None, gt=0, description="of the runtime; null for all cores")
 
 
 def read_config(path: str | Path, changes: Mapping[str, Any] | None = None) -> Config:

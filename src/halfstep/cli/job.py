@@ -146,4 +146,6 @@ def restore(run: Path, rung: str | None) -> tuple[QuantizedModel, dict[str, Any]
     model = job.prepare()
     model.sample = job.calibration[: max(1, SAMPLE_EXAMPLES // job.config.batch)]
     state = read_checkpoint(run, entries, step["rung"])
-    return Snapshot(model, frozenset(step["float_layers"]), state).restore(), step
+    return Snapshot(
+        model, {name: frozenset(layers) for name, layers in step["put_back"].items()}, state
+    ).restore(), step

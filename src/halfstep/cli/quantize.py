@@ -65,6 +65,7 @@ def quantize(
     """
     from halfstep.cli.job import CONFIG, Job, config_from
     from halfstep.ladder.climb import quantize as climb
+    from halfstep.ladder.rungs import RUNGS
 
     flags: dict[str, Any] = {
         "labelled": labelled,
@@ -109,7 +110,7 @@ def quantize(
                 threads=config.threads,
                 budget=job.budget(),
                 command=again,
-                **({} if config.rungs is None else {"rungs": config.rungs}),
+                rungs=RUNGS if config.rungs is None else config.rungs,
             )
     except KeyboardInterrupt:
         err.print(

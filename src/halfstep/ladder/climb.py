@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import tempfile
-import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from halfstep.errors import ArgumentError
 from halfstep.evaluate import Scorer, as_scorer
 from halfstep.graph.capture import capture
 from halfstep.graph.decompose import decompose
 from halfstep.graph.fold import fold
 from halfstep.graph.inputs import ModelInputs
 from halfstep.ladder.aim import Aim
-from halfstep.ladder.budget import Budget, BudgetSpent
+from halfstep.ladder.ascent import ascend
+from halfstep.ladder.budget import Budget
 from halfstep.ladder.calibration import observe
 from halfstep.ladder.concerns import sentences, unlike_sites, watching
 from halfstep.ladder.deploy import deploy
@@ -26,7 +26,7 @@ from halfstep.ladder.environment import environment
 from halfstep.ladder.identity import Examples, metric_digest, model_digest
 from halfstep.ladder.journal import Journal
 from halfstep.ladder.outcome import Outcome
-from halfstep.ladder.rung import Rung, Step
+from halfstep.ladder.rung import Rung
 from halfstep.ladder.rungs import RUNGS, find_rungs
 from halfstep.ladder.search import Search, float_evaluation
 from halfstep.model import QuantizedModel
@@ -74,8 +74,9 @@ def quantize(
     floor: float | None = None,
     confidence: float = 0.95,
     strict: bool = False,
-    rungs: Sequence[str] = tuple(RUNGS),
+    rungs: Iterable[str] = tuple(RUNGS),
     budget: Budget | None = None,
+    max_float: float = 0.5,
     command: str = "",
 ) -> Outcome:
     """Quantize ``model`` so that its score drops by no more than allowed, and prove it on the deployed file.
@@ -103,12 +104,16 @@ def quantize(
         strict: demand that the interval keeps to the target, not only the drop itself.
         rungs: which to climb, in order.
         budget: what the search may cost; None for no bound.
+        max_float: the share of layers that partial quantization may leave in float while there are rungs left to
+            climb; what leaves more is kept for the case that no later rung meets the target.
         command: what to type to do it again; the report shows it.
 
     Raises:
         HalfstepError: a subclass that says what was wrong with the model, the data, the metric or the directory.
     """
-    ladder = find_rungs(rungs)
+    ladder = find_rungs(tuple(rungs))
+    if not 0 <= max_float <= 1:
+        raise ArgumentError(f"max_float: got {max_float}, needed a share of the layers, 0 to 1")
     aim = Aim(max_drop, relative_drop, floor, confidence, strict)
     found, recipe = find_target(target), recipe or Recipe.int8()
     with Journal(directory) as journal, tempfile.TemporaryDirectory() as temporary:
@@ -117,7 +122,7 @@ def quantize(
         _claim(journal, prepared, scorer, aim)
         search = _begin(journal, prepared, scorer, aim, calibration, budget or Budget())
         _settle(search, ladder, aim, command)
-        path = _climb(search, ladder)
+        path = ascend(search, ladder, max_float)
         return deploy(search, path, journal.folder or Path(temporary), threads)
 
 
@@ -184,38 +189,3 @@ def _watched(batches: Iterable[ModelInputs], examples: Examples) -> Iterator[Mod
     for inputs in batches:
         yield inputs
         examples.add(inputs)  # after the model has accepted it
-
-
-def _climb(search: Search, ladder: Sequence[Rung]) -> list[Step]:
-    """Climb until a rung meets the goal or the budget is spent; the model is the best candidate then."""
-    path: list[Step] = []
-    for rung in ladder:
-        start, note = time.perf_counter(), ""
-        search.rung = rung.name
-        try:
-            rung.climb(search)
-        except BudgetSpent as spent:
-            note = f"the budget is spent: {spent}"
-            search.decide(f"{rung.title} ended early, {note}")
-        best = search.best
-        assert best is not None  # a search evaluates one candidate whatever the budget
-        best.snapshot.restore()
-        search.journal.save(rung.name, best.snapshot.state)
-        drop = search.goal.compare(best.score)
-        step = Step(
-            rung=rung.name,
-            met=search.goal.met(best.score),
-            score=best.score.value,
-            drop=drop.value,
-            low=drop.low,
-            high=drop.high,
-            what=best.what,
-            float_layers=tuple(sorted(best.snapshot.float_layers)),
-            cost=sum(made.share for made in search.evaluations if made.rung == rung.name),
-            note=note,
-        )
-        search.journal.write("step", **asdict(step), measured={"seconds": time.perf_counter() - start})
-        path.append(step)
-        if step.met or note:
-            break
-    return path

@@ -12,7 +12,7 @@ from halfstep.export.onnx import export_onnx
 from halfstep.export.verify import Verification
 from halfstep.ladder.evaluation import Evaluation
 from halfstep.ladder.journal import Entry, write_whole
-from halfstep.ladder.rung import Step
+from halfstep.ladder.rung import Reached
 from halfstep.model import QuantizedModel
 
 
@@ -52,7 +52,7 @@ class Outcome:
     verification: Verification
     model: QuantizedModel
     directory: Path | None = None
-    path: tuple[Step, ...] = ()
+    path: tuple[Reached, ...] = ()
     advice: tuple[str, ...] = ()
     entries: tuple[Entry, ...] = ()
 

@@ -16,15 +16,17 @@ class Rung:
         name: ``"ptq"``, ``"partial"``, ``"qat"``.
         title: in words.
         climb: starts from ``search.model`` and evaluates candidates; the search keeps the best.
+        evaluations: how many full evaluations it usually takes at most, for the estimate.
     """
 
     name: str
     title: str
     climb: Callable[[Search], object]
+    evaluations: Callable[[Search], int]
 
 
 @dataclass(frozen=True)
-class Step:
+class Reached:
     """What came of a rung.
 
     Attributes:
@@ -36,6 +38,7 @@ class Step:
         high: its upper end.
         what: the candidate, in words.
         float_layers: its layers in float.
+        put_back: its layers at each step towards float, by the step's attribute.
         cost: of the rung in full evaluations; parts of one count as parts.
         note: why it ended early; empty if it did not.
     """
@@ -48,5 +51,6 @@ class Step:
     high: float | None
     what: str
     float_layers: tuple[str, ...]
+    put_back: dict[str, list[str]]
     cost: float
     note: str = ""

@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
 
 from halfstep.errors import ArgumentError
+from halfstep.ladder.best_of import FINALISTS
+from halfstep.ladder.partial import climb_partial
 from halfstep.ladder.ptq import climb_ptq
 from halfstep.ladder.rung import Rung
+from halfstep.ladder.search import Search
 
-RUNGS: dict[str, Rung] = {rung.name: rung for rung in (Rung("ptq", "post-training quantization", climb_ptq),)}
+
+def _partial_evaluations(search: Search) -> int:
+    """Two halves, gallop and bisection over the groups, the backward pass, and all examples for the result."""
+    return 2 * math.ceil(math.log2(max(2, len(search.model.layers)))) + 8
+
+
+RUNGS: dict[str, Rung] = {
+    rung.name: rung
+    for rung in (
+        Rung("ptq", "Post-training quantization", climb_ptq, lambda search: FINALISTS),
+        Rung("partial", "Partial quantization", climb_partial, _partial_evaluations),
+    )
+}
 
 
 def find_rungs(names: Sequence[str]) -> list[Rung]:

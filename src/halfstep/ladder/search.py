@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,7 @@ from halfstep.ladder.evaluation import Evaluation, Verdict, keep, kept
 from halfstep.ladder.fingerprint import fingerprint
 from halfstep.ladder.goal import Goal
 from halfstep.ladder.journal import Journal
-from halfstep.ladder.snapshot import Snapshot
+from halfstep.ladder.snapshot import Snapshot, put_back_in
 from halfstep.model import QuantizedModel
 from halfstep.progress import say, steps
 
@@ -58,6 +59,7 @@ class Search:
         budget: what the search may cost.
         rung: the one that is being climbed.
         best: the best candidate so far; None before the first.
+        reached: the best candidate at the end of each rung, by the rung's name.
     """
 
     model: QuantizedModel
@@ -72,6 +74,7 @@ class Search:
     budget: Budget = field(default_factory=Budget)
     rung: str = ""
     best: Candidate | None = None
+    reached: dict[str, Candidate] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._started = time.perf_counter()
@@ -164,16 +167,21 @@ class Search:
         if not verdict.complete or any(site.mode is not Mode.QUANTIZE for site in self.model.sites.values()):
             return
 
-        score, best, model = verdict.score, self.best, self.model
-        if best is None or self._rank(score, model) < self._rank(best.score, best.snapshot):
+        score, best = verdict.score, self.best
+        if best is None or self._rank(score, put_back_in(self.model)) < self._rank(
+            best.score, best.snapshot.put_back
+        ):
             self.best = Candidate(what, score, Snapshot.of(self.model))
             say(f"best so far {score.value:.4f}, {self.goal.drop(score):+.4f} below float: {what}")
 
-    def _rank(self, score: Score, layers: QuantizedModel | Snapshot) -> tuple[bool, int, int, float]:
-        """Less is better: meets the goal, few layers in float, few with ranges at run time, a small drop."""
+    def _rank(self, score: Score, put_back: Mapping[str, frozenset[str]]) -> tuple[float, ...]:
+        """Less is better: meets the goal, few layers in float, few at the steps before, a small drop."""
         met = self.goal.met(score)
-        put_back = (len(layers.float_layers), len(layers.dynamic_layers)) if met else (0, 0)
-        return (not met, *put_back, self.goal.drop(score))
+        return (
+            not met,
+            *(len(layers) if met else 0 for layers in reversed(put_back.values())),
+            self.goal.drop(score),
+        )
 
     def _record(
         self, what: str, verdict: Verdict, seconds: float, examples: int | None, total: int | None, key: str
@@ -210,7 +218,8 @@ class Search:
     def decide(self, sentence: str) -> None:
         """Record a decision."""
         self.decisions.append(sentence)
-        self.journal.write("decision", rung=self.rung, sentence=sentence)
+        timeless = re.sub(r"[\d.,]+ (s|ms|min)\b", "", sentence)  # a replay takes other times
+        self.journal.write("decision", rung=self.rung, key=timeless, measured={"sentence": sentence})
         say(sentence)
 
 

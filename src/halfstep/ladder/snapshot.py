@@ -7,37 +7,41 @@ from dataclasses import dataclass
 import torch
 
 from halfstep.fake_quantize import Mode
+from halfstep.ladder.steps import STEPS
 from halfstep.model import QuantizedModel
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Parameters and ranges of a model, and what its layers are put to.
+    """Parameters, ranges and layers put back of a model.
 
     Attributes:
         model: the model itself, which may have changed since.
-        float_layers: as they were.
-        dynamic_layers: the same.
+        put_back: the layers put to each step towards float, by the step's attribute.
         state: a copy of its parameters, buffers, scales and zero points.
     """
 
     model: QuantizedModel
-    float_layers: frozenset[str]
-    dynamic_layers: frozenset[str]
+    put_back: dict[str, frozenset[str]]
     state: dict[str, torch.Tensor]
 
     @classmethod
     def of(cls, model: QuantizedModel) -> Snapshot:
         """The model as it stands."""
         state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-        return cls(model, model.float_layers, model.dynamic_layers, state)
+        return cls(model, put_back_in(model), state)
 
     def restore(self) -> QuantizedModel:
         """Put the model back to this moment, quantizing."""
-        self.model.float_layers = self.float_layers
-        self.model.dynamic_layers = self.dynamic_layers
+        for attribute, layers in self.put_back.items():
+            setattr(self.model, attribute, layers)
         self.model.load_state_dict(self.state, strict=False)  # quantizers made since then are not in use
         for site in self.model.sites.values():
             site.calibrated = True
         self.model.set_mode(Mode.QUANTIZE)
         return self.model
+
+
+def put_back_in(model: QuantizedModel) -> dict[str, frozenset[str]]:
+    """The layers of ``model`` at each step towards float, by the step's attribute, cheapest step first."""
+    return {step.attribute: frozenset(getattr(model, step.attribute)) for step in STEPS.values()}

@@ -25,8 +25,7 @@ class Run:
         sweep: the calibrators compared, best first.
         sites: as :func:`halfstep.ladder.portrait.portray_sites` made them.
         picture: an input, if it is an image.
-        sensitivity: the layers, most sensitive first.
-        training: losses and marks of a fine-tuning; empty without one.
+        findings: what rungs found out, by name: ``"sensitivity"``, ``"training"`` ...
         outcome: the end; empty in a run that has not come there.
     """
 
@@ -39,8 +38,7 @@ class Run:
     sweep: tuple[dict[str, Any], ...]
     sites: tuple[dict[str, Any], ...]
     picture: dict[str, Any] | None
-    sensitivity: dict[str, Any]
-    training: dict[str, Any]
+    findings: dict[str, dict[str, Any]]
     outcome: dict[str, Any]
 
     @classmethod
@@ -62,13 +60,14 @@ class Run:
             settings=last.get("settings", {}),
             environment=last.get("environment", {}).get("packages", {}),
             evaluations=tuple(kept(entry)[0] for entry in entries if entry.kind == "evaluation"),
-            decisions=tuple(entry.data["sentence"] for entry in entries if entry.kind == "decision"),
+            decisions=tuple(
+                entry.data["measured"]["sentence"] for entry in entries if entry.kind == "decision"
+            ),
             steps=tuple(steps.values()),
             sweep=tuple(last.get("sweep", {}).get("candidates", ())),
             sites=tuple(last.get("sites", {}).get("sites", ())),
             picture=last.get("picture"),
-            sensitivity=last.get("sensitivity", {}),
-            training=last.get("training", {}),
+            findings={e.data["name"]: e.data["measured"]["finding"] for e in entries if e.kind == "finding"},
             outcome=last.get("outcome", {}),
         )
 

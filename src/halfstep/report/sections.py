@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 from halfstep.report.chart import Chart
@@ -208,22 +207,29 @@ def sites(run: Run) -> str:
 
 
 def sensitivity(run: Run) -> str:
-    """What each layer alone costs, most sensitive first, with those left in float."""
-    rows = run.sensitivity.get("layers", [])
-    if not rows:
+    """What each group of layers alone costs, most sensitive first, with those left in float."""
+    found = run.findings.get("sensitivity")
+    if not found:
         return ""
-    top = max((row["loss"] for row in rows if math.isfinite(row["loss"])), default=0.0) or 1.0
     left = set(run.outcome.get("float_layers", ()))
-    bars = "".join(
-        f"<tr class='{'floating' if row['name'] in left else ''}'><th scope='row'>{escape(row['name'])}</th>"
-        f"<td class='bar'><span style='width:{max(0.0, min(1.0, row['loss'] / top)):.2%}'></span></td>"
-        f"<td class='number'>{figure('sensitivity ' + row['name'], row['loss'], number(row['loss'], 3))}</td>"
-        f"<td>{'left in float' if row['name'] in left else ''}</td></tr>"
-        for row in rows
-    )
+    top = max((row["score"] or 0.0 for row in found["rows"]), default=0.0) or 1.0
+    bars = []
+    for row in found["rows"]:
+        name = ", ".join(row["layers"])
+        floating = left.issuperset(row["layers"])
+        share = max(0.0, min(1.0, (row["score"] or 0.0) / top))
+        exact = number(row["score"], 3)
+        shown = figure(f"sensitivity {name}", row["score"], exact) if row["score"] is not None else exact
+        measured = "" if row["drop"] is None else f"measured drop {row['drop']:+.4f}"
+        bars.append(
+            f"<tr class='{'floating' if floating else ''}'><th scope='row'>{escape(name)}</th>"
+            f"<td class='bar'><span style='width:{share:.2%}'></span></td><td class='number'>{shown}</td>"
+            f"<td>{'left in float' if floating else ''} {measured}</td></tr>"
+        )
+    tau = "" if found["tau"] is None else f" Kendall's tau with the measured drops is {found['tau']:+.2f}."
     return (
-        f"<p>{escape(run.sensitivity.get('method', ''))}</p><div class='scroll'><table class='bars'><tbody>{bars}"
-        "</tbody></table></div>"
+        f"<p>What quantizing each group of layers alone loses: {escape(found['method'])}, in {escape(found['unit'])}."
+        f"{tau}</p><div class='scroll' tabindex='0'><table class='bars'><tbody>{''.join(bars)}</tbody></table></div>"
     )
 
 
@@ -259,10 +265,10 @@ def layers(run: Run) -> str:
 
 def training(run: Run) -> str:
     """Loss and score over the steps of the fine-tuning."""
-    losses, marks = run.training.get("losses", []), run.training.get("marks", [])
-    if not losses:
+    found = run.findings.get("training")
+    if not found or not found["losses"]:
         return ""
-    every = run.training["every"]
+    losses, marks, every = found["losses"], found["marks"], found["every"]
     points = [(index * every, loss) for index, loss in enumerate(losses)]
     chart = Chart("training loss", "step", "loss", (0, points[-1][0]), (min(losses), max(losses)), 520, 300)
     chart.line(points, "path")
@@ -283,7 +289,7 @@ def training(run: Run) -> str:
         for mark in marks:
             chart.dot((mark["step"], mark["score"]), "spot", f"step {mark['step']}: {mark['score']:.4f}")
         parts.append(f"<figure>{chart.svg()}</figure>")
-    kept = f"<p>Step {run.training['best_step']} of {run.training['planned']} was kept.</p>"
+    kept = f"<p>Step {found['best_step']} of {found['planned']} was kept.</p>"
     return f"<div class='pair'>{''.join(parts)}</div>{kept}"
 
 

@@ -1,0 +1,44 @@
+"""What would help where the target was missed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from halfstep.evaluate import Score
+from halfstep.ladder.rung import Reached
+from halfstep.ladder.search import Search
+
+#: Fewer calibration examples than this are worth a word.
+FEW = 128
+
+
+def advise(search: Search, path: Sequence[Reached], deployed: Score) -> tuple[str, ...]:
+    """The cheapest next steps first; nothing if the target is met."""
+    goal = search.goal
+    if goal.met(deployed):
+        return ()
+    drop, simulated = goal.drop(deployed), path[-1]
+    advice = []
+    if simulated.met:
+        advice.append(
+            f"The simulation meets the target ({simulated.drop:+.4f}), the file does not ({drop:+.4f}): a slightly "
+            f"smaller max_drop makes the search keep clear of the edge"
+        )
+    if note := next((step.note for step in path if step.note), ""):
+        advice.append(f"The search stopped early, {note}; a larger budget goes on from here")
+    climbed = {step.rung for step in path}
+    if "partial" not in climbed and not note:
+        advice.append("Partial quantization was not tried: add 'partial' to rungs")
+    if "qat" not in climbed and not note:
+        advice.append(
+            "Training was not tried: with training=hs.Training(labelled, loss) the last rung wins back most of what "
+            "few bits lose"
+        )
+    bits = [site.format.bits for site in search.model.sites.values()]
+    if bits and min(bits) < 8:
+        advice.append(f"{min(bits)} bits are few: 8 bits for the side that loses more")
+    kept = sum(len(batch) for batch in search.model.sample if hasattr(batch, "__len__"))
+    if 0 < kept < FEW:
+        advice.append(f"{kept} calibration examples are few; {FEW} or more give steadier ranges")
+    advice.append(f"A max_drop of {drop:.4g} would be met by what was found")
+    return tuple(advice)
