@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from halfstep.errors import ArgumentError
-from halfstep.evaluate import Scorer, as_scorer
+from halfstep.evaluate import Metric, Scorer, as_scorer
 from halfstep.graph.capture import capture
 from halfstep.graph.decompose import decompose
 from halfstep.graph.fold import fold
@@ -22,6 +22,7 @@ from halfstep.ladder.budget import Budget
 from halfstep.ladder.calibration import observe
 from halfstep.ladder.concerns import sentences, unlike_sites, watching
 from halfstep.ladder.deploy import deploy
+from halfstep.ladder.doubts import doubts
 from halfstep.ladder.environment import environment
 from halfstep.ladder.identity import Examples, metric_digest, model_digest
 from halfstep.ladder.journal import Journal
@@ -119,27 +120,26 @@ def quantize(
     with Journal(directory) as journal, tempfile.TemporaryDirectory() as temporary:
         scorer = as_scorer(metric)
         prepared = prepare(model, example_inputs, recipe, found)
-        _claim(journal, prepared, scorer, aim)
         search = _begin(journal, prepared, scorer, aim, calibration, budget or Budget())
         _settle(search, ladder, aim, command)
         path = ascend(search, ladder, max_float)
         return deploy(search, path, journal.folder or Path(temporary), threads)
 
 
-def _claim(journal: Journal, prepared: QuantizedModel, scorer: Scorer, aim: Aim) -> None:
-    """Make the directory this run's own, or see that it is."""
+def _claim(journal: Journal, prepared: QuantizedModel, scorer: Scorer, aim: Aim) -> Examples:
+    """Make the directory this run's own, or see that it is; the examples that the metric judges on."""
     journal.claim("model", model_digest(prepared.captured))
     journal.claim("recipe", repr(prepared.recipe))
     journal.claim("configuration", f"target {prepared.target.name}, {aim}")
     journal.claim("metric", metric_digest(scorer))
-    labelled = getattr(scorer, "labelled", None)
-    if labelled is not None:
-        examples = Examples()
-        for item in labelled:
+    judged = Examples()
+    if isinstance(scorer, Metric):
+        for item in scorer.labelled:
             if isinstance(item, (tuple, list)) and len(item) == 2:  # anything else is the metric's to refuse
-                examples.add(*item)
-        journal.claim("labelled data", examples.digest())
+                judged.add(*item)
+        journal.claim("labelled data", judged.digest())
     journal.write("environment", packages=environment())
+    return judged
 
 
 def _begin(
@@ -150,17 +150,27 @@ def _begin(
     calibration: Iterable[ModelInputs],
     budget: Budget,
 ) -> Search:
-    """The float baseline and the statistics: what every rung starts from."""
+    """The float baseline and the statistics, with what is to be said of the data: what every rung starts from."""
+    judged = _claim(journal, prepared, scorer, aim)
     with watching(prepared) as seen:
-        baseline, _ = float_evaluation(scorer, prepared, journal)
+        baseline, made = float_evaluation(scorer, prepared, journal)
     goal = aim.goal(baseline, scorer.higher_is_better)
-    examples = Examples()
-    observe(prepared, _watched(calibration, examples))
-    journal.claim("calibration data", examples.digest())
-    search = Search(prepared, scorer, goal, journal=journal, budget=budget)
-    for sentence in sentences(unlike_sites(prepared, seen)):
+    calibrated = Examples()
+    observe(prepared, _watched(calibration, calibrated))
+    journal.claim("calibration data", calibrated.digest())
+    search = Search(prepared, scorer, goal, journal=journal, budget=budget, rung="data")
+    if made:
+        said = [*doubts(calibrated, judged), *sentences(unlike_sites(prepared, seen))]
+    else:  # nothing was watched, since the float model was not run again: what was said then holds
+        said = [
+            entry.data["measured"]["sentence"]
+            for entry in journal.of("decision")
+            if entry.data["rung"] == "data"
+        ]
+    for sentence in said:
         warnings.warn(sentence, stacklevel=3)
         search.decide(sentence)
+    search.rung = ""
     return search
 
 

@@ -179,7 +179,7 @@ class Search:
         met = self.goal.met(score)
         return (
             not met,
-            *(len(layers) if met else 0 for layers in reversed(put_back.values())),
+            *(len(layers) if met else 0 for layers in reversed(list(put_back.values()))),
             self.goal.drop(score),
         )
 
