@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from halfstep.errors import ArgumentError
 
@@ -42,6 +43,19 @@ class BudgetPart(Part):
     minutes: float | None = Field(default=None, gt=0, description="time")
 
 
+class TrainingPart(Part):
+    """Quantization-aware training, the last rung."""
+
+    data: str = Field(description="labelled batches to train on: .npz with inputs and labels, or a callable")
+    loss: str | None = Field(
+        default="cross_entropy",
+        description="cross_entropy, or package.module:loss with loss(outputs, labels); null: distillation alone",
+    )
+    epochs: float = Field(default=1.0, gt=0, description="passes over the data; parts are possible")
+    learning_rate: float = Field(default=1e-3, gt=0, description="at the start")
+    seed: int = Field(default=0, description="of shuffling and of everything random")
+
+
 class Config(Part):
     """Everything that ``halfstep quantize`` can be told."""
 
@@ -67,6 +81,9 @@ class Config(Part):
         default="onnxruntime", description="runtime to deploy to"
     )
     recipe: RecipePart = Field(default_factory=RecipePart, description="what to quantize, and how")
+    training: TrainingPart | None = Field(
+        default=None, description="for the last rung: data, loss, epochs, learning_rate; null leaves it out"
+    )
     rungs: list[str] | None = Field(default=None, description="which to climb, in order; null for all")
     budget: BudgetPart = Field(default_factory=BudgetPart, description="what the search may cost")
     directory: str = Field(default="runs/quantized", description="where journal, files and report go")
@@ -123,22 +140,29 @@ def _message(mistake: Mapping[str, Any], source: str, lines: Mapping[Key, int]) 
     place = f"{source}, line {lines[key]}" if key in lines else source
     name = ".".join(map(str, key))
     if mistake["type"] == "extra_forbidden":
-        known = _fields(key[:-1])
+        known = list(_part(key[:-1]).model_fields)
         near = difflib.get_close_matches(str(key[-1]), known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
         return f"{place}: unknown key {name!r}; {hint}"
     if mistake["type"] == "missing":
-        return f"{source}: {name} is missing: {Config.model_fields[str(key[0])].description}"
+        return f"{source}: {name} is missing: {_field(key).description}"
     needed = mistake["msg"].removeprefix("Input should be ")
     return f"{place}: {name} is {mistake['input']!r}, needed {needed}"
 
 
-def _fields(key: Key) -> list[str]:
-    """The known keys of the mapping that lies at ``key``."""
-    part: type[BaseModel] = Config
+def _field(key: Key) -> FieldInfo:
+    """The description of the key."""
+    return _part(key[:-1]).model_fields[str(key[-1])]
+
+
+def _part(key: Key) -> type[Part]:
+    """The kind of mapping that lies at ``key``."""
+    part: type[Part] = Config
     for name in key:
-        part = part.model_fields[str(name)].annotation  # type: ignore[assignment]
-    return list(part.model_fields)
+        annotation = part.model_fields[str(name)].annotation
+        kinds = (annotation, *get_args(annotation))
+        part = next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Part))
+    return part
 
 
 def _lines(node: yaml.Node | None, key: Key = ()) -> dict[Key, int]:

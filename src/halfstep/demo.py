@@ -75,6 +75,10 @@ class Digits:
         """The test set as (images, labels) batches."""
         return list(zip(self.test_images.split(size), self.test_labels.split(size), strict=True))
 
+    def training_batches(self, size: int = 64) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The training set as (images, labels) batches."""
+        return list(zip(self.train_images.split(size), self.train_labels.split(size), strict=True))
+
     def calibration_batches(self, count: int = 256, size: int = 64) -> list[torch.Tensor]:
         """The first ``count`` training images as batches."""
         return list(self.train_images[:count].split(size))

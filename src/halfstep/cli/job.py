@@ -19,6 +19,7 @@ from halfstep.ladder.journal import write_whole
 from halfstep.model import QuantizedModel
 from halfstep.recipe import Recipe
 from halfstep.sources import find_callable, load_inputs, load_labelled, load_model
+from halfstep.training.options import Loss, Training
 
 #: A run's own copy of what it was told.
 CONFIG = "config.yaml"
@@ -67,6 +68,16 @@ class Job:
         for pattern in part.float_layers:
             recipe = recipe.override(pattern, None)
         return recipe
+
+    def training(self) -> Training | None:
+        """The fine-tuning, if one is asked for."""
+        part = self.config.training
+        if part is None:
+            return None
+        known: dict[str | None, Loss | None] = {"cross_entropy": nn.functional.cross_entropy, None: None}
+        loss = known[part.loss] if part.loss in known else find_callable(str(part.loss))
+        labelled = load_labelled(part.data, self.config.batch)
+        return Training(labelled, loss, epochs=part.epochs, learning_rate=part.learning_rate, seed=part.seed)
 
     def budget(self) -> Budget:
         """What the search may cost."""

@@ -99,6 +99,7 @@ def quantize(
                 job.calibration[0],
                 calibration=job.calibration,
                 metric=job.metric(),
+                training=job.training(),
                 max_drop=config.max_drop,
                 relative_drop=config.relative_drop,
                 floor=config.floor,

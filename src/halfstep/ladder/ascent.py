@@ -6,31 +6,39 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from halfstep.errors import ArgumentError
 from halfstep.ladder.budget import BudgetSpent
-from halfstep.ladder.rung import Reached, Rung
+from halfstep.ladder.rung import Means, Reached, Rung
 from halfstep.ladder.search import Candidate, Search
 
 #: A simulated evaluation takes about so many times as long as a float one.
 SLOWER = 3
 
 
-def ascend(search: Search, ladder: Sequence[Rung], max_float: float) -> list[Reached]:
+def ascend(search: Search, ladder: Sequence[Rung], means: Means, max_float: float) -> list[Reached]:
     """Climb until a rung meets the goal or the budget is spent; the model is the best candidate then.
 
     Args:
         search: its model observed.
-        ladder: the rungs, in order.
+        ladder: the rungs, in order; those that lack something are left out, and a decision says so.
+        means: what they work with.
         max_float: the share of layers that may stay in float while there are rungs left to climb.
 
     Returns:
         What came of each rung climbed.
     """
-    search.decide(estimate(search, ladder))
+    for rung in ladder:
+        if missing := rung.missing(means):
+            search.decide(f"{rung.title} is left out: it needs {missing}")
+    ladder = [rung for rung in ladder if not rung.missing(means)]
+    if not ladder:
+        raise ArgumentError("rungs: none of those asked for can be climbed with what was given")
+    search.decide(estimate(search, ladder, means))
     path: list[Reached] = []
     spare: Candidate | None = None
     for index, rung in enumerate(ladder):
         before = search.best
-        reached = _climb(search, rung)
+        reached = _climb(search, rung, means)
         path.append(reached)
         candidate = search.best
         assert candidate is not None
@@ -54,11 +62,12 @@ def ascend(search: Search, ladder: Sequence[Rung], max_float: float) -> list[Rea
     return path
 
 
-def estimate(search: Search, ladder: Sequence[Rung]) -> str:
+def estimate(search: Search, ladder: Sequence[Rung], means: Means) -> str:
     """What the climb may cost, in a sentence."""
-    counts = {rung.name: rung.evaluations(search) for rung in ladder}
+    counts = {rung.name: rung.evaluations(search, means) for rung in ladder}
     total = sum(counts.values()) + 1
-    each = next((made.seconds for made in search.evaluations if made.rung == "float"), 0.0)
+    float_seconds = [made.seconds / made.share for made in search.evaluations if made.rung == "float"]
+    each = min(float_seconds, default=0.0)  # the first one also pays for what is loaded and compiled
     parts = ", ".join(f"{name} {count}" for name, count in counts.items())
     return (
         f"Estimate: up to {total} evaluations ({parts}, the deployed file 1) on top of float's, of about "
@@ -66,12 +75,12 @@ def estimate(search: Search, ladder: Sequence[Rung]) -> str:
     )
 
 
-def _climb(search: Search, rung: Rung) -> Reached:
+def _climb(search: Search, rung: Rung, means: Means) -> Reached:
     """Climb one rung, write down what came of it, and leave the model as the best candidate."""
     start, note = time.perf_counter(), ""
     search.rung = rung.name
     try:
-        rung.climb(search)
+        rung.climb(search, means)
     except BudgetSpent as spent:
         note = f"the budget is spent: {spent}"
         search.decide(f"{rung.title} ended early, {note}")

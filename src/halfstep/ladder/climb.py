@@ -27,13 +27,15 @@ from halfstep.ladder.environment import environment
 from halfstep.ladder.identity import Examples, metric_digest, model_digest
 from halfstep.ladder.journal import Journal
 from halfstep.ladder.outcome import Outcome
-from halfstep.ladder.rung import Rung
+from halfstep.ladder.partial import Partial
+from halfstep.ladder.rung import Means, Rung
 from halfstep.ladder.rungs import RUNGS, find_rungs
 from halfstep.ladder.search import Search, float_evaluation
 from halfstep.model import QuantizedModel
 from halfstep.progress import steps
 from halfstep.recipe import Recipe
 from halfstep.targets import Target, find_target
+from halfstep.training.options import Training
 
 
 def prepare(
@@ -71,12 +73,14 @@ def quantize(
     directory: str | Path | None = None,
     threads: int | None = None,
     *,
+    training: Training | None = None,
     relative_drop: float | None = None,
     floor: float | None = None,
     confidence: float = 0.95,
     strict: bool = False,
     rungs: Iterable[str] = tuple(RUNGS),
     budget: Budget | None = None,
+    partial: Partial | None = None,
     max_float: float = 0.5,
     command: str = "",
 ) -> Outcome:
@@ -99,12 +103,14 @@ def quantize(
         target: where it will run.
         directory: for the journal, ``model.onnx``, ``float.onnx`` and ``outcome.json``; None keeps nothing.
         threads: of the runtime, for one operator; None for all cores.
+        training: for quantization-aware training; without it that rung is left out, and the outcome says so.
         relative_drop: instead of ``max_drop``: a share of the float score.
         floor: instead of ``max_drop``: the worst score allowed.
         confidence: of the drop's intervals, 0.95 for 95%.
         strict: demand that the interval keeps to the target, not only the drop itself.
         rungs: which to climb, in order.
         budget: what the search may cost; None for no bound.
+        partial: how to look for layers to put back to float.
         max_float: the share of layers that partial quantization may leave in float while there are rungs left to
             climb; what leaves more is kept for the case that no later rung meets the target.
         command: what to type to do it again; the report shows it.
@@ -120,9 +126,11 @@ def quantize(
     with Journal(directory) as journal, tempfile.TemporaryDirectory() as temporary:
         scorer = as_scorer(metric)
         prepared = prepare(model, example_inputs, recipe, found)
+        if training is not None:
+            journal.claim("training", repr(training.describe()))
         search = _begin(journal, prepared, scorer, aim, calibration, budget or Budget())
         _settle(search, ladder, aim, command)
-        path = ascend(search, ladder, max_float)
+        path = ascend(search, ladder, Means(training, partial), max_float)
         return deploy(search, path, journal.folder or Path(temporary), threads)
 
 

@@ -93,6 +93,7 @@ def climb_qat(search: Search, training: Training, directory: Path | None = None)
     except DivergedError as error:
         search.decide(f"QAT diverged: {error}")
         return search.evaluate("QAT, the last good state")
+    search.found["training"] = trained
     kept = f"step {trained.best_step}" if trained.best_step else "the start"
     score = search.evaluate(
         f"QAT, {kept}"

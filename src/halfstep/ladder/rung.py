@@ -5,7 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from halfstep.ladder.partial import Partial
 from halfstep.ladder.search import Search
+from halfstep.training.options import Training
+
+
+@dataclass(frozen=True)
+class Means:
+    """What rungs work with beside the search.
+
+    Attributes:
+        training: for QAT, which is skipped without it.
+        partial: how to look for layers to put back; None for the usual way.
+    """
+
+    training: Training | None = None
+    partial: Partial | None = None
 
 
 @dataclass(frozen=True)
@@ -17,12 +32,14 @@ class Rung:
         title: in words.
         climb: starts from ``search.model`` and evaluates candidates; the search keeps the best.
         evaluations: how many full evaluations it usually takes at most, for the estimate.
+        missing: what is needed and not there, in words; empty if nothing.
     """
 
     name: str
     title: str
-    climb: Callable[[Search], object]
-    evaluations: Callable[[Search], int]
+    climb: Callable[[Search, Means], object]
+    evaluations: Callable[[Search, Means], int]
+    missing: Callable[[Means], str] = lambda means: ""
 
 
 @dataclass(frozen=True)

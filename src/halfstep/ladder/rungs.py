@@ -7,23 +7,46 @@ import math
 from collections.abc import Sequence
 
 from halfstep.errors import ArgumentError
+from halfstep.evaluate import Score
 from halfstep.ladder.best_of import FINALISTS
 from halfstep.ladder.partial import climb_partial
 from halfstep.ladder.ptq import climb_ptq
-from halfstep.ladder.rung import Rung
+from halfstep.ladder.qat import climb_qat
+from halfstep.ladder.rung import Means, Rung
 from halfstep.ladder.search import Search
 
 
-def _partial_evaluations(search: Search) -> int:
+def _partial_evaluations(search: Search, means: Means) -> int:
     """Two halves, gallop and bisection over the groups, the backward pass, and all examples for the result."""
     return 2 * math.ceil(math.log2(max(2, len(search.model.layers)))) + 8
+
+
+def _climb_qat(search: Search, means: Means) -> Score:
+    assert means.training is not None  # find_rungs leaves the rung out
+    return climb_qat(search, means.training)
+
+
+def _qat_evaluations(search: Search, means: Means) -> int:
+    """The start, one every so many epochs, the end."""
+    training = means.training
+    return 0 if training is None else 2 + math.ceil(training.epochs / training.evaluate_every)
+
+
+def _qat_missing(means: Means) -> str:
+    return "" if means.training is not None else "training=hs.Training(labelled, loss)"
 
 
 RUNGS: dict[str, Rung] = {
     rung.name: rung
     for rung in (
-        Rung("ptq", "Post-training quantization", climb_ptq, lambda search: FINALISTS),
-        Rung("partial", "Partial quantization", climb_partial, _partial_evaluations),
+        Rung("ptq", "Post-training quantization", lambda search, _: climb_ptq(search), lambda *_: FINALISTS),
+        Rung(
+            "partial",
+            "Partial quantization",
+            lambda search, means: climb_partial(search, means.partial),
+            _partial_evaluations,
+        ),
+        Rung("qat", "Quantization-aware training", _climb_qat, _qat_evaluations, _qat_missing),
     )
 }
 

@@ -51,6 +51,9 @@ class Verdict:
 
 Judge = Callable[[int], Verdict]
 
+#: Points of a training's loss as plain data.
+CURVE = 400
+
 
 @dataclass(frozen=True)
 class Mark:
@@ -85,6 +88,13 @@ class Trained:
     seconds: float
     resumed_at: int = 0
     control: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data; of the losses at most :data:`CURVE` means over equally many steps."""
+        every = max(1, -(-len(self.losses) // CURVE))
+        parts = [self.losses[start : start + every] for start in range(0, len(self.losses), every)]
+        losses = [math.fsum(part) / len(part) for part in parts]
+        return {**asdict(self), "losses": losses, "every": every}
 
 
 def fit(
