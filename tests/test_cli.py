@@ -1,15 +1,21 @@
 """The command line: what it prints, what it leaves, and how it ends."""
 
-import os
+import contextlib
+import io
+import itertools
+import json
 import subprocess
 import sys
-from pathlib import Path
+import warnings
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
-import halfstep as hs
+from halfstep.cli import console, main
+from halfstep.runtime.deployed import DeployedModel
 
 MODEL = """
 import torch
@@ -49,19 +55,34 @@ def folder(tmp_path_factory):
     return folder
 
 
+NUMBERS = itertools.count()
+
+
 def halfstep(folder, *arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "halfstep.cli", *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(Path(hs.__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    """The command line in this process: a new one for each test would load torch each time."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        contextlib.chdir(folder),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        mock.patch.object(sys, "argv", ["halfstep", *arguments]),
+        mock.patch.object(console.out, "file", out),
+        mock.patch.object(console.err, "file", err),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("default")
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+    return SimpleNamespace(returncode=code or 0, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def quantize(folder, model="mine:net", labelled="good.npz", calibration="good.npz", *more):
-    return halfstep(folder, "quantize", model, "--labelled", labelled, "--calibration", calibration, *more)
+    own = ("--directory", f"runs/{next(NUMBERS)}")
+    return halfstep(
+        folder, "quantize", model, "--labelled", labelled, "--calibration", calibration, *own, *more
+    )
 
 
 def test_quantize_and_inspect(folder):
@@ -69,7 +90,15 @@ def test_quantize_and_inspect(folder):
     assert done.returncode == 0, done.stderr
     assert "deployed score" in done.stdout
     names = {file.name for file in (folder / "run").iterdir()}
-    assert names >= {"model.onnx", "float.onnx", "outcome.json", "journal.jsonl"}
+    assert names >= {
+        "model.onnx",
+        "float.onnx",
+        "outcome.json",
+        "journal.jsonl",
+        "report.html",
+        "config.yaml",
+    }
+    assert "the report: run" in done.stdout
     done = halfstep(folder, "inspect", "run/model.onnx")
     assert done.returncode == 0, done.stderr
     assert "integer kernels: 2; float operators that multiply: 0" in done.stdout
@@ -125,7 +154,10 @@ def test_a_target_that_is_missed_ends_with_3(folder):
         (("mine:net", "good.npz", "wide.npz"), "cannot be captured"),
         (("mine:net", "good.npz", "good.npz", "--weights", "good.npz"), "weights good.npz"),
         (("mine:net", "good.npz", "good.npz", "--directory", "mine.py/run"), "cannot be written"),
-        (("mine:net", "good.npz", "good.npz", "--weight-bits", "1"), "bits: got 1, needed 2 to 16"),
+        (
+            ("mine:net", "good.npz", "good.npz", "--weight-bits", "1"),
+            "command line: recipe.weights is 1, needed greater",
+        ),
     ],
 )
 def test_bad_input_ends_in_one_line_and_2(folder, arguments, message):
@@ -136,7 +168,83 @@ def test_bad_input_ends_in_one_line_and_2(folder, arguments, message):
     assert message in done.stderr
 
 
+def test_a_run_can_be_exported_verified_reported_and_compared(folder):
+    first = quantize(folder, "mine:net", "good.npz", "good.npz", "--directory", "one", "--max-drop", "0.2")
+    assert first.returncode == 0, first.stderr
+    done = halfstep(folder, "export", "one", "again.onnx")
+    assert done.returncode == 0, done.stderr
+    exported, deployed = (DeployedModel(folder / file) for file in ("again.onnx", "one/model.onnx"))
+    inputs = torch.from_numpy(np.load(folder / "good.npz")["inputs"])
+    assert torch.equal(exported(inputs), deployed(inputs))
+    done = halfstep(folder, "verify", "one", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["parity"]["top1"] > 0.9
+    done = halfstep(folder, "report", "one", "--output", "page.html")
+    assert done.returncode == 0 and (folder / "page.html").read_text().startswith("<!DOCTYPE html>")
+    done = halfstep(folder, "compare", "one", "one", "--json")
+    assert done.returncode == 0, done.stderr
+    rows = {row["what"]: row for row in json.loads(done.stdout)}
+    assert rows["state"] == {"what": "state", "first": "target met", "second": "target met"}
+    done = halfstep(folder, "export", "one", "again.onnx", "--rung", "qat")
+    assert done.returncode == 2 and "has no finished rung 'qat'; finished are 'ptq'" in done.stderr
+    done = halfstep(folder, "report", "nowhere")
+    assert done.returncode == 2 and "needed the directory of a run" in done.stderr
+
+
+def test_init_writes_a_configuration_that_quantize_takes(folder):
+    done = halfstep(folder, "init", "mine:net", "--labelled", "good.npz", "--calibration", "good.npz")
+    assert done.returncode == 0, done.stderr
+    text = (folder / "halfstep.yaml").read_text()
+    assert "#   0\n#   2\n" in text  # the layers
+    done = halfstep(folder, "init", "mine:net")
+    assert (
+        done.returncode == 2
+        and "halfstep.yaml exists; choose another --output, or give --force" in done.stderr
+    )
+    done = halfstep(
+        folder, "quantize", "halfstep.yaml", "--max-drop", "0.2", "--directory", "from config", "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert record["met"] and record["max_drop"] == 0.2
+    done = halfstep(folder, "calibrate", "halfstep.yaml", "--json")
+    assert done.returncode == 0, done.stderr
+    assert {"activations", "weights", "kl", "sqnr"} <= set(json.loads(done.stdout)[0])
+    done = halfstep(folder, "sensitivity", "halfstep.yaml", "--json")
+    assert done.returncode == 0, done.stderr
+    assert sorted(name for row in json.loads(done.stdout)["rows"] for name in row["layers"]) == ["0", "2"]
+
+
+def test_an_interrupted_run_says_how_to_go_on(folder, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("halfstep.ladder.climb.ascend", interrupted)
+    done = quantize(folder, "mine:net", "good.npz", "good.npz", "--directory", "stopped", "--max-drop", "0.2")
+    assert done.returncode == 130
+    assert (
+        "interrupted; to go on where it stopped: halfstep quantize mine:net --labelled good.npz"
+        in done.stderr
+    )
+    monkeypatch.undo()
+    done = quantize(folder, "mine:net", "good.npz", "good.npz", "--directory", "stopped", "--max-drop", "0.2")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_module_runs_as_a_program(folder):
+    done = subprocess.run(
+        [sys.executable, "-m", "halfstep.cli", "quantize", "mine", "--labelled", "a", "--calibration", "b"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: 'mine': needed package.module:callable")
+
+
 def test_help_names_every_command_and_the_exit_codes(folder):
     done = halfstep(folder, "--help")
-    for word in ("demo", "quantize", "inspect", "Exit codes: 0 target met, 3 target not met, 2 bad input"):
+    commands = "demo init quantize sensitivity calibrate export verify inspect report compare"
+    for word in (*commands.split(), "Exit codes: 0 target met, 3 target not met, 2 bad input"):
         assert word in done.stdout

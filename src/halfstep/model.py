@@ -178,16 +178,16 @@ class QuantizedModel(nn.Module):
     def _quantizer(self, site: Site) -> FakeQuantize:
         """The module of a site, made when first seen.
 
-        With some layers in float a quantizer may move behind an operator that only moves codes about; it stays the
-        same quantizer, since the values are the same.
+        With some layers in float a quantizer may move to the other side of an operator that only moves codes about; it
+        stays the same quantizer, since the values are the same.
         """
-        value, key = site.positions[0].value, site.key
-        while key not in self._shelf and not (site.is_weight or site.dynamic):
-            op = describe(value)
-            if op is None or op.kind not in self.target.passes or not op.inputs:
-                break
-            value = op.inputs[0]
-            key = replace(site, name=self._names[value]).key
+        key = site.key
+        if key not in self._shelf and not (site.is_weight or site.dynamic):
+            moved = (
+                replace(site, name=self._names[node]).key
+                for node in self._same_values(site.positions[0].value)
+            )
+            key = next((other for other in moved if other in self._shelf), key)
         if key not in self._shelf:
             key = site.key
             shape = (
@@ -199,6 +199,20 @@ class QuantizedModel(nn.Module):
         self.quantizers[key] = found = self._shelf[key].to(self._device())
         assert isinstance(found, FakeQuantize)
         return found
+
+    def _same_values(self, value: fx.Node) -> Iterator[fx.Node]:
+        """Tensors with the values of ``value`` in another order: what it is made from, then what is made of it."""
+        above = value
+        while (op := describe(above)) is not None and op.kind in self.target.passes and op.inputs:
+            above = op.inputs[0]
+            yield above
+        below = [value]
+        while below:
+            for user in below.pop(0).users:
+                op = describe(user)
+                if op is not None and op.kind in self.target.passes and len(op.inputs) == 1:
+                    below.append(user)
+                    yield user
 
     def _device(self) -> torch.device:
         return next((tensor.device for tensor in self.parameters()), torch.device("cpu"))

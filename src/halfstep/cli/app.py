@@ -16,6 +16,7 @@ from halfstep.cli.init import init
 from halfstep.cli.inspect import inspect
 from halfstep.cli.quantize import quantize
 from halfstep.cli.report import report
+from halfstep.cli.sensitivity import sensitivity
 from halfstep.cli.verify import verify
 from halfstep.errors import HalfstepError
 
@@ -26,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (demo, init, quantize, calibrate, export, verify, inspect, report, compare):
+for command in (demo, init, quantize, sensitivity, calibrate, export, verify, inspect, report, compare):
     app.command()(command)
 
 

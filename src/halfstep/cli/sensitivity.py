@@ -1,0 +1,42 @@
+"""halfstep sensitivity: which layers lose the accuracy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from halfstep.cli.console import out, print_json, progress
+from halfstep.cli.options import Json
+
+
+def sensitivity(
+    source: Annotated[
+        Path, typer.Argument(metavar="CONFIG.yaml|RUN", help="A configuration, or a run's directory.")
+    ],
+    method: Annotated[
+        str | None, typer.Option(help="kl, sqnr, fisher, metric, spared; chosen by default.")
+    ] = None,
+    measured: Annotated[int, typer.Option(help="Also measure the metric's drop for so many layers.")] = 0,
+    plot: Annotated[Path | None, typer.Option(help="Draw the table to this file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Score every group of layers by what quantizing it loses, most sensitive first."""
+    from halfstep.cli.job import Job, find_config
+    from halfstep.ladder.calibration import calibrate, observe
+    from halfstep.ladder.sensitivity import sensitivity as score
+
+    with progress():
+        job = Job.load(find_config(source))
+        model = job.prepare()
+        observe(model, job.calibration)
+        calibrate(model)
+        needs_metric = measured or (method or "").startswith(("metric", "spared"))
+        table = score(model, method, job.metric() if needs_metric else None, measured)
+        if plot is not None:
+            table.plot(plot)
+    if as_json:
+        print_json(table.to_dict())
+    else:
+        out.print(str(table), highlight=False, soft_wrap=True)

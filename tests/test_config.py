@@ -1,0 +1,80 @@
+"""Configuration files: what is read, and how each mistake is named."""
+
+import pytest
+import yaml
+
+from halfstep.config import Config, commented, make_config, read_config
+from halfstep.errors import ArgumentError
+
+GOOD = """\
+model: a.b:c
+labelled: test.npz
+calibration: train.npz
+recipe:
+  weights: 4
+training:
+  data: train.npz
+  epochs: 2
+budget: {minutes: 1.5}
+"""
+
+
+def test_defaults_are_filled_in(tmp_path):
+    path = tmp_path / "good.yaml"
+    path.write_text(GOOD)
+    config = read_config(path, {"threads": 2})
+    assert (config.recipe.weights, config.recipe.activations) == (4, 8)
+    assert (config.training.epochs, config.training.loss) == (2, "cross_entropy")
+    assert (config.budget.minutes, config.budget.evaluations, config.threads) == (1.5, None, 2)
+    assert Config.model_validate(config.model_dump()) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("recipe:", "recipes:"), r"bad.yaml, line 4: unknown key 'recipes'; did you mean 'recipe'\?"),
+        (("weights: 4", "wieghts: 4"), r"line 5: unknown key 'recipe.wieghts'; did you mean 'weights'\?"),
+        (("epochs: 2", "epoch: 2"), r"line 8: unknown key 'training.epoch'; did you mean 'epochs'\?"),
+        (("epochs: 2", "qqqqqq: 2"), r"line 8: unknown key 'training.qqqqqq'; known are data, loss, epochs"),
+        (("weights: 4", "weights: four"), r"line 5: recipe.weights is 'four', needed a valid integer"),
+        (("weights: 4", "weights: '4'"), r"line 5: recipe.weights is '4', needed a valid integer"),
+        (("weights: 4", "weights: 1"), r"line 5: recipe.weights is 1, needed greater than or equal to 2"),
+        (("minutes: 1.5", "minutes: -1"), r"line 9: budget.minutes is -1, needed greater than 0"),
+        (("labelled: test.npz\n", ""), r"bad.yaml: labelled is missing: data to judge on"),
+        (("  data: train.npz\n", ""), r"bad.yaml: training.data is missing: labelled batches"),
+        (("model: a.b:c", "model: [a"), r"line \d+: no YAML: "),
+        ((GOOD, "- a\n- b\n"), r"bad.yaml: got a list, needed keys and values"),
+        ((GOOD, ""), r"bad.yaml: got a NoneType, needed keys and values"),
+    ],
+)
+def test_mistakes_are_named_with_their_line(tmp_path, change, message):
+    path = tmp_path / "bad.yaml"
+    path.write_text(GOOD.replace(*change))
+    with pytest.raises(ArgumentError, match=message):
+        read_config(path)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(ArgumentError, match=r"nowhere.yaml: No such file or directory"):
+        read_config(tmp_path / "nowhere.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(ArgumentError, match=r"binary.yaml: is no text"):
+        read_config(tmp_path / "binary.yaml")
+
+
+def test_nothing_is_constructed_from_a_tag(tmp_path):
+    (tmp_path / "evil.yaml").write_text("model: !!python/object/apply:os.getcwd []\n")
+    with pytest.raises(ArgumentError, match=r"evil.yaml, line 1: no YAML: could not determine a constructor"):
+        read_config(tmp_path / "evil.yaml")
+
+
+def test_flags_have_no_lines():
+    with pytest.raises(ArgumentError, match=r"^command line: threads is 0, needed greater than 0"):
+        make_config({"model": "a:b", "labelled": "c", "calibration": "d", "threads": 0}, "command line")
+
+
+def test_the_commented_file_is_a_configuration_with_every_key():
+    text = commented("a.b:c", "test.npz", "train.npz", ["conv1", "fc"])
+    config = Config.model_validate(yaml.safe_load(text))
+    assert config == Config(model="a.b:c", labelled="test.npz", calibration="train.npz")
+    assert all(f"{name}:" in text for name in Config.model_fields)
