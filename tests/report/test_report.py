@@ -175,7 +175,7 @@ def test_dark_and_narrow(folder, tmp_path, dark, width):
         )
         assert overflow <= 0  # wide tables scroll in their own frames
         hidden = window.run(
-            "return [...document.querySelectorAll('section, nav, header')].filter(e => !e.getBoundingClientRect().width)"
+            "return [...document.querySelectorAll('section, nav')].filter(e => !e.getBoundingClientRect().width)"
         )
         assert hidden == []
 
