@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from halfstep.cli import console, main
+from halfstep.cli import main
 from halfstep.runtime.deployed import DeployedModel
 
 MODEL = """
@@ -66,8 +66,6 @@ def halfstep(folder, *arguments):
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         mock.patch.object(sys, "argv", ["halfstep", *arguments]),
-        mock.patch.object(console.out, "file", out),
-        mock.patch.object(console.err, "file", err),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("default")

@@ -1,0 +1,155 @@
+"""Rungs in order, bounds, targets, and the outcome when nothing is good enough."""
+
+import warnings
+
+import pytest
+import torch
+from climbing import climb, data, network
+from torch import nn
+
+import halfstep as hs
+from halfstep.errors import ArgumentError
+from halfstep.evaluate import Score
+from halfstep.ladder.aim import Aim
+from halfstep.ladder.doubts import doubts
+from halfstep.ladder.identity import Examples, metric_digest, model_digest
+
+
+def training():
+    inputs, labels = data(5)
+    return hs.Training([(inputs, labels)], nn.functional.cross_entropy, epochs=2)
+
+
+@pytest.fixture(scope="module")
+def hopeless():
+    """No file can be strictly as good as float on 128 examples."""
+    return climb(None, max_drop=0.0, strict=True, training=training(), max_float=0.0)
+
+
+def test_every_rung_is_climbed_and_the_best_is_handed_back(hopeless):
+    assert [step.rung for step in hopeless.path] == ["ptq", "partial", "qat"]
+    assert not hopeless.met
+    assert hopeless.score == max(step.score for step in hopeless.path)
+    assert hopeless.deployed_score > 0.5
+    assert hopeless.advice[-1].startswith("A max_drop of ")
+    assert hopeless.evaluations == len(hopeless.history)
+
+
+def test_each_rung_is_at_least_as_good_as_the_one_before(hopeless):
+    scores = [step.score for step in hopeless.path]
+    assert scores == sorted(scores)
+
+
+def test_decisions_have_figures_and_the_estimate_comes_first(hopeless):
+    assert "evaluations (ptq 3, partial" in hopeless.decisions[0]
+    assert all(any(c.isdigit() for c in sentence) for sentence in hopeless.decisions)
+
+
+def test_the_outcome_shows_itself(hopeless):
+    assert repr(hopeless).startswith("Outcome: not met on rung ")
+    html = hopeless._repr_html_()
+    assert f"{hopeless.deployed_score:.4f}" in html and "<script" not in html
+
+
+def test_a_budget_stops_the_search_with_the_best_so_far():
+    outcome = climb(None, max_drop=0.0, strict=True, budget=hs.Budget(evaluations=2))
+    assert [step.rung for step in outcome.path] == ["ptq"]
+    assert outcome.path[0].note.startswith("the budget is spent: ")
+    assert any("a larger budget goes on from here" in sentence for sentence in outcome.advice)
+
+
+def test_without_training_the_last_rung_is_left_out_and_said_so():
+    outcome = climb(None, max_drop=1.0, rungs=("qat", "ptq"))
+    assert [step.rung for step in outcome.path] == ["ptq"]
+    assert outcome.decisions[0] == (
+        "Quantization-aware training is left out: it needs training=hs.Training(labelled, loss)"
+    )
+    with pytest.raises(ArgumentError, match="none of those asked for can be climbed"):
+        climb(None, rungs=("qat",))
+
+
+def test_bounds_that_cannot_be():
+    with pytest.raises(ArgumentError, match=r"max_float: got 2, needed a share of the layers, 0 to 1"):
+        climb(None, max_float=2)
+    with pytest.raises(
+        ArgumentError, match=r"got max_drop and floor, needed one of max_drop, relative_drop, floor"
+    ):
+        climb(None, floor=0.5)
+
+
+@pytest.mark.parametrize(
+    ("aim", "higher", "allowed"),
+    [
+        (Aim(), True, 0.01),
+        (Aim(max_drop=0.2), True, 0.2),
+        (Aim(relative_drop=0.1), True, 0.08),
+        (Aim(floor=0.75), True, 0.05),
+        (Aim(floor=0.9), False, 0.1),
+    ],
+)
+def test_targets(aim, higher, allowed):
+    assert aim.goal(Score(0.8), higher).max_drop == pytest.approx(allowed)
+
+
+def test_a_model_goes_by_its_content():
+    digests = [model_digest(hs.prepare(network(seed), data()[0][:4]).captured) for seed in (0, 0, 1)]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_metric_goes_by_its_code_and_options():
+    def metric(score, **options):
+        return metric_digest(hs.Metric([], score, **options))
+
+    same = [metric(eval("lambda outputs, labels: outputs[:, 0] + 1")) for _ in range(2)]
+    assert same[0] == same[1]
+    assert same[0] != metric(eval("lambda outputs, labels: outputs[:, 0] + 2"))
+    assert same[0] != metric(eval("lambda outputs, labels: outputs[:, 0] + 1"), higher_is_better=False)
+    assert metric_digest(hs.Accuracy([])) != metric_digest(hs.Accuracy([], top=2))
+
+
+def examples(*batches):
+    found = Examples()
+    for batch in batches:
+        found.add(*batch)
+    return found
+
+
+def test_data_go_by_their_content_in_any_order_and_batches():
+    x, y = torch.randn(12, 3), torch.arange(12)
+    whole = examples((x, y)).digest()
+    assert examples((x[6:], y[6:]), (x[:6], y[:6])).digest() == whole
+    assert examples((x, y.flip(0))).digest() != whole
+    assert examples((x + torch.eye(12, 3) * 1e-6, y)).digest() != whole
+
+
+def test_doubts_about_data():
+    x = torch.randn(64, 3)
+    assert doubts(examples((x,)), examples((torch.randn(64, 3),))) == []
+    (sentence,) = doubts(examples((x,)), examples((x[:10],), (torch.randn(9, 3),)))
+    assert sentence.startswith(
+        "10 of 64 calibration examples are also among the 19 that the metric judges on"
+    )
+    (sentence,) = doubts(examples((x[:8],)), examples())
+    assert sentence.startswith("8 calibration examples are few")
+    (sentence,) = doubts(examples((x[:1].expand(64, 3),)), examples())
+    assert sentence.startswith("63 of 64 calibration examples are repetitions")
+
+
+def test_examples_that_are_used_twice_are_warned_of():
+    inputs, _ = data()
+    with pytest.warns(UserWarning, match="128 of 128 calibration examples are also among the 128"):
+        climb(None, calibration=[inputs], max_drop=1.0)
+
+
+def test_a_quantizer_that_moves_to_the_other_side_of_a_reshape_stays_the_same():
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)
+    )
+    images = torch.rand(64, 1, 8, 8)
+    model = hs.prepare(net, images[:2], hs.Recipe.uniform(3, 4))
+    hs.observe(model, [images])
+    hs.calibrate(model)
+    model.float_layers = ["2"]  # what is left has 8 bits, and its quantizer now stands before the Flatten
+    assert all(site.calibrated for site in model.sites.values())
+    with warnings.catch_warnings(), torch.no_grad():
+        assert model(images).shape == (64, 3)
