@@ -129,7 +129,7 @@ def test_inspect_holds_a_file_to_the_rules_of_a_target(folder):
 
 
 def test_a_target_that_is_missed_ends_with_3(folder):
-    two_bits = ("--weight-bits", "2", "--max-drop", "0", "--directory", "missed")
+    two_bits = ("--weight-bits", "2", "--max-drop", "0", "--rungs", "ptq", "--directory", "missed")
     done = quantize(folder, "mine:net", "good.npz", "good.npz", *two_bits)
     assert done.returncode == 3, done.stdout + done.stderr
     assert "NOT met" in done.stdout

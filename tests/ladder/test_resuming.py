@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import re
 import time
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ def figures(folder):
     """What must not depend on kills: everything but measured times."""
     record = json.loads((folder / "outcome.json").read_text())
     history = [(made["what"], made["rung"], made["score"]) for made in record["history"]]
+    record["decisions"] = [re.sub(r"[\d.]+ s\b", "", sentence) for sentence in record["decisions"]]
     return {**{name: record[name] for name in record if name not in MEASURED}, "history": history}
 
 
@@ -40,7 +42,7 @@ def unbroken(tmp_path_factory):
 
 def test_every_evaluation_is_in_the_journal_once(unbroken):
     assert unbroken.outcome.float_score == 1
-    assert unbroken.outcome.score < 1
+    assert [step.rung for step in unbroken.outcome.path] == ["ptq", "partial", "qat"]
     assert unbroken.outcome.evaluations == len(unbroken.outcome.history)
     assert unbroken.calls == sum(made.share * BATCHES for made in unbroken.outcome.history)
 

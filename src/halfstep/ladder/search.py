@@ -78,6 +78,7 @@ class Search:
 
     def __post_init__(self) -> None:
         self._started = time.perf_counter()
+        self._asked: set[str] = set()
         for entry in self.journal.of("evaluation"):
             evaluation, verdict = kept(entry)
             self.evaluations.append(evaluation)
@@ -90,6 +91,7 @@ class Search:
     def evaluate(self, what: str) -> Score:
         """Score the simulation as it stands on all examples; a candidate that was scored before costs nothing."""
         key = fingerprint(self.model)
+        self._asked.add(key)
         known = self.memory.get(key)
         if known is not None and known.complete:
             self._consider(what, known)
@@ -115,6 +117,7 @@ class Search:
         all examples; it can be missed early.
         """
         key = fingerprint(self.model)
+        self._asked.add(key)
         if key in self.memory:
             self._consider(what, self.memory[key])
             return self.memory[key]
@@ -142,6 +145,7 @@ class Search:
 
     def record(self, made: Evaluation, verdict: Verdict) -> None:
         """Remember an evaluation, here and in the journal."""
+        self._asked.add(made.key)
         self.evaluations.append(made)
         self.memory[made.key] = verdict
         keep(self.journal, made, verdict.score, verdict.met, verdict.complete)
@@ -152,7 +156,8 @@ class Search:
         Raises:
             BudgetSpent: saying by what.
         """
-        spent = self.budget.spent(self.full_evaluations, time.perf_counter() - self._started)
+        made = sum(evaluation.share for evaluation in self.evaluations)
+        spent = self.budget.spent(made, time.perf_counter() - self._started)
         if spent and self.best is not None:
             raise BudgetSpent(spent)
 
@@ -199,21 +204,27 @@ class Search:
 
     @property
     def full_evaluations(self) -> float:
-        """What all evaluations together cost, in evaluations of every example."""
-        return sum(evaluation.share for evaluation in self.evaluations)
+        """What all evaluations so far cost, in evaluations of every example.
+
+        A resumed run replays: what it has not come to again does not count yet.
+        """
+        return sum(evaluation.share for evaluation in self._replayed())
 
     @property
     def saved(self) -> int:
         """Examples that no candidate had to be scored on, thanks to early stopping."""
         seen: dict[str, int] = {}
         totals: dict[str, int] = {}
-        for evaluation in self.evaluations:
+        for evaluation in self._replayed():
             if evaluation.rung == "float":
                 continue
             if evaluation.examples is not None and evaluation.total is not None and evaluation.key:
                 seen[evaluation.key] = seen.get(evaluation.key, 0) + evaluation.examples
                 totals[evaluation.key] = evaluation.total
         return sum(totals[key] - seen[key] for key in seen)
+
+    def _replayed(self) -> list[Evaluation]:
+        return [e for e in self.evaluations if e.rung == "float" or not e.key or e.key in self._asked]
 
     def decide(self, sentence: str) -> None:
         """Record a decision."""
