@@ -238,7 +238,7 @@ def test_the_module_runs_as_a_program(folder):
         check=False,
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("error: 'mine': needed package.module:callable")
+    assert "error: 'mine': needed package.module:callable" in done.stderr
 
 
 def test_help_names_every_command_and_the_exit_codes(folder):
