@@ -164,10 +164,10 @@ class _Finder:
     def _layer(self, op: Operator) -> bool:
         """A layer reads one class and writes another; False if its channels cannot be told."""
         assert op.weight is not None
-        (source,), node, name = op.inputs[:1], op.node, self.names[op.node]
         groups = _groups(op)
-        if len(op.inputs) != 1 or (op.kind == "conv_transpose" and groups != 1):
+        if len(op.inputs) != 1 or (op.kind == "conv_transpose" and groups != 1):  # an embedding reads none
             return False
+        (source,), node, name = op.inputs, op.node, self.names[op.node]
         if op.kind == "matmul" and op.weight.meta["val"].dim() != 2:
             return False
         spatial = op.kind in ("conv", "conv_transpose")
