@@ -40,9 +40,12 @@ def main() -> None:
     parser.add_argument("--weights", type=int, default=4, help="bits")
     parser.add_argument("--max-drop", type=float, default=0.01)
     parser.add_argument("--examples", type=int, default=10_000, help="test images")
-    parser.add_argument("--methods", default="kl,fisher", help="of ranking, the first one's file is deployed")
+    parser.add_argument("--methods", default="kl,fisher", help="of ranking")
     parser.add_argument(
         "--skip-exhaustive", action="store_true", help="leave out the plain search, which takes long"
+    )
+    parser.add_argument(
+        "--latency", action="store_true", help="also in the order of accuracy per microsecond"
     )
     options = parser.parse_args()
     console = Console(width=150)
@@ -61,6 +64,10 @@ def main() -> None:
             twin,
             hs.partial(twin, accuracy, options.max_drop, hs.Partial(method=method)),
         )
+    if options.latency:
+        twin = copy.deepcopy(model)
+        by_time = hs.Partial(order="latency")
+        found["gallop, per microsecond"] = twin, hs.partial(twin, accuracy, options.max_drop, by_time)
     if not options.skip_exhaustive:
         twin = copy.deepcopy(model)
         found["one by one, metric"] = twin, hs.partial(twin, accuracy, options.max_drop, SLOW)
@@ -73,7 +80,9 @@ def main() -> None:
     first = next(iter(found.values()))
     console.print("\n".join(f"- {sentence}" for sentence in first[1].decisions))
     console.print(verdicts(first[1].history))
-    console.print(deployed(model, first[0], accuracy, data.test_images[:32]))
+    partly = {name: twin for name, (twin, _) in found.items()}
+    console.print(deployed(model, partly, accuracy, data.test_images[:32]))
+    console.print(examples_needed(options.max_drop, options.examples))
     console.print(wrong_acceptances(options.max_drop, options.examples))
 
 
@@ -124,17 +133,21 @@ def verdicts(history: tuple[Evaluation, ...]) -> Table:
 
 
 def deployed(
-    quantized: hs.QuantizedModel, partly: hs.QuantizedModel, accuracy: hs.Accuracy, images: torch.Tensor
+    quantized: hs.QuantizedModel,
+    partly: dict[str, hs.QuantizedModel],
+    accuracy: hs.Accuracy,
+    images: torch.Tensor,
 ) -> Table:
-    """Accuracy and latency of the float, the fully and the partly quantized file."""
+    """Accuracy and latency of the float, the fully and the partly quantized files."""
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
         files = {
-            "float": hs.export_float(partly, folder / "float.onnx"),
+            "float": hs.export_float(quantized, folder / "float.onnx"),
             "float again (null)": folder / "float.onnx",
             "fully quantized": hs.export_onnx(quantized, folder / "quantized.onnx"),
-            "partly quantized": hs.export_onnx(partly, folder / "partly.onnx"),
         }
+        for index, (name, model) in enumerate(partly.items()):
+            files[name] = hs.export_onnx(model, folder / f"{index}.onnx")
         scores = {name: accuracy.evaluate(DeployedModel(file)).value for name, file in files.items()}
         times = {}
         for batch in (1, len(images)):
@@ -152,6 +165,52 @@ def deployed(
     return table
 
 
+def simulated(lost: int, won: int, count: int, max_drop: float, generator: torch.Generator) -> SequentialTest:
+    """An early verdict on ``count`` examples in random order, looked at after every 250."""
+    values = torch.cat([torch.ones(lost), -torch.ones(won), torch.zeros(count - lost - won)])
+    test = SequentialTest(max_drop, -1.0, 1.0, LEVEL, total=count)
+    for part in values[torch.randperm(count, generator=generator)].split(250):
+        if test.update(part):
+            break
+    return test
+
+
+def examples_needed(max_drop: float, count: int) -> Table:
+    """The share of the examples that a verdict takes, by how clear the case is."""
+    generator = torch.Generator().manual_seed(1)
+    table = Table(
+        title=f"examples that an early verdict takes, {RUNS} simulated runs, allowed drop {max_drop:g}"
+    )
+    for column in ("drop", "lost", "won", "median share", "95% of runs", "right"):
+        table.add_column(column, justify="right")
+    cases = (
+        (0.11, 0.01),
+        (0.06, 0.01),
+        (0.04, 0.01),
+        (0.02, 0.005),
+        (0.01, 0.005),
+        (0.005, 0.005),
+        (0.002, 0.002),
+    )
+    for lost, won in cases:
+        tests = [
+            simulated(round(lost * count), round(won * count), count, max_drop, generator)
+            for _ in range(RUNS)
+        ]
+        shares = torch.tensor([test.seen / count for test in tests])
+        truth = "above" if lost - won > max_drop + 1e-9 else "below"
+        right = sum(test.answer == truth for test in tests) / RUNS
+        table.add_row(
+            f"{lost - won:+.1%}",
+            f"{lost:.1%}",
+            f"{won:.1%}",
+            f"{float(shares.median()):.1%}",
+            f"{float(shares.quantile(0.95)):.1%}",
+            f"{right:.1%}",
+        )
+    return table
+
+
 def wrong_acceptances(max_drop: float, count: int) -> Table:
     """How often a candidate that must not be accepted is, at drops equal to the target."""
     generator = torch.Generator().manual_seed(0)
@@ -159,11 +218,7 @@ def wrong_acceptances(max_drop: float, count: int) -> Table:
     for _ in range(RUNS):
         # A full evaluation would show one example more than the target allows; early verdicts must not say "below".
         lost, won = round(count * (max_drop + 0.02)) + 1, round(count * 0.02)
-        values = torch.cat([torch.ones(lost), -torch.ones(won), torch.zeros(count - lost - won)])
-        test = SequentialTest(max_drop, -1.0, 1.0, LEVEL, total=count)
-        for part in values[torch.randperm(count, generator=generator)].split(250):
-            if test.update(part):
-                break
+        test = simulated(lost, won, count, max_drop, generator)
         early += test.answer == "below"
         seen += test.seen
         # Another sample of a population whose drop is the target: the interval must not lie within it.
