@@ -3,6 +3,7 @@
 from halfstep.calibrators.calibrator import Calibrator, WeightCalibrator
 from halfstep.calibrators.concerns import Concern, data_concerns, disagreements, unlike
 from halfstep.calibrators.entropy import Entropy
+from halfstep.calibrators.fitted import fitted_codebook
 from halfstep.calibrators.maximum import Max
 from halfstep.calibrators.moving_average import MovingAverage
 from halfstep.calibrators.mse import MSE
@@ -20,6 +21,7 @@ __all__ = [
     "WeightCalibrator",
     "data_concerns",
     "disagreements",
+    "fitted_codebook",
     "levels",
     "unlike",
 ]
