@@ -179,7 +179,9 @@ def step_times(network: str, data: fashion.Fashion, rounds: int, compiled: bool)
     """Forward, backward and optimizer on one batch of 128, interleaved: float, QAT with fixed and learned ranges."""
     images, labels = data.train_images[:128], data.train_labels[:128]
     model = fashion.trained(network, data)
-    fixed, _ = post_training(model, SETTINGS["W4A4"][0], data)
+    fixed = hs.prepare(model, data.train_images[:4], SETTINGS["W4A4"][0])
+    hs.observe(fixed, data.calibration(512))
+    hs.calibrate(fixed)
     learned = copy.deepcopy(fixed)
     for module in learned.sites.values():
         module.learn()
