@@ -68,8 +68,8 @@ def concerns(
         histogram = module.histogram
         at_site = data_concerns(histogram, calibrators)
         if histogram.count:
-            answers = {c: c.range(histogram, module.format) for c in calibrators}
-            at_site += disagreements(answers)
+            if len(calibrators) > 1:
+                at_site += disagreements({c: c.range(histogram, module.format) for c in calibrators})
             if name in seen and seen[name].count:
                 at_site += unlike(histogram, seen[name])
         found += [SiteConcern(name, concern) for concern in at_site]

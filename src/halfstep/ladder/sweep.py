@@ -98,6 +98,7 @@ class _Runs:
     def __init__(self, model: QuantizedModel, reference: Reference, options: BestOf) -> None:
         self.model, self.reference, self.options = model, reference, options
         self.passes = 0  # beside those that the reference counts
+        self.every: dict[Calibrator, Answers] = {}  # of the activations
 
     def sweep(self) -> Sweep:
         weights, weights_alone = self._weights()
@@ -129,11 +130,12 @@ class _Runs:
 
     def _activations(self, weights: Candidate | None) -> list[Candidate]:
         """Every calibrator of the activations, and each site's own, with the weights' chosen."""
-        every = {str(c): activation_answers(self.model, c) for c in self.options.calibrators}
-        found = [self._candidate(name, answers, weights) for name, answers in _distinct(every)]
+        self.every = {c: activation_answers(self.model, c) for c in self.options.calibrators}
+        named = {str(calibrator): answers for calibrator, answers in self.every.items()}
+        found = [self._candidate(name, answers, weights) for name, answers in _distinct(named)]
         if self.options.mixed and len(found) > 1:
             uniform = min(found, key=self._loss)
-            mixed = self._mixed(uniform, weights, self._proposals(uniform, list(every.values())))
+            mixed = self._mixed(uniform, weights, self._proposals(uniform, list(self.every.values())))
             if mixed is not uniform:
                 found.append(mixed)
         return found
@@ -186,8 +188,11 @@ class _Runs:
         for name, module in activation_sites(self.model).items():
             chosen = winner[name].calibrator
             assert isinstance(chosen, Calibrator)
-            answers = {c: c.range(module.histogram, module.format) for c in self.options.calibrators}
-            at_site = [*data_concerns(module.histogram, (chosen,)), *disagreements(answers)]
+            ranges = {
+                calibrator: (float(answers[name].low.min()), float(answers[name].high.max()))
+                for calibrator, answers in self.every.items()
+            }
+            at_site = [*data_concerns(module.histogram, (chosen,)), *disagreements(ranges)]
             found += [SiteConcern(name, concern) for concern in at_site]
         return tuple(found)
 
