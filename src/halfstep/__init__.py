@@ -5,7 +5,7 @@ from halfstep.errors import HalfstepError
 from halfstep.evaluate import Accuracy, CallableMetric, Metric, Score
 from halfstep.export.onnx import export_float, export_onnx
 from halfstep.export.verify import Verification, verify
-from halfstep.formats import Integer
+from halfstep.formats import E2M1, E4M3, E5M2, Codebook, Floating, Integer
 from halfstep.granularity import PerChannel, PerGroup, PerTensor
 from halfstep.ladder.best_of import best_of
 from halfstep.ladder.budget import Budget
@@ -37,14 +37,19 @@ from halfstep.training.oscillation import Damping, Freezing
 from halfstep.training.ranges import Ranges
 
 __all__ = [
+    "E2M1",
+    "E4M3",
+    "E5M2",
     "MSE",
     "Accuracy",
     "Budget",
     "CallableMetric",
     "Candidate",
+    "Codebook",
     "Damping",
     "Distillation",
     "Entropy",
+    "Floating",
     "Freezing",
     "HalfstepError",
     "Integer",
