@@ -88,6 +88,10 @@ def test_what_cannot_be_drawn():
         hs.plot_site(q, "input")
     with pytest.raises(NotObservedError, match=r"site 'weight': has no range yet"):
         hs.plot_site(q, "weight")
+    q = hs.prepare(nn.Linear(4, 3), torch.randn(2, 4), recipe=hs.Recipe.dynamic())
+    site = next(name for name, module in q.sites.items() if module.dynamic)
+    with pytest.raises(ArgumentError, match=r"its range is computed from each input at run time"):
+        hs.plot_site(q, site)
 
 
 def test_without_matplotlib_it_says_what_to_install():

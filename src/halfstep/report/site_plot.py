@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 
 _BARS = 160
 _DRAWN_ON = 40  # formats with more levels have them drawn beside their range only
-_FAR = (
-    8.0  # a widest range so many times the narrowest is drawn on an axis that is logarithmic outside of that
-)
+_FAR = 8.0  # where ranges differ more than that, the axis is logarithmic outside of the narrowest
 _INK, _FILL, _LEVEL = "#202830", "#8fb3d9", "#d1495b"
 
 
@@ -43,13 +41,17 @@ def plot_site(model: QuantizedModel, site: str, calibrators: Sequence[Calibrator
         A figure of matplotlib; ``figure.savefig("site.png")`` writes it.
 
     Raises:
-        ArgumentError: no site is called so.
+        ArgumentError: no site is called so, or its range is computed at run time.
         NotObservedError: the site saw no data, or a weight was not calibrated.
         RunError: matplotlib is not installed.
     """
     if site not in model.sites:
         raise ArgumentError(f"site: got {site!r}, needed one of {', '.join(map(repr, model.sites))}")
     module = model.sites[site]
+    if module.dynamic:
+        raise ArgumentError(
+            f"site {site!r}: its range is computed from each input at run time; nothing is observed there"
+        )
     title = f"{site}: {module.format}, {module.granularity}"
     in_use: tuple[float, float] | None = None
     if any(place.name == site and place.is_weight for place in model.placement.sites):
