@@ -5,15 +5,15 @@ The simulated graph has a quantizer exactly where the exported file has a Quanti
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 from torch import fx
 
-from halfstep.errors import RecipeError
-from halfstep.granularity import Granularity, PerChannel, PerGroup
+from halfstep.granularity import Granularity, PerGroup
 from halfstep.graph.ends import ends
+from halfstep.graph.granularities import activation_granularity, weight_granularity
 from halfstep.graph.names import readable_names
-from halfstep.graph.operators import Operator, constant_operands, describe, input_axis, weight_axis
+from halfstep.graph.operators import Operator, constant_operands, describe
 from halfstep.graph.placement import FloatOperator, Follower, Layer, Placement, Position, Site
 from halfstep.graph.signs import nonnegative
 from halfstep.recipe import ACTIVATIONS, LayerSpec, Recipe, TensorSpec
@@ -249,7 +249,7 @@ class _Placer:
                 readers = [u for u in value.users if self.quantized[value] or self._reads_codes(u)]
                 positions.append(Position(value, tuple(readers), tied=value is not root))
             spec = self._activation_spec(values)
-            granularity = _activation_granularity(spec, self.names[root], values)
+            granularity = activation_granularity(spec, self.names[root], values)
             fmt = self.target.activation_format(spec, any(map(self._negative, values)))
             sites.append(Site(self.names[root], fmt, granularity, tuple(positions), is_weight=False))
         return sites
@@ -315,7 +315,7 @@ class _Placer:
             op = self.operators[users[0]]
             specs = [spec.weights for user in users if (spec := self.specs[user]) and spec.weights]
             chosen = max(specs, key=lambda spec: spec.bits)
-            fmt, granularity = self.target.weight_format(chosen), _weight_granularity(chosen, op)
+            fmt, granularity = self.target.weight_format(chosen), weight_granularity(chosen, op)
             by_node: dict[fx.Node, list[fx.Node]] = {}
             for user in users:
                 weight = self.operators[user].weight
@@ -367,36 +367,3 @@ def _spec(recipe: Recipe, name: str, outermost: bool, dynamic_layers: Collection
 def _run_time_suffix(granularity: Granularity) -> str:
     """Sets a site apart from one with a fixed range on the same tensor."""
     return f"groups_{granularity.size}" if isinstance(granularity, PerGroup) else "dynamic"
-
-
-def _activation_granularity(spec: TensorSpec, name: str, values: Sequence[fx.Node]) -> Granularity:
-    """The spec's granularity, if it leaves the batch alone (a fixed scale cannot belong to an example) and if all the
-    values that share its scales have the same channels."""
-    granularity = spec.granularity or ACTIVATIONS
-    value = values[0]
-    if isinstance(granularity, PerGroup) or (
-        isinstance(granularity, PerChannel) and granularity.axis % value.meta["val"].dim() == 0
-    ):
-        raise RecipeError(
-            f"site {name!r}: got activations {granularity}, needed one scale per tensor, or per channel of an axis "
-            "that is not the batch's (axis 0)"
-        )
-    if isinstance(granularity, PerChannel):
-        counts = [value.meta["val"].shape[granularity.axis] for value in values]
-        if len(set(counts)) > 1:
-            raise RecipeError(
-                f"site {name!r}: got activations {granularity}, but the tensors that share its codes have {counts} "
-                "channels there, being reshaped; needed one scale per tensor for the layers that read them"
-            )
-    return granularity
-
-
-def _weight_granularity(spec: TensorSpec, op: Operator) -> Granularity:
-    """The spec's granularity on this operator's axes: channels of the output, groups along the input."""
-    if spec.granularity is None:
-        return PerChannel(weight_axis(op))
-    if isinstance(spec.granularity, PerGroup):
-        return PerGroup(input_axis(op), spec.granularity.size)
-    if isinstance(spec.granularity, PerChannel):
-        return PerChannel(weight_axis(op))
-    return spec.granularity
