@@ -13,7 +13,7 @@ from halfstep.cli.ending import finish
 from halfstep.cli.options import Json, Threads
 
 #: So few that no calibration holds the target, and training does.
-WEIGHT_BITS, ACTIVATION_BITS = 2, 8
+WEIGHT_BITS, ACTIVATION_BITS = 2, 3
 
 
 def demo(
@@ -21,7 +21,7 @@ def demo(
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Train a small network on handwritten digits and climb the whole ladder with 2-bit weights and 8-bit activations.
+    """Train a small network on handwritten digits and climb the whole ladder with 2-bit weights and 3-bit activations.
 
     Takes a few minutes at most; what is found is said as it is found, and the report shows all of it. Ends with 0
     whether or not the target is met: that it ran is what a demonstration is for.
@@ -42,7 +42,7 @@ def demo(
             digits.train_images[:4],
             calibration=digits.calibration_batches(),
             metric=Accuracy(digits.test_batches()),
-            max_drop=0.015,
+            max_drop=0.01,
             training=Training(
                 digits.training_batches(), nn.functional.cross_entropy, epochs=8, learning_rate=3e-3
             ),
