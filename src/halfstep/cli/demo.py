@@ -12,7 +12,7 @@ from halfstep.cli.console import out, progress
 from halfstep.cli.ending import finish
 from halfstep.cli.options import Json, Threads
 
-#: So few that no calibration holds the target, and training does.
+#: So few that calibration and repairs alone fall short; with no layer in float, every rung is climbed.
 WEIGHT_BITS, ACTIVATION_BITS = 2, 3
 
 
@@ -42,12 +42,12 @@ def demo(
             digits.train_images[:4],
             calibration=digits.calibration_batches(),
             metric=Accuracy(digits.test_batches()),
-            max_drop=0.01,
+            max_drop=0.005,
             training=Training(
                 digits.training_batches(), nn.functional.cross_entropy, epochs=8, learning_rate=3e-3
             ),
             recipe=Recipe.uniform(WEIGHT_BITS, ACTIVATION_BITS),
-            max_float=0.3,
+            max_float=0.0,
             directory=directory,
             threads=threads,
             command="halfstep demo",
