@@ -117,8 +117,9 @@ def run(
         print(f"{network} {setting}: step {step}, {score:.2%}", flush=True)
         return Verdict(score, drop=-step, enough=False)  # the last state is the one to keep
 
-    # A run that is stopped goes on from its last checkpoint.
-    trained = fit(q, training, judge, RESULTS / f"{network}-{setting}-{seed}")
+    # A run that is stopped goes on from its last checkpoint; one with other options has another folder.
+    folder = f"{network}-{setting}-{seed}-{training.epochs}-{training.learning_rate}"
+    trained = fit(q, training, judge, RESULTS / folder)
     return {
         "float": float_score,
         "ptq": ptq,
