@@ -1,5 +1,8 @@
 """Small networks for the repairs' tests, with inputs and observed models."""
 
+import copy
+from functools import cache
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -89,3 +92,13 @@ def calibrated(model, bits=4, calibrator=None, **options):
     hs.observe(q, [x[:8], x[8:]])
     hs.calibrate(q, calibrator or hs.MSE(), hs.MSE())
     return q
+
+
+@cache
+def _once(make):
+    return calibrated(built(make))
+
+
+def ready(make):
+    """A calibrated network of its own; captured once."""
+    return copy.deepcopy(_once(make))

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import halfstep as hs
 from halfstep.fake_quantize import Mode
-from tests.repair.networks import HOMOGENEOUS, Net, built, calibrated, images, tokens
+from tests.repair.networks import HOMOGENEOUS, Net, built, calibrated, images, ready, tokens
 
 
 def outlying():
@@ -32,7 +32,7 @@ def error(q):
 @pytest.mark.parametrize("make", HOMOGENEOUS)
 def test_the_float_function_stays_and_no_class_gets_worse(make):
     model, x = built(make), images()
-    q = calibrated(model)
+    q = ready(make)
     record = hs.migrate(q)
     assert record.treated
     assert all(treated.after <= treated.before for treated in record.treated)
@@ -68,7 +68,7 @@ def test_where_the_writer_would_pay_nothing_is_moved():
 
 
 def test_readers_in_float_have_nothing_to_gain():
-    q = calibrated(built(tokens))
+    q = ready(tokens)
     q.float_layers = ["a"]
     assert ("norm -> a", "no quantized layer reads it") in hs.migrate(q).skipped
 
