@@ -107,6 +107,26 @@ def test_measured_drops_stand_beside_the_scores(model):
     assert [row.drop is not None for row in three.rows] == [True, False, True, False, False, True]
 
 
+def test_tables_are_layers_too():
+    class Tokens(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.places = torch.nn.Embedding(50, 32), torch.nn.Embedding(4, 32)
+            self.head = torch.nn.Linear(32, 3)
+
+        def forward(self, x):
+            return self.head((self.words(x) + self.places(torch.arange(4))).mean(1))
+
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 50, (64, 4))
+    q = hs.prepare(Tokens(), tokens[:2])
+    hs.observe(q, [tokens])
+    hs.calibrate(q)
+    for method in ("kl", "fisher"):
+        scores = {row.layers[0]: row.score for row in hs.sensitivity(q, method).rows}
+        assert {"words", "head"} <= set(scores) and all(score > 0 for score in scores.values())
+
+
 def test_the_model_s_mode_does_not_matter_and_is_kept(model):
     accuracy = hs.Accuracy(labelled(faulty()))
     for method in ("metric", "kl", "fisher"):

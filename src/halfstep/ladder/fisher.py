@@ -83,15 +83,20 @@ def fisher(probe: Probe, groups: Sequence[Group], by: Loss, draws: int = 1, seed
             changes = torch.zeros(len(groups), batch_size(inputs), dtype=torch.float64)
             for tap, error in zip(taps, errors, strict=True):
                 if (gradient := by_node[tap.node]) is not None:
-                    changes[tap.group] += (
-                        (gradient * error).reshape(batch_size(inputs), -1).sum(1).double().cpu()
-                    )
+                    changes[tap.group] += _per_example(gradient * error, batch_size(inputs))
             totals += changes.square().sum(1) / draws
         weight += loss_weight(outputs, by) * (2 if by == "kl" else 1)
         probe.passes += batch_size(inputs) * (
             2 + 2 * draws
         )  # forward, layers quantized, and a backward is two
     return (totals / weight).tolist()
+
+
+def _per_example(products: Tensor, batch: int) -> Tensor:
+    """The sum for each example, (batch,); what has no batch (a table of positions, say) is shared out equally."""
+    if products.dim() and products.shape[0] == batch:
+        return products.reshape(batch, -1).sum(1).double().cpu()
+    return (products.double().sum().cpu() / batch).expand(batch)
 
 
 def _taps(probe: Probe, groups: Sequence[Group], wires: Wiring) -> list[_Tap]:
@@ -109,7 +114,8 @@ def _taps(probe: Probe, groups: Sequence[Group], wires: Wiring) -> list[_Tap]:
             len(node.users) == 1 and (op := describe(next(iter(node.users)))) and op.kind in target.absorbed
         ):
             node = op.node
-        if node in quantized and target.kernel(layer.operator.kind).output:
+        kernel = target.layers.get(layer.operator.kind)
+        if node in quantized and kernel is not None and kernel.output:
             taps.append(_Tap(node, owner[layer.name], result=False))
     return taps
 
