@@ -42,7 +42,7 @@ def demo(
             digits.train_images[:4],
             calibration=digits.calibration_batches(),
             metric=Accuracy(digits.test_batches()),
-            max_drop=0.005,
+            max_drop=0.008,  # four more of the 600 test images wrong
             training=Training(
                 digits.training_batches(), nn.functional.cross_entropy, epochs=8, learning_rate=3e-3
             ),
