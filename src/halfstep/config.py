@@ -77,6 +77,7 @@ class Config(Part):
     floor: float | None = Field(default=None, description="instead: the worst score allowed")
     confidence: float = Field(default=0.95, ge=0.5, lt=1, description="of the drop's interval")
     strict: bool = Field(default=False, description="demand that the whole interval keeps to the target")
+    tune: bool = Field(default=False, description="leave in float what integers slow down on this machine")
     target: Literal["onnxruntime", "openvino", "tensorrt"] = Field(
         default="onnxruntime", description="runtime to deploy to"
     )

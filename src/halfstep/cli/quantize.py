@@ -43,6 +43,10 @@ def quantize(
         bool | None,
         typer.Option("--strict", help="Demand that the drop's whole interval keeps to the target."),
     ] = None,
+    tune: Annotated[
+        bool | None,
+        typer.Option("--tune", help="Leave in float what integers slow down on this machine."),
+    ] = None,
     target: Annotated[str | None, typer.Option(help="onnxruntime, openvino or tensorrt.")] = None,
     weight_bits: Annotated[
         int | None, typer.Option(help="Bits of the weights, 2 to 16; 8 by default.")
@@ -76,6 +80,7 @@ def quantize(
         "relative_drop": relative_drop,
         "floor": floor,
         "strict": strict,
+        "tune": tune,
         "target": target,
         "rungs": None if rungs is None else rungs.split(","),
         "directory": directory,
@@ -105,6 +110,7 @@ def quantize(
                 floor=config.floor,
                 confidence=config.confidence,
                 strict=config.strict,
+                tune=config.tune,
                 recipe=job.recipe(),
                 target=config.target,
                 directory=folder,

@@ -31,6 +31,7 @@ from halfstep.ladder.partial import Partial
 from halfstep.ladder.rung import Means, Rung
 from halfstep.ladder.rungs import RUNGS, find_rungs
 from halfstep.ladder.search import Search, float_evaluation
+from halfstep.ladder.speed import favour_speed
 from halfstep.model import QuantizedModel
 from halfstep.progress import steps
 from halfstep.recipe import Recipe
@@ -82,6 +83,7 @@ def quantize(
     budget: Budget | None = None,
     partial: Partial | None = None,
     max_float: float = 0.5,
+    tune: bool = False,
     command: str = "",
 ) -> Outcome:
     """Quantize ``model`` so that its score drops by no more than allowed, and prove it on the deployed file.
@@ -113,6 +115,8 @@ def quantize(
         partial: how to look for layers to put back to float.
         max_float: the share of layers that partial quantization may leave in float while there are rungs left to
             climb; what leaves more is kept for the case that no later rung meets the target.
+        tune: measure every group of layers on this machine, and leave in float those that integers slow down, where
+            the target still holds; a decision says which.
         command: what to type to do it again; the report shows it.
 
     Raises:
@@ -131,6 +135,8 @@ def quantize(
         search = _begin(journal, prepared, scorer, aim, calibration, budget or Budget())
         _settle(search, ladder, aim, command)
         path = ascend(search, ladder, Means(training, partial), max_float)
+        if tune:
+            favour_speed(search, threads)
         return deploy(search, path, journal.folder or Path(temporary), threads)
 
 

@@ -1,0 +1,58 @@
+"""The last step of a climb, if asked for: layers that integers slow down go back to float, if the target allows."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+
+from halfstep.ladder.budget import BudgetSpent
+from halfstep.ladder.search import Candidate, Search
+from halfstep.ladder.snapshot import Snapshot
+from halfstep.ladder.tune import Tuning, tune
+
+
+def favour_speed(search: Search, threads: int | None) -> None:
+    """Tune the best candidate for this machine and keep that if it meets the target, or comes no less near to it.
+
+    What was measured is written to the journal, so that a resumed run leaves the same layers in float.
+
+    Args:
+        search: its model is the best candidate, and stays so.
+        threads: of the runtime, for one operator; None for all cores.
+    """
+    model, before = search.model, search.best
+    assert before is not None
+    tuning = _tuned(search, threads)
+    if not tuning.float_layers:
+        search.decide(str(tuning))
+        return
+    search.rung = "tune"
+    try:
+        score = search.evaluate(f"with {', '.join(tuning.float_layers)} in float for speed")
+    except BudgetSpent as spent:
+        before.snapshot.restore()
+        search.decide(f"nothing is left in float for speed, the budget is spent: {spent}")
+        return
+    drop = search.goal.drop(score)
+    if search.goal.met(score) or drop <= search.goal.drop(before.score):
+        search.decide(f"{tuning}: {score.value:.4f}, {drop:+.4f} below float")
+        search.best = Candidate(before.what, score, Snapshot.of(model))
+        search.reached = {
+            rung: search.best if reached is before else reached for rung, reached in search.reached.items()
+        }
+    else:
+        before.snapshot.restore()
+        search.decide(
+            f"{tuning}, and put back: {score.value:.4f}, {drop:+.4f} below float, would miss the target"
+        )
+
+
+def _tuned(search: Search, threads: int | None) -> Tuning:
+    """What was measured: before, if the journal knows it, else now."""
+    model, known = search.model, search.journal.of("tuning")
+    if not known:
+        tuning = tune(model, threads)
+        search.journal.write("tuning", **asdict(tuning))
+        return tuning
+    found = Tuning(**known[-1].data)
+    model.float_layers = model.float_layers | set(found.float_layers)
+    return replace(found, float_layers=tuple(found.float_layers))
