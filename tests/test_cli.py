@@ -15,6 +15,8 @@ import pytest
 import torch
 
 from halfstep.cli import main
+from halfstep.cli.options import by_name
+from halfstep.errors import ArgumentError
 from halfstep.runtime.deployed import DeployedModel
 
 MODEL = """
@@ -33,6 +35,9 @@ def branching():
 
 def number():
     return 3
+
+def confidence(outputs, labels):
+    return outputs.softmax(1).gather(1, labels[:, None])[:, 0]
 """
 
 
@@ -187,6 +192,49 @@ def test_a_run_can_be_exported_verified_reported_and_compared(folder):
     assert done.returncode == 2 and "has no finished rung 'qat'; finished are 'ptq'" in done.stderr
     done = halfstep(folder, "report", "nowhere")
     assert done.returncode == 2 and "needed the directory of a run" in done.stderr
+
+
+def test_several_metrics_by_name(folder):
+    several = (
+        "--metric",
+        "accuracy=accuracy",
+        "--metric",
+        "sure=mine:confidence",
+        "--max-drop",
+        "accuracy=0.2",
+    )
+    done = quantize(folder, "mine:net", "good.npz", "good.npz", *several, "--floor", "sure=0.1", "--json")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert [(m["metric"], m["met"]) for m in record["metrics"]] == [("accuracy", True), ("sure", True)]
+    assert record["max_drop"] == 0.2
+    done = quantize(folder, "mine:net", "good.npz", "good.npz", *several, "--floor", "shure=0.1")
+    assert done.returncode == 2
+    assert (
+        "floor: got the name 'shure', needed one of 'accuracy', 'sure'; did you mean 'sure'?" in done.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["much"], "--max-drop: got much, needed a number, or NAME=NUMBER"),
+        (["0.1", "0.2"], "--max-drop: got 0.1, 0.2, needed NAME=VALUE for each of several metrics"),
+        (["a=0.1", "a=0.2"], "--max-drop: got a=0.1, a=0.2, needed NAME=VALUE"),
+    ],
+)
+def test_flags_by_name_that_cannot_be(given, message):
+    with pytest.raises(ArgumentError, match=message):
+        by_name("--max-drop", given, float)
+
+
+def test_a_way_for_an_unknown_metric_is_refused(folder):
+    (folder / "ways.yaml").write_text(
+        "model: mine:net\nlabelled: good.npz\ncalibration: good.npz\nhigher_is_better: {loss: false}\n"
+    )
+    done = halfstep(folder, "quantize", "ways.yaml")
+    assert done.returncode == 2
+    assert "higher_is_better: got the name 'loss', needed true or false" in done.stderr
 
 
 def test_init_writes_a_configuration_that_quantize_takes(folder):

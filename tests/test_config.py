@@ -78,3 +78,32 @@ def test_the_commented_file_is_a_configuration_with_every_key():
     config = Config.model_validate(yaml.safe_load(text))
     assert config == Config(model="a.b:c", labelled="test.npz", calibration="train.npz")
     assert all(f"{name}:" in text for name in Config.model_fields)
+
+
+SEVERAL = """\
+model: a.b:c
+labelled: test.npz
+calibration: train.npz
+metric:
+  accuracy: accuracy
+  night: scores:at_night
+max_drop:
+  accuracy: 0.01
+  night: 0.05
+"""
+
+
+def test_several_metrics_by_name(tmp_path):
+    path = tmp_path / "several.yaml"
+    path.write_text(SEVERAL)
+    config = read_config(path)
+    assert config.metric == {"accuracy": "accuracy", "night": "scores:at_night"}
+    assert config.max_drop == {"accuracy": 0.01, "night": 0.05}
+    path.write_text(SEVERAL.replace("night: 0.05", "night: -1"))
+    with pytest.raises(
+        ArgumentError, match=r"line 9: max_drop.night is -1, needed greater than or equal to 0"
+    ):
+        read_config(path)
+    path.write_text(GOOD + "max_drop: much\n")
+    with pytest.raises(ArgumentError, match=r"line 10: max_drop is 'much', needed a valid number"):
+        read_config(path)

@@ -5,16 +5,25 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 from pydantic.fields import FieldInfo
 
 from halfstep.errors import ArgumentError
 
 Key = tuple[str | int, ...]
 Bits = Annotated[int, Field(ge=2, le=16)]
+NotNegative = Annotated[float, Field(ge=0)]
+
+#: One value, or one for each of several metrics, by the metric's name. The tags stand in the places of mistakes.
+T = TypeVar("T")
+_ONE, _EACH = "(one)", "(each)"
+Several = Annotated[
+    Annotated[T, Tag(_ONE)] | Annotated[dict[str, T], Tag(_EACH)],
+    Discriminator(lambda value: _EACH if isinstance(value, dict) else _ONE),
+]
 
 
 class Part(BaseModel):
@@ -65,16 +74,22 @@ class Config(Part):
         description="data to judge on: .npz with inputs and labels, or package.module:callable"
     )
     calibration: str = Field(description="data to calibrate on, other than the labelled: .npz, or a callable")
-    metric: str = Field(
+    metric: Several[str] = Field(
         default="accuracy",
-        description="accuracy, or package.module:score with score(outputs, labels) -> (batch,)",
+        description="accuracy, or package.module:score with score(outputs, labels) -> (batch,); several by name: "
+        "{accuracy: accuracy, night: package.module:at_night}",
     )
-    higher_is_better: bool = Field(default=True, description="false for errors and losses")
-    max_drop: float | None = Field(
-        default=None, ge=0, description="largest drop against float, in the metric's unit"
+    higher_is_better: Several[bool] = Field(
+        default=True, description="false for errors and losses; of several metrics, by name where they differ"
     )
-    relative_drop: float | None = Field(default=None, ge=0, description="instead: a share of the float score")
-    floor: float | None = Field(default=None, description="instead: the worst score allowed")
+    max_drop: Several[NotNegative] | None = Field(
+        default=None,
+        description="largest drop against float, in the metric's unit; of several metrics, one for each or by name",
+    )
+    relative_drop: Several[NotNegative] | None = Field(
+        default=None, description="instead: a share of the float score"
+    )
+    floor: Several[float] | None = Field(default=None, description="instead: the worst score allowed")
     confidence: float = Field(default=0.95, ge=0.5, lt=1, description="of the drop's interval")
     strict: bool = Field(default=False, description="demand that the whole interval keeps to the target")
     tune: bool = Field(default=False, description="leave in float what integers slow down on this machine")
@@ -135,7 +150,7 @@ def make_config(values: Mapping[str, Any], source: str, lines: Mapping[Key, int]
 
 
 def _message(mistake: Mapping[str, Any], source: str, lines: Mapping[Key, int]) -> str:
-    key: Key = tuple(mistake["loc"])
+    key: Key = tuple(part for part in mistake["loc"] if part not in (_ONE, _EACH))
     while key not in lines and len(key) > 1 and not isinstance(key[-1], str):
         key = key[:-1]
     place = f"{source}, line {lines[key]}" if key in lines else source

@@ -4,8 +4,13 @@ import pytest
 import torch
 
 from halfstep.errors import ArgumentError, MetricError
-from halfstep.evaluate import Score
+from halfstep.evaluate import CallableMetric, Score, Several
+from halfstep.ladder.aim import Aim
 from halfstep.ladder.goal import Goal
+
+ACCURACY = CallableMetric(lambda model: 0.0)
+LOSS = CallableMetric(lambda model: 0.0, higher_is_better=False)
+BOTH = Several({"accuracy": ACCURACY, "loss": LOSS})
 
 
 def hits(right, count=1000):
@@ -33,16 +38,15 @@ def test_rounding_of_the_difference_does_not_count():
 
 
 def test_a_relative_drop_is_a_share_of_float():
-    assert Goal.relative(0.01, Score(0.9)).max_drop == pytest.approx(0.009)
-    losses = Goal.relative(0.1, Score(2.0), higher_is_better=False)
+    assert Aim(relative_drop=0.01).goal(Score(0.9), ACCURACY).max_drop == pytest.approx(0.009)
+    losses = Aim(relative_drop=0.1).goal(Score(2.0), LOSS)
     assert losses.met(Score(2.2)) and not losses.met(Score(2.21))
 
 
 def test_a_floor_is_a_drop_from_float():
-    assert Goal.floor(0.85, Score(0.9)).met(Score(0.85)) and not Goal.floor(0.85, Score(0.9)).met(
-        Score(0.849)
-    )
-    ceiling = Goal.floor(2.5, Score(2.0), higher_is_better=False)
+    floor = Aim(floor=0.85).goal(Score(0.9), ACCURACY)
+    assert floor.met(Score(0.85)) and not floor.met(Score(0.849))
+    ceiling = Aim(floor=2.5).goal(Score(2.0), LOSS)
     assert ceiling.met(Score(2.5)) and not ceiling.met(Score(2.51))
 
 
@@ -53,13 +57,19 @@ def test_evidence_without_single_scores_says_so():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Goal.floor(0.95, Score(0.9)), r"float model itself scores 0.9, needed at least 0.95"),
         (
-            lambda: Goal.floor(0.1, Score(0.9), False),
+            lambda: Aim(floor=0.95).goal(Score(0.9), ACCURACY),
+            r"^floor: the float model itself scores 0.9, needed at least 0.95",
+        ),
+        (
+            lambda: Aim(floor=0.1).goal(Score(0.9), LOSS),
             r"scores 0.9, needed at most 0.1.*say higher_is_better=True",
         ),
-        (lambda: Goal.relative(0.1, Score(0.0)), r"the float model scores 0"),
-        (lambda: Goal.relative(-0.1, Score(1.0)), r"relative drop: got -0.1, needed a number of at least 0"),
+        (lambda: Aim(relative_drop=0.1).goal(Score(0.0), ACCURACY), r"the float model scores 0"),
+        (
+            lambda: Aim(relative_drop=-0.1).goal(Score(1.0), ACCURACY),
+            r"^relative_drop: got -0.1, needed a number of at least 0",
+        ),
         (lambda: Goal(float("nan"), Score(1.0)), r"max_drop: got nan"),
         (
             lambda: Goal(0.1, Score(1.0), confidence=95),
@@ -75,3 +85,64 @@ def test_goals_that_cannot_be(make, message):
 def test_a_strict_goal_needs_scores_of_single_examples():
     with pytest.raises(MetricError, match=r"a strict goal needs the scores of single examples"):
         Goal(0.1, Score(0.9), strict=True)
+
+
+def both(accuracy, loss):
+    return Score(accuracy, others={"loss": Score(loss)})
+
+
+def test_several_metrics_must_all_keep_to_their_targets():
+    goal = Aim(max_drop=0.01, relative_drop={"loss": 0.1}).goal(both(0.9, 2.0), BOTH)
+    assert goal.met(both(0.89, 2.2))
+    assert not goal.met(both(0.889, 2.2)) and not goal.met(both(0.89, 2.21))
+    assert [(s.metric, s.max_drop, s.met) for s in goal.standings(both(0.95, 2.3))] == [
+        ("accuracy", 0.01, True),
+        ("loss", pytest.approx(0.2), False),
+    ]
+    assert goal.words(both(0.89, 2.1)) == (
+        "accuracy 0.8900, +0.0100 below float (allowed 0.01) and loss 2.1000, +0.1000 below float (allowed 0.2)"
+    )
+    assert goal.evidence(both(0.9, 2.0)).startswith("accuracy: The metric gives no scores of single examples")
+
+
+def test_candidates_are_ranked_by_the_metric_that_uses_most_of_its_allowance():
+    goal = Aim(max_drop={"accuracy": 0.01, "loss": 0.5}).goal(both(0.9, 2.0), BOTH)
+    assert goal.loss(both(0.9, 2.25)) == pytest.approx(0.5)
+    assert goal.loss(both(0.88, 2.25)) == pytest.approx(2)
+    nothing = Aim(max_drop=0.0).goal(
+        both(0.9, 2.0), BOTH
+    )  # a thousandth of the float score is the measure then
+    assert nothing.loss(both(0.9, 2.002)) == pytest.approx(1)
+    assert Goal(0.01, Score(0.9)).loss(Score(0.85)) == pytest.approx(0.05)  # one metric: the drop itself
+
+
+def test_what_is_asked_of_a_name_goes_before_what_is_asked_of_all():
+    goal = Aim(max_drop=0.02, floor={"loss": 2.5}).goal(both(0.9, 2.0), BOTH)
+    assert (goal.max_drop, goal.others["loss"].max_drop) == (0.02, 0.5)
+    assert Aim(floor={"loss": 2.5}).goal(both(0.9, 2.0), BOTH).max_drop == 0.01
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: Aim(max_drop={"los": 1.0}).check(BOTH),
+            r"max_drop: got the name 'los', needed one of 'accuracy', 'loss'; did you mean 'loss'\?",
+        ),
+        (
+            lambda: Aim(floor={"loss": 1.0}).check(LOSS),
+            r"floor: got the name 'loss', needed a number, for one metric",
+        ),
+        (
+            lambda: Aim(floor={"loss": 1.0}, max_drop={"loss": 1.0}),
+            r"target of 'loss': got max_drop and floor, needed one of max_drop, relative_drop, floor",
+        ),
+        (
+            lambda: Aim(floor={"loss": 1.0}).goal(both(0.9, 2.0), BOTH),
+            r"metric 'loss': floor: the float model itself scores 2, needed at most 1",
+        ),
+    ],
+)
+def test_targets_of_several_metrics_that_cannot_be(make, message):
+    with pytest.raises(ArgumentError, match=message):
+        make()

@@ -215,6 +215,15 @@ def test_evaluations_are_kept_to_the_last_bit(values, dtype):
     keep(journal, made, score, met=False, complete=False)
     (entry,) = journal.entries
     again, verdict = kept(Entry(entry.kind, entry.at, json.loads(json.dumps(entry.data))))
-    assert again == made
+    assert again == made and verdict.score.others == {}
     assert (verdict.met, verdict.complete, verdict.score.value) == (False, False, score.value)
     assert verdict.score.per_example.dtype == dtype and torch.equal(verdict.score.per_example, per_example)
+
+
+def test_evaluations_of_several_metrics_are_kept():
+    score = Score(0.5, torch.tensor([0.0, 1.0]), {"loss": Score(0.25), "top 5": Score.mean(torch.ones(2))})
+    journal = Journal()
+    keep(journal, Evaluation("max", 0.5, 1.0, key="k"), score)
+    again = kept(Entry("evaluation", 0.0, json.loads(json.dumps(journal.entries[0].data))))[1].score
+    assert again.others["loss"] == Score(0.25)
+    assert torch.equal(again.others["top 5"].per_example, torch.ones(2))

@@ -7,7 +7,6 @@ from torch import nn
 import halfstep as hs
 from halfstep.demo import DigitsNet
 from halfstep.errors import ArgumentError, MetricError, NotObservedError, RecipeError
-from halfstep.evaluate import Score
 from halfstep.ladder.costs import microseconds
 from halfstep.ladder.goal import Goal
 from halfstep.ladder.groups import groups_of
@@ -269,8 +268,6 @@ def test_what_partial_cannot_do(model, accuracy):
     model.float_layers = model.layer_names
     with pytest.raises(ArgumentError, match=r"no layers are left to put back to float: none is quantized"):
         hs.partial(model, accuracy)
-    with pytest.raises(ArgumentError, match=r"the float model itself scores 0.9, needed at least 0.95"):
-        Goal.floor(0.95, Score(0.9))
 
 
 @pytest.mark.parametrize("name", ["residual", "attention", "linear"])

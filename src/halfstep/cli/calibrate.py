@@ -9,13 +9,11 @@ import typer
 from rich.table import Table
 
 from halfstep.cli.console import out, print_json, progress
-from halfstep.cli.options import Json
+from halfstep.cli.options import Json, Source
 
 
 def calibrate(
-    source: Annotated[
-        Path, typer.Argument(metavar="CONFIG.yaml|RUN", help="A configuration, or a run's directory.")
-    ],
+    source: Source,
     output: Annotated[Path | None, typer.Option(help="Write the best candidate to this ONNX file.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -23,14 +21,12 @@ def calibrate(
     from halfstep.cli.job import Job, find_config
     from halfstep.export.onnx import export_onnx
     from halfstep.ladder.best_of import best_of
-    from halfstep.ladder.calibration import observe
     from halfstep.ladder.sweep import sweep
 
     with progress():
         job = Job.load(find_config(source))
-        model = job.prepare()
-        observe(model, job.calibration)
-        found = sweep(model, best_of(by="kl" if job.config.metric == "accuracy" else "sqnr"))
+        model = job.observed()
+        found = sweep(model, best_of(by="kl" if job.classifies else "sqnr"))
         if output is not None:
             export_onnx(model, output)
     rows: list[dict[str, Any]] = [

@@ -11,7 +11,7 @@ import yaml
 from torch import nn
 
 from halfstep.config import Config, make_config, read_config
-from halfstep.errors import DataError, RunError
+from halfstep.errors import ArgumentError, DataError, RunError
 from halfstep.evaluate import Accuracy, Metric
 from halfstep.granularity import PerTensor
 from halfstep.ladder.budget import Budget
@@ -53,13 +53,28 @@ class Job:
             raise DataError(f"calibration {config.calibration!r}: got no batch, needed at least one")
         return cls(config, model, inputs)
 
-    def metric(self) -> Metric:
-        """The metric over the labelled data."""
+    def metrics(self) -> dict[str, Metric]:
+        """The metrics over the labelled data by name; one that is alone has the name ``""``.
+
+        Raises:
+            HalfstepError: naming what cannot be found or read.
+        """
+        asked, ways = self.config.metric, self.config.higher_is_better
+        specs = asked if isinstance(asked, dict) else {"": asked}
+        higher = ways if isinstance(ways, dict) else dict.fromkeys(specs, ways)
+        if unknown := set(higher) - set(specs):
+            raise ArgumentError(
+                f"higher_is_better: got the name {min(unknown)!r}, needed true or false"
+                + (f" for {', '.join(map(repr, specs))}" if isinstance(asked, dict) else "")
+            )
         labelled = load_labelled(self.config.labelled, self.config.batch)
-        if self.config.metric == "accuracy":
-            return Accuracy(labelled)
-        score: Callable[..., Any] = find_callable(self.config.metric)
-        return Metric(labelled, score, self.config.higher_is_better)
+        return {name: _metric(spec, labelled, higher.get(name, True)) for name, spec in specs.items()}
+
+    @property
+    def classifies(self) -> bool:
+        """Whether an accuracy is asked for, so that outputs are logits."""
+        asked = self.config.metric
+        return "accuracy" in (asked.values() if isinstance(asked, dict) else (asked,))
 
     def recipe(self) -> Recipe:
         """What to quantize, and how."""
@@ -96,6 +111,21 @@ class Job:
         from halfstep.ladder.climb import prepare
 
         return prepare(self.model, self.calibration[0], self.recipe(), self.config.target)
+
+    def observed(self) -> QuantizedModel:
+        """The model with its sites, after one pass over the calibration data."""
+        from halfstep.ladder.calibration import observe
+
+        model = self.prepare()
+        observe(model, self.calibration)
+        return model
+
+
+def _metric(spec: str, labelled: list[Any], higher_is_better: bool) -> Metric:
+    if spec == "accuracy":
+        return Accuracy(labelled)
+    score: Callable[..., Any] = find_callable(spec)
+    return Metric(labelled, score, higher_is_better)
 
 
 def find_config(source: Path) -> Config:

@@ -2,11 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
+from halfstep.errors import ArgumentError
+
+T = TypeVar("T")
+
 Threads = Annotated[int | None, typer.Option(help="Threads of the runtime; all cores by default.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, for machines.")]
+Source = Annotated[
+    Path, typer.Argument(metavar="CONFIG.yaml|RUN", help="A configuration, or a run's directory.")
+]
 RunFolder = Annotated[Path, typer.Argument(help="The directory of a run.")]
+
+
+def by_name(flag: str, given: Sequence[str] | None, convert: Callable[[str], T]) -> T | dict[str, T] | None:
+    """The value of a flag that may be given once, or as NAME=VALUE for each of several metrics.
+
+    Raises:
+        ArgumentError: if it is given several times without names, or a value is none.
+
+    >>> by_name("--max-drop", ["accuracy=0.01", "night=0.05"], float)
+    {'accuracy': 0.01, 'night': 0.05}
+    """
+    if not given:
+        return None
+    pairs = [text.rpartition("=") for text in given]
+    try:
+        values = {name: convert(value) for name, _, value in pairs}
+    except ValueError as error:
+        raise ArgumentError(f"{flag}: got {', '.join(given)}, needed a number, or NAME=NUMBER") from error
+    if len(pairs) == 1 and not pairs[0][1]:
+        return values[""]
+    if len(values) < len(pairs) or "" in values:
+        raise ArgumentError(f"{flag}: got {', '.join(given)}, needed NAME=VALUE for each of several metrics")
+    return values

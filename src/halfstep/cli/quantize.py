@@ -11,7 +11,7 @@ import typer
 
 from halfstep.cli.console import INTERRUPTED, err, progress
 from halfstep.cli.ending import finish
-from halfstep.cli.options import Json
+from halfstep.cli.options import Json, by_name
 
 
 def quantize(
@@ -30,15 +30,23 @@ def quantize(
     ] = None,
     weights: Annotated[str | None, typer.Option(help="State dict: .safetensors or torch's.")] = None,
     metric: Annotated[
-        str | None,
-        typer.Option(help="accuracy, or package.module:score, (outputs, labels) -> (batch,) floats."),
+        list[str] | None,
+        typer.Option(
+            help="accuracy, or package.module:score, (outputs, labels) -> (batch,) floats; NAME=METRIC for each of "
+            "several, all of which must keep to their targets."
+        ),
     ] = None,
     max_drop: Annotated[
-        float | None,
-        typer.Option(help="Largest drop against float, in the metric's unit; 0.01 if none is given."),
+        list[str] | None,
+        typer.Option(
+            help="Largest drop against float, in the metric's unit; 0.01 by default. NAME=DROP for one of several "
+            "metrics."
+        ),
     ] = None,
-    relative_drop: Annotated[float | None, typer.Option(help="Instead: a share of the float score.")] = None,
-    floor: Annotated[float | None, typer.Option(help="Instead: the worst score allowed.")] = None,
+    relative_drop: Annotated[
+        list[str] | None, typer.Option(help="Instead: a share of the float score.")
+    ] = None,
+    floor: Annotated[list[str] | None, typer.Option(help="Instead: the worst score allowed.")] = None,
     strict: Annotated[
         bool | None,
         typer.Option("--strict", help="Demand that the drop's whole interval keeps to the target."),
@@ -75,10 +83,10 @@ def quantize(
         "labelled": labelled,
         "calibration": calibration,
         "weights": weights,
-        "metric": metric,
-        "max_drop": max_drop,
-        "relative_drop": relative_drop,
-        "floor": floor,
+        "metric": by_name("--metric", metric, str),
+        "max_drop": by_name("--max-drop", max_drop, float),
+        "relative_drop": by_name("--relative-drop", relative_drop, float),
+        "floor": by_name("--floor", floor, float),
         "strict": strict,
         "tune": tune,
         "target": target,
@@ -99,11 +107,12 @@ def quantize(
     try:
         with progress():
             job = Job.load(config)
+            metrics = job.metrics()
             outcome = climb(
                 job.model,
                 job.calibration[0],
                 calibration=job.calibration,
-                metric=job.metric(),
+                metric=metrics.get("", metrics),
                 training=job.training(),
                 max_drop=config.max_drop,
                 relative_drop=config.relative_drop,

@@ -8,13 +8,11 @@ from typing import Annotated
 import typer
 
 from halfstep.cli.console import out, print_json, progress
-from halfstep.cli.options import Json
+from halfstep.cli.options import Json, Source
 
 
 def sensitivity(
-    source: Annotated[
-        Path, typer.Argument(metavar="CONFIG.yaml|RUN", help="A configuration, or a run's directory.")
-    ],
+    source: Source,
     method: Annotated[
         str | None, typer.Option(help="kl, sqnr, fisher, metric, spared; chosen by default.")
     ] = None,
@@ -24,16 +22,16 @@ def sensitivity(
 ) -> None:
     """Score every group of layers by what quantizing it loses, most sensitive first."""
     from halfstep.cli.job import Job, find_config
-    from halfstep.ladder.calibration import calibrate, observe
+    from halfstep.ladder.calibration import calibrate
     from halfstep.ladder.sensitivity import sensitivity as score
 
     with progress():
         job = Job.load(find_config(source))
-        model = job.prepare()
-        observe(model, job.calibration)
+        model = job.observed()
         calibrate(model)
         needs_metric = measured or (method or "").startswith(("metric", "spared"))
-        table = score(model, method, job.metric() if needs_metric else None, measured)
+        metric = next(iter(job.metrics().values())) if needs_metric else None  # the leading one
+        table = score(model, method, metric, measured)
         if plot is not None:
             table.plot(plot)
     if as_json:

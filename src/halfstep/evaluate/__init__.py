@@ -5,6 +5,7 @@ from halfstep.evaluate.metric import Accuracy, CallableMetric, Metric, as_scorer
 from halfstep.evaluate.paired import Drop, paired_drop
 from halfstep.evaluate.score import Score, Scorer
 from halfstep.evaluate.sequential import SequentialTest
+from halfstep.evaluate.several import Several, as_scorers, labelled_data, parts
 
 __all__ = [
     "Accuracy",
@@ -15,8 +16,12 @@ __all__ = [
     "Score",
     "Scorer",
     "SequentialTest",
+    "Several",
     "as_scorer",
+    "as_scorers",
     "early_stopping",
+    "labelled_data",
     "logits_of",
     "paired_drop",
+    "parts",
 ]

@@ -11,6 +11,7 @@ from halfstep.evaluate.metric import Metric
 from halfstep.evaluate.order import Shuffled, can_shuffle
 from halfstep.evaluate.score import Score, Scorer
 from halfstep.evaluate.sequential import SequentialTest, Side
+from halfstep.evaluate.several import Several
 
 
 class EarlyStopping:
@@ -95,6 +96,8 @@ class EarlyStopping:
 
 def early_stopping(scorer: Scorer, reference: Score) -> EarlyStopping | str:
     """Early stopping for ``scorer``, or the reason why there is none, in words."""
+    if isinstance(scorer, Several):
+        return "several metrics are judged on all examples"
     if not isinstance(scorer, Metric) or reference.per_example is None:
         return "the metric has no scores of single examples (hs.Metric has)"
     if scorer.bounds is None:

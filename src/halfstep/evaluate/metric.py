@@ -67,6 +67,15 @@ class Metric:
             scores.append(batch)
             if progress is not None:
                 progress(len(batch))
+        return self.joined(scores)
+
+    @staticmethod
+    def joined(scores: list[torch.Tensor]) -> Score:
+        """The score over all batches.
+
+        Raises:
+            MetricError: if there is none.
+        """
         if not scores:
             raise MetricError("metric: the labelled data are empty; give at least one (inputs, labels) batch")
         return Score.mean(torch.cat(scores))
@@ -81,24 +90,26 @@ class Metric:
         Raises:
             MetricError: as :meth:`evaluate`.
         """
-        for index, item in enumerate(self.labelled if labelled is None else labelled):
-            if not (isinstance(item, (tuple, list)) and len(item) == 2):
-                raise MetricError(
-                    f"metric: batch {index} is a {type(item).__name__}, needed a pair (inputs, labels)"
-                )
-            inputs, labels = item
-            args, kwargs = call_arguments(inputs)
-            with torch.no_grad():
-                outputs = model(*args, **kwargs)
-            try:
-                scores = self.score(outputs, labels)
-            except HalfstepError:
-                raise
-            except Exception as error:
-                raise MetricError(
-                    f"metric: score(outputs, labels) raised {type(error).__name__}: {error} (batch {index})"
-                ) from error
-            yield self._check(scores, index)
+        for index, (outputs, labels) in enumerate(
+            answers(model, self.labelled if labelled is None else labelled)
+        ):
+            yield self.scores(outputs, labels, index)
+
+    def scores(self, outputs: Any, labels: Any, index: int) -> torch.Tensor:
+        """The scores of the examples in batch ``index``, (batch,) float64.
+
+        Raises:
+            MetricError: if the score raises, has a wrong shape, is not finite, or lies outside the bounds.
+        """
+        try:
+            scores = self.score(outputs, labels)
+        except HalfstepError:
+            raise
+        except Exception as error:
+            raise MetricError(
+                f"metric: score(outputs, labels) raised {type(error).__name__}: {error} (batch {index})"
+            ) from error
+        return self._check(scores, index)
 
     def _check(self, scores: Any, index: int) -> torch.Tensor:
         if not isinstance(scores, torch.Tensor) or scores.dim() != 1:
@@ -185,6 +196,24 @@ class CallableMetric:
         if not math.isfinite(value):
             raise MetricError(f"metric: the function returned {value}, needed a finite number")
         return Score(value)
+
+
+def answers(model: Callable[..., Any], labelled: Labelled) -> Iterator[tuple[Any, Any]]:
+    """The model's outputs and the labels, batch by batch, without gradients.
+
+    Raises:
+        MetricError: if a batch is no pair (inputs, labels).
+    """
+    for index, item in enumerate(labelled):
+        if not (isinstance(item, (tuple, list)) and len(item) == 2):
+            raise MetricError(
+                f"metric: batch {index} is a {type(item).__name__}, needed a pair (inputs, labels)"
+            )
+        inputs, labels = item
+        args, kwargs = call_arguments(inputs)
+        with torch.no_grad():
+            outputs = model(*args, **kwargs)
+        yield outputs, labels
 
 
 def as_scorer(metric: Any) -> Scorer:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -17,10 +17,12 @@ class Score:
         value: the metric, in its own unit.
         per_example: float64 scores of the single examples whose mean ``value`` is; None where the metric is not a
             mean over examples.
+        others: of several metrics, the scores of those after the first, by name.
     """
 
     value: float
     per_example: torch.Tensor | None = None
+    others: Mapping[str, Score] = field(default_factory=dict)
 
     @classmethod
     def mean(cls, per_example: torch.Tensor) -> Score:

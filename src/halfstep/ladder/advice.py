@@ -22,7 +22,7 @@ def advise(search: Search, path: Sequence[Reached], deployed: Score) -> tuple[st
     if simulated.met:
         advice.append(
             f"The simulation meets the target ({simulated.drop:+.4f}), the file does not ({drop:+.4f}): a slightly "
-            f"smaller max_drop makes the search keep clear of the edge"
+            "smaller max_drop makes the search keep clear of the edge"
         )
     if note := next((step.note for step in path if step.note), ""):
         advice.append(f"The search stopped early, {note}; a larger budget goes on from here")
@@ -40,5 +40,9 @@ def advise(search: Search, path: Sequence[Reached], deployed: Score) -> tuple[st
     kept = sum(len(batch) for batch in search.model.sample if hasattr(batch, "__len__"))
     if 0 < kept < FEW:
         advice.append(f"{kept} calibration examples are few; {FEW} or more give steadier ranges")
-    advice.append(f"A max_drop of {drop:.4g} would be met by what was found")
+    for part in goal.standings(deployed):
+        if not part.met:
+            of = f" for {part.metric}" if part.metric else ""
+            needed = part.high if goal.strict and part.high is not None else part.drop
+            advice.append(f"A max_drop of {needed:.4g}{of} would be met by what was found")
     return tuple(advice)

@@ -99,6 +99,7 @@ def _climb(search: Search, rung: Rung, means: Means) -> Reached:
         drop=drop.value,
         low=drop.low,
         high=drop.high,
+        metrics=search.goal.standings(best.score),
         what=best.what,
         float_layers=tuple(sorted(best.snapshot.put_back["float_layers"])),
         put_back={name: sorted(layers) for name, layers in best.snapshot.put_back.items()},

@@ -11,12 +11,12 @@ from typing import Any
 from torch import nn
 
 from halfstep.errors import ArgumentError
-from halfstep.evaluate import Metric, Scorer, as_scorer
+from halfstep.evaluate import Scorer, as_scorers, labelled_data, parts
 from halfstep.graph.capture import capture
 from halfstep.graph.decompose import decompose
 from halfstep.graph.fold import fold
 from halfstep.graph.inputs import ModelInputs
-from halfstep.ladder.aim import Aim
+from halfstep.ladder.aim import Aim, Asked
 from halfstep.ladder.ascent import ascend
 from halfstep.ladder.budget import Budget
 from halfstep.ladder.calibration import observe
@@ -68,15 +68,15 @@ def quantize(
     example_inputs: ModelInputs,
     calibration: Iterable[ModelInputs],
     metric: Any,
-    max_drop: float | None = None,
+    max_drop: Asked = None,
     recipe: Recipe | None = None,
     target: str | Target = "onnxruntime",
     directory: str | Path | None = None,
     threads: int | None = None,
     *,
     training: Training | None = None,
-    relative_drop: float | None = None,
-    floor: float | None = None,
+    relative_drop: Asked = None,
+    floor: Asked = None,
     confidence: float = 0.95,
     strict: bool = False,
     rungs: Iterable[str] = tuple(RUNGS),
@@ -98,9 +98,11 @@ def quantize(
         model: a trained module; left untouched.
         example_inputs: a tensor, a tuple or a dict, with a batch of at least 2.
         calibration: model inputs, each a tensor, a tuple or a dict; iterated once.
-        metric: :class:`Accuracy`, :class:`Metric`, or any callable from a model to a float.
+        metric: :class:`Accuracy`, :class:`Metric`, or any callable from a model to a float; or several of them by name,
+            all of which must keep to their targets. The first one leads: single figures are its.
         max_drop: in the metric's unit, against the float model on the same examples; 0.01 unless another target is
-            given.
+            given. Of several metrics, one number for each or a dict of numbers by name; so ``relative_drop`` and
+            ``floor`` too.
         recipe: what to quantize, and how; :meth:`Recipe.int8` if None.
         target: where it will run.
         directory: for the journal, ``model.onnx``, ``float.onnx`` and ``outcome.json``; None keeps nothing.
@@ -128,7 +130,8 @@ def quantize(
     aim = Aim(max_drop, relative_drop, floor, confidence, strict)
     found, recipe = find_target(target), recipe or Recipe.int8()
     with Journal(directory) as journal, tempfile.TemporaryDirectory() as temporary:
-        scorer = as_scorer(metric)
+        scorer = as_scorers(metric)
+        aim.check(scorer)
         prepared = prepare(model, example_inputs, recipe, found)
         if training is not None:
             journal.claim("training", repr(training.describe()))
@@ -147,10 +150,12 @@ def _claim(journal: Journal, prepared: QuantizedModel, scorer: Scorer, aim: Aim)
     journal.claim("configuration", f"target {prepared.target.name}, {aim}")
     journal.claim("metric", metric_digest(scorer))
     judged = Examples()
-    if isinstance(scorer, Metric):
-        for item in scorer.labelled:
+    labelled = labelled_data(scorer)
+    for batches in labelled:
+        for item in batches:
             if isinstance(item, (tuple, list)) and len(item) == 2:  # anything else is the metric's to refuse
                 judged.add(*item)
+    if labelled:
         journal.claim("labelled data", judged.digest())
     journal.write("environment", packages=environment())
     return judged
@@ -168,7 +173,7 @@ def _begin(
     judged = _claim(journal, prepared, scorer, aim)
     with watching(prepared) as seen:
         baseline, made = float_evaluation(scorer, prepared, journal)
-    goal = aim.goal(baseline, scorer.higher_is_better)
+    goal = aim.goal(baseline, scorer)
     calibrated = Examples()
     observe(prepared, _watched(calibration, calibrated))
     journal.claim("calibration data", calibrated.digest())
@@ -201,7 +206,9 @@ def _settle(search: Search, ladder: Sequence[Rung], aim: Aim, command: str) -> N
         higher_is_better=goal.higher_is_better,
         confidence=goal.confidence,
         strict=goal.strict,
-        metric=type(search.scorer).__name__,
+        metric=", ".join(
+            f"{name} {type(part).__name__}".lstrip() for name, part in parts(search.scorer).items()
+        ),
         examples=goal.float_score.count,
         rungs=[rung.name for rung in ladder],
         budget=str(search.budget),

@@ -62,6 +62,7 @@ def deploy(search: Search, path: Sequence[Reached], place: Path, threads: int | 
         directory=search.journal.folder,
         path=tuple(path),
         advice=advise(search, path, score),
+        metrics=search.goal.standings(score),
     )
     with steps("measuring the rungs' files"):
         files = measure_files(search, proof, score.value, float_file, threads)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import zlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -86,11 +86,14 @@ def kept(entry: Entry) -> tuple[Evaluation, Verdict]:
 
 def _pack(score: Score) -> dict[str, Any]:
     """A score as plain data, to the last bit."""
-    return {field.name: _plain(getattr(score, field.name)) for field in fields(score)}
+    others = {name: _pack(part) for name, part in score.others.items()}
+    plain = {"value": score.value, "per_example": _plain(score.per_example)}
+    return {**plain, "others": others} if others else plain
 
 
 def _unpack(data: dict[str, Any]) -> Score:
-    return Score(**{name: _rich(value) for name, value in data.items()})
+    others = {name: _unpack(part) for name, part in data.get("others", {}).items()}
+    return Score(data["value"], _rich(data["per_example"]), others)
 
 
 def _plain(value: Any) -> Any:

@@ -3,15 +3,50 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from halfstep.errors import ArgumentError, MetricError
 from halfstep.evaluate import Drop, Score, paired_drop
 
+#: An allowed drop of 0 counts as this share of the float score where the use of allowances is compared.
+SMALLEST = 1e-3
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One metric of a candidate beside its target.
+
+    Attributes:
+        metric: its name; empty where there is only one.
+        float_score: the float model's.
+        score: the candidate's.
+        drop: from the one to the other, in the metric's unit.
+        low: lower end of the drop's confidence interval; None where the metric has none.
+        high: its upper end.
+        max_drop: what is allowed.
+        met: whether the drop keeps to it, on the evidence that was asked for.
+    """
+
+    metric: str
+    float_score: float
+    score: float
+    drop: float
+    low: float | None
+    high: float | None
+    max_drop: float
+    met: bool
+
+    def __str__(self) -> str:
+        """The figures in a line, without the name."""
+        verdict = "met" if self.met else "not met"
+        drop = f"{self.drop:+.4f} (allowed {self.max_drop:g})"
+        return f"{self.float_score:.4f} to {self.score:.4f}, drop {drop}, {verdict}"
+
 
 @dataclass(frozen=True)
 class Goal:
-    """A largest drop against the float model.
+    """A largest drop against the float model; of several metrics, one for each.
 
     Attributes:
         max_drop: in the metric's unit, at least 0.
@@ -19,6 +54,8 @@ class Goal:
         higher_is_better: which way a drop goes.
         confidence: of every interval, and of every verdict that is given before all examples are seen.
         strict: whether the drop's interval must keep within ``max_drop`` (True), or its point estimate (False).
+        name: of the metric; empty where there is only one.
+        others: of several metrics, the goals of those after the first, by name.
 
     Raises:
         ArgumentError: if ``max_drop`` is negative or no number, or the confidence not between 0.5 and 1.
@@ -30,6 +67,8 @@ class Goal:
     higher_is_better: bool = True
     confidence: float = 0.95
     strict: bool = False
+    name: str = ""
+    others: Mapping[str, Goal] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.max_drop) and self.max_drop >= 0):
@@ -47,76 +86,71 @@ class Goal:
                 "hs.Metric(labelled, score) or hs.Accuracy(labelled), or let the point estimate decide (strict=False)"
             )
 
-    @classmethod
-    def relative(
-        cls,
-        share: float,
-        float_score: Score,
-        higher_is_better: bool = True,
-        confidence: float = 0.95,
-        strict: bool = False,
-    ) -> Goal:
-        """A largest drop as a share of the float model's score: 0.01 of a score of 0.9 is a drop of 0.009.
-
-        Raises:
-            ArgumentError: if the share is negative, or the float model scores 0.
-        """
-        if not (math.isfinite(share) and share >= 0):
-            raise ArgumentError(
-                f"relative drop: got {share}, needed a number of at least 0 (0.01 is one percent)"
-            )
-        if float_score.value == 0:
-            raise ArgumentError(
-                "relative drop: the float model scores 0, and any share of that is 0; give max_drop"
-            )
-        return cls(share * abs(float_score.value), float_score, higher_is_better, confidence, strict)
-
-    @classmethod
-    def floor(
-        cls,
-        worst: float,
-        float_score: Score,
-        higher_is_better: bool = True,
-        confidence: float = 0.95,
-        strict: bool = False,
-    ) -> Goal:
-        """A score that must be reached (stayed below, where lower is better), whatever the float model's is.
-
-        In a strict goal the float model's score on these examples is taken as it is: the interval is that of the
-        drop from there.
-
-        Raises:
-            ArgumentError: if the float model itself does not reach it.
-        """
-        margin = float_score.value - worst if higher_is_better else worst - float_score.value
-        if not margin >= 0:
-            needed = "at least" if higher_is_better else "at most"
-            raise ArgumentError(
-                f"target: the float model itself scores {float_score.value:g}, needed {needed} {worst:g}: no quantized "
-                "model is expected to do better; lower the target, or train the float model further. If the metric "
-                f"is better the {'lower' if higher_is_better else 'higher'} it is, say "
-                f"higher_is_better={not higher_is_better}"
-            )
-        return cls(margin, float_score, higher_is_better, confidence, strict)
-
     def drop(self, score: Score) -> float:
-        """How much worse ``score`` is than the float model's; negative where it is better."""
+        """How much worse ``score`` is than the float model's; negative where it is better. Of the leading metric."""
         difference = self.float_score.value - score.value
         return difference if self.higher_is_better else -difference
 
     def compare(self, score: Score) -> Drop:
-        """The drop with its confidence interval, from the scores of the same examples."""
+        """The drop of the leading metric with its confidence interval, from the scores of the same examples."""
         return paired_drop(self.float_score, score, self.higher_is_better, self.confidence)
 
     def met(self, score: Score) -> bool:
-        """Whether the drop is small enough; float rounding of the difference does not count against it."""
+        """Whether every drop is small enough; float rounding of the difference does not count against it."""
+        return all(goal._met(part) for goal, part in self.each(score))
+
+    def _met(self, score: Score) -> bool:
         if not self.strict:
             return self.drop(score) <= self.max_drop + 1e-12
         high = self.compare(score).high
         return high is not None and high <= self.max_drop + 1e-12
 
+    def each(self, score: Score) -> list[tuple[Goal, Score]]:
+        """Every metric's goal and score, the leading one's first."""
+        return [(self, score), *((goal, score.others[name]) for name, goal in self.others.items())]
+
+    def loss(self, score: Score) -> float:
+        """What ranks candidates, less is better: the drop; of several metrics, the most that one uses of its allowance.
+
+        >>> goal = Goal(0.01, Score(0.9), others={"worst class": Goal(0.1, Score(0.7))})
+        >>> round(goal.loss(Score(0.895, others={"worst class": Score(0.65)})), 3)  # half of either allowance
+        0.5
+        """
+        if not self.others:
+            return self.drop(score)
+        return max(goal._used(part) for goal, part in self.each(score))
+
+    def _used(self, score: Score) -> float:
+        return self.drop(score) / max(self.max_drop, SMALLEST * abs(self.float_score.value), 1e-12)
+
+    def standings(self, score: Score) -> tuple[Standing, ...]:
+        """How every metric stands, the leading one first."""
+        found = []
+        for goal, part in self.each(score):
+            drop = goal.compare(part)
+            figures = (goal.float_score.value, part.value, drop.value, drop.low, drop.high)
+            found.append(Standing(goal.name, *figures, goal.max_drop, goal._met(part)))
+        return tuple(found)
+
+    def words(self, score: Score) -> str:
+        """The score and its drop beside what is allowed; of several metrics, each by name.
+
+        >>> Goal(0.01, Score(0.9)).words(Score(0.85))
+        '0.8500, +0.0500 below float (allowed 0.01)'
+        """
+        return " and ".join(
+            f"{goal.name} {part.value:.4f}, {goal.drop(part):+.4f} below float (allowed {goal.max_drop:g})".lstrip()
+            for goal, part in self.each(score)
+        )
+
     def evidence(self, score: Score) -> str:
-        """What the interval says beside the point estimate, in a sentence."""
+        """What the interval says beside the point estimate, a sentence for each metric."""
+        return " ".join(
+            f"{goal.name}: {goal._evidence(part)}" if goal.name else goal._evidence(part)
+            for goal, part in self.each(score)
+        )
+
+    def _evidence(self, score: Score) -> str:
         drop = self.compare(score)
         if drop.low is None or drop.high is None:
             return "The metric gives no scores of single examples, so how sure the drop is cannot be said."

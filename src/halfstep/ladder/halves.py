@@ -21,12 +21,14 @@ class Halves:
         activations: the same.
         both: with everything quantized.
         allowed: the goal's.
+        metric: whose drops these are; empty where there is only one.
     """
 
     weights: float
     activations: float
     both: float
     allowed: float
+    metric: str = ""
 
     @property
     def cause(self) -> str:
@@ -39,8 +41,9 @@ class Halves:
 
     def __str__(self) -> str:
         """The two drops, and what follows from them."""
+        of = f" of {self.metric}" if self.metric else ""
         return (
-            f"With only the weights quantized the drop is {self.weights:+.4f}, with only the activations "
+            f"With only the weights quantized the drop{of} is {self.weights:+.4f}, with only the activations "
             f"{self.activations:+.4f}, with both {self.both:+.4f} (allowed {self.allowed:g}): {ADVICE[self.cause]}"
         )
 
@@ -80,4 +83,5 @@ def where_is_the_loss(search: Search) -> Halves | None:
         weights = search.judge("only weights quantized")
     with model.using(Mode.QUANTIZE, weights=False):
         activations = search.judge("only activations quantized")
-    return Halves(search.drop(weights), search.drop(activations), search.drop(both), search.goal.max_drop)
+    goal = search.goal
+    return Halves(search.drop(weights), search.drop(activations), search.drop(both), goal.max_drop, goal.name)

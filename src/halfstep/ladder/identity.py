@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from halfstep.evaluate import Several
 from halfstep.graph.capture import Captured
 from halfstep.graph.inputs import ModelInputs, call_arguments
 
@@ -26,8 +27,14 @@ def model_digest(captured: Captured) -> str:
 
 
 def metric_digest(scorer: Any) -> str:
-    """Of the code of a metric: its class, and the functions that it holds. What these refer to is not looked at."""
+    """Of the code of a metric: its class, and the functions that it holds. What these refer to is not looked at.
+
+    Of several metrics, of each with its name, in order.
+    """
     digest = hashlib.sha256(type(scorer).__qualname__.encode())
+    if isinstance(scorer, Several):
+        for name, part in scorer.metrics.items():
+            digest.update(f"{name!r} {metric_digest(part)}".encode())
     for name, value in sorted(vars(scorer).items()):
         if callable(value):
             digest.update(f"{name} {_code(value)}".encode())

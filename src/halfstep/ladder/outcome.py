@@ -11,6 +11,7 @@ from typing import Any
 from halfstep.export.onnx import export_onnx
 from halfstep.export.verify import Verification
 from halfstep.ladder.evaluation import Evaluation
+from halfstep.ladder.goal import Standing
 from halfstep.ladder.journal import Entry, write_whole
 from halfstep.ladder.rung import Reached
 from halfstep.model import QuantizedModel
@@ -27,6 +28,7 @@ class Outcome:
         score: of the simulation.
         deployed_score: of the exported file, on its runtime.
         max_drop: what was asked.
+        metrics: how every metric of the file stands beside its own target; the first one leads: scores above are its.
         float_layers: layers put back to float for accuracy, by name.
         evaluations: full evaluations made, the float and the deployed one included.
         history: each of them, in order.
@@ -55,6 +57,7 @@ class Outcome:
     path: tuple[Reached, ...] = ()
     advice: tuple[str, ...] = ()
     entries: tuple[Entry, ...] = ()
+    metrics: tuple[Standing, ...] = ()
 
     def export(self, path: str | Path) -> Path:
         """Write the quantized network to ``path`` as ONNX.
@@ -80,6 +83,10 @@ class Outcome:
         """What the file says of itself beside recipe and versions."""
         return {"float_score": repr(self.float_score), "score": repr(self.score), "rung": self.rung}
 
+    def standings(self) -> dict[str, Standing]:
+        """The metrics of the file by name; empty where there is only one, which has none."""
+        return {standing.metric: standing for standing in self.metrics if standing.metric}
+
     def to_dict(self) -> dict[str, Any]:
         """Everything but the model, as plain data."""
         proof = self.verification
@@ -92,6 +99,7 @@ class Outcome:
             "score": self.score,
             "deployed_score": self.deployed_score,
             "max_drop": self.max_drop,
+            "metrics": [asdict(standing) for standing in self.metrics],
             "float_layers": list(self.float_layers),
             "evaluations": self.evaluations,
             "path": [asdict(step) for step in self.path],
@@ -122,6 +130,7 @@ class Outcome:
         return (
             f"Outcome: {verdict} on rung {self.rung}: float {self.float_score:.4f}, simulated {self.score:.4f}, "
             f"deployed {self.deployed_score:.4f} (allowed drop {self.max_drop:g}), {self.evaluations} evaluations"
+            + "".join(f"; {name} {standing}" for name, standing in self.standings().items())
         )
 
     def _repr_html_(self) -> str:
@@ -133,6 +142,7 @@ class Outcome:
             ("float score", f"{self.float_score:.4f}"),
             ("simulated score", f"{self.score:.4f}"),
             ("deployed score", f"{self.deployed_score:.4f} (allowed drop {self.max_drop:g})"),
+            *((name, str(standing)) for name, standing in self.standings().items()),
             ("layers left in float", ", ".join(self.float_layers) or "none"),
             ("layers on integer kernels", f"{proof.integer_layers} of {len(proof.layers)}"),
             ("size of float", f"{proof.size / proof.float_size:.2f}"),

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from halfstep.errors import ArgumentError, RecipeError
-from halfstep.evaluate import Drop, Score, as_scorer
+from halfstep.evaluate import Drop, Score, as_scorers
 from halfstep.fake_quantize import Mode
+from halfstep.ladder.aim import Aim, Asked
 from halfstep.ladder.costs import microseconds
 from halfstep.ladder.evaluation import Evaluation
-from halfstep.ladder.goal import Goal
 from halfstep.ladder.groups import Group, groups_of, matching, names_of
 from halfstep.ladder.halves import Halves, where_is_the_loss
 from halfstep.ladder.methods import Method
@@ -102,7 +102,7 @@ class PartialResult:
 def partial(
     model: QuantizedModel,
     metric: Any,
-    max_drop: float = 0.01,
+    max_drop: Asked = None,
     options: Partial | None = None,
     confidence: float = 0.95,
     strict: bool = False,
@@ -112,7 +112,7 @@ def partial(
     Args:
         model: observed and calibrated; it is left with the layers put back that were found.
         metric: as for :func:`halfstep.quantize`.
-        max_drop: in the metric's unit, against the float model on the same examples.
+        max_drop: in the metric's unit, against the float model on the same examples; 0.01 if None.
         options: how to look for them.
         confidence: of intervals and early verdicts.
         strict: whether the drop's interval must keep within ``max_drop``, or its point estimate.
@@ -131,9 +131,10 @@ def partial(
             "partial: no layers are left to put back to float: "
             + ("all that are quantized are pinned" if groups_of(model) else "none is quantized")
         )
-    scorer = as_scorer(metric)
+    scorer, aim = as_scorers(metric), Aim(max_drop, confidence=confidence, strict=strict)
+    aim.check(scorer)
     score, made = float_evaluation(scorer, model)
-    goal = Goal(max_drop, score, scorer.higher_is_better, confidence, strict)
+    goal = aim.goal(score, scorer)
     search = Search(model, scorer, goal, made)
     found = climb_partial(search, options)
     table, halves = search.found.get("sensitivity"), search.found.get("halves")
@@ -280,8 +281,8 @@ class _Walk:
         search = self.search
         layers, total = len(names_of(assignment)), len(names_of(self.ranked))
         search.decide(
-            f"{layers} of {total} layers put back ({_listed(assignment)}): {score.value:.4f}, drop "
-            f"{search.goal.drop(score):+.4f}, allowed {search.goal.max_drop:g}. {search.goal.evidence(score)}"
+            f"{layers} of {total} layers put back ({_listed(assignment)}): {search.goal.words(score)}. "
+            f"{search.goal.evidence(score)}"
         )
         saved = f", {search.saved:,} examples spared by early verdicts" if search.saved else ""
         why = f" No verdict was early: {search.never_early}." if search.never_early else ""
@@ -294,12 +295,12 @@ class _Walk:
         everything = dict.fromkeys(self.ranked, self.steps[-1])
         put(search.model, self.base, everything)
         score = search.evaluate(f"every group {self.steps[-1].words}")
-        if search.goal.drop(score) >= search.goal.drop(start):
+        if search.goal.loss(score) >= search.goal.loss(start):
             put(search.model, self.base, {})
             score = search.evaluate("all layers quantized")
         search.decide(
             "Partial quantization does not meet the target: with every layer that may be put back "
-            f"{self.steps[-1].words} the drop is {search.goal.compare(score)}, allowed {search.goal.max_drop:g}. Unpin "
+            f"{self.steps[-1].words} it scores {search.goal.words(score)}. {search.goal.evidence(score)} Unpin "
             "layers, or train."
         )
         return score

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from halfstep.evaluate import Accuracy, Score
+from halfstep.evaluate import Accuracy, Score, parts
 from halfstep.ladder.best_of import BestOf
 from halfstep.ladder.candidates import Sweep
 from halfstep.ladder.concerns import sentences
@@ -27,10 +27,11 @@ def climb_ptq(search: Search, options: BestOf | None = None) -> Score:
     Args:
         search: its model observed; it is left with the best candidate's ranges.
         options: what to try; its own metric is not used. None for all calibrators, ranked by the divergence of the
-            outputs if the metric is an :class:`Accuracy`, else by their signal to noise.
+            outputs if a metric is an :class:`Accuracy`, else by their signal to noise.
     """
     if options is None:
-        options = BestOf(by="kl" if isinstance(search.scorer, Accuracy) else "sqnr")
+        classifies = any(isinstance(part, Accuracy) for part in parts(search.scorer).values())
+        options = BestOf(by="kl" if classifies else "sqnr")
     found = sweep(search.model, replace(options, metric=None))
     _explain(search, found)
     for sentence in sentences(found.concerns):
@@ -39,14 +40,14 @@ def climb_ptq(search: Search, options: BestOf | None = None) -> Score:
         found,
         search.model,
         lambda candidate: search.evaluate(f"PTQ, {candidate}"),
-        search.goal.drop,
+        search.goal.loss,
         search.goal.met,
         options.finalists,
     )
     search.journal.write("sweep", **found.to_dict())
     search.decide(
-        f"PTQ with {found.best} scores {score.value:.4f}, {search.goal.drop(score):+.4f} below float (allowed "
-        f"{search.goal.max_drop:g}); {found.evaluations} of {len(found.candidates)} candidates were evaluated"
+        f"PTQ with {found.best} scores {search.goal.words(score)}; {found.evaluations} of {len(found.candidates)} "
+        "candidates were evaluated"
     )
     return score if search.goal.met(score) else _repaired(search, score)
 
@@ -69,10 +70,8 @@ def _repaired(search: Search, score: Score) -> Score:
     except BaseException:
         before.restore(search.model)
         raise
-    if search.goal.drop(repaired) < search.goal.drop(score):
-        search.decide(
-            f"{words}: {score.value:.4f} to {repaired.value:.4f}, {search.goal.drop(repaired):+.4f} below float"
-        )
+    if search.goal.loss(repaired) < search.goal.loss(score):
+        search.decide(f"{words}: {search.goal.words(repaired)}, {score.value:.4f} before")
         return repaired
     before.restore(search.model)
     search.decide(f"{words}: put back, {score.value:.4f} would become {repaired.value:.4f}")

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from halfstep.errors import ArgumentError, DivergedError
-from halfstep.evaluate import Score, as_scorer
+from halfstep.evaluate import Score, as_scorers
 from halfstep.fake_quantize import Mode
+from halfstep.ladder.aim import Aim, Asked
 from halfstep.ladder.evaluation import Verdict as Scored
-from halfstep.ladder.goal import Goal
 from halfstep.ladder.search import Search, float_evaluation, timed_evaluation
 from halfstep.model import QuantizedModel
 from halfstep.training.fit import Judge, Trained, Verdict, fit
@@ -22,7 +22,7 @@ def train(
     model: QuantizedModel,
     training: Training,
     metric: Any = None,
-    max_drop: float | None = None,
+    max_drop: Asked = None,
     directory: str | Path | None = None,
 ) -> Trained:
     """Fine-tune ``model`` in place through its quantizers.
@@ -56,9 +56,10 @@ def train(
             what = "max_drop" if max_drop is not None else "control"
             raise ArgumentError(f"{what}: needs a metric; give hs.train(..., metric=hs.Accuracy(labelled))")
         return _fit(model, training, None, folder)
-    scorer = as_scorer(metric)
+    scorer, aim = as_scorers(metric), Aim(0.0 if max_drop is None else max_drop)
+    aim.check(scorer)
     float_score, made = float_evaluation(scorer, model)
-    goal = Goal(max_drop or 0.0, float_score, scorer.higher_is_better)
+    goal = aim.goal(float_score, scorer)
     search = Search(model, scorer, goal, made)
     control = _control(search, training, folder) if training.control else None
     trained = _fit(model, training, _judge(search, stop=max_drop is not None), folder)
@@ -84,10 +85,7 @@ def climb_qat(search: Search, training: Training, directory: Path | None = None)
         search.best.snapshot.restore()
     if training.control:
         control = _control(search, training, folder)
-        search.decide(
-            f"the float model, fine-tuned in the same way, scores {control.value:.4f}, "
-            f"{search.goal.drop(control):+.4f} below float"
-        )
+        search.decide(f"the float model, fine-tuned in the same way, scores {search.goal.words(control)}")
     try:
         trained = _fit(search.model, training, _judge(search, stop=True), folder)
     except DivergedError as error:
@@ -99,8 +97,7 @@ def climb_qat(search: Search, training: Training, directory: Path | None = None)
         f"QAT, {kept}"
     )  # in memory, but for a run that went on: then it is the best again
     search.decide(
-        f"QAT scores {score.value:.4f}, {search.goal.drop(score):+.4f} below float (allowed "
-        f"{search.goal.max_drop:g}), after {trained.steps} of {trained.planned} steps; {kept} was kept"
+        f"QAT scores {search.goal.words(score)}, after {trained.steps} of {trained.planned} steps; {kept} was kept"
     )
     return score
 
@@ -113,7 +110,7 @@ def _fit(model: QuantizedModel, training: Training, judge: Judge | None, directo
 def _judge(search: Search, stop: bool) -> Judge:
     def judge(step: int) -> Verdict:
         score = search.evaluate(f"QAT, step {step}" if step else "QAT, the start")
-        return Verdict(score.value, search.goal.drop(score), stop and search.goal.met(score))
+        return Verdict(score.value, search.goal.loss(score), stop and search.goal.met(score))
 
     return judge
 

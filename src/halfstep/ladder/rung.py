@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from halfstep.ladder.goal import Standing
 from halfstep.ladder.partial import Partial
 from halfstep.ladder.search import Search
 from halfstep.training.options import Training
@@ -53,6 +54,7 @@ class Reached:
         drop: against float, in the metric's unit.
         low: lower end of the drop's confidence interval; None where the metric has none.
         high: its upper end.
+        metrics: how every metric stands, the leading one (whose figures these are) first.
         what: the candidate, in words.
         float_layers: its layers in float.
         put_back: its layers at each step towards float, by the step's attribute.
@@ -66,6 +68,7 @@ class Reached:
     drop: float
     low: float | None
     high: float | None
+    metrics: tuple[Standing, ...]
     what: str
     float_layers: tuple[str, ...]
     put_back: dict[str, list[str]]

@@ -6,12 +6,12 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from halfstep.evaluate import EarlyStopping, Metric, Score, Scorer, early_stopping
+from halfstep.evaluate import EarlyStopping, Metric, Score, Scorer, early_stopping, parts
 from halfstep.fake_quantize import Mode
 from halfstep.ladder.budget import Budget, BudgetSpent
 from halfstep.ladder.evaluation import Evaluation, Verdict, keep, kept
@@ -177,7 +177,7 @@ class Search:
             best.score, best.snapshot.put_back
         ):
             self.best = Candidate(what, score, Snapshot.of(self.model))
-            say(f"best so far {score.value:.4f}, {self.goal.drop(score):+.4f} below float: {what}")
+            say(f"best so far {self.goal.words(score)}: {what}")
 
     def _rank(self, score: Score, put_back: Mapping[str, frozenset[str]]) -> tuple[float, ...]:
         """Less is better: meets the goal, few layers in float, few at the steps before, a small drop."""
@@ -185,7 +185,7 @@ class Search:
         return (
             not met,
             *(len(layers) if met else 0 for layers in reversed(list(put_back.values()))),
-            self.goal.drop(score),
+            self.goal.loss(score),
         )
 
     def _record(
@@ -194,13 +194,19 @@ class Search:
         score = verdict.score
         self.record(Evaluation(what, score.value, seconds, examples, total, key, self.rung), verdict)
         self._consider(what, verdict)
-        better = -self.goal.drop(score)
-        if examples == total and better > max(self.goal.max_drop, 0.05 * abs(self.goal.float_score.value)):
-            way = "lower" if self.goal.higher_is_better else "higher"
-            self.decide(
-                f"{what} scores {score.value:g}, much better than the float model's {self.goal.float_score.value:g}. "
-                f"If the metric is better the {way} it is, say higher_is_better={not self.goal.higher_is_better}"
-            )
+        if verdict.complete:
+            self._suspect(what, score)
+
+    def _suspect(self, what: str, score: Score) -> None:
+        """Say where a score is so good that the metric may be read the wrong way round."""
+        for goal, part in self.goal.each(score):
+            if -goal.drop(part) > max(goal.max_drop, 0.05 * abs(goal.float_score.value)):
+                way = "lower" if goal.higher_is_better else "higher"
+                self.decide(
+                    f"{what} scores {f'{goal.name} {part.value:g}'.lstrip()}, much better than the float model's "
+                    f"{goal.float_score.value:g}. If the metric is better the {way} it is, say "
+                    f"higher_is_better={not goal.higher_is_better}"
+                )
 
     @property
     def full_evaluations(self) -> float:
@@ -279,12 +285,12 @@ def float_evaluation(
 
     def part() -> tuple[Score, int | None]:
         assert isinstance(scorer, Metric)
-        parts: list[torch.Tensor] = []
+        taken: list[torch.Tensor] = []
         for scores in scorer.stream(model):
-            parts.append(scores)
-            if sum(map(len, parts)) >= REPEATED:
+            taken.append(scores)
+            if sum(map(len, taken)) >= REPEATED:
                 break
-        return Score.mean(torch.cat(parts)), first.count
+        return Score.mean(torch.cat(taken)), first.count
 
     with model.using(Mode.FLOAT):
         first = once("float", "float", whole)
@@ -293,25 +299,29 @@ def float_evaluation(
             if again is not None and torch.equal(again, first.per_example[: len(again)]):
                 return first, made
         second = once(AGAIN, "float again, whole", whole)
-    return _compared(first, second), made
+    others = {name: _compared(score, second.others[name], name) for name, score in first.others.items()}
+    return replace(_compared(first, second, next(iter(parts(scorer)))), others=others), made
 
 
-def _compared(first: Score, second: Score) -> Score:
-    """The score to go on with, after two evaluations of the same model."""
+def _compared(first: Score, second: Score, name: str) -> Score:
+    """The score to go on with, after two evaluations of the same model by the metric of that name."""
+    metric = f"metric {name!r}" if name else "metric"
     noise = abs(first.value - second.value)
     if noise > 1e-12 * max(abs(first.value), 1.0):
         warnings.warn(
-            f"metric: the float model scores {first.value:.6g}, and {second.value:.6g} when scored again: drops "
+            f"{metric}: the float model scores {first.value:.6g}, and {second.value:.6g} when scored again: drops "
             f"smaller than that difference ({noise:.2g}) cannot be told from noise; make the metric repeat itself "
             "(fixed seeds, no random augmentation, no sampling)",
             stacklevel=3,
         )
     if first.per_example is None:
         return first
+    if second.per_example is not None and torch.equal(first.per_example, second.per_example):
+        return first
     warnings.warn(
-        "metric: the scores of single examples differ between two evaluations of the float model, so candidates "
+        f"{metric}: the scores of single examples differ between two evaluations of the float model, so candidates "
         "cannot be compared with it example by example; give the examples in the same order each time "
         "(a loader with shuffle=False)",
         stacklevel=3,
     )
-    return Score(first.value)
+    return replace(first, per_example=None)

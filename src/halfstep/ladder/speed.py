@@ -32,18 +32,16 @@ def favour_speed(search: Search, threads: int | None) -> None:
         before.snapshot.restore()
         search.decide(f"nothing is left in float for speed, the budget is spent: {spent}")
         return
-    drop = search.goal.drop(score)
-    if search.goal.met(score) or drop <= search.goal.drop(before.score):
-        search.decide(f"{tuning}: {score.value:.4f}, {drop:+.4f} below float")
+    goal = search.goal
+    if goal.met(score) or goal.loss(score) <= goal.loss(before.score):
+        search.decide(f"{tuning}: {goal.words(score)}")
         search.best = Candidate(before.what, score, Snapshot.of(model))
         search.reached = {
             rung: search.best if reached is before else reached for rung, reached in search.reached.items()
         }
     else:
         before.snapshot.restore()
-        search.decide(
-            f"{tuning}, and put back: {score.value:.4f}, {drop:+.4f} below float, would miss the target"
-        )
+        search.decide(f"{tuning}, and put back: {goal.words(score)} would miss the target")
 
 
 def _tuned(search: Search, threads: int | None) -> Tuning:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from halfstep.ladder.goal import Standing
 from halfstep.report.html import size
 from halfstep.report.run import Run
 
@@ -27,6 +28,7 @@ def _facts(run: Run) -> dict[str, str]:
         "float score": f"{end['float_score']:.4f}",
         "simulated score": f"{end['score']:.4f}",
         "deployed score": f"{end['deployed_score']:.4f}",
+        **{each.metric: str(each) for each in (Standing(**m) for m in end["metrics"]) if each.metric},
         "float layers": ", ".join(end["float_layers"]) or "none",
         "integer layers": f"{sum(layer['integer'] for layer in end['layers'])} of {len(end['layers'])}",
         "file": size(end["bytes"]),

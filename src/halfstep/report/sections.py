@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+from halfstep.ladder.goal import Standing
 from halfstep.report.chart import Chart
-from halfstep.report.html import escape, figure, number, size, table
+from halfstep.report.html import Html, escape, figure, number, size, table
 from halfstep.report.picture import as_formats_see_it
 from halfstep.report.run import Run
 
@@ -30,6 +32,7 @@ def summary(run: Run) -> str:
             figure("deployed_score", end["deployed_score"], f"{end['deployed_score']:.4f}"),
         ),
         ("allowed drop", figure("max_drop", end["max_drop"], f"{end['max_drop']:g}")),
+        *_standings(end),
         ("rung", end["rung"]),
         ("layers left in float", str(len(end["float_layers"]))),
         ("layers on integer kernels", f"{integer} of {len(end['layers'])}"),
@@ -52,6 +55,12 @@ def summary(run: Run) -> str:
     return f"<p class='verdict {verdict[0]}'>{verdict[1]}</p><dl class='facts'>{facts}</dl>" + (
         f"<h3>What would help</h3><ul>{advice}</ul>" if advice else ""
     )
+
+
+def _standings(end: dict[str, Any]) -> list[tuple[str, Html]]:
+    """Several metrics of the file, each beside its target."""
+    found = [Standing(**metric) for metric in end["metrics"] if metric["metric"]]
+    return [(each.metric, figure(f"metric {each.metric}", each.score, str(each))) for each in found]
 
 
 def ladder(run: Run) -> str:
@@ -100,9 +109,31 @@ def ladder(run: Run) -> str:
     return (
         chart.svg([(x, name) for x, (_, _, name) in enumerate(spots)])
         + table(headers, rows, range(1, 7), "rungs")
+        + _metrics(run)
         + f"<h3>Decisions</h3><ol>{decisions}</ol>"
         + _evaluations(run)
     )
+
+
+def _metrics(run: Run) -> str:
+    """Of several metrics, how each stands after each rung."""
+    rows = [
+        (
+            step["rung"],
+            metric["metric"],
+            figure(f"step {step['rung']} {metric['metric']}", metric["score"], f"{metric['score']:.4f}"),
+            f"{metric['drop']:+.4f}",
+            "–" if metric["low"] is None else f"{metric['low']:+.4f} to {metric['high']:+.4f}",
+            f"{metric['max_drop']:g}",
+            "yes" if metric["met"] else "no",
+        )
+        for step in run.steps
+        for metric in step["metrics"]
+        if metric["metric"]
+    ]
+    interval = f"{run.settings['confidence']:.0%} interval"
+    headers = ("rung", "metric", "score", "drop", interval, "allowed", "met")
+    return table(headers, rows, range(2, 6), "every metric") if rows else ""
 
 
 def _evaluations(run: Run) -> str:

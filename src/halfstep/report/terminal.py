@@ -19,6 +19,7 @@ def summary(outcome: Outcome) -> Table:
         ("simulated score", f"{outcome.score:.4f}"),
         ("deployed score (the file, on its runtime)", f"{outcome.deployed_score:.4f}"),
         ("allowed drop", f"{outcome.max_drop:g}"),
+        *((name, str(standing)) for name, standing in outcome.standings().items()),
         *proof_rows(proof),
         ("evaluations", str(outcome.evaluations)),
     ]

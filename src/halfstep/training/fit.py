@@ -40,7 +40,8 @@ class Verdict:
 
     Attributes:
         score: in the metric's unit.
-        drop: how much worse than float, in the metric's unit.
+        drop: how much worse than float, in the metric's unit; of several metrics, the most that one uses of its
+            allowance.
         enough: whether training may stop.
     """
 

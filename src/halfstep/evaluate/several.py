@@ -1,0 +1,98 @@
+"""Several metrics of one model, scored together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from halfstep.errors import MetricError, named
+from halfstep.evaluate.metric import Labelled, Metric, answers, as_scorer
+from halfstep.evaluate.score import Score, Scorer
+
+
+class Several:
+    """Metrics by name. The first one leads: where a single number is shown, it is that one's.
+
+    Metrics over the same labelled data share the passes over them.
+
+    Args:
+        metrics: each as for :func:`halfstep.quantize`.
+
+    Raises:
+        MetricError: if there is none, one of them is no metric, or a name is no text.
+    """
+
+    def __init__(self, metrics: Mapping[str, Any]) -> None:
+        if not metrics:
+            raise MetricError("metric: got no metric, needed at least one by name")
+        self.metrics: dict[str, Scorer] = {}
+        for name, metric in metrics.items():
+            if not (isinstance(name, str) and name):
+                raise MetricError(f"metric: got the name {name!r}, needed a text, such as 'worst class'")
+            with named(f"{name!r}"):
+                self.metrics[name] = as_scorer(metric)
+        self.higher_is_better = next(iter(self.metrics.values())).higher_is_better
+
+    def evaluate(self, model: Callable[..., Any]) -> Score:
+        """The first metric's score, with the others in it.
+
+        Raises:
+            MetricError: naming the metric that failed.
+        """
+        found: dict[str, Score] = {}
+        for names in self._sharing():
+            found |= self._shared(names, model) if len(names) > 1 else self._alone(names[0], model)
+        leading, *others = self.metrics
+        return Score(found[leading].value, found[leading].per_example, {name: found[name] for name in others})
+
+    def _sharing(self) -> list[list[str]]:
+        """The names of metrics that one pass over the data can serve, together."""
+        groups: dict[int, list[str]] = {}
+        for name, metric in self.metrics.items():
+            data = metric.labelled if isinstance(metric, Metric) and _plain(metric) else metric
+            groups.setdefault(id(data), []).append(name)
+        return list(groups.values())
+
+    def _alone(self, name: str, model: Callable[..., Any]) -> dict[str, Score]:
+        with named(f"{name!r}"):
+            return {name: self.metrics[name].evaluate(model)}
+
+    def _shared(self, names: Sequence[str], model: Callable[..., Any]) -> dict[str, Score]:
+        metrics = {name: metric for name in names if isinstance(metric := self.metrics[name], Metric)}
+        taken: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+        for index, (outputs, labels) in enumerate(answers(model, metrics[names[0]].labelled)):
+            for name, metric in metrics.items():
+                with named(f"{name!r}"):
+                    taken[name].append(metric.scores(outputs, labels, index))
+        return {name: Metric.joined(batches) for name, batches in taken.items()}
+
+
+def _plain(metric: Metric) -> bool:
+    """Whether it goes through its data as :class:`Metric` does, and in no way of its own."""
+    return type(metric).evaluate is Metric.evaluate and type(metric).stream is Metric.stream
+
+
+def as_scorers(metric: Any) -> Scorer:
+    """``metric`` as a scorer, where several by name are allowed too.
+
+    Raises:
+        MetricError: as :func:`as_scorer` and :class:`Several`.
+    """
+    return Several(metric) if isinstance(metric, Mapping) else as_scorer(metric)
+
+
+def parts(scorer: Scorer) -> Mapping[str, Scorer]:
+    """The metrics of ``scorer`` by name; one that is alone has the name ``""``."""
+    return scorer.metrics if isinstance(scorer, Several) else {"": scorer}
+
+
+def labelled_data(scorer: Scorer) -> list[Labelled]:
+    """The different labelled data that the metrics of ``scorer`` judge on, where that can be seen."""
+    found = {
+        id(metric.labelled): metric.labelled
+        for metric in parts(scorer).values()
+        if isinstance(metric, Metric)
+    }
+    return list(found.values())
