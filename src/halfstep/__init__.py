@@ -14,7 +14,8 @@ from halfstep.ladder.candidates import Candidate, Sweep
 from halfstep.ladder.climb import prepare, quantize
 from halfstep.ladder.concerns import SiteConcern, concerns
 from halfstep.ladder.outcome import Outcome
-from halfstep.ladder.partial import Partial, PartialResult, partial
+from halfstep.ladder.partial import Partial
+from halfstep.ladder.partial_result import PartialResult, partial
 from halfstep.ladder.qat import train
 from halfstep.ladder.repairs import Repairs, repair
 from halfstep.ladder.sensitivity import Sensitivity, sensitivity

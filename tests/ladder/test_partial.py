@@ -6,7 +6,8 @@ from torch import nn
 
 import halfstep as hs
 from halfstep.demo import DigitsNet
-from halfstep.errors import ArgumentError, MetricError, NotObservedError, RecipeError
+from halfstep.errors import ArgumentError, MetricError, NotObservedError, RecipeError, RunError
+from halfstep.evaluate import EarlyStopping
 from halfstep.ladder.costs import microseconds
 from halfstep.ladder.goal import Goal
 from halfstep.ladder.groups import groups_of
@@ -49,7 +50,7 @@ def test_nothing_can_be_taken_from_the_result(model, accuracy):
         assert not goal.met(accuracy.evaluate(model))
 
 
-@pytest.mark.parametrize("max_drop", [0.06, 0.025, 0.0])
+@pytest.mark.parametrize("max_drop", [0.06, 0.025, 0.015])
 def test_as_few_as_one_by_one_on_the_true_drops_within_one(accuracy, max_drop):
     slow = hs.Partial(method="metric", walk="one_by_one", prune=False, early=False)
     exhaustive = hs.partial(weights_per_tensor(), accuracy, max_drop, slow)
@@ -57,6 +58,74 @@ def test_as_few_as_one_by_one_on_the_true_drops_within_one(accuracy, max_drop):
     assert quick.met and exhaustive.met
     assert len(quick.float_layers) <= len(exhaustive.float_layers) + 1
     assert quick.full_evaluations < exhaustive.full_evaluations
+
+
+def test_with_every_layer_in_float_nothing_is_met(model, accuracy):
+    result = hs.partial(model, accuracy, max_drop=0.0)
+    assert not result.met and result.drop.value > 0
+    quantized = set(model.layer_names) - set(result.float_layers)
+    assert len(quantized) == 1 and result.score == accuracy.evaluate(model).value
+    last = result.sensitivity.rows[-1].group.name
+    assert quantized == {last}
+    assert f"every group but {last} in float the drop is {result.drop}" in result.decisions[-1]
+    assert f"with {last} in float too nothing would be quantized" in result.decisions[-1]
+
+
+def test_a_network_of_one_layer_is_left_quantized():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(8, 3))
+    model = calibrated(network, hs.Recipe.uniform(3, 3, ends=None))
+    result = hs.partial(model, hs.Accuracy(labelled(network)), max_drop=0.0)
+    assert not result.met and result.float_layers == () and result.drop.value > 0
+    assert "does not meet the target, allowed 0; with 0 in float too nothing" in result.decisions[-1]
+
+
+def test_more_float_layers_than_quantized_ones_are_called_by_their_name(accuracy):
+    few = hs.partial(weights_per_tensor(), accuracy, 0.06)
+    assert len(few.float_layers) == 2 and not any("More than half" in said for said in few.decisions)
+    many = hs.partial(weights_per_tensor(), accuracy, 0.015)
+    assert many.met and len(many.float_layers) > 3 and any("More than half" in s for s in many.decisions)
+
+
+def test_targets_are_those_of_quantize(accuracy):
+    float_score = accuracy.evaluate(faulty()).value
+    found = [
+        hs.partial(weights_per_tensor(), accuracy, **target)
+        for target in ({"max_drop": 0.06}, {"relative_drop": 0.06 / float_score}, {"floor": float_score - 0.06})
+    ]
+    assert all(result.met for result in found)
+    assert len({(result.score, result.float_layers) for result in found}) == 1
+    with pytest.raises(ArgumentError, match=r"target: got max_drop and floor, needed one of"):
+        hs.partial(weights_per_tensor(), accuracy, 0.06, floor=0.5)
+    with pytest.raises(ArgumentError, match=r"the float model itself scores 1, needed at least 1.5"):
+        hs.partial(weights_per_tensor(), accuracy, floor=1.5)
+
+
+def test_a_search_with_a_directory_goes_on_where_it_was_interrupted(accuracy, tmp_path, monkeypatch):
+    class Interrupted(Exception):
+        pass
+
+    run, runs = EarlyStopping.run, []
+
+    def counted(self, *args, **options):
+        runs.append(1)
+        if len(runs) == 3:
+            raise Interrupted
+        return run(self, *args, **options)
+
+    monkeypatch.setattr(EarlyStopping, "run", counted)
+    with pytest.raises(Interrupted):
+        hs.partial(weights_per_tensor(), accuracy, 0.025, directory=tmp_path)
+    judged = len(runs)
+    result = hs.partial(weights_per_tensor(), accuracy, 0.025, directory=tmp_path)
+    again = len(runs) - judged
+    whole = hs.partial(weights_per_tensor(), accuracy, 0.025)
+    assert (result.float_layers, result.score) == (whole.float_layers, whole.score)
+    assert [made.what for made in result.history] == [made.what for made in whole.history]
+    assert again == len(runs) - judged - again - 2  # two verdicts were there already
+    assert result.full_evaluations == whole.full_evaluations
+    with pytest.raises(RunError, match="belongs to a run with another configuration"):
+        hs.partial(weights_per_tensor(), accuracy, 0.03, directory=tmp_path)
 
 
 def test_a_model_that_meets_the_target_is_left_alone(model, accuracy):
@@ -113,7 +182,7 @@ def test_a_step_is_taken_by_single_layers_where_it_does_not_do_for_all():
 
 
 def test_layers_that_cost_much_time_in_float_come_later(accuracy, monkeypatch):
-    times = {"0": 0.0, "2": 5000.0, "4": 10.0, "6": 10.0, "8": 10.0, "10": -3.0}
+    times = {"0": 0.0, "2": 500.0, "4": 10.0, "6": 10.0, "8": 10.0, "10": -3.0}
     monkeypatch.setattr(
         "halfstep.ladder.partial.microseconds", lambda model, groups: [times[g.name] for g in groups]
     )
@@ -124,7 +193,7 @@ def test_layers_that_cost_much_time_in_float_come_later(accuracy, monkeypatch):
     assert set(order[:2]) == {"0", "10"}  # they cost nothing
     assert order[2:] == sorted(order[2:], key=lambda name: -plain[name] / times[name])
     assert result.met and "over the time that float costs" in result.decisions[0]
-    assert "+5000 us in float" in str(result.sensitivity)
+    assert "+500 us in float" in str(result.sensitivity)
 
 
 def test_time_in_float_is_measured_on_the_runtime(monkeypatch):
@@ -265,6 +334,8 @@ def test_what_partial_cannot_do(model, accuracy):
         hs.Partial(steps=())
     with pytest.raises(MetricError, match=r"a strict goal needs the scores of single examples"):
         hs.partial(model, lambda m: 1.0, strict=True)
+    with pytest.raises(RecipeError, match=r"keep_float: '\*' pins every quantized layer in float"):
+        hs.partial(model, accuracy, options=hs.Partial(keep_float=("*",)))
     model.float_layers = model.layer_names
     with pytest.raises(ArgumentError, match=r"no layers are left to put back to float: none is quantized"):
         hs.partial(model, accuracy)

@@ -43,9 +43,10 @@ def ascend(search: Search, ladder: Sequence[Rung], means: Means, max_float: floa
         candidate = search.best
         assert candidate is not None
         share = len(candidate.snapshot.put_back["float_layers"]) / max(1, len(search.model.layers))
-        if reached.met and share > max_float and not reached.note and index + 1 < len(ladder):
+        if share > max_float and not reached.note and index + 1 < len(ladder):
+            verdict = "meets the target" if reached.met else "comes nearest to the target"
             search.decide(
-                f"{rung.title} meets the target with {share:.0%} of the layers in float, more than the {max_float:.0%} "
+                f"{rung.title} {verdict} with {share:.0%} of the layers in float, more than the {max_float:.0%} "
                 f"wanted: climbing on; this result is kept in case nothing better comes"
             )
             spare, search.best = candidate, before
@@ -55,7 +56,7 @@ def ascend(search: Search, ladder: Sequence[Rung], means: Means, max_float: floa
         if reached.met or reached.note:
             break
     best = search.best
-    if spare is not None and (best is None or not search.goal.met(best.score)):
+    if spare is not None and (best is None or search.rank(spare) < search.rank(best)):
         search.best = best = spare
     assert best is not None  # a search evaluates one candidate whatever the budget
     best.snapshot.restore()

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from halfstep.errors import ArgumentError
-from halfstep.evaluate import Scorer, as_scorers, labelled_data, parts
+from halfstep.evaluate import Scorer, as_scorers, parts
 from halfstep.graph.capture import capture
 from halfstep.graph.decompose import decompose
 from halfstep.graph.fold import fold
@@ -20,11 +20,11 @@ from halfstep.ladder.aim import Aim, Asked
 from halfstep.ladder.ascent import ascend
 from halfstep.ladder.budget import Budget
 from halfstep.ladder.calibration import observe
+from halfstep.ladder.claims import claim
 from halfstep.ladder.concerns import sentences, unlike_sites, watching
 from halfstep.ladder.deploy import deploy
 from halfstep.ladder.doubts import doubts
-from halfstep.ladder.environment import environment
-from halfstep.ladder.identity import Examples, metric_digest, model_digest
+from halfstep.ladder.identity import Examples
 from halfstep.ladder.journal import Journal
 from halfstep.ladder.outcome import Outcome
 from halfstep.ladder.partial import Partial
@@ -143,24 +143,6 @@ def quantize(
         return deploy(search, path, journal.folder or Path(temporary), threads)
 
 
-def _claim(journal: Journal, prepared: QuantizedModel, scorer: Scorer, aim: Aim) -> Examples:
-    """Make the directory this run's own, or see that it is; the examples that the metric judges on."""
-    journal.claim("model", model_digest(prepared.captured))
-    journal.claim("recipe", repr(prepared.recipe))
-    journal.claim("configuration", f"target {prepared.target.name}, {aim}")
-    journal.claim("metric", metric_digest(scorer))
-    judged = Examples()
-    labelled = labelled_data(scorer)
-    for batches in labelled:
-        for item in batches:
-            if isinstance(item, (tuple, list)) and len(item) == 2:  # anything else is the metric's to refuse
-                judged.add(*item)
-    if labelled:
-        journal.claim("labelled data", judged.digest())
-    journal.write("environment", packages=environment())
-    return judged
-
-
 def _begin(
     journal: Journal,
     prepared: QuantizedModel,
@@ -170,7 +152,7 @@ def _begin(
     budget: Budget,
 ) -> Search:
     """The float baseline and the statistics, with what is to be said of the data: what every rung starts from."""
-    judged = _claim(journal, prepared, scorer, aim)
+    judged = claim(journal, prepared, scorer, aim)
     with watching(prepared) as seen:
         baseline, made = float_evaluation(scorer, prepared, journal)
     goal = aim.goal(baseline, scorer)

@@ -5,22 +5,20 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
-from halfstep.errors import ArgumentError, RecipeError
-from halfstep.evaluate import Drop, Score, as_scorers
+from halfstep.errors import ArgumentError
+from halfstep.evaluate import Score
 from halfstep.fake_quantize import Mode
-from halfstep.ladder.aim import Aim, Asked
 from halfstep.ladder.costs import microseconds
-from halfstep.ladder.evaluation import Evaluation
-from halfstep.ladder.groups import Group, groups_of, matching, names_of
-from halfstep.ladder.halves import Halves, where_is_the_loss
+from halfstep.ladder.groups import Group, names_of
+from halfstep.ladder.halves import where_is_the_loss
 from halfstep.ladder.methods import Method
+from halfstep.ladder.pins import pinned
 from halfstep.ladder.prefix import WALKS, without_needless
-from halfstep.ladder.search import Search, float_evaluation
-from halfstep.ladder.sensitivity import LayerSensitivity, Sensitivity, rank
-from halfstep.ladder.steps import STEPS, Assignment, Step, find_steps, put
-from halfstep.model import QuantizedModel
+from halfstep.ladder.search import Search
+from halfstep.ladder.sensitivity import LayerSensitivity, rank
+from halfstep.ladder.steps import Assignment, Step, find_steps, put
 
 
 @dataclass(frozen=True)
@@ -58,106 +56,6 @@ class Partial:
         find_steps(self.steps)
 
 
-@dataclass(frozen=True)
-class PartialResult:
-    """What :func:`partial` found. The model is left as it says.
-
-    Attributes:
-        met: whether the goal is met, by its own rule.
-        float_score: of the float model.
-        score: of the model with the layers put back, on all examples.
-        drop: from the one to the other, with its interval.
-        put_back: the step that each layer was put to, by the layer's name.
-        halves: which half loses the accuracy; None if the model met the goal as it was, or has one half only.
-        sensitivity: the ranking; None if none was needed.
-        history: every evaluation.
-        decisions: what was decided and why, one sentence each.
-        full_evaluations: what it all cost, in evaluations of every example.
-        saved: examples that early verdicts spared.
-    """
-
-    met: bool
-    float_score: float
-    score: float
-    drop: Drop
-    put_back: Mapping[str, str]
-    halves: Halves | None
-    sensitivity: Sensitivity | None
-    history: tuple[Evaluation, ...]
-    decisions: tuple[str, ...]
-    full_evaluations: float
-    saved: int
-
-    @property
-    def float_layers(self) -> tuple[str, ...]:
-        """The layers put back to float."""
-        return tuple(name for name, step in self.put_back.items() if step == "float")
-
-    def __str__(self) -> str:
-        """The verdict and the decisions."""
-        head = f"{'met' if self.met else 'not met'}: drop {self.drop}, {len(self.put_back)} layers put back"
-        return "\n".join([head, *(f"- {sentence}" for sentence in self.decisions)])
-
-
-def partial(
-    model: QuantizedModel,
-    metric: Any,
-    max_drop: Asked = None,
-    options: Partial | None = None,
-    confidence: float = 0.95,
-    strict: bool = False,
-) -> PartialResult:
-    """Put the fewest layers back to float that bring the drop within ``max_drop``.
-
-    Args:
-        model: observed and calibrated; it is left with the layers put back that were found.
-        metric: as for :func:`halfstep.quantize`.
-        max_drop: in the metric's unit, against the float model on the same examples; 0.01 if None.
-        options: how to look for them.
-        confidence: of intervals and early verdicts.
-        strict: whether the drop's interval must keep within ``max_drop``, or its point estimate.
-
-    Raises:
-        RecipeError: if a pattern matches no layer, or layers are pinned both ways.
-        ArgumentError: if no layer is left that could be put back.
-        MetricError: if the metric cannot be used.
-
-    >>> hs.partial(q, hs.Accuracy(labelled), max_drop=0.01).float_layers  # doctest: +SKIP
-    ('blocks.0.body.3',)
-    """
-    options = options or Partial()
-    if not _candidates(model, options)[1]:
-        raise ArgumentError(
-            "partial: no layers are left to put back to float: "
-            + ("all that are quantized are pinned" if groups_of(model) else "none is quantized")
-        )
-    scorer, aim = as_scorers(metric), Aim(max_drop, confidence=confidence, strict=strict)
-    aim.check(scorer)
-    score, made = float_evaluation(scorer, model)
-    goal = aim.goal(score, scorer)
-    search = Search(model, scorer, goal, made)
-    found = climb_partial(search, options)
-    table, halves = search.found.get("sensitivity"), search.found.get("halves")
-    return PartialResult(
-        met=goal.met(found),
-        float_score=score.value,
-        score=found.value,
-        drop=goal.compare(found),
-        put_back={
-            name: step.name
-            for name in model.layer_names
-            for step in STEPS.values()
-            if name in getattr(model, step.attribute)
-        },
-        halves=halves if isinstance(halves, Halves) else None,
-        sensitivity=table if isinstance(table, Sensitivity) else None,
-        history=tuple(search.evaluations),
-        decisions=tuple(search.decisions),
-        full_evaluations=search.full_evaluations,
-        saved=search.saved,
-    )
-
-
 def climb_partial(search: Search, options: Partial | None = None) -> Score:
     """Put back the fewest layers that meet the goal; the model is left with them, or as near as it came.
 
@@ -167,6 +65,8 @@ def climb_partial(search: Search, options: Partial | None = None) -> Score:
     4. Try to put each of them to something cheaper, least sensitive first.
     5. Evaluate the result on all examples. Should that overturn an early verdict, go back to 3, where everything
        that was judged is remembered.
+
+    At least one layer stays quantized: with every layer in float any target is met, by the float model.
 
     Args:
         search: its model calibrated.
@@ -180,7 +80,7 @@ def climb_partial(search: Search, options: Partial | None = None) -> Score:
     """
     options = options or Partial()
     model, goal, early = search.model, search.goal, search.early
-    base, groups = _candidates(model, options)
+    base, groups = pinned(model, options.keep_float, options.keep_quantized)
     put(model, base, {})
     model.set_mode(Mode.QUANTIZE)
     start = search.evaluate("the pinned layers in float" if options.keep_float else "all layers quantized")
@@ -220,6 +120,8 @@ class _Walk:
             search.found["halves"] = halves
             search.decide(str(halves))
         put(model, base, {})
+        free = names_of(groups)
+        self.all_free = all(layer.reason or layer.name in free for layer in model.layers)
         table = rank(model, search, groups, options.method, options.measured)
         if options.order == "latency":
             times = microseconds(model, [row.group for row in table.rows])
@@ -243,7 +145,7 @@ class _Walk:
     def find(self) -> Assignment | None:
         """An assignment that holds and from which nothing can be taken, by the verdicts so far; or None."""
         for step in self.steps:
-            able = [group for group in self.ranked if step.fits(self.search.model, group)]
+            able = self._able(step)
             cheaper = step is not self.steps[-1]
             if not able or (cheaper and not self._first_hold(able, step, len(able))):
                 continue
@@ -251,6 +153,13 @@ class _Walk:
             if count is not None:
                 return self._cheaper(dict.fromkeys(able[:count], step), step)
         return None
+
+    def _able(self, step: Step) -> list[Group]:
+        """The groups that may be put to ``step`` together, most sensitive first; something stays quantized."""
+        able = [group for group in self.ranked if step.fits(self.search.model, group)]
+        if step.quantizes or not self.all_free or len(able) < len(self.ranked):
+            return able
+        return able[:-1]
 
     def _first_hold(self, able: list[Group], step: Step, count: int) -> bool:
         what = f"the {_many(count)} down to {able[count - 1].name} {step.words}"
@@ -284,48 +193,38 @@ class _Walk:
             f"{layers} of {total} layers put back ({_listed(assignment)}): {search.goal.words(score)}. "
             f"{search.goal.evidence(score)}"
         )
+        if 2 * len(search.model.float_layers) > len(search.model.layers):
+            search.decide(
+                "More than half of the layers are in float, which leaves little of what integers save: more bits, "
+                "finer ranges or training would leave more of them quantized."
+            )
         saved = f", {search.saved:,} examples spared by early verdicts" if search.saved else ""
         why = f" No verdict was early: {search.never_early}." if search.never_early else ""
         search.decide(f"The search so far took {search.full_evaluations:.1f} full evaluations{saved}.{why}")
         return score
 
     def best_effort(self, start: Score) -> Score:
-        """Nothing holds: leave the model as near to the goal as putting everything back gets it."""
-        search = self.search
-        everything = dict.fromkeys(self.ranked, self.steps[-1])
-        put(search.model, self.base, everything)
-        score = search.evaluate(f"every group {self.steps[-1].words}")
+        """Nothing holds: leave the model as near to the goal as putting layers back gets it."""
+        search, step = self.search, self.steps[-1]
+        able, score = self._able(step), start
+        missed = "Partial quantization does not meet the target."
+        if able:
+            rest = [group.name for group in self.ranked if group not in able]
+            everything = f"every group{' but ' + ', '.join(rest) if rest else ''} {step.words}"
+            put(search.model, self.base, dict.fromkeys(able, step))
+            score = search.evaluate(everything)
+            missed += f" With {everything} it scores {search.goal.words(score)}. {search.goal.evidence(score)}"
         if search.goal.loss(score) >= search.goal.loss(start):
             put(search.model, self.base, {})
-            score = search.evaluate("all layers quantized")
-        search.decide(
-            "Partial quantization does not meet the target: with every layer that may be put back "
-            f"{self.steps[-1].words} it scores {search.goal.words(score)}. {search.goal.evidence(score)} Unpin "
-            "layers, or train."
-        )
+            score = start
+        cure = "Unpin layers, or train"
+        if self.all_free and not step.quantizes:
+            cure = (
+                f"With {self.ranked[-1].name} in float too nothing would be quantized; more bits, finer ranges or "
+                "training leave more in integers"
+            )
+        search.decide(f"{missed} {cure}.")
         return score
-
-
-def _candidates(
-    model: QuantizedModel, options: Partial
-) -> tuple[dict[str, frozenset[str]], tuple[Group, ...]]:
-    """The layers that are put back from the start, by attribute, and the groups that may be."""
-    base = {step.attribute: frozenset(getattr(model, step.attribute)) for step in STEPS.values()}
-    up, down = matching(options.keep_float, model), matching(options.keep_quantized, model)
-    if both := sorted(up & down):
-        raise RecipeError(
-            f"layer {both[0]!r} is pinned both in float and quantized; take it out of one of the patterns"
-        )
-    groups = groups_of(model)
-    tied = names_of(group for group in groups if up.intersection(group.layers))
-    if both := sorted(tied & down):
-        raise RecipeError(
-            f"layer {both[0]!r} is pinned quantized, but reads the same quantizer as a layer that is pinned in float; "
-            "pin both the same way"
-        )
-    base["float_layers"] |= up | tied
-    free = [group for group in groups if not (down | base["float_layers"]).intersection(group.layers)]
-    return base, tuple(free)
 
 
 def _regained_per_microsecond(row: LayerSensitivity) -> tuple[bool, float]:

@@ -173,14 +173,15 @@ class Search:
             return
 
         score, best = verdict.score, self.best
-        if best is None or self._rank(score, put_back_in(self.model)) < self._rank(
-            best.score, best.snapshot.put_back
-        ):
+        if best is None or self._rank(score, put_back_in(self.model)) < self.rank(best):
             self.best = Candidate(what, score, Snapshot.of(self.model))
             say(f"best so far {self.goal.words(score)}: {what}")
 
-    def _rank(self, score: Score, put_back: Mapping[str, frozenset[str]]) -> tuple[float, ...]:
+    def rank(self, candidate: Candidate) -> tuple[float, ...]:
         """Less is better: meets the goal, few layers in float, few at the steps before, a small drop."""
+        return self._rank(candidate.score, candidate.snapshot.put_back)
+
+    def _rank(self, score: Score, put_back: Mapping[str, frozenset[str]]) -> tuple[float, ...]:
         met = self.goal.met(score)
         return (
             not met,

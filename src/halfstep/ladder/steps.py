@@ -20,12 +20,14 @@ class Step:
         name: what users write.
         attribute: the model's property that lists the layers put to it.
         words: how sentences call a layer put to it.
+        quantizes: whether something of the layer is still quantized.
         supports: whether a layer can be put to it on the model's target.
     """
 
     name: str
     attribute: str
     words: str
+    quantizes: bool
     supports: Callable[[QuantizedModel, Layer], bool]
 
     def fits(self, model: QuantizedModel, group: Group) -> bool:
@@ -44,8 +46,8 @@ def _always(model: QuantizedModel, layer: Layer) -> bool:
 STEPS: dict[str, Step] = {
     step.name: step
     for step in (
-        Step("dynamic", "dynamic_layers", "with ranges at run time", _has_kernel),
-        Step("float", "float_layers", "in float", _always),
+        Step("dynamic", "dynamic_layers", "with ranges at run time", True, _has_kernel),
+        Step("float", "float_layers", "in float", False, _always),
     )
 }
 

@@ -1,0 +1,139 @@
+"""Partial quantization by itself: what :func:`halfstep.partial` does and returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from halfstep.errors import ArgumentError
+from halfstep.evaluate import Drop, as_scorers
+from halfstep.ladder.aim import Aim, Asked
+from halfstep.ladder.claims import claim
+from halfstep.ladder.evaluation import Evaluation
+from halfstep.ladder.groups import groups_of
+from halfstep.ladder.halves import Halves
+from halfstep.ladder.journal import Journal
+from halfstep.ladder.partial import Partial, climb_partial
+from halfstep.ladder.pins import pinned
+from halfstep.ladder.search import Search, float_evaluation
+from halfstep.ladder.sensitivity import Sensitivity
+from halfstep.ladder.steps import STEPS
+from halfstep.model import QuantizedModel
+
+
+@dataclass(frozen=True)
+class PartialResult:
+    """What :func:`partial` found. The model is left as it says.
+
+    Attributes:
+        met: whether the goal is met, by its own rule.
+        float_score: of the float model.
+        score: of the model with the layers put back, on all examples.
+        drop: from the one to the other, with its interval.
+        put_back: the step that each layer was put to, by the layer's name.
+        halves: which half loses the accuracy; None if the model met the goal as it was, or has one half only.
+        sensitivity: the ranking; None if none was needed.
+        history: every evaluation.
+        decisions: what was decided and why, one sentence each.
+        full_evaluations: what it all cost, in evaluations of every example.
+        saved: examples that early verdicts spared.
+    """
+
+    met: bool
+    float_score: float
+    score: float
+    drop: Drop
+    put_back: Mapping[str, str]
+    halves: Halves | None
+    sensitivity: Sensitivity | None
+    history: tuple[Evaluation, ...]
+    decisions: tuple[str, ...]
+    full_evaluations: float
+    saved: int
+
+    @property
+    def float_layers(self) -> tuple[str, ...]:
+        """The layers put back to float."""
+        return tuple(name for name, step in self.put_back.items() if step == "float")
+
+    def __str__(self) -> str:
+        """The verdict and the decisions."""
+        head = f"{'met' if self.met else 'not met'}: drop {self.drop}, {len(self.put_back)} layers put back"
+        return "\n".join([head, *(f"- {sentence}" for sentence in self.decisions)])
+
+
+def partial(
+    model: QuantizedModel,
+    metric: Any,
+    max_drop: Asked = None,
+    options: Partial | None = None,
+    confidence: float = 0.95,
+    strict: bool = False,
+    *,
+    relative_drop: Asked = None,
+    floor: Asked = None,
+    directory: str | Path | None = None,
+) -> PartialResult:
+    """Put the fewest layers back to float that keep the score as near to the float model's as asked.
+
+    Args:
+        model: observed and calibrated; it is left with the layers put back that were found.
+        metric: as for :func:`halfstep.quantize`.
+        max_drop: in the metric's unit, against the float model on the same examples; 0.01 unless another target is
+            given.
+        options: how to look for them.
+        confidence: of intervals and early verdicts.
+        strict: whether the drop's interval must keep to the target, or its point estimate.
+        relative_drop: instead of ``max_drop``: a share of the float score.
+        floor: instead of ``max_drop``: the worst score allowed.
+        directory: for a journal of every evaluation: the same call again goes on where it was interrupted. None
+            keeps nothing.
+
+    Raises:
+        RecipeError: if a pattern matches no layer, or layers are pinned both ways, or all of them in float.
+        ArgumentError: if no layer is left that could be put back, more than one target is given, or the float model
+            itself misses it.
+        MetricError: if the metric cannot be used.
+        RunError: if the directory belongs to another search, or cannot be written.
+
+    >>> hs.partial(q, hs.Accuracy(labelled), max_drop=0.01).float_layers  # doctest: +SKIP
+    ('blocks.0.body.3',)
+    """
+    options = options or Partial()
+    if not pinned(model, options.keep_float, options.keep_quantized)[1]:
+        raise ArgumentError(
+            "partial: no layers are left to put back to float: "
+            + ("all that are quantized are pinned" if groups_of(model) else "none is quantized")
+        )
+    scorer = as_scorers(metric)
+    aim = Aim(max_drop, relative_drop, floor, confidence, strict)
+    aim.check(scorer)
+    with Journal(directory) as journal:
+        if directory is not None:
+            claim(journal, model, scorer, aim)
+        score, _ = float_evaluation(scorer, model, journal)
+        search = Search(
+            model, scorer, aim.goal(score, scorer), journal=journal, rung="partial"
+        )
+        found = climb_partial(search, options)
+    table, halves = search.found.get("sensitivity"), search.found.get("halves")
+    return PartialResult(
+        met=search.goal.met(found),
+        float_score=score.value,
+        score=found.value,
+        drop=search.goal.compare(found),
+        put_back={
+            name: step.name
+            for name in model.layer_names
+            for step in STEPS.values()
+            if name in getattr(model, step.attribute)
+        },
+        halves=halves if isinstance(halves, Halves) else None,
+        sensitivity=table if isinstance(table, Sensitivity) else None,
+        history=tuple(search.evaluations),
+        decisions=tuple(search.decisions),
+        full_evaluations=search.full_evaluations,
+        saved=search.saved,
+    )
