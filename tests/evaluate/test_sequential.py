@@ -12,15 +12,19 @@ from halfstep.evaluate.sequential import STAKES, SequentialTest
 
 def reference(differences, threshold, low, high, total=None):
     """The capital of both gamblers after every example, one by one."""
-    above, below, capitals = [1.0] * len(STAKES), [1.0] * len(STAKES), []
+    all_shares = sum(STAKES.values())
+    above = [share / all_shares for share in STAKES.values()]
+    below, capitals = list(above), []
     for index, x in enumerate(differences):
-        mean = threshold
+        mean, grown = threshold, 1
         if total is not None:
             mean = (total * threshold - sum(differences[:index])) / (total - index)
+            grown = total / (total - index)
+        stakes = [min(stake * grown, 0.95) for stake in STAKES]
         if low < mean < high:
-            above = [c * (1 + s * (x - mean) / (mean - low)) for c, s in zip(above, STAKES, strict=True)]
-            below = [c * (1 + s * (mean - x) / (high - mean)) for c, s in zip(below, STAKES, strict=True)]
-        capitals.append((sum(above) / len(STAKES), sum(below) / len(STAKES)))
+            above = [c * (1 + s * (x - mean) / (mean - low)) for c, s in zip(above, stakes, strict=True)]
+            below = [c * (1 + s * (mean - x) / (high - mean)) for c, s in zip(below, stakes, strict=True)]
+        capitals.append((sum(above), sum(below)))
     return capitals
 
 
@@ -37,8 +41,8 @@ def test_the_capital_is_the_references_however_the_examples_are_cut(differences,
         test.update(part)
     above, below = reference(differences, threshold, -1.0, 1.0, total)[-1]
     if test.answer is None:
-        assert float(test._above.logsumexp(0)) == pytest.approx(math.log(above * len(STAKES)), abs=1e-9)
-        assert float(test._below.logsumexp(0)) == pytest.approx(math.log(below * len(STAKES)), abs=1e-9)
+        assert float(test._above.logsumexp(0)) == pytest.approx(math.log(above), abs=1e-9)
+        assert float(test._below.logsumexp(0)) == pytest.approx(math.log(below), abs=1e-9)
 
 
 @settings(max_examples=50)
@@ -97,3 +101,25 @@ def test_clear_cases_take_a_quarter_of_the_examples_at_most(lost, won, answer):
             if test.update(part):
                 break
         assert (test.answer, test.seen <= count / 4) == (answer, True)
+
+
+@pytest.mark.parametrize(("lost", "won"), [(0.02, 0.005), (0.01, 0.005), (0.02, 0.015)])
+def test_hard_cases_take_little_more_than_the_likelihood_ratio_of_the_two_answers(lost, won):
+    # Of a random walk that is known to end at g rather than at 0 (in standard deviations of its end), the likelihood
+    # ratio after a share t is exp(g^2 t / (2 (1 - t))) where the walk keeps to its mean: 1 / level at t below.
+    count, level, threshold = 10_000, 0.05, 0.01
+    gap = (lost - won - threshold) * math.sqrt(count / (lost + won))
+    share = 1 / (1 + gap**2 / (2 * math.log(1 / level)))
+    seen, generator = [], torch.Generator().manual_seed(0)
+    for _ in range(100):
+        values = torch.zeros(count)
+        values[: int(lost * count)] = 1
+        values[int(lost * count) : int((lost + won) * count)] = -1
+        values = values[torch.randperm(count, generator=generator)]
+        test = SequentialTest(threshold, -1.0, 1.0, level, total=count)
+        for part in values.split(250):
+            if test.update(part):
+                break
+        seen.append(test.seen / count)
+    # Three deviations of a median over 100 runs, 1.25 * 0.16 / sqrt(100) each.
+    assert sorted(seen)[50] < share + 0.06

@@ -91,7 +91,11 @@ def test_targets_are_those_of_quantize(accuracy):
     float_score = accuracy.evaluate(faulty()).value
     found = [
         hs.partial(weights_per_tensor(), accuracy, **target)
-        for target in ({"max_drop": 0.06}, {"relative_drop": 0.06 / float_score}, {"floor": float_score - 0.06})
+        for target in (
+            {"max_drop": 0.06},
+            {"relative_drop": 0.06 / float_score},
+            {"floor": float_score - 0.06},
+        )
     ]
     assert all(result.met for result in found)
     assert len({(result.score, result.float_layers) for result in found}) == 1

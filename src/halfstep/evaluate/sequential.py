@@ -7,8 +7,10 @@ from typing import Literal
 
 import torch
 
-#: What is staked on each side, as shares of the most that cannot go bankrupt: the capital is spread over all.
-STAKES = (0.02, 0.04, 0.08, 0.15, 0.3, 0.5, 0.75, 0.95)
+#: What is staked on each side, as shares of the most that cannot go bankrupt, and the shares of the capital that are
+#: staked so: most of it for the middle, where the hard cases are, which the clear ones at both ends can spare.
+STAKES = {0.02: 0.3, 0.04: 0.5, 0.08: 1.0, 0.15: 2.0, 0.3: 2.0, 0.5: 1.0, 0.75: 0.5, 0.95: 0.3}
+MOST = max(STAKES)
 
 Side = Literal["above", "below"]
 
@@ -23,7 +25,9 @@ class SequentialTest:
 
     With a known ``total`` the examples are drawn without replacement and the mean is that of all of them: what a
     full evaluation would say. The fair odds then follow from what is left, and the test ends with certainty at the
-    latest when the rest cannot change the answer.
+    latest when the rest cannot change the answer. The stakes grow as total / left, since the fair odds move away from
+    the truth so: what the threshold would still need, the fewer examples must bring. That is how the likelihood ratio
+    of two means of the whole grows.
 
     Valid only for examples in random order.
 
@@ -48,9 +52,9 @@ class SequentialTest:
         self.threshold, self.low, self.high, self.level, self.total = threshold, low, high, level, total
         self.seen, self.sum = 0, 0.0
         self.answer: Side | None = None
+        shares = torch.tensor(list(STAKES.values()), dtype=torch.float64)
         # Logarithms of the capital at each stake, (stakes,).
-        self._above = torch.zeros(len(STAKES), dtype=torch.float64)
-        self._below = torch.zeros(len(STAKES), dtype=torch.float64)
+        self._above = self._below = (shares / shares.sum()).log()
 
     def update(self, differences: torch.Tensor) -> Side | None:
         """Take further differences, (n,), in random order; the answer, or None while there is none.
@@ -59,21 +63,27 @@ class SequentialTest:
         """
         x = differences.double()
         if self.answer is None and len(x):
-            mean, possible = self._fair_means(x)
-            above = self._bet(self._above, (x - mean) / (mean - self.low), possible)
-            below = self._bet(self._below, (mean - x) / (self.high - mean), possible)
+            drawn = self.seen + torch.arange(len(x), dtype=torch.float64)
+            mean, possible = self._fair_means(x, drawn)
+            stakes = self._stakes(drawn)
+            above = self._bet(self._above, stakes * ((x - mean) / (mean - self.low))[:, None], possible)
+            below = self._bet(self._below, stakes * ((mean - x) / (self.high - mean))[:, None], possible)
             self.seen += len(x)
             self.sum += float(x.sum())
             self.answer = self._certain() or self._first(above, below)
             self._above, self._below = above[-1], below[-1]
         return self.answer
 
-    def _fair_means(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _stakes(self, drawn: torch.Tensor) -> torch.Tensor:
+        """The stakes after so many examples, (n, stakes)."""
+        grown = torch.ones_like(drawn) if self.total is None else self.total / (self.total - drawn)
+        return (grown[:, None] * torch.tensor(list(STAKES), dtype=torch.float64)).clamp(max=MOST)
+
+    def _fair_means(self, x: torch.Tensor, drawn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What is left before each example must average this for the threshold to be the mean, (n,); and if it can."""
         if self.total is None:
             mean = torch.full_like(x, self.threshold)
         else:
-            drawn = self.seen + torch.arange(len(x), dtype=torch.float64)
             sums = self.sum + torch.cumsum(x, 0) - x
             mean = (self.total * self.threshold - sums) / (self.total - drawn)
         margin = 1e-9 * (self.high - self.low)
@@ -84,13 +94,12 @@ class SequentialTest:
     @staticmethod
     def _bet(capital: torch.Tensor, gain: torch.Tensor, possible: torch.Tensor) -> torch.Tensor:
         """Logarithms of the capital after each example, (n, stakes)."""
-        stakes = torch.tensor(STAKES, dtype=torch.float64)
-        growth = torch.log1p(stakes * gain[:, None]) * possible[:, None]
+        growth = torch.log1p(gain) * possible[:, None]
         return capital + torch.cumsum(growth, 0)
 
     def _first(self, above: torch.Tensor, below: torch.Tensor) -> Side | None:
-        """Whose mean capital reaches 1 / level first."""
-        needed = math.log(len(STAKES) / self.level)
+        """Whose capital, of all stakes together, reaches 1 / level first."""
+        needed = -math.log(self.level)
         sides: tuple[tuple[torch.Tensor, Side], ...] = ((above, "above"), (below, "below"))
         reached = [(capital.logsumexp(1) >= needed, side) for capital, side in sides]
         firsts = [(int(rich.nonzero()[0]), side) for rich, side in reached if rich.any()]
