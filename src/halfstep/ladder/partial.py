@@ -213,7 +213,9 @@ class _Walk:
             everything = f"every group{' but ' + ', '.join(rest) if rest else ''} {step.words}"
             put(search.model, self.base, dict.fromkeys(able, step))
             score = search.evaluate(everything)
-            missed += f" With {everything} it scores {search.goal.words(score)}. {search.goal.evidence(score)}"
+            missed += (
+                f" With {everything} it scores {search.goal.words(score)}. {search.goal.evidence(score)}"
+            )
         if search.goal.loss(score) >= search.goal.loss(start):
             put(search.model, self.base, {})
             score = start

@@ -114,9 +114,7 @@ def partial(
         if directory is not None:
             claim(journal, model, scorer, aim)
         score, _ = float_evaluation(scorer, model, journal)
-        search = Search(
-            model, scorer, aim.goal(score, scorer), journal=journal, rung="partial"
-        )
+        search = Search(model, scorer, aim.goal(score, scorer), journal=journal, rung="partial")
         found = climb_partial(search, options)
     table, halves = search.found.get("sensitivity"), search.found.get("halves")
     return PartialResult(
