@@ -30,9 +30,11 @@ def test_every_rung_is_climbed_and_the_best_is_handed_back(hopeless):
     assert hopeless.evaluations == len(hopeless.history)
 
 
-def test_each_rung_is_at_least_as_good_as_the_one_before(hopeless):
-    scores = [step.score for step in hopeless.path]
-    assert scores == sorted(scores)
+def test_no_rung_ends_below_where_it_began(hopeless):
+    ptq, partial, qat = (step.score for step in hopeless.path)
+    assert partial >= ptq and qat >= ptq
+    # Partial left more in float than wanted, so training began without that; the better of the two is the outcome.
+    assert any("comes nearest to the target with" in sentence for sentence in hopeless.decisions)
 
 
 def test_decisions_have_figures_and_the_estimate_comes_first(hopeless):

@@ -67,8 +67,8 @@ def test_with_every_layer_in_float_nothing_is_met(model, accuracy):
     assert len(quantized) == 1 and result.score == accuracy.evaluate(model).value
     last = result.sensitivity.rows[-1].group.name
     assert quantized == {last}
-    assert f"every group but {last} in float the drop is {result.drop}" in result.decisions[-1]
-    assert f"with {last} in float too nothing would be quantized" in result.decisions[-1]
+    assert f"With every group but {last} in float it scores {result.score:.4f}" in result.decisions[-1]
+    assert f"With {last} in float too nothing would be quantized" in result.decisions[-1]
 
 
 def test_a_network_of_one_layer_is_left_quantized():
@@ -77,7 +77,7 @@ def test_a_network_of_one_layer_is_left_quantized():
     model = calibrated(network, hs.Recipe.uniform(3, 3, ends=None))
     result = hs.partial(model, hs.Accuracy(labelled(network)), max_drop=0.0)
     assert not result.met and result.float_layers == () and result.drop.value > 0
-    assert "does not meet the target, allowed 0; with 0 in float too nothing" in result.decisions[-1]
+    assert "does not meet the target. With 0 in float too nothing" in result.decisions[-1]
 
 
 def test_more_float_layers_than_quantized_ones_are_called_by_their_name(accuracy):
