@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import nn
 
 import halfstep as hs
-from bench import fashion
+from bench import fashion, peer_nncf
 from bench.networks.resnet import ResNet18, SmallResNet, randomize_batch_norm
 from bench.peer_onnxruntime import calibrate_only
 from halfstep.fake_quantize import Mode
@@ -43,7 +43,7 @@ def main() -> None:
     )
     parser.add_argument("parts", nargs="*", default=list(PARTS), help=f"some of {', '.join(PARTS)}")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--test", type=int, default=10_000, help="test images of Fashion-MNIST")
     parser.add_argument(
         "--networks", nargs="+", default=["resnet", "mobilenet"], choices=sorted(fashion.NETWORKS)
@@ -66,17 +66,17 @@ def main() -> None:
 def speed(options: argparse.Namespace) -> None:
     """The observing pass over the float forward, beside onnxruntime's calibrators on the same data."""
     resnet = randomize_batch_norm(ResNet18()).eval()
-    images = list(torch.randn(64, 3, 224, 224).split(16))
+    images = list(torch.randn(256, 3, 224, 224).split(16))
     small = randomize_batch_norm(SmallResNet()).eval()
-    clothes = list(fashion.load().train_images[:2048].split(256))
+    clothes = list(fashion.load().train_images[:8192].split(256))
     table = Table(
         title=f"one pass over the data, {options.threads} threads, median of {options.rounds} interleaved rounds"
     )
     for column in (
         "",
-        "ResNet-18, 64 images, batch 16",
+        "ResNet-18, 256 images, batch 16",
         "of float",
-        "Fashion CNN, 2048 images, batch 256",
+        "Fashion CNN, 8192 images, batch 256",
         "of float",
     ):
         table.add_column(column, justify="right" if column else "left")
@@ -87,9 +87,7 @@ def speed(options: argparse.Namespace) -> None:
     for name in columns[0]:
         cells = []
         for times in columns:
-            base = times[
-                "onnxruntime, float" if name.startswith("onnxruntime") else "float graph, batch norm folded"
-            ]
+            base = times["onnxruntime, float" if name.startswith("onnxruntime") else "float model"]
             cells += [f"{times[name]:.3f} s", f"{times[name] / base:.2f}"]
         table.add_row(name, *cells)
     console.print(table)
@@ -128,6 +126,11 @@ def passes(model: nn.Module, batches: Sequence[torch.Tensor], rounds: int) -> di
     with tempfile.TemporaryDirectory() as directory:
         file = hs.export_float(q, Path(directory) / "float.onnx")
         times.update(calibrate_only(file, batches, PEER_METHODS, Path(directory)))
+        if peer_nncf.available():
+            single = [x for batch in batches for x in batch.split(1)]
+            times["nncf.quantize, whole"] = seconds(
+                lambda: peer_nncf.quantize(file, single, Path(directory) / "nncf.xml", transformer=False)
+            )
     return times
 
 

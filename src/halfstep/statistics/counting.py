@@ -1,16 +1,16 @@
 """Counting a block of float32: its bits are shared out to threads, and what each counted is added up.
 
 Every thread counts in a table of its own, and only the span of bins that the block touched is added to the histogram
-afterwards. The threads are OpenMP's, which are those that torch has just computed the block with: a pool of our own
-would fight them for the cores, since they keep spinning for a while (measured after a convolution on two cores, ns
-per element: 0.6 so, 1.1 with a pool, 1.0 with a single thread).
+afterwards. The threads are OpenMP's: a pool of Python's has to be woken, while torch's threads, which have just
+computed the block, keep spinning for a while (measured after a convolution on two cores, ns per element: 0.6 so,
+1.1 with a pool, 1.0 with a single thread).
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from halfstep.statistics.kernels import CANDIDATES, LANES, kernels
 from halfstep.statistics.keys import BINS, SIGN, SPECIALS, Int64
 from halfstep.statistics.tails import Tails
 
-PIECE = 1 << 24  # elements between two emptyings: a word's count stays below 2^24, its sum below 2^40
+PIECE = 1 << 23  # elements between two emptyings: a word's count stays below 2^23, its sum below 2^40
 PER_THREAD = 1 << 15  # fewer elements than this are not worth handing to another thread
 
 
@@ -44,7 +44,7 @@ def count(
         shares = max(1, min(threads, piece.size // PER_THREAD))
         workspace = _Workspace.with_room_for(shares)
         workspace.count(piece, shares, tails)
-        workspace.empty_into(shares, counts, offsets, specials)
+        workspace.empty_into(counts, offsets, specials)
         _free.append(workspace)
 
 
@@ -52,10 +52,13 @@ class _Workspace:
     """Private tables and candidate lists for a number of shares; all zero while it waits for the next block."""
 
     def __init__(self, shares: int) -> None:
+        self.reached = np.zeros(shares, np.int64)  # how many elements of its share each has counted
         # Zeros come from the operating system, which commits only the pages that are touched.
         self.tables = np.zeros((shares, BINS * LANES), np.int64)
-        self.spans = np.empty((shares, 2), np.int64)  # lowest and highest bin touched, both signs together
+        # Lowest and highest bin touched, both signs together, and the zeros, which touch none.
+        self.spans = np.tile(np.array([SIGN, -1, 0]), (shares, 1))
         self.specials = np.zeros((shares, SPECIALS), np.int64)
+        self.limits = np.empty(2, np.int64)  # only what lies beyond these is a candidate for the tails
         self.upper = np.empty((shares, CANDIDATES), np.int32)
         self.lower = np.empty((shares, CANDIDATES), np.int32)
         self.filled = np.zeros((shares, 2), np.int64)
@@ -68,25 +71,22 @@ class _Workspace:
 
     def count(self, words: NDArray[np.int32], shares: int, tails: Tails) -> None:
         """Count into the private tables, and offer the tails what may belong to them."""
-        cuts = np.array([words.size * i // shares for i in range(shares + 1)])
-        reached = cuts[:-1].copy()
-        self.spans[:] = (SIGN, -1)
-        while (reached < cuts[1:]).any():  # the kernel comes back early when a list of candidates is full
-            self.filled[:] = 0
-            limits = np.array(
-                [tails.upper[-1], tails.lower[-1]], np.int64
-            )  # only beyond these is a candidate
-            state = (self.tables, self.spans, self.specials, limits, self.upper, self.lower, self.filled)
-            _run(shares)(words, cuts, reached, *state)
-            for share, (above, below) in enumerate(self.filled[:shares]):
-                tails.include(self.upper[share, :above], self.lower[share, :below])
+        tables = (self.tables, self.spans, self.specials)
+        candidates = (self.upper, self.lower, self.filled)
+        done = False
+        while not done:  # the kernel comes back early when a list of candidates is full
+            self.limits[:] = tails.upper[-1], tails.lower[-1]
+            done = _run(words, shares, self.reached, *tables, self.limits, *candidates)
+            if self.filled[:shares].any():
+                tails.include(*self._candidates(shares))
 
-    def empty_into(self, shares: int, counts: Int64, offsets: Int64, specials: Int64) -> None:
+    def _candidates(self, shares: int) -> Iterator[NDArray[np.int32]]:
+        for lists, sizes in ((self.upper, self.filled[:, 0]), (self.lower, self.filled[:, 1])):
+            yield np.concatenate([lists[share, : sizes[share]] for share in range(shares)])
+
+    def empty_into(self, counts: Int64, offsets: Int64, specials: Int64) -> None:
         """Add what was counted to the histogram, and leave the workspace zero."""
-        for table, (first, last) in zip(self.tables[:shares], self.spans[:shares], strict=True):
-            kernels().empty(table, first, last, counts, offsets)
-        specials += self.specials.sum(axis=0)
-        self.specials[:] = 0
+        kernels().empty(self.tables, self.spans, self.specials, self.reached, counts, offsets, specials)
 
 
 _free: list[_Workspace] = []  # pop and append are atomic
@@ -101,20 +101,16 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forked.set)
 
 
-def _run(shares: int) -> Callable[..., None]:
-    """Return what counts all shares: one after the other, or at once."""
+def _run(words: NDArray[np.int32], shares: int, *state: NDArray[Any]) -> bool:
+    """Count all shares: one after the other, or at once; return whether none was left early."""
     if shares == 1 or _forked.is_set():
-        return kernels().one_by_one
-    return _at_once
-
-
-def _at_once(words: NDArray[np.int32], cuts: Int64, *state: NDArray[Any]) -> None:
+        return kernels().one_by_one(words, shares, *state)
     from numba import get_num_threads, set_num_threads
 
     with _turn:
         before = get_num_threads()
-        set_num_threads(min(cuts.size - 1, before))
+        set_num_threads(min(shares, before))
         try:
-            kernels().at_once(words, cuts, *state)
+            return kernels().at_once(words, shares, *state)
         finally:
             set_num_threads(before)

@@ -5,15 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from halfstep.statistics.keys import BINS, FIRST_SPECIAL, NAN, SIGN, Int64
+from halfstep.statistics.keys import BINS, FIRST_SPECIAL, NAN, Int64
 from halfstep.statistics.tails import TAIL, Tails
 
 _PIECE = (
     1 << 22
 )  # elements per step: bounds the temporary memory to some 150 MB, and keeps the packed words in range
-_SPREAD = (
-    512  # places that zeros of one sign take in turn; additions to one address are done one after the other
-)
+_SPREAD = 512  # places that zeros take in turn; additions to one address are done one after the other
 _MAGNITUDE = 0x7FFFFFFF
 _LOWEST, _HIGHEST = -(1 << 31), (1 << 31) - 1
 
@@ -39,6 +37,7 @@ class Tally:
 
     def _add_bits(self, bits: Tensor) -> None:
         magnitude = bits & _MAGNITUDE
+        bits = torch.where(magnitude == 0, 0, bits)  # -0.0 counts as zero
         special, first_special = magnitude >= (FIRST_SPECIAL << 16), FIRST_SPECIAL << 16
         tiny = (magnitude > 0) & (magnitude < 0x10000)
         negative = bits < 0
@@ -51,18 +50,16 @@ class Tally:
                 (tiny & negative).sum(),
             ]
         )
-        # Places 0 .. BINS - 1 are the bins; then those of +0, of -0, and one for what is not counted.
+        # Places 0 .. BINS - 1 are the bins; then those of zeros, and one for what is not counted.
         places = ((bits >> 16) & 0xFFFF).to(torch.int64)
         turn = torch.arange(bits.numel(), device=self.device) % _SPREAD + BINS
-        places = torch.where(magnitude == 0, turn + negative * _SPREAD, places)
-        places = torch.where(special, BINS + 2 * _SPREAD, places)
-        words = torch.zeros(BINS + 2 * _SPREAD + 1, dtype=torch.int64, device=self.device)
+        places = torch.where(magnitude == 0, turn, places)
+        places = torch.where(special, BINS + _SPREAD, places)
+        words = torch.zeros(BINS + _SPREAD + 1, dtype=torch.int64, device=self.device)
         words.scatter_add_(0, places, (bits & 0xFFFF).to(torch.int64) + (1 << 40))
         self._sums[0] += words[:BINS] >> 40
         self._sums[1] += words[:BINS] & ((1 << 40) - 1)
-        zeros = words[BINS:-1].view(2, _SPREAD).sum(1) >> 40
-        self._sums[0, 0] += zeros[0]
-        self._sums[0, SIGN] += zeros[1]
+        self._sums[0, 0] += words[BINS:-1].sum() >> 40
 
         ordered = bits ^ ((bits >> 31) & _MAGNITUDE)
         upper = torch.where(special, _LOWEST, ordered)

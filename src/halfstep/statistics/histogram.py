@@ -96,8 +96,8 @@ class Histogram:
             self._pending.add(flat)
             return
         threads = torch.get_num_threads()
-        for start in range(0, flat.numel(), counting.PIECE):  # bounds the copy that a half-width dtype needs
-            words = flat[start : start + counting.PIECE].float().view(torch.int32).numpy()
+        for start in range(0, flat.numel(), counting.PIECE):  # bounds the copy that some tensors need
+            words = flat[start : start + counting.PIECE].float().contiguous().view(torch.int32).numpy()
             counting.count(words, self._counts, self._offsets, self._specials, self._tails, threads)
 
     def merge(self, other: Histogram) -> None:

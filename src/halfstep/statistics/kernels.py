@@ -1,8 +1,9 @@
 """The compiled loops over elements.
 
-Each element costs one addition to one 64-bit word: the upper 24 bits count, the lower 40 add up the offsets
-within the bin (see :mod:`.keys`). Four words per bin take turns, so that a run of equal values (the zeros of
-a ReLU, the sixes of a ReLU6, the steps of an image) does not wait for its own last addition.
+A block's zeros are dropped and counted at once (see :mod:`.compaction`). Each other element costs one addition to
+one 64-bit word: the upper 24 bits count, the lower 40 add up the offsets within the bin (see :mod:`.keys`). Two words
+per bin take turns, so that a run of equal values (the sixes of a ReLU6, a constant) does not wait for its own last
+addition.
 
 The kernels are compiled at the first call of a process and not cached on disk, because numba refuses to
 cache, with an error at definition, where neither the installation nor the home directory can be written.
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from halfstep.statistics.compaction import WIDTH, compaction
 from halfstep.statistics.keys import (
     FIRST_SPECIAL,
     NAN,
@@ -26,21 +28,20 @@ from halfstep.statistics.keys import (
     TINY_NEGATIVE,
     TINY_POSITIVE,
 )
+from halfstep.statistics.tails import TAIL
 
-LANES = 4  # words per bin that take turns
-_BLOCK = (
-    8192  # elements surveyed in vector registers, then counted one by one while the first cache holds them
-)
+LANES = 2  # words per bin that take turns
+CANDIDATES = 1 << 14  # room for samples that may belong to the tails
+_BLOCK = 1 << 11  # elements that the first cache holds while they are compacted, surveyed and counted
 _STRETCH = 512  # where a block reaches beyond the tails, only its stretches that do are searched
-CANDIDATES = 2 * _BLOCK  # room for samples that may belong to the tails
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """Count shares into private tables, in turn or in parallel, and empty such a table into a histogram."""
+    """Count shares into private tables, in turn or at once, and empty the tables into a histogram."""
 
-    one_by_one: Callable[..., None]
-    at_once: Callable[..., None]
+    one_by_one: Callable[..., bool]
+    at_once: Callable[..., bool]
     empty: Callable[..., None]
 
 
@@ -54,30 +55,41 @@ def kernels() -> Kernels:
     magnitudes = 0x7FFFFFFF
     first_special = FIRST_SPECIAL << 16
 
+    compact = compaction()
+
     @njit(nogil=True)
-    def survey(block: Any) -> Any:
-        """Return the largest and smallest sample, as ordered integers, and the least magnitude less 1."""
+    def survey(samples: Any) -> Any:
+        """Return the largest and smallest sample, as ordered integers, and the least magnitude."""
         high, low, small = np.int32(-0x80000000), np.int32(0x7FFFFFFF), np.int32(0x7FFFFFFF)
-        for i in range(block.size):
-            bits = block[i]
+        for i in range(samples.size):
+            bits = samples[i]
             ordered = np.int32(bits ^ ((bits >> 31) & magnitudes))
             if ordered > high:
                 high = ordered
             if ordered < low:
                 low = ordered
-            less = np.int32(
-                ((bits & magnitudes) - 1) & magnitudes
-            )  # zero wraps to the largest: it is no magnitude
-            if less < small:
-                small = less
+            magnitude = np.int32(bits & magnitudes)
+            if magnitude < small:
+                small = magnitude
         return high, low, small
 
     @njit(nogil=True)
-    def exceptional(block: Any, table: Any, specials: Any) -> Any:
-        """Count a stretch that may hold NaN, infinities and subnormals; return its finite extremes."""
+    def scatter(samples: Any, table: Any) -> None:
+        """Count finite samples that are not subnormal."""
+        for i in range(0, samples.size - 1, 2):  # written out: two lanes, no carried dependency
+            a, b = np.int64(samples[i]), np.int64(samples[i + 1])
+            table[(a >> 15) & 0x1FFFE] += one + (a & 0xFFFF)
+            table[((b >> 15) & 0x1FFFE) | 1] += one + (b & 0xFFFF)
+        if samples.size & 1:
+            a = np.int64(samples[samples.size - 1])
+            table[(a >> 15) & 0x1FFFE] += one + (a & 0xFFFF)
+
+    @njit(nogil=True)
+    def scatter_any(samples: Any, table: Any, specials: Any) -> Any:
+        """Count samples that may be NaN, infinite or subnormal; return what :func:`survey` does of the finite."""
         high, low, small = np.int64(-0x80000000), np.int64(0x7FFFFFFF), np.int64(magnitudes)
-        for i in range(block.size):
-            bits = np.int64(block[i])
+        for i in range(samples.size):
+            bits = np.int64(samples[i])
             magnitude = bits & magnitudes
             if magnitude > first_special:
                 specials[NAN] += 1
@@ -85,23 +97,21 @@ def kernels() -> Kernels:
             if magnitude == first_special:
                 specials[POSITIVE_INF if bits > 0 else NEGATIVE_INF] += 1
                 continue
-            if 0 < magnitude < 0x10000:
+            if magnitude < 0x10000:
                 specials[TINY_POSITIVE if bits > 0 else TINY_NEGATIVE] += 1
-            table[(((bits >> 16) & 0xFFFF) << 2) | (i & 3)] += one + (bits & 0xFFFF)
+            table[((bits >> 15) & 0x1FFFE) | (i & 1)] += one + (bits & 0xFFFF)
             ordered = bits ^ ((bits >> 31) & magnitudes)
-            high, low = max(high, ordered), min(low, ordered)
-            if magnitude > 0:
-                small = min(small, magnitude - 1)
-        return high, low, small
+            high, low, small = max(high, ordered), min(low, ordered), min(small, magnitude)
+        return np.int32(high), np.int32(low), np.int32(small)
 
     @njit(nogil=True)
-    def gather(block: Any, limits: Any, upper: Any, lower: Any, filled: Any) -> None:
+    def gather(samples: Any, limits: Any, upper: Any, lower: Any, filled: Any) -> None:
         """Append the finite samples beyond the limits to the lists of candidates."""
-        high, low, _ = survey(block)
+        high, low, _ = survey(samples)
         if high <= limits[0] and low >= limits[1]:
             return
-        for i in range(block.size):
-            bits = np.int64(block[i])
+        for i in range(samples.size):
+            bits = np.int64(samples[i])
             ordered = bits ^ ((bits >> 31) & magnitudes)
             if (ordered > limits[0] or ordered < limits[1]) and (bits & magnitudes) < first_special:
                 if ordered > limits[0]:
@@ -110,6 +120,15 @@ def kernels() -> Kernels:
                 if ordered < limits[1]:
                     lower[filled[1]] = ordered
                     filled[1] += 1
+
+    @njit(nogil=True)
+    def offer_zeros(count: int, limits: Any, upper: Any, lower: Any, filled: Any) -> None:
+        if limits[0] < 0:
+            upper[filled[0] : filled[0] + count] = 0
+            filled[0] += count
+        if limits[1] > 0:
+            lower[filled[1] : filled[1] + count] = 0
+            filled[1] += count
 
     @njit(nogil=True)
     def tally(
@@ -125,58 +144,64 @@ def kernels() -> Kernels:
         """Count until the end or a full list of candidates; return how many were counted."""
         size: int = words.size
         start = 0
+        kept = np.empty(_BLOCK + WIDTH, np.int32)
         while start < size:
             if max(filled[0], filled[1]) + _BLOCK > CANDIDATES:
                 return start
-            # A view that starts at zero: numba then knows that its indices are not negative.
+            # Views that start at zero: numba then knows that their indices are not negative.
             block = words[start : start + _BLOCK]
-            high, low, small = survey(block)
+            samples = kept[: compact(block, kept)]
+            high, low, small = survey(samples)
             top = max(np.int64(high), -np.int64(low) - 1)  # the largest magnitude's bits
-            special = top >= first_special
-            if special or small < 0xFFFF:
-                finite = exceptional(block, table, specials)
-                high, low, small = np.int32(finite[0]), np.int32(finite[1]), np.int32(finite[2])
+            if top >= first_special or small < 0x10000:
+                high, low, small = scatter_any(samples, table, specials)
                 top = max(np.int64(high), -np.int64(low) - 1)
             else:
-                for i in range(0, block.size - 3, 4):  # written out: four lanes, no carried dependency
-                    a, b = np.int64(block[i]), np.int64(block[i + 1])
-                    c, d = np.int64(block[i + 2]), np.int64(block[i + 3])
-                    table[((a >> 14) & 0x3FFFC)] += one + (a & 0xFFFF)
-                    table[((b >> 14) & 0x3FFFC) | 1] += one + (b & 0xFFFF)
-                    table[((c >> 14) & 0x3FFFC) | 2] += one + (c & 0xFFFF)
-                    table[((d >> 14) & 0x3FFFC) | 3] += one + (d & 0xFFFF)
-                for i in range(block.size // 4 * 4, block.size):
-                    a = np.int64(block[i])
-                    table[((a >> 14) & 0x3FFFC)] += one + (a & 0xFFFF)
+                scatter(samples, table)
             if top >= 0:
-                span[0] = min(span[0], (np.int64(small) + 1) >> 16)
+                span[0] = min(span[0], np.int64(small) >> 16)
                 span[1] = max(span[1], top >> 16)
             if high > limits[0] or low < limits[1]:
-                for first in range(0, block.size, _STRETCH):
-                    gather(block[first : first + _STRETCH], limits, upper, lower, filled)
+                for first in range(0, samples.size, _STRETCH):
+                    gather(samples[first : first + _STRETCH], limits, upper, lower, filled)
+            zeros = block.size - samples.size
+            span[2] += zeros
+            if zeros and (limits[0] < 0 or limits[1] > 0):
+                offer_zeros(min(zeros, TAIL), limits, upper, lower, filled)
             start += block.size
         return size
 
     @njit(nogil=True)
     def fold(table: Any, counts: Any, offsets: Any) -> None:
         for i in range(counts.size):
-            a, b, c, d = table[4 * i], table[4 * i + 1], table[4 * i + 2], table[4 * i + 3]
-            if a | b | c | d:
-                counts[i] += (a >> 40) + (b >> 40) + (c >> 40) + (d >> 40)
-                offsets[i] += (a & sums) + (b & sums) + (c & sums) + (d & sums)
-                table[4 * i], table[4 * i + 1], table[4 * i + 2], table[4 * i + 3] = 0, 0, 0, 0
+            a, b = table[2 * i], table[2 * i + 1]
+            if a | b:
+                counts[i] += (a >> 40) + (b >> 40)
+                offsets[i] += (a & sums) + (b & sums)
+                table[2 * i], table[2 * i + 1] = 0, 0
 
     @njit(nogil=True)
-    def empty(table: Any, first: int, last: int, counts: Any, offsets: Any) -> None:
-        """Move bin 0 and bins ``first`` .. ``last`` of either sign from the table to the histogram."""
-        for sign in (0, SIGN):
-            for start, stop in ((sign, sign + 1), (sign + first, sign + last + 1)):
-                if start < stop:
-                    fold(table[4 * start : 4 * stop], counts[start:stop], offsets[start:stop])
+    def empty(
+        tables: Any, spans: Any, specials: Any, reached: Any, counts: Any, offsets: Any, seen: Any
+    ) -> None:
+        """Move all that the shares counted to the histogram's counts, offsets and specials."""
+        for share in range(reached.size):
+            if reached[share] == 0:
+                continue
+            first, last = spans[share, 0], spans[share, 1]
+            for sign in (0, SIGN):
+                for start, stop in ((sign, sign + 1), (sign + first, sign + last + 1)):
+                    if start < stop:
+                        fold(tables[share, 2 * start : 2 * stop], counts[start:stop], offsets[start:stop])
+            counts[0] += spans[share, 2]
+            seen += specials[share]
+            spans[share, 0], spans[share, 1], spans[share, 2] = SIGN, -1, 0
+            specials[share] = 0
+            reached[share] = 0
 
-    def share_out(
+    def count(
         words: Any,
-        cuts: Any,
+        shares: int,
         reached: Any,
         tables: Any,
         spans: Any,
@@ -185,12 +210,14 @@ def kernels() -> Kernels:
         upper: Any,
         lower: Any,
         filled: Any,
-    ) -> None:
-        """Count each share of the words, from where it was left to the next cut."""
-        for i in prange(cuts.size - 1):
-            share = words[reached[i] : cuts[i + 1]]
+    ) -> bool:
+        """Count each share of the words from where it was left; return whether all are done."""
+        for i in prange(shares):
+            filled[i] = 0
+            share = words[words.size * i // shares + reached[i] : words.size * (i + 1) // shares]
             reached[i] += tally(
                 share, tables[i], spans[i], specials[i], limits, upper[i], lower[i], filled[i]
             )
+        return reached[:shares].sum() == words.size  # type: ignore[no-any-return]
 
-    return Kernels(njit(nogil=True)(share_out), njit(nogil=True, parallel=True)(share_out), empty)
+    return Kernels(njit(nogil=True)(count), njit(nogil=True, parallel=True)(count), empty)
