@@ -10,6 +10,8 @@ python -m bench.ladder --per-channel       # one scale a channel: an easier task
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -68,7 +70,7 @@ def main() -> None:
             ),
             max_float=options.max_float,
             directory=options.directory,
-            command="python -m bench.ladder",
+            command=shlex.join(["python", "-m", "bench.ladder", *sys.argv[1:]]),
         )
     table = Table(
         title=f"{options.network}, W{options.weights}A{options.activations}, target {options.max_drop:g}, seed 0"

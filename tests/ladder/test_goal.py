@@ -70,7 +70,10 @@ def test_evidence_without_single_scores_says_so():
             lambda: Aim(relative_drop=-0.1).goal(Score(1.0), ACCURACY),
             r"^relative_drop: got -0.1, needed a number of at least 0",
         ),
-        (lambda: Goal(float("nan"), Score(1.0)), r"max_drop: got nan"),
+        (
+            lambda: Aim(float("nan")).goal(Score(1.0), ACCURACY),
+            r"^max_drop: got nan, needed a number of at least 0",
+        ),
         (
             lambda: Goal(0.1, Score(1.0), confidence=95),
             r"confidence: got 95, needed a number from 0.5 to below 1",

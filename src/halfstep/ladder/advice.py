@@ -14,15 +14,14 @@ FEW = 128
 
 def advise(search: Search, path: Sequence[Reached], deployed: Score) -> tuple[str, ...]:
     """The cheapest next steps first; nothing if the target is met."""
-    goal = search.goal
+    goal, best = search.asked, search.best
     if goal.met(deployed):
         return ()
-    drop, simulated = goal.drop(deployed), path[-1]
     advice = []
-    if simulated.met:
+    if best is not None and goal.met(best.score):
         advice.append(
-            f"The simulation meets the target ({simulated.drop:+.4f}), the file does not ({drop:+.4f}): a slightly "
-            "smaller max_drop makes the search keep clear of the edge"
+            f"The simulation meets the target ({goal.words(best.score)}), the file does not ({goal.words(deployed)}): "
+            "a slightly smaller max_drop makes the search keep clear of the edge"
         )
     if note := next((step.note for step in path if step.note), ""):
         advice.append(f"The search stopped early, {note}; a larger budget goes on from here")

@@ -112,7 +112,16 @@ class Aim:
 
 
 def drop_itself(asked: float, float_score: float, higher_is_better: bool) -> float:
-    """``max_drop`` as it is."""
+    """``max_drop`` as it is.
+
+    Raises:
+        ArgumentError: if it is negative or no number.
+    """
+    if not (math.isfinite(asked) and asked >= 0):
+        raise ArgumentError(
+            f"max_drop: got {asked}, needed a number of at least 0 in the metric's unit (0.01 is one point of an "
+            "accuracy from 0 to 1)"
+        )
     return asked
 
 

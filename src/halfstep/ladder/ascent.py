@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 
 from halfstep.errors import ArgumentError
+from halfstep.evaluate import Score
 from halfstep.ladder.budget import BudgetSpent
 from halfstep.ladder.rung import Means, Reached, Rung
 from halfstep.ladder.search import Candidate, Search
@@ -15,14 +16,24 @@ from halfstep.ladder.search import Candidate, Search
 SLOWER = 3
 
 
-def ascend(search: Search, ladder: Sequence[Rung], means: Means, max_float: float) -> list[Reached]:
+def ascend(
+    search: Search,
+    ladder: Sequence[Rung],
+    means: Means,
+    max_float: float,
+    score_file: Callable[[], Score],
+) -> list[Reached]:
     """Climb until a rung meets the goal or the budget is spent; the model is the best candidate then.
+
+    A rung meets the goal if its file does too. Where only the simulation does, the climb goes on, and simulations are
+    held to what is left of the target after what files lose more.
 
     Args:
         search: its model observed.
         ladder: the rungs, in order; those that lack something are left out, and a decision says so.
         means: what they work with.
         max_float: the share of layers that may stay in float while there are rungs left to climb.
+        score_file: exports the best candidate and scores the file on its runtime.
 
     Returns:
         What came of each rung climbed.
@@ -37,13 +48,18 @@ def ascend(search: Search, ladder: Sequence[Rung], means: Means, max_float: floa
     path: list[Reached] = []
     spare: Candidate | None = None
     for index, rung in enumerate(ladder):
-        before = search.best
+        before, start = search.best, time.perf_counter()
         reached = _climb(search, rung, means)
-        path.append(reached)
         candidate = search.best
         assert candidate is not None
         share = len(candidate.snapshot.put_back["float_layers"]) / max(1, len(search.model.layers))
-        if share > max_float and not reached.note and index + 1 < len(ladder):
+        last = bool(reached.note) or index + 1 == len(ladder)
+        too_many = share > max_float and not last
+        if reached.met and not last and not too_many:
+            reached = _with_file(search, rung, reached, candidate, score_file())
+        search.journal.write("step", **asdict(reached), measured={"seconds": time.perf_counter() - start})
+        path.append(reached)
+        if too_many:
             verdict = "meets the target" if reached.met else "comes nearest to the target"
             search.decide(
                 f"{rung.title} {verdict} with {share:.0%} of the layers in float, more than the {max_float:.0%} "
@@ -53,7 +69,7 @@ def ascend(search: Search, ladder: Sequence[Rung], means: Means, max_float: floa
             if before is not None:
                 before.snapshot.restore()
             continue
-        if reached.met or reached.note:
+        if last or (reached.met and reached.file_met):
             break
     best = search.best
     if spare is not None and (best is None or search.rank(spare) < search.rank(best)):
@@ -66,19 +82,33 @@ def ascend(search: Search, ladder: Sequence[Rung], means: Means, max_float: floa
 def estimate(search: Search, ladder: Sequence[Rung], means: Means) -> str:
     """What the climb may cost, in a sentence."""
     counts = {rung.name: rung.evaluations(search, means) for rung in ladder}
-    total = sum(counts.values()) + 1
+    total = sum(counts.values()) + len(ladder)
     float_seconds = [made.seconds / made.share for made in search.evaluations if made.rung == "float"]
     each = min(float_seconds, default=0.0)  # the first one also pays for what is loaded and compiled
     parts = ", ".join(f"{name} {count}" for name, count in counts.items())
     return (
-        f"Estimate: up to {total} evaluations ({parts}, the deployed file 1) on top of float's, of about "
+        f"Estimate: up to {total} evaluations ({parts}, deployed files {len(ladder)}) on top of float's, of about "
         f"{SLOWER * each:.2g} s each: {SLOWER * each * total / 60:.1f} min at most, training not counted"
     )
 
 
+def _with_file(search: Search, rung: Rung, reached: Reached, candidate: Candidate, file: Score) -> Reached:
+    """What came of a rung with the score of its file; if that misses the target, simulations are held to less."""
+    met = search.asked.met(file)
+    if not met:
+        search.hold_to(search.asked.narrowed(candidate.score, file))
+        held = " and ".join(f"{goal.name} {goal.max_drop:.4g}".lstrip() for goal, _ in search.goal.each(file))
+        search.decide(
+            f"{rung.title} meets the target in simulation, {search.asked.words(candidate.score)}; its file does not, "
+            f"{search.asked.words(file)}: climbing on, with simulations held to a drop of {held}, what files lose more "
+            "taken off"
+        )
+    return replace(reached, file_score=file.value, file_met=met)
+
+
 def _climb(search: Search, rung: Rung, means: Means) -> Reached:
-    """Climb one rung, write down what came of it, and leave the model as the best candidate."""
-    start, note = time.perf_counter(), ""
+    """Climb one rung, keep its best candidate, and leave the model so."""
+    note = ""
     search.rung = rung.name
     try:
         rung.climb(search, means)
@@ -107,6 +137,5 @@ def _climb(search: Search, rung: Rung, means: Means) -> Reached:
         cost=sum(made.share for made in search.evaluations if made.rung == rung.name),
         note=note,
     )
-    search.journal.write("step", **asdict(reached), measured={"seconds": time.perf_counter() - start})
     search.reached[rung.name] = best
     return reached

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,7 +23,7 @@ from halfstep.ladder.budget import Budget
 from halfstep.ladder.calibration import observe
 from halfstep.ladder.claims import claim
 from halfstep.ladder.concerns import sentences, unlike_sites, watching
-from halfstep.ladder.deploy import deploy
+from halfstep.ladder.deploy import deploy, file_score
 from halfstep.ladder.doubts import doubts
 from halfstep.ladder.identity import Examples
 from halfstep.ladder.journal import Journal
@@ -129,7 +130,8 @@ def quantize(
         raise ArgumentError(f"max_float: got {max_float}, needed a share of the layers, 0 to 1")
     aim = Aim(max_drop, relative_drop, floor, confidence, strict)
     found, recipe = find_target(target), recipe or Recipe.int8()
-    with Journal(directory) as journal, tempfile.TemporaryDirectory() as temporary:
+    with Journal(directory) as journal, tempfile.TemporaryDirectory() as name:
+        temporary = Path(name)
         scorer = as_scorers(metric)
         aim.check(scorer)
         prepared = prepare(model, example_inputs, recipe, found)
@@ -137,10 +139,11 @@ def quantize(
             journal.claim("training", repr(training.describe()))
         search = _begin(journal, prepared, scorer, aim, calibration, budget or Budget())
         _settle(search, ladder, aim, command)
-        path = ascend(search, ladder, Means(training, partial), max_float)
+        score_file = functools.partial(file_score, search, temporary / "model.onnx", threads)
+        path = ascend(search, ladder, Means(training, partial), max_float, score_file)
         if tune:
-            favour_speed(search, threads)
-        return deploy(search, path, journal.folder or Path(temporary), threads)
+            favour_speed(search, threads, score_file)
+        return deploy(search, path, journal.folder or temporary, threads)
 
 
 def _begin(

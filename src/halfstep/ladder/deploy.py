@@ -17,7 +17,7 @@ from halfstep.ladder.files import measure_files
 from halfstep.ladder.outcome import Outcome
 from halfstep.ladder.portrait import portray_input, portray_sites
 from halfstep.ladder.rung import Reached
-from halfstep.ladder.search import Search, timed_evaluation
+from halfstep.ladder.search import Candidate, Search, timed_evaluation
 from halfstep.progress import steps
 from halfstep.runtime.deployed import DeployedModel
 
@@ -33,26 +33,19 @@ def deploy(search: Search, path: Sequence[Reached], place: Path, threads: int | 
     """
     model, best = search.model, search.best
     assert best is not None
-    rung = next((name for name, reached in search.reached.items() if reached is best), path[-1].rung)
+    file = place / "model.onnx"
+    score = file_score(search, file, threads)
     with steps("exporting"):
-        scores = {
-            "float_score": repr(search.goal.float_score.value),
-            "score": repr(best.score.value),
-            "rung": rung,
-        }
-        file = export_onnx(model, place / "model.onnx", scores)
         float_file = export_float(model, place / "float.onnx")
     with steps("verifying on the runtime"):
         proof = verify(file, model, model.sample, float_file, threads)
-    deployed = DeployedModel(file, model.captured.in_spec, model.captured.out_spec, threads)
-    score = _file_score(search, deployed, file)
     outcome = Outcome(
-        met=search.goal.met(score),
-        rung=rung,
-        float_score=search.goal.float_score.value,
+        met=search.asked.met(score),
+        rung=_rung_of(search, best),
+        float_score=search.asked.float_score.value,
         score=best.score.value,
         deployed_score=score.value,
-        max_drop=search.goal.max_drop,
+        max_drop=search.asked.max_drop,
         float_layers=tuple(sorted(model.float_layers)),
         evaluations=len(search.evaluations),
         history=tuple(search.evaluations),
@@ -62,7 +55,7 @@ def deploy(search: Search, path: Sequence[Reached], place: Path, threads: int | 
         directory=search.journal.folder,
         path=tuple(path),
         advice=advise(search, path, score),
-        metrics=search.goal.standings(score),
+        metrics=search.asked.standings(score),
     )
     with steps("measuring the rungs' files"):
         files = measure_files(search, proof, score.value, float_file, threads)
@@ -73,15 +66,39 @@ def deploy(search: Search, path: Sequence[Reached], place: Path, threads: int | 
     return outcome
 
 
-def _file_score(search: Search, deployed: DeployedModel, file: Path) -> Score:
-    """The score of the file, unless the very same bytes were scored before."""
+def file_score(search: Search, file: Path, threads: int | None) -> Score:
+    """Export the best candidate to ``file`` and score it on its runtime, unless the very same bytes were scored before.
+
+    Args:
+        search: its model is the best candidate.
+        file: written anew.
+        threads: of the runtime.
+
+    Raises:
+        ExportError: if the file cannot be written, or answers otherwise than the simulation.
+    """
+    model, best = search.model, search.best
+    assert best is not None
+    about = {
+        "float_score": repr(search.asked.float_score.value),
+        "score": repr(best.score.value),
+        "rung": _rung_of(search, best),
+    }
+    with steps("exporting"):
+        export_onnx(model, file, about)
     key = f"file {hashlib.sha256(file.read_bytes()).hexdigest()}"
-    if key in search.memory:
-        return search.memory[key].score
+    if (known := search.recall(key)) is not None:
+        return known.score
+    deployed = DeployedModel(file, model.captured.in_spec, model.captured.out_spec, threads)
     score, made = timed_evaluation(search.scorer, deployed, "the deployed file")
-    verdict = Verdict(search.goal.met(score), score, complete=True)
+    verdict = Verdict(search.asked.met(score), score, complete=True)
     search.record(replace(made, key=key, rung="deployed"), verdict)
     return score
+
+
+def _rung_of(search: Search, best: Candidate) -> str:
+    """The first rung that ended with this candidate; the one that was climbed last if none did."""
+    return next((name for name, reached in search.reached.items() if reached is best), search.rung)
 
 
 def _write_down(search: Search, outcome: Outcome, files: list[dict[str, Any]]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from halfstep.errors import ArgumentError, MetricError
 from halfstep.evaluate import Drop, Score, paired_drop
@@ -49,7 +49,7 @@ class Goal:
     """A largest drop against the float model; of several metrics, one for each.
 
     Attributes:
-        max_drop: in the metric's unit, at least 0.
+        max_drop: in the metric's unit; negative where a candidate must be better than float.
         float_score: the float model's.
         higher_is_better: which way a drop goes.
         confidence: of every interval, and of every verdict that is given before all examples are seen.
@@ -58,7 +58,7 @@ class Goal:
         others: of several metrics, the goals of those after the first, by name.
 
     Raises:
-        ArgumentError: if ``max_drop`` is negative or no number, or the confidence not between 0.5 and 1.
+        ArgumentError: if the confidence is not between 0.5 and 1.
         MetricError: if a strict goal is asked of a metric without scores of single examples.
     """
 
@@ -71,11 +71,6 @@ class Goal:
     others: Mapping[str, Goal] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.max_drop) and self.max_drop >= 0):
-            raise ArgumentError(
-                f"max_drop: got {self.max_drop}, needed a number of at least 0 in the metric's unit "
-                "(0.01 is one point of an accuracy from 0 to 1)"
-            )
         if not 0.5 <= self.confidence < 1:
             raise ArgumentError(
                 f"confidence: got {self.confidence}, needed a number from 0.5 to below 1, such as 0.95"
@@ -100,10 +95,34 @@ class Goal:
         return all(goal._met(part) for goal, part in self.each(score))
 
     def _met(self, score: Score) -> bool:
+        return self._reach(score) <= self.max_drop + 1e-12
+
+    def _reach(self, score: Score) -> float:
+        """What has to keep within ``max_drop``: the drop itself, or the upper end of its interval."""
         if not self.strict:
-            return self.drop(score) <= self.max_drop + 1e-12
+            return self.drop(score)
         high = self.compare(score).high
-        return high is not None and high <= self.max_drop + 1e-12
+        return math.inf if high is None else high
+
+    def narrowed(self, simulated: Score, file: Score) -> Goal:
+        """This goal for simulations whose files lose as much more than they do as this candidate's file does.
+
+        The candidate, whose file misses this goal, does not meet the new one. Where the file loses more than all that
+        is allowed, simulations need only be as good as float, or better than the candidate's if that is.
+
+        >>> goal = Goal(0.01, Score(0.90)).narrowed(simulated=Score(0.895), file=Score(0.888))
+        >>> round(goal.max_drop, 6)
+        0.003
+        """
+        others = {
+            name: goal.narrowed(simulated.others[name], file.others[name])
+            for name, goal in self.others.items()
+        }
+        max_drop = self.max_drop
+        if not self._met(file):
+            reached = self._reach(simulated)
+            max_drop = max(max_drop - (self._reach(file) - reached), min(0.0, reached - 1e-9))
+        return replace(self, max_drop=max_drop, others=others)
 
     def each(self, score: Score) -> list[tuple[Goal, Score]]:
         """Every metric's goal and score, the leading one's first."""

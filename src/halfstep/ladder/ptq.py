@@ -60,7 +60,7 @@ def _repaired(search: Search, score: Score) -> Score:
         return score
     before = Snapshot.of(search.model)
     found = repair(search.model, budget=seconds)
-    for sentence in found.sentences():
+    for sentence in dict.fromkeys(found.sentences()):  # two repairs may say the same of a layer
         search.decide(sentence)
     if not found.kept:
         return score

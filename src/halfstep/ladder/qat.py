@@ -118,8 +118,8 @@ def _judge(search: Search, stop: bool) -> Judge:
 def _control(search: Search, training: Training, directory: Path | None) -> Score:
     """The score of the float model after the same training, without quantizers."""
     key = "float control"
-    if key in search.memory:
-        return search.memory[key].score
+    if (known := search.recall(key)) is not None:
+        return known.score
     model = copy.deepcopy(search.model)
     model.set_mode(Mode.FLOAT)
     fit(model, training, None, None if directory is None else directory / "control")

@@ -60,6 +60,8 @@ class Reached:
         put_back: its layers at each step towards float, by the step's attribute.
         cost: of the rung in full evaluations; parts of one count as parts.
         note: why it ended early; empty if it did not.
+        file_score: of its file on its runtime, where that decided whether to climb on.
+        file_met: whether the file meets the target.
     """
 
     rung: str
@@ -74,3 +76,5 @@ class Reached:
     put_back: dict[str, list[str]]
     cost: float
     note: str = ""
+    file_score: float | None = None
+    file_met: bool | None = None

@@ -49,7 +49,8 @@ class Search:
     Attributes:
         model: the simulation; rungs leave it as the best candidate they found.
         scorer: the metric.
-        goal: the target.
+        goal: the target that simulations are held to.
+        asked: the target that was asked for; another one once a file lost more than its simulation.
         evaluations: every evaluation, in order.
         decisions: what was decided and why, one sentence each.
         found: what rungs found out on the way, by name: ``"halves"``, ``"sensitivity"`` ...; each has ``to_dict()``.
@@ -77,22 +78,41 @@ class Search:
     reached: dict[str, Candidate] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.asked = self.goal
         self._started = time.perf_counter()
         self._asked: set[str] = set()
         for entry in self.journal.of("evaluation"):
             evaluation, verdict = kept(entry)
             self.evaluations.append(evaluation)
             self.memory[evaluation.key] = verdict
+        self.hold_to(self.goal)
         found = early_stopping(self.scorer, self.goal.float_score)
         self._stopper: EarlyStopping | None = found if isinstance(found, EarlyStopping) else None
         #: Why no evaluation can stop early; empty if it can.
         self.never_early = found if isinstance(found, str) else ""
 
+    def hold_to(self, goal: Goal) -> None:
+        """Hold simulations to another goal: full scores are judged anew, early verdicts that were good are forgotten.
+
+        (A goal is only ever narrowed, so that early verdicts that were bad stand.)
+        """
+        narrowed = goal is not self.goal
+        self.goal = goal
+        self.memory = {
+            key: replace(verdict, met=goal.met(verdict.score)) if verdict.complete else verdict
+            for key, verdict in self.memory.items()
+            if verdict.complete or not (narrowed and verdict.met)
+        }
+
+    def recall(self, key: str) -> Verdict | None:
+        """What is remembered under a key; its evaluation counts from now on, if a run before this one made it."""
+        self._asked.add(key)
+        return self.memory.get(key)
+
     def evaluate(self, what: str) -> Score:
         """Score the simulation as it stands on all examples; a candidate that was scored before costs nothing."""
         key = fingerprint(self.model)
-        self._asked.add(key)
-        known = self.memory.get(key)
+        known = self.recall(key)
         if known is not None and known.complete:
             self._consider(what, known)
             return known.score
@@ -117,10 +137,10 @@ class Search:
         all examples; it can be missed early.
         """
         key = fingerprint(self.model)
-        self._asked.add(key)
-        if key in self.memory:
-            self._consider(what, self.memory[key])
-            return self.memory[key]
+        known = self.recall(key)
+        if known is not None:
+            self._consider(what, known)
+            return known
         if self._stopper is None or not self.early:
             self.evaluate(what)
             return self.memory[key]

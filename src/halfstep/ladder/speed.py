@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, replace
 
+from halfstep.evaluate import Score
 from halfstep.ladder.budget import BudgetSpent
 from halfstep.ladder.search import Candidate, Search
 from halfstep.ladder.snapshot import Snapshot
 from halfstep.ladder.tune import Tuning, tune
 
 
-def favour_speed(search: Search, threads: int | None) -> None:
+def favour_speed(search: Search, threads: int | None, score_file: Callable[[], Score]) -> None:
     """Tune the best candidate for this machine and keep that if it meets the target, or comes no less near to it.
 
     What was measured is written to the journal, so that a resumed run leaves the same layers in float.
@@ -18,6 +20,7 @@ def favour_speed(search: Search, threads: int | None) -> None:
     Args:
         search: its model is the best candidate, and stays so.
         threads: of the runtime, for one operator; None for all cores.
+        score_file: exports the best candidate and scores the file on its runtime.
     """
     model, before = search.model, search.best
     assert before is not None
@@ -32,16 +35,20 @@ def favour_speed(search: Search, threads: int | None) -> None:
         before.snapshot.restore()
         search.decide(f"nothing is left in float for speed, the budget is spent: {spent}")
         return
-    goal = search.goal
-    if goal.met(score) or goal.loss(score) <= goal.loss(before.score):
-        search.decide(f"{tuning}: {goal.words(score)}")
-        search.best = Candidate(before.what, score, Snapshot.of(model))
-        search.reached = {
-            rung: search.best if reached is before else reached for rung, reached in search.reached.items()
-        }
+    goal, kept = search.goal, search.reached
+    tuned = search.best = Candidate(before.what, score, Snapshot.of(model))
+    search.reached = {rung: tuned if reached is before else reached for rung, reached in kept.items()}
+    if goal.met(score):
+        file = score_file()
+        missed = "" if search.asked.met(file) else f"its file, {search.asked.words(file)},"
     else:
-        before.snapshot.restore()
-        search.decide(f"{tuning}, and put back: {goal.words(score)} would miss the target")
+        missed = "" if goal.loss(score) <= goal.loss(before.score) else goal.words(score)
+    if not missed:
+        search.decide(f"{tuning}: {goal.words(score)}")
+        return
+    search.best, search.reached = before, kept
+    before.snapshot.restore()
+    search.decide(f"{tuning}, and put back: {missed} would miss the target")
 
 
 def _tuned(search: Search, threads: int | None) -> Tuning:

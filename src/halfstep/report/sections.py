@@ -96,6 +96,7 @@ def ladder(run: Run) -> str:
             figure(f"step {step['rung']}", step["score"], f"{step['score']:.4f}"),
             f"{step['drop']:+.4f}",
             "–" if step["low"] is None else f"{step['low']:+.4f} to {step['high']:+.4f}",
+            _file_of(step),
             len(step["float_layers"]),
             f"{step['cost']:.3g}",
             f"{step['measured']['seconds']:.1f}",
@@ -104,15 +105,21 @@ def ladder(run: Run) -> str:
         for step in run.steps
     ]
     interval = f"{run.settings['confidence']:.0%} interval"
-    headers = ("rung", "score", "drop", interval, "float layers", "evaluations", "seconds", "met")
+    headers = ("rung", "score", "drop", interval, "its file", "float layers", "evaluations", "seconds", "met")
     decisions = "".join(f"<li>{escape(sentence)}</li>" for sentence in run.decisions)
     return (
         chart.svg([(x, name) for x, (_, _, name) in enumerate(spots)])
-        + table(headers, rows, range(1, 7), "rungs")
+        + table(headers, rows, range(1, 8), "rungs")
         + _metrics(run)
         + f"<h3>Decisions</h3><ol>{decisions}</ol>"
         + _evaluations(run)
     )
+
+
+def _file_of(step: dict[str, Any]) -> str | Html:
+    """The score of a rung's file, where it was run to see whether to climb on."""
+    score = step["file_score"]
+    return "–" if score is None else figure(f"file of {step['rung']}", score, f"{score:.4f}")
 
 
 def _metrics(run: Run) -> str:

@@ -19,7 +19,7 @@
   }
 
   function histogram(site) {
-    const width = 640, height = 300, left = 20, right = 20, top = 40, bottom = 40;
+    const width = 640, height = 300, left = 20, right = 20, top = 66, bottom = 40;
     const { low, high, counts } = site.bars;
     const x = (value) => left + ((value - low) / (high - low)) * (width - left - right);
     const inside = (value) => value >= low && value <= high;
@@ -39,15 +39,19 @@
     for (const level of site.levels || []) {
       if (inside(level)) make(svg, "line", { class: "step", x1: x(level), x2: x(level), y1: top, y2: height - bottom });
     }
-    let row = 0;
+    const alike = new Map(); // calibrators that answer alike share a line and a label
     for (const [name, ends] of Object.entries(site.ranges)) {
+      const key = ends.map(short).join(" ");
+      alike.set(key, { ends, names: [...(alike.get(key)?.names ?? []), name] });
+    }
+    [...alike.values()].forEach(({ ends, names }, row) => {
       for (const end of ends) {
         if (inside(end) && end !== 0) make(svg, "line", { class: "other", x1: x(end), x2: x(end), y1: top, y2: height - bottom });
       }
-      const end = Math.min(ends[1], high);
-      make(svg, "text", { class: "label", x: x(end), y: top - 4 - 12 * (row % 3), "text-anchor": "end" }, name);
-      row += 1;
-    }
+      const end = x(Math.min(ends[1], high));
+      const anchor = end > width / 2 ? "end" : "start";
+      make(svg, "text", { class: "label", x: end, y: top - 5 - 16 * (row % 4), "text-anchor": anchor }, names.join(" = "));
+    });
     for (const value of [low, (low + high) / 2, high]) {
       const anchor = value === low ? "start" : value === high ? "end" : "middle";
       make(svg, "text", { class: "tick", x: x(value), y: height - bottom + 17, "text-anchor": anchor }, short(value));

@@ -1,0 +1,100 @@
+"""A file that loses more than its simulation: the climb goes on, and says so."""
+
+import pytest
+import torch
+from climbing import climb
+
+import halfstep as hs
+from halfstep.evaluate import CallableMetric, Score, Several
+from halfstep.ladder.aim import Aim
+from halfstep.ladder.goal import Goal
+from halfstep.report.page import page
+from halfstep.report.run import Run
+from halfstep.runtime.deployed import DeployedModel
+from halfstep.runtime.sites import read_sites
+
+
+def spoil(monkeypatch, rungs, examples=16):
+    """Files of these rungs answer wrongly to the first examples of each batch; verification looks elsewhere."""
+
+    class Spoilt(DeployedModel):
+        def forward(self, x):
+            answers = super().forward(x)
+            if read_sites(self.path)[1]["halfstep.rung"] in rungs:
+                answers[:examples] = -answers[:examples]
+            return answers
+
+    monkeypatch.setattr("halfstep.ladder.deploy.DeployedModel", Spoilt)
+
+
+def test_the_climb_goes_on_where_only_the_simulation_meets_the_target(monkeypatch, tmp_path):
+    spoil(monkeypatch, ("ptq",))
+    settings = {"recipe": hs.Recipe.uniform(8, 8), "max_drop": 0.05, "max_float": 1.0}
+    outcome = climb(tmp_path / "run", **settings)
+    first, second = outcome.path
+    assert (first.rung, first.met, first.file_met) == ("ptq", True, False)
+    assert (second.rung, second.met, second.file_met) == ("partial", True, True)
+    assert outcome.met and outcome.rung == "partial" and outcome.deployed_score == second.file_score
+    assert [made.rung for made in outcome.history].count("deployed") == 2  # each file is scored once
+    sentence = next(s for s in outcome.decisions if "its file does not" in s)
+    assert f"{first.file_score:.4f}" in sentence and sentence.startswith("Post-training quantization meets")
+    assert f'data-figure="file of ptq" data-value="{first.file_score!r}"' in page(Run.read(tmp_path / "run"))
+    again = climb(tmp_path / "run", **settings)
+    assert again.path == outcome.path and sentence in again.decisions
+    assert again.evaluations == outcome.evaluations
+
+
+def test_the_last_rungs_file_is_the_outcomes(monkeypatch):
+    spoil(monkeypatch, ("ptq",))
+    outcome = climb(None, recipe=hs.Recipe.uniform(8, 8), max_drop=0.05, rungs=("ptq",))
+    assert not outcome.met and outcome.path[0].met and outcome.path[0].file_met is None
+    assert outcome.advice[0].startswith("The simulation meets the target (")
+
+
+def test_a_tuned_file_that_misses_is_put_back(monkeypatch):
+    def leave_one_in_float(model, threads):
+        model.float_layers = ["2"]
+        return hs.Tuning(("2",), 1.0, 3)
+
+    monkeypatch.setattr("halfstep.ladder.speed.tune", leave_one_in_float)
+
+    class Spoilt(DeployedModel):
+        def forward(self, x):
+            answers = super().forward(x)
+            return -answers if read_sites(self.path)[1]["halfstep.float_layers"] == "2" else answers
+
+    monkeypatch.setattr("halfstep.ladder.deploy.DeployedModel", Spoilt)
+    outcome = climb(None, recipe=hs.Recipe.uniform(8, 8), max_drop=0.05, rungs=("ptq",), tune=True)
+    assert outcome.met and outcome.float_layers == () and outcome.rung == "ptq"
+    assert any("and put back: its file, " in sentence for sentence in outcome.decisions)
+
+
+@pytest.mark.parametrize(
+    ("simulated", "file", "expected"),
+    [
+        (0.895, 0.888, 0.003),  # 0.007 are lost between the two
+        (0.895, 0.850, 0.0),  # more than all that is allowed: as good as float
+        (0.905, 0.850, -0.005),  # better than float already: better than that
+        (0.895, 0.892, 0.01),  # the file keeps to it
+    ],
+)
+def test_what_simulations_are_held_to(simulated, file, expected):
+    goal = Goal(0.01, Score(0.9))
+    narrowed = goal.narrowed(Score(simulated), Score(file))
+    assert narrowed.max_drop == pytest.approx(expected, abs=2e-9)
+    assert narrowed.met(Score(simulated)) == goal.met(Score(file))
+
+
+def test_of_several_metrics_only_the_missed_are_narrowed():
+    both = Several({"a": CallableMetric(len), "b": CallableMetric(len)})
+    goal = Aim(0.1).goal(Score(0.9, others={"b": Score(0.9)}), both)
+    narrowed = goal.narrowed(Score(0.85, others={"b": Score(0.85)}), Score(0.81, others={"b": Score(0.79)}))
+    assert narrowed.max_drop == 0.1 and narrowed.others["b"].max_drop == pytest.approx(0.04)
+
+
+def test_a_strict_goal_is_narrowed_by_the_intervals_ends():
+    hits = torch.ones(1000)
+    simulated, file = (Score.mean((torch.arange(1000) >= lost).double()) for lost in (4, 12))
+    goal = Goal(0.015, Score.mean(hits), strict=True)
+    assert goal.met(simulated) and not goal.met(file)
+    assert not goal.narrowed(simulated, file).met(simulated)
