@@ -119,18 +119,31 @@ def of_scale(
 ) -> Tensor:
     """Return the gradient of a learned scale, summed over the elements that share it.
 
-    The elements inside count with their round-off, and those outside with their end level.
+    The elements inside count with their round-off, and those outside with their end level: with k = what clipping
+    kept of the gradient g, ``sum k (x^ - x) + (g - k) x^ = sum g x^ - sum k x``. The two sums cancel to a part in
+    ``reach``, which float32 can spare.
     """
     kept = kept.to(result.dtype)
-    moved = (grad.to(result.dtype) - kept).mul_(result)
-    if gradient.rounding:
-        moved.addcmul_(kept, result - x.to(result.dtype))
-    return (granularity.reduce(moved, "sum") / scale).to(scale.dtype)
+    inside = x.to(result.dtype) if gradient.rounding else result
+    total = _inner(grad.to(result.dtype), result, granularity) - _inner(kept, inside, granularity)
+    return (total / scale).to(scale.dtype)
 
 
 def of_zero_point(grad: Tensor, kept: Tensor, scale: Tensor, granularity: Granularity) -> Tensor:
     """Return the gradient of a learned offset, summed over the elements that share it."""
-    return -scale * granularity.reduce(grad.to(scale.dtype) - kept.to(scale.dtype), "sum")
+    lost = granularity.reduce(grad.to(scale.dtype), "sum") - granularity.reduce(kept.to(scale.dtype), "sum")
+    return -scale * lost
+
+
+def _inner(a: Tensor, b: Tensor, granularity: Granularity) -> Tensor:
+    """Return the sum of ``a * b`` over the elements that share a parameter.
+
+    For a single one as a dot product, which needs no memory for the products; compiled code needs none either way.
+    """
+    if granularity.parameter_shape(a.shape) or torch.compiler.is_compiling():
+        return granularity.reduce(a * b, "sum")
+    order = sorted(range(b.dim()), key=b.stride, reverse=True)  # that of memory: nothing is copied
+    return torch.dot(a.permute(order).reshape(-1), b.permute(order).reshape(-1))
 
 
 def balance(x: Tensor, reach: float, granularity: Granularity, gradient: Gradient) -> Tensor | float:
