@@ -176,6 +176,34 @@ def test_clipping_is_over_the_effective_range():
 
 
 @pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0)], ids=str)
+def test_an_end_at_zero_is_inside(granularity):
+    """After a sigmoid, say, the range is [0, 1], and an exact 0 still moves."""
+    x = torch.tensor([[0.0, 1.0, -0.1, 1.1]], requires_grad=True)
+    shape = granularity.parameter_shape(x.shape)
+    scale, zero_point = torch.full(shape, 1 / 255), torch.zeros(shape, dtype=torch.int32)
+    fake_quantize(x, scale, zero_point, U8, granularity).sum().backward()
+    assert x.grad.tolist() == [[1, 1, 0, 0]]
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8, 16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_sum_for_a_scale_is_right_to_a_part_in_ten_thousand(bits, layout):
+    """A million activations after ReLU whose gradients go with them: sum g x^ and sum k x are far larger than their
+    difference."""
+    format = Integer(bits, signed=False, symmetric=False)
+    generator = torch.Generator().manual_seed(bits)
+    x = torch.randn(64, 16, 32, 32, generator=generator).relu().to(memory_format=layout)
+    grad = torch.randn(x.shape, generator=generator) + 0.1 * x
+    scale, zero_point = format.parameters(torch.zeros(()), torch.tensor(3.0))
+    slopes = []
+    for dtype in (torch.float32, torch.float64):
+        step = scale.to(dtype, copy=True).requires_grad_()
+        fake_quantize(x.to(dtype), step, zero_point, format, gradient=LSQ).backward(grad.to(dtype))
+        slopes.append(step.grad.item())
+    assert slopes[0] == pytest.approx(slopes[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0)], ids=str)
 def test_the_element_that_set_the_range_still_gets_its_gradient(granularity):
     """float32 rounds alpha / 127, so alpha may lie an ulp or two outside 127 steps."""
     x = torch.randn(512, 33).requires_grad_()

@@ -26,6 +26,8 @@ from halfstep.granularity import Granularity, counts
 #: float32 rounds the scale, so the element that set the range may lie a few units in the last place outside
 #: it.
 _EDGE = 1 + 2.0**-20
+#: Beside it, so that an end at zero is inside too.
+_TINY = 2.0**-126
 
 
 @dataclass(frozen=True)
@@ -92,19 +94,27 @@ def kept(
 
     torch's comparisons and ``where`` take five times as long on the CPU as the one fused kernel of hardtanh,
     which wants bounds that are numbers: a range of one scale has them, any other is first mapped to [-1, 1].
+    Compiled code does without comparisons at all: torch would keep their answers from the forward pass, and writes
+    them one by one.
     """
     if not gradient.clipped:
         return grad
     x = x.to(working_dtype(x.dtype))  # in bfloat16 the bounds would be rounded too
     if on_host(low):
-        bounds = low.item() * _EDGE, high.item() * _EDGE
-        position = x
-    else:
-        centre = granularity.expand((low + high) / 2, x.shape)
-        half_width = granularity.expand((high - low) / 2, x.shape)
-        bounds = -_EDGE, _EDGE
-        position = (x - centre) / half_width
-    passed: Tensor = torch.ops.aten.hardtanh_backward(grad.to(position.dtype), position, *bounds)
+        bounds = low.item() * _EDGE - _TINY, high.item() * _EDGE + _TINY
+        return _within(grad, x, *bounds)
+    centre = granularity.expand((low + high) / 2, x.shape)
+    half_width = granularity.expand((high - low) / 2, x.shape)
+    position = (x - centre) / half_width
+    if torch.compiler.is_compiling():
+        room = _EDGE - position.abs()  # a multiple of eps / 2 next to the edge
+        return (grad * (room * (2 / torch.finfo(x.dtype).eps)).clamp(0, 1)).to(grad.dtype)
+    return _within(grad, position, -_EDGE, _EDGE)
+
+
+def _within(grad: Tensor, x: Tensor, low: float, high: float) -> Tensor:
+    """Return ``grad`` where ``x`` lies between two numbers, else 0."""
+    passed: Tensor = torch.ops.aten.hardtanh_backward(grad.to(x.dtype), x, low, high)
     return passed.to(grad.dtype)
 
 
@@ -131,7 +141,7 @@ def of_scale(
 
 def of_zero_point(grad: Tensor, kept: Tensor, scale: Tensor, granularity: Granularity) -> Tensor:
     """Return the gradient of a learned offset, summed over the elements that share it."""
-    lost = granularity.reduce(grad.to(scale.dtype), "sum") - granularity.reduce(kept.to(scale.dtype), "sum")
+    lost = _sum(grad.to(scale.dtype), granularity) - _sum(kept.to(scale.dtype), granularity)
     return -scale * lost
 
 
@@ -141,9 +151,14 @@ def _inner(a: Tensor, b: Tensor, granularity: Granularity) -> Tensor:
     For a single one as a dot product, which needs no memory for the products; compiled code needs none either way.
     """
     if granularity.parameter_shape(a.shape) or torch.compiler.is_compiling():
-        return granularity.reduce(a * b, "sum")
+        return _sum(a * b, granularity)
     order = sorted(range(b.dim()), key=b.stride, reverse=True)  # that of memory: nothing is copied
     return torch.dot(a.permute(order).reshape(-1), b.permute(order).reshape(-1))
+
+
+def _sum(x: Tensor, granularity: Granularity) -> Tensor:
+    """Return the sum over the elements that share a parameter; all of them in the order of memory."""
+    return granularity.reduce(x, "sum") if granularity.parameter_shape(x.shape) else x.sum()
 
 
 def balance(x: Tensor, reach: float, granularity: Granularity, gradient: Gradient) -> Tensor | float:
