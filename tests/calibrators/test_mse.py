@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import numpy as np
@@ -127,7 +128,7 @@ def test_no_pair_of_ends_is_better(x: torch.Tensor, bits: int) -> None:
     assert found <= least * (1 + 1e-3)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(
     st.integers(0, 2**32 - 1),
     st.sampled_from([Integer(2), Integer(4), Integer(8), AFFINE, Integer(4, symmetric=False)]),
@@ -135,14 +136,16 @@ def test_no_pair_of_ends_is_better(x: torch.Tensor, bits: int) -> None:
     st.booleans(),
 )
 def test_no_other_calibrator_is_better(seed: int, format: Integer, power: float, rectified: bool) -> None:
-    x = torch.randn(4000, generator=torch.Generator().manual_seed(seed))
+    count = 40_000
+    x = torch.randn(count, generator=torch.Generator().manual_seed(seed))
     x = x.sign() * x.abs() ** power
     x = x.relu() if rectified else x + 0.3
     histogram = observed(x)
     best = error(x, *MSE().range(histogram, format), format)
-    # At 8 bits the bins (2^-7 of a value) are as wide as the steps, so the round-off is estimated, not known: on 4,000
-    # samples the range found was 2% worse than Max's (seed 2289, affine, rectified). A known gap, not a property.
-    slack = 1e-2 if format.bits <= 4 else 5e-2
+    # At 8 bits the bins (2^-7 of a value) are as wide as the steps: where in its step a sample lies is not known, so
+    # the mean square of round-off is the expected one. The samples' own differs by sqrt(4/5) / sqrt(count) of itself,
+    # one standard deviation of the square of a uniform variable; three of the difference of two are allowed.
+    slack = 1e-2 if format.bits <= 4 else 3 * math.sqrt(2 * 4 / 5 / count)
     for other in (Max(), Percentile(99), Percentile(99.9), Entropy()):
         assert best <= error(x, *other.range(histogram, format), format) * (1 + slack)
 
