@@ -16,6 +16,7 @@ import torch
 
 from halfstep.cli import main
 from halfstep.cli.options import by_name
+from halfstep.demo import DigitsNet
 from halfstep.errors import ArgumentError
 from halfstep.runtime.deployed import DeployedModel
 
@@ -88,9 +89,16 @@ def quantize(folder, model="mine:net", labelled="good.npz", calibration="good.np
     )
 
 
-def test_quantize_and_inspect(folder):
+@pytest.fixture(scope="module")
+def finished(folder):
+    """A run in the directory "run", which tests only read."""
     done = quantize(folder, "mine:net", "good.npz", "good.npz", "--directory", "run", "--max-drop", "0.2")
     assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_quantize_and_inspect(folder, finished):
+    done = finished
     assert "deployed score" in done.stdout
     names = {file.name for file in (folder / "run").iterdir()}
     assert names >= {
@@ -171,24 +179,23 @@ def test_bad_input_ends_in_one_line_and_2(folder, arguments, message):
     assert message in done.stderr
 
 
-def test_a_run_can_be_exported_verified_reported_and_compared(folder):
-    first = quantize(folder, "mine:net", "good.npz", "good.npz", "--directory", "one", "--max-drop", "0.2")
-    assert first.returncode == 0, first.stderr
-    done = halfstep(folder, "export", "one", "again.onnx")
+def test_a_run_can_be_exported_verified_reported_and_compared(folder, finished):
+    done = halfstep(folder, "export", "run", "again.onnx")
     assert done.returncode == 0, done.stderr
-    exported, deployed = (DeployedModel(folder / file) for file in ("again.onnx", "one/model.onnx"))
+    exported, deployed = (DeployedModel(folder / file) for file in ("again.onnx", "run/model.onnx"))
     inputs = torch.from_numpy(np.load(folder / "good.npz")["inputs"])
     assert torch.equal(exported(inputs), deployed(inputs))
-    done = halfstep(folder, "verify", "one", "--json")
+    done = halfstep(folder, "verify", "run", "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["parity"]["top1"] > 0.9
-    done = halfstep(folder, "report", "one", "--output", "page.html")
+    proof = json.loads(done.stdout)
+    assert proof["parity"]["top1"] > 0.9 and {"0", "2"} <= proof["microseconds"].keys()
+    done = halfstep(folder, "report", "run", "--output", "page.html")
     assert done.returncode == 0 and (folder / "page.html").read_text().startswith("<!DOCTYPE html>")
-    done = halfstep(folder, "compare", "one", "one", "--json")
+    done = halfstep(folder, "compare", "run", "run", "--json")
     assert done.returncode == 0, done.stderr
     rows = {row["what"]: row for row in json.loads(done.stdout)}
     assert rows["state"] == {"what": "state", "first": "target met", "second": "target met"}
-    done = halfstep(folder, "export", "one", "again.onnx", "--rung", "qat")
+    done = halfstep(folder, "export", "run", "again.onnx", "--rung", "qat")
     assert done.returncode == 2 and "has no finished rung 'qat'; finished are 'ptq'" in done.stderr
     done = halfstep(folder, "report", "nowhere")
     assert done.returncode == 2 and "needed the directory of a run" in done.stderr
@@ -287,6 +294,25 @@ def test_the_module_runs_as_a_program(folder):
     )
     assert done.returncode == 2
     assert "error: 'mine': needed package.module:callable" in done.stderr
+
+
+@pytest.mark.parametrize(("met", "code"), [(True, 0), (False, 3)])
+def test_the_demo_ends_as_every_climb_does(folder, monkeypatch, met, code):
+    climbed = {}
+
+    def climb(model, example_inputs, **options):
+        climbed.update(options)
+        return SimpleNamespace(met=met, directory=None, to_dict=lambda: {"met": met})
+
+    monkeypatch.setattr("halfstep.demo.train_digits", lambda digits: DigitsNet())
+    monkeypatch.setattr("halfstep.ladder.climb.quantize", climb)
+    done = halfstep(folder, "demo", "--json")
+    assert (done.returncode, json.loads(done.stdout)) == (code, {"met": met})
+    assert climbed["command"] == "halfstep demo"
+
+
+def test_a_doubt_is_printed_once(folder, finished):
+    assert finished.stderr.replace("\n", " ").count("calibration examples are also among the 64") == 1
 
 
 def test_help_names_every_command_and_the_exit_codes(folder):

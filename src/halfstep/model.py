@@ -26,6 +26,7 @@ from halfstep.graph.operators import describe
 from halfstep.graph.place import place
 from halfstep.graph.placement import Layer, Placement, Position, Site
 from halfstep.graph.unfold import unfold
+from halfstep.listing import Listing, describe_site
 from halfstep.recipe import Recipe, match_layers
 from halfstep.run_time_quantize import RunTimeQuantize
 from halfstep.targets import Target
@@ -344,16 +345,22 @@ class QuantizedModel(nn.Module):
 
     def __repr__(self) -> str:
         """A line for every site: name, format, granularity, range."""
+        return str(self._listing())
+
+    def _repr_html_(self) -> str:
+        """The same as a table, for notebooks."""
+        return self._listing().html()
+
+    def _listing(self) -> Listing:
         layers = self.placement.layers
         quantized = sum(not layer.reason for layer in layers)
-        head = (
+        rows = [(name, describe_site(module)) for name, module in self._in_use.items()]
+        rows += [(layer.name, f"float: {layer.reason}") for layer in layers if layer.reason]
+        return Listing(
             f"QuantizedModel for {self.target.name}: {quantized} of {len(layers)} layers quantized, "
-            f"{len(self._in_use)} sites"
+            f"{len(self._in_use)} sites",
+            rows,
         )
-        width = max((len(name) for name in self._in_use), default=0)
-        lines = [f"  {name:<{width}}  {describe_site(module)}" for name, module in self._in_use.items()]
-        lines += [f"  {layer.name:<{width}}  float: {layer.reason}" for layer in layers if layer.reason]
-        return "\n".join([head, *lines])
 
 
 def _has_bias(layer: Layer) -> bool:
@@ -378,16 +385,6 @@ def _told(extra_state: torch.Tensor) -> dict[str, Any]:
     """What :meth:`QuantizedModel.get_extra_state` wrote."""
     told: dict[str, Any] = json.loads(bytes(extra_state.tolist()))
     return told
-
-
-def describe_site(module: FakeQuantize) -> str:
-    """Format, granularity and range of a site in one line."""
-    if module.dynamic:
-        return f"{module.format}, {module.granularity}, range computed at run time"
-    if not module.calibrated:
-        return f"{module.format}, {module.granularity}, not calibrated"
-    low, high = module.range()
-    return f"{module.format}, {module.granularity}, range {float(low.min()):.4g} to {float(high.max()):.4g}"
 
 
 def run(model: Callable[..., Any], inputs: ModelInputs) -> Any:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from halfstep.calibrators import Entropy, Max, Percentile, data_concerns, disagreements, unlike
+from halfstep.calibrators import Entropy, Max, Percentile, data_concerns, disagreements, unlike, unsteady
 from halfstep.errors import NotObservedError
 from halfstep.formats import Integer
 from halfstep.statistics import Histogram
@@ -72,3 +72,15 @@ def test_an_evaluation_unlike_the_calibration() -> None:
     assert "distance 0.38" in concern.message
     with pytest.raises(NotObservedError):
         unlike(Histogram(), observed(NORMAL))
+
+
+def test_halves_of_the_data_that_give_other_ranges() -> None:
+    assert unsteady(observed(NORMAL[:10_000]), observed(NORMAL[10_000:]), Integer(8)) == []
+    outlier = torch.cat(
+        [NORMAL[10_000:], torch.tensor([100.0])]
+    )  # one value says nothing about how many are enough
+    assert unsteady(observed(NORMAL[:10_000]), observed(outlier), Integer(8)) == []
+    [concern] = unsteady(observed(NORMAL[:10_000]), observed(1.3 * NORMAL[10_000:]), Integer(8))
+    assert concern.kind == "unsteady"
+    assert concern.message.startswith("percentile(99.9) answers [-3.")
+    assert concern.message.endswith("on the other: give more examples, in random order")

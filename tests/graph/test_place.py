@@ -95,6 +95,11 @@ def test_printing_shows_every_site_and_float_layer():
     hs.observe(q, [torch.randn(2, 4, 8, 8)])
     hs.calibrate(q)
     assert "a.weight  s8 scale, per channel of axis 0, range" in repr(q)
+    html = q._repr_html_()
+    assert (
+        html.count("<tr>") == len(repr(q).splitlines()) - 1
+        and "s8 scale, per channel of axis 0, range" in html
+    )
 
 
 class Awkward(nn.Module):

@@ -189,7 +189,7 @@ def test_a_full_disk_says_so_and_leaves_what_was_written(tmp_path, monkeypatch):
     with Journal(tmp_path) as journal:
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", full)
-            with pytest.raises(RunError, match=r"No space left on device; make room there and run the same"):
+            with pytest.raises(RunError, match=r"No space left on device; once that is cured, run the same"):
                 journal.write("decision", sentence="lost")
             with pytest.raises(RunError, match=r"cannot write .*best.safetensors: No space left on device"):
                 journal.save("best", {"a": torch.zeros(2)})
@@ -197,6 +197,65 @@ def test_a_full_disk_says_so_and_leaves_what_was_written(tmp_path, monkeypatch):
         assert not list((tmp_path / "checkpoints").iterdir())
         journal.write("decision", sentence="kept")
     assert read(tmp_path)[-1].data == {"sentence": "kept"}
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """Mounts a small disk, with options such as "ro"."""
+    mounted = []
+
+    def mount(*options):
+        place = tmp_path / "disk"
+        place.mkdir()
+        what = ",".join(("size=64k", *options))
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", what, "none", place], capture_output=True, check=False
+        )
+        if done.returncode:
+            pytest.skip("needs the right to mount a file system")
+        mounted.append(place)
+        return place
+
+    yield mount
+    for place in mounted:
+        subprocess.run(["umount", place], check=True)
+
+
+def test_a_disk_that_is_really_full(disk):
+    place = disk()
+    with Journal(place) as journal:
+        journal.write("decision", sentence="kept")
+        before = (place / FILE).read_bytes()
+        (place / "filler").write_bytes(b"x" * (64 * 1024 - 2 * 4096))
+        with pytest.raises(RunError, match=r"cannot write .*journal.jsonl: No space left on device"):
+            journal.write("decision", sentence="x" * 50_000)
+        with pytest.raises(RunError, match=r"cannot write .*best.safetensors: No space left on device"):
+            journal.save("best", {"a": torch.zeros(20_000)})
+        assert (place / FILE).read_bytes() == before
+        (place / "filler").unlink()
+        journal.write("decision", sentence="kept too")
+    assert [entry.data["sentence"] for entry in read(place)] == ["kept", "kept too"]
+
+
+def test_a_read_only_directory_is_refused_at_once(disk):
+    place = disk("ro")
+    message = r"directory .* cannot be written: Read-only file system; choose another one"
+    for folder in (place, place / "run"):
+        with pytest.raises(RunError, match=message):
+            Journal(folder)
+
+
+def test_a_directory_without_permission_is_refused_at_once(tmp_path, monkeypatch):
+    written(tmp_path)
+    monkeypatch.setattr("pathlib.Path.open", forbidden)  # root may write anywhere
+    with pytest.raises(
+        RunError, match=r"directory .* cannot be written: Permission denied; choose another one"
+    ):
+        Journal(tmp_path)
+
+
+def forbidden(*_):
+    raise PermissionError(13, os.strerror(13))
 
 
 def full(_):

@@ -14,7 +14,7 @@ import halfstep as hs
 from halfstep.errors import RunError
 from halfstep.ladder.journal import FILE, Journal
 
-MEASURED = ("latency_ms", "history")
+MEASURED = ("latency_ms", "microseconds", "history")
 
 
 def figures(folder):

@@ -1,12 +1,15 @@
 """What is said of calibration data that do not fit, with the site's name; and data that must not do harm."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 import halfstep as hs
 from halfstep.errors import DataError, NotObservedError
-from halfstep.ladder.concerns import sentences, watching
+from halfstep.ladder.concerns import halving, sentences, watching
+from halfstep.progress import listening
 
 X = torch.randn(256, 4, generator=torch.Generator().manual_seed(0))
 
@@ -92,6 +95,43 @@ def test_watching_counts_apart_and_only_the_first_examples():
     assert seen["input"].count == 2 * 64 * 4
     assert q.sites["input"].histogram.count == before
     assert not any(module._forward_pre_hooks for module in (q, *q.sites.values()))
+
+
+def test_halves_are_compared_and_add_up_to_what_one_pass_holds():
+    q, whole = hs.prepare(net(), X[:2]), observed()
+    batches = [scale * part for part, scale in zip(X.split(32), [1.0, 3.0] * 4, strict=True)]
+    hs.observe(whole, batches)
+    hs.observe(q, [X])
+    with halving(q) as found:
+        hs.observe(q, batches)
+        assert found == []
+    assert ("input", "unsteady") in kinds(found)
+    for name, module in whole.sites.items():
+        if not module.histogram.count:
+            continue
+        one, two = module.histogram.state_dict(), q.sites[name].histogram.state_dict()
+        assert all(torch.equal(one[part], two[part]) for part in one)
+    assert not q._forward_pre_hooks
+    once = hs.prepare(net(), X[:2])
+    with halving(once) as found:
+        hs.observe(once, [X])
+    assert found == []
+
+
+def test_the_ladder_says_a_doubt_once():
+    batches = [scale * part for part, scale in zip(X.split(32), [1.0, 3.0] * 4, strict=True)]
+    labelled = [(3 * X, torch.zeros(256, dtype=torch.int64))]
+    said = []
+    listener = SimpleNamespace(
+        start=lambda *_: None, advance=lambda *_: None, end=lambda *_: None, say=said.append
+    )
+    with (
+        pytest.warns(UserWarning, match=r"on one half of the calibration data") as warned,
+        listening(listener),
+    ):
+        outcome = hs.quantize(net(), X[:2], batches, hs.Accuracy(labelled), max_drop=1.0)
+    (sentence,) = [s for s in outcome.decisions if "on one half of the calibration data" in s]
+    assert [str(w.message) for w in warned].count(sentence) == 1 and sentence not in said
 
 
 def test_the_ladder_compares_calibration_data_with_the_metrics():

@@ -138,6 +138,8 @@ def test_figures_in_the_page_equal_the_journals(window, folder):
         if entry.kind == "finding" and entry.data["name"] == "sensitivity":
             for row in entry.data["measured"]["finding"]["rows"]:
                 assert float(shown[f"sensitivity {', '.join(row['layers'])}"]) == row["score"]
+    for layer in end["layers"]:
+        assert float(shown[f"µs {layer['name']}"]) == end["measured"]["microseconds"][layer["name"]]
     for point in end["measured"]["files"]:
         assert float(shown[f"file {point['name']}"]) == point["score"]
 

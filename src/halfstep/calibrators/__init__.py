@@ -1,7 +1,7 @@
 """Calibrators: which range a format shall cover, asked of a histogram or of a weight."""
 
 from halfstep.calibrators.calibrator import Calibrator, WeightCalibrator
-from halfstep.calibrators.concerns import Concern, data_concerns, disagreements, unlike
+from halfstep.calibrators.concerns import Concern, data_concerns, disagreements, unlike, unsteady
 from halfstep.calibrators.entropy import Entropy
 from halfstep.calibrators.fitted import fitted_codebook
 from halfstep.calibrators.maximum import Max
@@ -24,4 +24,5 @@ __all__ = [
     "fitted_codebook",
     "levels",
     "unlike",
+    "unsteady",
 ]

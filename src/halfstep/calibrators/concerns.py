@@ -10,13 +10,17 @@ from typing import Literal
 
 from halfstep.calibrators.calibrator import Calibrator
 from halfstep.calibrators.percentile import Percentile
+from halfstep.formats.format import Format
 from halfstep.statistics import Histogram, distance
 
 APART = 2.0  # calibrators whose ranges differ by more than this factor disagree
 BEYOND = 10  # samples that a percentile needs to leave out before it says more than the largest samples do
 FAR = 0.1  # distance of the evaluation's values from the calibration's that is worth a word
 
-Kind = Literal["unobserved", "not finite", "only zeros", "few samples", "disagreement", "unlike"]
+STEADY = 1.25  # ranges of two halves of the data that differ by more than this factor rest on too few of them
+BULK = Percentile(99.9)  # whose range outliers hardly move, so that it shows how steady the data are
+
+Kind = Literal["unobserved", "not finite", "only zeros", "few samples", "disagreement", "unlike", "unsteady"]
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,35 @@ def disagreements(ranges: Mapping[Calibrator, tuple[float, float]]) -> list[Conc
         f"[{ranges[small][0]:.4g}, {ranges[small][1]:.4g}]: outliers decide here, compare calibrators"
     )
     return [Concern("disagreement", message)]
+
+
+def unsteady(first: Histogram, second: Histogram, format: Format) -> list[Concern]:
+    """Return a concern if two halves of the calibration data give ranges of different widths; else nothing.
+
+    Args:
+        first: what one half made of a site.
+        second: what the other half made of it.
+        format: of the site.
+
+    Raises:
+        NotObservedError: either is empty.
+
+    >>> halves = Histogram(), Histogram()
+    >>> for half, scale in zip(halves, (1.0, 1.5)):
+    ...     half.update(scale * torch.linspace(-1, 1, 999))
+    >>> [concern.kind for concern in unsteady(*halves, Integer(8))]
+    ['unsteady']
+    """
+    ranges = [tuple(map(float, BULK.range(half, format))) for half in (first, second)]
+    (low, high), (other_low, other_high) = ranges
+    small, large = sorted((high - low, other_high - other_low))
+    if large <= STEADY * small:
+        return []
+    message = (
+        f"{BULK} answers [{low:.4g}, {high:.4g}] on one half of the calibration data and [{other_low:.4g}, "
+        f"{other_high:.4g}] on the other: give more examples, in random order"
+    )
+    return [Concern("unsteady", message)]
 
 
 def unlike(calibration: Histogram, evaluation: Histogram) -> list[Concern]:

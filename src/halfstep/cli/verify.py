@@ -34,7 +34,8 @@ def verify(
         model, _ = restore(run, None)
         proof = prove(file or run / "model.onnx", model, model.sample, None, threads)
     if as_json:
-        print_json({"parity": asdict(proof.parity), "kernels": proof.kernels.counts, "bytes": proof.size})
+        figures = {"kernels": proof.kernels.counts, "bytes": proof.size, "microseconds": proof.microseconds}
+        print_json({"parity": asdict(proof.parity), **figures})
     else:
         out.print(layer_table(proof))
         table = Table(title=str(file or run / "model.onnx"), show_header=False)

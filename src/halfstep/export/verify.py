@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,8 +18,8 @@ from halfstep.granularity import PerGroup
 from halfstep.graph.inputs import ModelInputs
 from halfstep.graph.placement import Layer
 from halfstep.model import QuantizedModel
-from halfstep.runtime.deployed import DeployedModel
-from halfstep.runtime.kernels import Kernels, inspect_kernels
+from halfstep.runtime.deployed import DeployedModel, to_numpy
+from halfstep.runtime.kernels import Kernels, inspect_kernels, layer_times
 from halfstep.runtime.latency import Latency, race
 from halfstep.runtime.parity import Parity, compare
 from halfstep.runtime.size import file_size
@@ -55,6 +55,8 @@ class Verification:
             second time: what its speed-up differs from 1 is noise.
         size: bytes of the quantized file, with what lies beside it.
         float_size: bytes of the float file.
+        microseconds: that each layer and operator takes of a run on the first batch, by name, measured in runs of its
+            own; without what the runtime does in between. Empty where the target's hardware is not here.
     """
 
     parity: Parity
@@ -64,6 +66,7 @@ class Verification:
     latency: dict[str, Latency]
     size: int
     float_size: int
+    microseconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def integer_layers(self) -> int:
@@ -123,6 +126,7 @@ def verify(
             latency,
             file_size(path),
             file_size(float_path),
+            layer_times(path, [to_numpy(leaf) for leaf in leaves], threads, runtime),
         )
 
 

@@ -22,7 +22,7 @@ from halfstep.ladder.ascent import ascend
 from halfstep.ladder.budget import Budget
 from halfstep.ladder.calibration import observe
 from halfstep.ladder.claims import claim
-from halfstep.ladder.concerns import sentences, unlike_sites, watching
+from halfstep.ladder.concerns import halving, sentences, unlike_sites, watching
 from halfstep.ladder.deploy import deploy, file_score
 from halfstep.ladder.doubts import doubts
 from halfstep.ladder.identity import Examples
@@ -160,11 +160,12 @@ def _begin(
         baseline, made = float_evaluation(scorer, prepared, journal)
     goal = aim.goal(baseline, scorer)
     calibrated = Examples()
-    observe(prepared, _watched(calibration, calibrated))
+    with halving(prepared) as unsteady:
+        observe(prepared, _watched(calibration, calibrated))
     journal.claim("calibration data", calibrated.digest())
     search = Search(prepared, scorer, goal, journal=journal, budget=budget, rung="data")
     if made:
-        said = [*doubts(calibrated, judged), *sentences(unlike_sites(prepared, seen))]
+        said = [*doubts(calibrated, judged), *sentences([*unlike_sites(prepared, seen), *unsteady])]
     else:  # nothing was watched, since the float model was not run again: what was said then holds
         said = [
             entry.data["measured"]["sentence"]
@@ -173,7 +174,7 @@ def _begin(
         ]
     for sentence in said:
         warnings.warn(sentence, stacklevel=3)
-        search.decide(sentence)
+        search.decide(sentence, aloud=False)  # a warning is heard anyway
     search.rung = ""
     return search
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halfstep.calibrators import Calibrator, Concern, data_concerns, disagreements, unlike
+from halfstep.calibrators import Calibrator, Concern, data_concerns, disagreements, unlike, unsteady
 from halfstep.errors import named
 from halfstep.fake_quantize import Mode
 from halfstep.graph.inputs import ModelInputs, batch_size
@@ -120,6 +120,39 @@ def watching(model: QuantizedModel, examples: int = LOOKED_AT) -> Iterator[dict[
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def halving(model: QuantizedModel) -> Iterator[list[SiteConcern]]:
+    """Let the batches that are observed in the block fill two histograms a site by turns, and compare their ranges.
+
+    Args:
+        model: its sites hold the sum of both halves afterwards, which is what one histogram would hold.
+
+    Yields:
+        A concern for each activation whose range differs between the halves; filled when the block ends.
+    """
+    found: list[SiteConcern] = []
+    sites = activation_sites(model)
+    halves = [(module.histogram, Histogram()) for module in sites.values()]
+    turn = 1
+
+    def swap(*_: Any) -> None:
+        nonlocal turn
+        turn = 1 - turn
+        for module, pair in zip(sites.values(), halves, strict=True):
+            module.histogram = pair[turn]
+
+    handle = model.register_forward_pre_hook(swap)
+    try:
+        yield found
+    finally:
+        handle.remove()
+        for (name, module), (first, second) in zip(sites.items(), halves, strict=True):
+            if first.count and second.count:
+                found += [SiteConcern(name, concern) for concern in unsteady(first, second, module.format)]
+            first.merge(second)
+            module.histogram = first
 
 
 def sentences(found: Sequence[SiteConcern]) -> list[str]:

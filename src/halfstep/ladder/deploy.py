@@ -107,7 +107,9 @@ def _write_down(search: Search, outcome: Outcome, files: list[dict[str, Any]]) -
     picture = portray_input(outcome.model)
     if picture is not None:
         search.journal.write("picture", **picture)
-    known_by_now = ("history", "decisions", "path", "latency_ms")
+    known_by_now = ("history", "decisions", "path", "latency_ms", "microseconds")
     record = {name: value for name, value in outcome.to_dict().items() if name not in known_by_now}
     latency = {name: asdict(value) for name, value in outcome.verification.latency.items()}
-    search.journal.write("outcome", **record, measured={"latency_ms": latency, "files": files})
+    times = {name: round(time, 2) for name, time in outcome.verification.microseconds.items()}
+    measured = {"latency_ms": latency, "files": files, "microseconds": times}
+    search.journal.write("outcome", **record, measured=measured)

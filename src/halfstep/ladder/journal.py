@@ -116,7 +116,7 @@ class Journal:
                         raise
             except OSError as error:
                 raise RunError(
-                    f"cannot write {path}: {error.strerror}; make room there and run the same command again: it goes "
+                    f"cannot write {path}: {error.strerror}; once that is cured, run the same command again: it goes "
                     "on from here"
                 ) from error
             self._check = check

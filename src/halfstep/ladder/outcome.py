@@ -108,6 +108,7 @@ class Outcome:
             "advice": list(self.advice),
             "parity": asdict(proof.parity),
             "latency_ms": {name: asdict(value) for name, value in proof.latency.items()},
+            "microseconds": dict(proof.microseconds),
             "bytes": proof.size,
             "float_bytes": proof.float_size,
             "kernels": proof.kernels.counts,

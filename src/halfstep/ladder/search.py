@@ -253,12 +253,13 @@ class Search:
     def _replayed(self) -> list[Evaluation]:
         return [e for e in self.evaluations if e.rung == "float" or not e.key or e.key in self._asked]
 
-    def decide(self, sentence: str) -> None:
-        """Record a decision."""
+    def decide(self, sentence: str, aloud: bool = True) -> None:
+        """Record a decision, and tell the progress listener of it if ``aloud``."""
         self.decisions.append(sentence)
         timeless = re.sub(r"[\d.,]+ (s|ms|min)\b", "", sentence)  # a replay takes other times
         self.journal.write("decision", rung=self.rung, key=timeless, measured={"sentence": sentence})
-        say(sentence)
+        if aloud:
+            say(sentence)
 
 
 def timed_evaluation(scorer: Scorer, model: Callable[..., Any], what: str) -> tuple[Score, Evaluation]:

@@ -279,6 +279,7 @@ def layers(run: Run) -> str:
     for site in run.sites:
         for layer in site["layers"]:
             by_layer.setdefault(layer, {}).setdefault(site["weight"], site)
+    times = run.outcome["measured"]["microseconds"]
     rows = []
     for layer in run.outcome["layers"]:
         found = by_layer.get(layer["name"], {})
@@ -291,14 +292,32 @@ def layers(run: Run) -> str:
                 activation.get("bits", "–"),
                 number(weight.get("sqnr"), 3),  # type: ignore[arg-type]
                 number(activation.get("sqnr"), 3),  # type: ignore[arg-type]
+                _time(layer["name"], times),
                 "integers" if layer["integer"] else "float",
                 layer["reason"],
             )
         )
     for op in run.outcome["float_operators"]:
-        rows.append((op["name"], op["kind"], "–", "–", "–", "–", "float", op["reason"]))
-    headers = ("layer", "kind", "weight bits", "input bits", "weight dB", "input dB", "runs in", "reason")
-    return table(headers, rows, (2, 3, 4, 5), "layers")
+        rows.append(
+            (op["name"], op["kind"], "–", "–", "–", "–", _time(op["name"], times), "float", op["reason"])
+        )
+    headers = (
+        "layer",
+        "kind",
+        "weight bits",
+        "input bits",
+        "weight dB",
+        "input dB",
+        "µs",
+        "runs in",
+        "reason",
+    )
+    told = "layers; µs of a batch, measured layer by layer" if times else "layers"
+    return table(headers, rows, (2, 3, 4, 5, 6), told)
+
+
+def _time(name: str, times: dict[str, float]) -> str | Html:
+    return figure(f"µs {name}", times[name], f"{times[name]:.0f}") if name in times else "–"
 
 
 def training(run: Run) -> str:

@@ -45,10 +45,12 @@ def proof_rows(proof: Verification) -> list[tuple[str, str]]:
 def layer_table(proof: Verification) -> Table:
     """What is integer and what is not, with the reason."""
     table = Table(title="layers")
-    for column in ("layer", "kind", "runs in", "reason"):
-        table.add_column(column)
+    for column in ("layer", "kind", "runs in", "µs", "reason"):
+        table.add_column(column, justify="right" if column == "µs" else "left")
+    times = {name: f"{time:.0f}" for name, time in proof.microseconds.items()}
     for layer in proof.layers:
-        table.add_row(layer.name, layer.kind, "integers" if layer.integer else "float", layer.reason)
+        runs_in = "integers" if layer.integer else "float"
+        table.add_row(layer.name, layer.kind, runs_in, times.get(layer.name, ""), layer.reason)
     for name, kind, reason in proof.float_operators:
-        table.add_row(name, kind, "float", reason)
+        table.add_row(name, kind, "float", times.get(name, ""), reason)
     return table

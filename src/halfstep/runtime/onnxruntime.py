@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tempfile
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from halfstep.errors import ExportError
+from halfstep.runtime.latency import PROFILED, per_run
 from halfstep.runtime.runtime import Kernels, Runtime
 
 if TYPE_CHECKING:
@@ -44,6 +46,9 @@ INTEGER = frozenset(
 PACKED = frozenset({"MatMulNBits", "MatMulBnb4", "GatherBlockQuantized"})
 INTEGER_SUMS = 4
 
+#: What the runtime's profile appends to the name of a node that was executed.
+KERNEL = "_kernel_time"
+
 #: Operators that multiply: where the time goes, and what ought to be integer.
 HEAVY = frozenset(
     {"Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "LSTM", "GRU"}
@@ -55,6 +60,7 @@ def open_session(
     threads: int | None = None,
     optimized: str | Path | None = None,
     fuse: bool = True,
+    profile: str | Path | None = None,
 ) -> Any:
     """An ONNX Runtime session on the CPU.
 
@@ -63,6 +69,7 @@ def open_session(
         threads: for one operator; None for all cores.
         optimized: where to write the graph that the runtime really executes, None for nowhere.
         fuse: let the runtime replace operators between quantizers by integer kernels.
+        profile: the first part of the path where times are written, None for nowhere.
 
     Raises:
         ExportError: if the runtime cannot load the file, with its words.
@@ -79,6 +86,8 @@ def open_session(
     options.log_severity_level = (
         3  # the runtime warns that an optimised graph is for this machine: it is meant to be
     )
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     try:
@@ -122,6 +131,24 @@ def inspect(path: Path, threads: int | None) -> Kernels:
     )
 
 
+def profile(path: Path, threads: int | None, arrays: Sequence[np.ndarray]) -> dict[str, float]:
+    """Microseconds of each node in a run, by its name in the file; what the runtime added has names of its own.
+
+    Raises:
+        ExportError: if the runtime cannot load the file.
+    """
+    times: dict[str, list[int]] = {}
+    with tempfile.TemporaryDirectory() as directory:
+        session = open_session(path, threads, profile=Path(directory) / "profile")
+        feed = dict(zip([value.name for value in session.get_inputs()], arrays, strict=True))
+        for _ in range(PROFILED):
+            session.run(None, feed)
+        for event in json.loads(Path(session.end_profiling()).read_text()):
+            if event["cat"] == "Node" and event["name"].endswith(KERNEL):
+                times.setdefault(_original(event["name"].removesuffix(KERNEL)), []).append(event["dur"])
+    return per_run(times, PROFILED)
+
+
 def _on_integers(node: onnx.NodeProto) -> bool:
     """Whether a node of the optimised graph multiplies, adds or moves integers."""
     levels = [attribute.i for attribute in node.attribute if attribute.name == "accuracy_level"]
@@ -133,4 +160,4 @@ def _original(name: str) -> str:
     return re.sub(r"(_token_\d+|/MatMulScaleFusion/)$", "", name)
 
 
-ONNXRUNTIME = Runtime("onnxruntime", OnnxRuntimeSession, inspect)
+ONNXRUNTIME = Runtime("onnxruntime", OnnxRuntimeSession, inspect, profile)

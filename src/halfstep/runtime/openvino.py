@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from halfstep.errors import ExportError
+from halfstep.runtime.latency import PROFILED, per_run
 from halfstep.runtime.runtime import Kernels, Runtime
 from halfstep.runtime.sites import load
 
@@ -27,7 +28,7 @@ COMPUTING = HEAVY | {"Eltwise", "Pooling", "Reduce", "Concatenation", "ScaledDot
 MARKS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
 
-def compile_model(path: Path, threads: int | None) -> Any:
+def compile_model(path: Path, threads: int | None, profile: bool = False) -> Any:
     """The file compiled for the CPU.
 
     Floats are computed in float32: on processors with bfloat16 units OpenVINO would choose that by itself, and the
@@ -47,6 +48,7 @@ def compile_model(path: Path, threads: int | None) -> Any:
         "INFERENCE_NUM_THREADS": threads or os.cpu_count() or 1,
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": "f32",
+        "PERF_COUNT": profile,
     }
     try:
         return openvino.Core().compile_model(str(path), "CPU", settings)
@@ -99,6 +101,23 @@ def inspect(path: Path, threads: int | None) -> Kernels:
     return Kernels(dict(counts.most_common()), tuple(integer), tuple(floating))
 
 
+def profile(path: Path, threads: int | None, arrays: Sequence[np.ndarray]) -> dict[str, float]:
+    """Microseconds of each node in a run, by its name in the file.
+
+    Raises:
+        ExportError: if OpenVINO is not installed, or cannot load the file.
+    """
+    nodes = {node.name: node.op_type for node in load(path, weights=False).graph.node}
+    request = compile_model(path, threads, profile=True).create_infer_request()
+    times: dict[str, list[float]] = {}
+    for _ in range(PROFILED):
+        request.infer(list(arrays), share_inputs=True)
+        for node in request.get_profiling_info():
+            for name in list(_known(node.node_name, nodes))[:1]:
+                times.setdefault(name, []).append(node.real_time.total_seconds() * 1e6)
+    return per_run(times, PROFILED)
+
+
 def _known(originals: str, nodes: dict[str, str]) -> Iterator[str]:
     """The file's computing nodes in a list of OpenVINO's, which appends to their names what it made of them."""
     for original in originals.split(","):
@@ -109,4 +128,4 @@ def _known(originals: str, nodes: dict[str, str]) -> Iterator[str]:
             yield name
 
 
-OPENVINO = Runtime("openvino", OpenVinoSession, inspect)
+OPENVINO = Runtime("openvino", OpenVinoSession, inspect, profile)

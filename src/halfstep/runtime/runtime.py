@@ -49,8 +49,11 @@ class Runtime:
         name: its package's.
         open: loads a file, given a path and the number of threads (None for all cores).
         inspect: says what a file became, given the same.
+        profile: microseconds that each of the file's nodes takes in a run, by name, given one array an input too; None
+            for a runtime whose times mean nothing.
     """
 
     name: str
     open: Callable[[Path, int | None], Session]
     inspect: Callable[[Path, int | None], Kernels]
+    profile: Callable[[Path, int | None, Sequence[np.ndarray]], dict[str, float]] | None = None

@@ -1,0 +1,49 @@
+"""What each layer takes: by its name in the model, on runtimes whose times mean something."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import halfstep as hs
+from halfstep.runtime.kernels import layer_times
+from halfstep.runtime.latency import per_run
+
+
+class Net(nn.Module):
+    """A conv that is large beside the others."""
+
+    def __init__(self):
+        super().__init__()
+        self.small, self.large, self.fc = (
+            nn.Conv2d(3, 8, 1),
+            nn.Conv2d(8, 64, 5, padding=2),
+            nn.Linear(64, 10),
+        )
+
+    def forward(self, x):
+        return self.fc(torch.relu(self.large(torch.relu(self.small(x)))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino", "tensorrt"])
+def test_layers_are_timed_by_name_where_times_mean_something(tmp_path, target):
+    if target == "openvino":
+        pytest.importorskip("openvino")
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 24, 24)
+    q = hs.prepare(Net().eval(), x, target=target)
+    hs.observe(q, [x])
+    hs.calibrate(q)
+    path = hs.export_onnx(q, tmp_path / "model.onnx")
+    times = layer_times(path, [np.asarray(x)], threads=1)
+    if target == "tensorrt":
+        assert times == {}
+        return
+    assert {"small", "large", "fc"} <= times.keys()
+    assert times["large"] == max(times.values()) > 0
+    proof = hs.verify(path, q, [x], threads=1)
+    assert proof.microseconds.keys() == times.keys()
+
+
+def test_nodes_that_run_several_times_add_up():
+    assert per_run({"once": [5.0, 1.0, 1.0], "twice": [3.0] * 6}, runs=3) == {"once": 1.0, "twice": 6.0}
