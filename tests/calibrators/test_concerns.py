@@ -80,7 +80,7 @@ def test_halves_of_the_data_that_give_other_ranges() -> None:
         [NORMAL[10_000:], torch.tensor([100.0])]
     )  # one value says nothing about how many are enough
     assert unsteady(observed(NORMAL[:10_000]), observed(outlier), Integer(8)) == []
-    [concern] = unsteady(observed(NORMAL[:10_000]), observed(1.3 * NORMAL[10_000:]), Integer(8))
+    [concern] = unsteady(observed(NORMAL[:10_000]), observed(1.5 * NORMAL[10_000:]), Integer(8))
     assert concern.kind == "unsteady"
     assert concern.message.startswith("percentile(99.9) answers [-3.")
     assert concern.message.endswith("on the other: give more examples, in random order")

@@ -1,5 +1,6 @@
 """What is said of calibration data that do not fit, with the site's name; and data that must not do harm."""
 
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -125,10 +126,8 @@ def test_the_ladder_says_a_doubt_once():
     listener = SimpleNamespace(
         start=lambda *_: None, advance=lambda *_: None, end=lambda *_: None, say=said.append
     )
-    with (
-        pytest.warns(UserWarning, match=r"on one half of the calibration data") as warned,
-        listening(listener),
-    ):
+    with warnings.catch_warnings(record=True) as warned, listening(listener):
+        warnings.simplefilter("always")
         outcome = hs.quantize(net(), X[:2], batches, hs.Accuracy(labelled), max_drop=1.0)
     (sentence,) = [s for s in outcome.decisions if "on one half of the calibration data" in s]
     assert [str(w.message) for w in warned].count(sentence) == 1 and sentence not in said
