@@ -12,6 +12,7 @@ from torch import nn
 
 from halfstep import functional
 from halfstep.calibrators.calibrator import Calibrator, WeightCalibrator
+from halfstep.calibrators.maximum import Max
 from halfstep.errors import DataError, FormatError, NotObservedError, named
 from halfstep.formats import Codebook, Format, Integer
 from halfstep.formats.codebook import midpoints
@@ -167,6 +168,18 @@ class FakeQuantize(nn.Module):
         """
         self.set_range(*self.observed_range(calibrator))
         self.calibrated_by = calibrator
+
+    def widen(self, usual: FakeQuantize) -> None:
+        """Take the place of the quantizer of the same tensor in fewer bits.
+
+        Its statistics are shared. The range is that of all that was seen, for 16 bits have room for outliers; or the
+        other one's range where the statistics are gone.
+        """
+        self.histogram, self.channels = usual.histogram, usual.channels
+        if self.histogram.count:
+            self.calibrate(Max())
+        elif usual.calibrated:
+            self.set_range(*(end.to(self.scale.device) for end in usual.range()))
 
     def calibrate_weight(self, weight: torch.Tensor, calibrator: WeightCalibrator) -> None:
         """Set scale and zero point from the weight itself."""

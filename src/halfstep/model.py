@@ -19,17 +19,33 @@ from halfstep.errors import ArgumentError, DataError, RunError
 from halfstep.fake_quantize import FakeQuantize, Mode
 from halfstep.formats import Integer
 from halfstep.graph.capture import Captured
+from halfstep.graph.choices import Choices
 from halfstep.graph.inputs import ModelInputs, call_arguments
 from halfstep.graph.insert import Inserted, insert
 from halfstep.graph.names import readable_names
 from halfstep.graph.operators import describe
 from halfstep.graph.place import place
-from halfstep.graph.placement import Layer, Placement, Position, Site
+from halfstep.graph.placement import INT16, Layer, Placement, Position, Site
 from halfstep.graph.unfold import unfold
 from halfstep.listing import Listing, describe_site
 from halfstep.recipe import Recipe, match_layers
 from halfstep.run_time_quantize import RunTimeQuantize
 from halfstep.targets import Target
+
+
+class Chosen:
+    """A field of :class:`.Choices` as an attribute of the model: read names, assign names or patterns."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, model: QuantizedModel, owner: type | None = None) -> frozenset[str]:
+        chosen: frozenset[str] = getattr(model.choices, self.name)
+        return chosen
+
+    def __set__(self, model: QuantizedModel, patterns: Collection[str]) -> None:
+        names = {name for pattern in patterns for name in match_layers(pattern, model.layer_names)}
+        model.choose(replace(model.choices, **{self.name: frozenset(names)}))
 
 
 class QuantizedModel(nn.Module):
@@ -51,6 +67,15 @@ class QuantizedModel(nn.Module):
 
     quantizers: nn.ModuleDict
 
+    #: The layers left in float on request.
+    float_layers = Chosen()
+    #: The layers that read activations in 16 bits on request: a step between integer and float, on targets whose files
+    #: may hold such codes (see ``target.simulated_bits``).
+    int16_layers = Chosen()
+    #: The layers whose activations get their range at run time on request. A layer of a kind that the target has no
+    #: such kernel for (see ``target.run_time_ranges``) is left in float, and says so.
+    dynamic_layers = Chosen()
+
     def __init__(self, captured: Captured, target: Target, recipe: Recipe) -> None:
         super().__init__()
         # The very tables of the captured root, so that a parameter replaced there (by .to(), say) is so here.
@@ -65,11 +90,11 @@ class QuantizedModel(nn.Module):
         # The quantizers of other choices of float layers too, with what they saw.
         self._shelf: dict[str, nn.Module] = {}
         self._keys: dict[str, str] = {}
+        self._in_use: dict[str, FakeQuantize] = {}
         self.mode = Mode.FLOAT
         self.sample: list[ModelInputs] = []  # a bounded part of the calibration data, kept for scoring
         self._names = readable_names(self.graph)
-        self._float_layers: frozenset[str] = frozenset()
-        self._dynamic_layers: frozenset[str] = frozenset()
+        self.choices = Choices()
         self._build()
         recipe.check(self.layer_names)
 
@@ -100,32 +125,10 @@ class QuantizedModel(nn.Module):
         """The corrections of the quantized layers' biases, by the names of the layers."""
         return dict(self._shifts)
 
-    @property
-    def float_layers(self) -> frozenset[str]:
-        """The layers left in float on request. Assign names (or patterns) to change them."""
-        return self._float_layers
-
-    @float_layers.setter
-    def float_layers(self, patterns: Collection[str]) -> None:
-        names = frozenset(name for pattern in patterns for name in match_layers(pattern, self.layer_names))
-        if names != self._float_layers:
-            self._float_layers = names
-            self._build()
-
-    @property
-    def dynamic_layers(self) -> frozenset[str]:
-        """The layers whose activations get their range at run time on request: a step between integer and float.
-
-        Assign names (or patterns) to change them. A layer of a kind that the target has no such kernel for (see
-        ``target.run_time_ranges``) is left in float, and says so.
-        """
-        return self._dynamic_layers
-
-    @dynamic_layers.setter
-    def dynamic_layers(self, patterns: Collection[str]) -> None:
-        names = frozenset(name for pattern in patterns for name in match_layers(pattern, self.layer_names))
-        if names != self._dynamic_layers:
-            self._dynamic_layers = names
+    def choose(self, choices: Choices) -> None:
+        """Place the sites anew with other layers at the steps between the recipe and float."""
+        if choices != self.choices:
+            self.choices = choices
             self._build()
 
     def weight(self, name: str) -> torch.Tensor:
@@ -138,9 +141,7 @@ class QuantizedModel(nn.Module):
 
     def _build(self) -> None:
         """Place the sites for the layers that are now quantized, and compile the forward pass."""
-        self.placement: Placement = place(
-            self.graph, self.target, self.recipe, self._float_layers, self._dynamic_layers
-        )
+        self.placement: Placement = place(self.graph, self.target, self.recipe, self.choices)
         self._shelf.update(self.quantizers.items())
         self.quantizers.clear()
         self._in_use = {site.name: self._quantizer(site) for site in self.placement.sites}
@@ -184,11 +185,7 @@ class QuantizedModel(nn.Module):
         """
         key = site.key
         if key not in self._shelf and not (site.is_weight or site.dynamic):
-            moved = (
-                replace(site, name=self._names[node]).key
-                for node in self._same_values(site.positions[0].value)
-            )
-            key = next((other for other in moved if other in self._shelf), key)
+            key = next((other for other in self._moved(site) if other in self._shelf), key)
         if key not in self._shelf:
             key = site.key
             shape = (
@@ -199,7 +196,18 @@ class QuantizedModel(nn.Module):
         self._keys[site.name] = key
         self.quantizers[key] = found = self._shelf[key].to(self._device())
         assert isinstance(found, FakeQuantize)
+        if site.wide and site.name not in self._in_use:
+            usual = self._moved(replace(site, name=site.name.removesuffix(INT16)))
+            twin = next((self._shelf[other] for other in usual if other in self._shelf), None)
+            if isinstance(twin, FakeQuantize):
+                found.widen(twin)
         return found
+
+    def _moved(self, site: Site) -> Iterator[str]:
+        """The keys that the quantizer of a site may have had on this side or another one of what moves codes about."""
+        yield site.key
+        for node in self._same_values(site.positions[0].value):
+            yield replace(site, name=self._names[node] + (INT16 if site.name.endswith(INT16) else "")).key
 
     def _same_values(self, value: fx.Node) -> Iterator[fx.Node]:
         """Tensors with the values of ``value`` in another order: what it is made from, then what is made of it."""
@@ -296,16 +304,9 @@ class QuantizedModel(nn.Module):
         captured = self.captured
         return unfold(captured.module, captured.folded, captured.originals, captured.names)
 
-    def _choices(self) -> dict[str, list[str]]:
-        """The layers that are not as the recipe has them, by the names of the properties to assign."""
-        return {
-            "float_layers": sorted(self._float_layers),
-            "dynamic_layers": sorted(self._dynamic_layers),
-        }
-
     def get_extra_state(self) -> torch.Tensor:
         """What the tensors of a state dict do not say, as JSON in a tensor of bytes, which safetensors can store."""
-        state = {**self._choices(), "mode": self.mode.value}
+        state = {**self.choices.to_dict(), "mode": self.mode.value}
         return torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: torch.Tensor) -> None:
@@ -320,7 +321,7 @@ class QuantizedModel(nn.Module):
         """
         extra = state_dict.get(f"{prefix}_extra_state")
         saved = {} if extra is None else _told(extra)
-        for name, ours in self._choices().items():
+        for name, ours in self.choices.to_dict().items():
             if saved.get(name, ours) != ours:
                 words = name.replace("_", " ")
                 raise RunError(
@@ -338,8 +339,7 @@ class QuantizedModel(nn.Module):
         twin._shelf = {key: copy.deepcopy(module, memo) for key, module in self._shelf.items()}
         twin.quantizers.clear()
         twin.sample = self.sample
-        twin._keys, twin.mode, twin._float_layers = dict(self._keys), self.mode, self._float_layers
-        twin._dynamic_layers = self._dynamic_layers
+        twin._keys, twin.mode, twin.choices = dict(self._keys), self.mode, self.choices
         twin._build()
         return twin
 

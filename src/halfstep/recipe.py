@@ -60,6 +60,12 @@ class LayerSpec:
         granularity = PerGroup(-1, group.size) if isinstance(group, PerGroup) else None
         return replace(self, activations=TensorSpec(8, granularity, dynamic=True))
 
+    def with_int16_activations(self) -> LayerSpec:
+        """The same weights; fixed ranges of activations in 16 bits. Activations in float or at run time stay so."""
+        if self.activations is None or self.activations.dynamic:
+            return self
+        return replace(self, activations=TensorSpec(16, self.activations.granularity))
+
 
 @dataclass(frozen=True)
 class Recipe:

@@ -170,6 +170,30 @@ def test_ranges_at_run_time_are_a_step_before_float():
     assert "with ranges at run time" in result.decisions[-2]
 
 
+def test_activations_of_16_bits_are_a_step_before_float(tmp_path):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+    accuracy = hs.Accuracy(labelled(network))
+    model = calibrated(network, hs.Recipe.uniform(8, 3, ends=None))
+    result = hs.partial(model, accuracy, 0.03, hs.Partial(steps=("float", "int16")))
+    assert result.met and set(result.put_back.values()) == {"int16"}
+    assert model.int16_layers == set(result.put_back) and not model.float_layers
+    assert any("onnxruntime has no kernels for 16-bit activations" in said for said in result.decisions)
+    file = hs.export_onnx(model, tmp_path / "model.onnx")
+    assert accuracy.evaluate(DeployedModel(file)).value == pytest.approx(result.score, abs=0.005)
+
+
+def test_a_step_that_the_target_lacks_is_left_out_and_said_so():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+    model = hs.prepare(network, INPUTS[:2], hs.Recipe.uniform(8, 3, ends=None), target="tensorrt")
+    hs.observe(model, [INPUTS[:200]])
+    hs.calibrate(model)
+    result = hs.partial(model, hs.Accuracy(labelled(network)), 0.05, hs.Partial(steps=("int16", "float")))
+    assert "int16" not in result.put_back.values()
+    assert any("Step 'int16' is left out: tensorrt" in said for said in result.decisions)
+
+
 def test_a_step_is_taken_by_single_layers_where_it_does_not_do_for_all():
     torch.manual_seed(0)
     network = DigitsNet().eval()

@@ -34,8 +34,7 @@ def build_quantized(model: QuantizedModel, metadata: Mapping[str, str]) -> ir.Mo
             "halfstep.torch": torch.__version__,
             "halfstep.target": model.target.name,
             "halfstep.recipe": repr(model.recipe),
-            "halfstep.float_layers": ", ".join(sorted(model.float_layers)),
-            "halfstep.dynamic_layers": ", ".join(sorted(model.dynamic_layers)),
+            **{f"halfstep.{name}": ", ".join(layers) for name, layers in model.choices.to_dict().items()},
             **{f"halfstep.{key}": value for key, value in metadata.items()},
         }
     )

@@ -156,6 +156,11 @@ def _why_float(model: QuantizedModel, layer: Layer, packed: bool) -> str:
             f"its weight of {site.format.bits} bits is unpacked when the file is loaded and multiplied in float: a "
             "smaller file, no faster"
         )
+    wide = {
+        site.format.bits for site in model.placement.sites if site.name in layer.sites and not site.is_weight
+    }
+    if simulated := sorted(wide & model.target.simulated_bits):
+        return f"{model.target.name} computes layers with {simulated[0]}-bit activations in float, between such codes"
     return "the runtime has no integer kernel for it as it stands in the graph"
 
 

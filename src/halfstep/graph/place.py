@@ -5,16 +5,15 @@ The simulated graph has a quantizer exactly where the exported file has a Quanti
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 from torch import fx
 
 from halfstep.granularity import Granularity, PerGroup
+from halfstep.graph.choices import Choices
 from halfstep.graph.ends import ends
 from halfstep.graph.granularities import activation_granularity, weight_granularity
 from halfstep.graph.names import readable_names
 from halfstep.graph.operators import Operator, constant_operands, describe
-from halfstep.graph.placement import FloatOperator, Follower, Layer, Placement, Position, Site
+from halfstep.graph.placement import INT16, FloatOperator, Follower, Layer, Placement, Position, Site
 from halfstep.graph.signs import nonnegative
 from halfstep.recipe import ACTIVATIONS, LayerSpec, Recipe, TensorSpec
 from halfstep.targets import Target
@@ -24,8 +23,7 @@ def place(
     graph: fx.Graph,
     target: Target,
     recipe: Recipe,
-    float_layers: Collection[str] = frozenset(),
-    dynamic_layers: Collection[str] = frozenset(),
+    choices: Choices,
 ) -> Placement:
     """Decide which tensors of ``graph`` are quantized.
 
@@ -38,17 +36,17 @@ def place(
     5. Layers whose activations get their range at run time are islands: they read floats through a quantizer of their
        own and write floats, unless the operator before must write codes anyway, which they then read.
 
-    Activations in a format that the target does not execute are quantized at the inputs of layers only: no kernel
-    needs more, and every further quantizer costs accuracy.
+    A value has the widest format that a layer reads it in. Where the target does not execute that, neither the layers
+    that read the value nor the operator that makes it runs on an integer kernel: what they write is not quantized for
+    its own sake, and no follower joins them. No kernel needs more, and every further quantizer costs accuracy.
 
     Args:
         graph: a captured, folded graph.
         target: the runtime's table.
         recipe: layer-name patterns to specs.
-        float_layers: names of layers to leave in float whatever the recipe says.
-        dynamic_layers: names of layers whose activations get their range at run time whatever the recipe says.
+        choices: layers that are not as the recipe has them.
     """
-    return _Placer(graph, target, recipe, float_layers, dynamic_layers).run()
+    return _Placer(graph, target, recipe, choices).run()
 
 
 def takes_run_time_ranges(op: Operator, target: Target) -> bool:
@@ -63,10 +61,9 @@ class _Placer:
         graph: fx.Graph,
         target: Target,
         recipe: Recipe,
-        float_layers: Collection[str],
-        dynamic_layers: Collection[str],
+        choices: Choices,
     ) -> None:
-        self.graph, self.target, self.float_layers = graph, target, float_layers
+        self.graph, self.target, self.choices = graph, target, choices
         self.names = readable_names(graph)
         self.order = {node: index for index, node in enumerate(graph.nodes)}
         self.operators = {n: op for n in graph.nodes if (op := describe(n)) is not None}
@@ -75,13 +72,15 @@ class _Placer:
         if len(outermost) == len(layers):  # an exception that leaves no rule
             outermost = set()
         self.specs: dict[fx.Node, LayerSpec | None] = {
-            node: _spec(recipe, self.names[node], node in outermost, dynamic_layers) for node in layers
+            node: choices.spec(recipe, self.names[node], node in outermost) for node in layers
         }
         self._moving = target.passes | target.absorbed | target.fused
         self.reasons: dict[fx.Node, str] = {}
         self.integer: set[fx.Node] = set()  # operators whose activations are quantized
+        self.kernels: set[fx.Node] = set()  # those of them that the target executes as integers
         self.islands: set[fx.Node] = set()  # layers whose activations get their range at run time
         self.root: dict[fx.Node, fx.Node] = {}  # value -> the value whose scale it shares
+        self.site_names: dict[fx.Node, str] = {}  # root -> the name of its site
 
     def _is_layer(self, op: Operator) -> bool:
         return op.kind in self.target.layers or op.weight is not None
@@ -98,7 +97,7 @@ class _Placer:
     def _choose_layers(self) -> None:
         for node, spec in self.specs.items():
             op, name = self.operators[node], self.names[node]
-            if name in self.float_layers:
+            if name in self.choices.float_layers:
                 self.reasons[node] = "left in float on request"
             elif spec is None:
                 self.reasons[node] = "left in float by the recipe"
@@ -129,21 +128,39 @@ class _Placer:
             if op.kind in self.target.followers
             and not (op.kind in ("add", "mul") and constant_operands(node))
         }
-        layers = set(self.integer)
-        self.integer |= followers
+        self.kernels = {node for node in self.integer if self._executed(node)}
+        self.kernels |= {node for node in followers if self._executed(node)}
         while lost := {
-            node for node in self.integer - layers if not (self._fed(node) and self._wanted(node))
+            node for node in self.kernels - self.integer if not (self._fed(node) and self._wanted(node))
         }:
-            self.integer -= lost
-        if not all(self._executed(self.specs[node]) for node in layers):
-            self.integer = layers
+            self.kernels -= lost
+        self.integer |= self.kernels
         for node in followers - self.integer:
             self.reasons[node] = "is not between integer operators: quantizing for it alone would cost time"
 
-    def _executed(self, spec: LayerSpec | None) -> bool:
-        if spec is None or spec.activations is None:
+    def _executed(self, node: fx.Node) -> bool:
+        """Whether the target executes the formats of all that an operator reads, and must write."""
+        op = self.operators[node]
+        written = [self._after_absorbed(node)] if self.target.kernel(op.kind).output else []
+        return all(self._readable(value) for value in (*op.inputs, *written))
+
+    def _readable(self, value: fx.Node) -> bool:
+        """Whether the target executes the widest format that layers read ``value`` in, directly or moved."""
+        specs = self._read_as(value)
+        if not specs:
             return True
-        return self.target.executes(self.target.activation_format(spec.activations))
+        widest = max(specs, key=lambda spec: spec.bits)
+        return self.target.executes(self.target.activation_format(widest))
+
+    def _read_as(self, value: fx.Node) -> list[TensorSpec]:
+        found = []
+        for user in value.users:
+            spec = self.specs.get(user)
+            if user in self.integer and spec is not None and spec.activations is not None:
+                found.append(spec.activations)
+            elif user not in self.specs and self._moves(user):
+                found += self._read_as(user)
+        return found
 
     def _fed(self, node: fx.Node) -> bool:
         """Whether enough of what a follower reads comes in codes."""
@@ -153,17 +170,17 @@ class _Placer:
 
     def _supplied(self, value: fx.Node) -> bool:
         """Whether ``value`` comes from an integer kernel, or is an input that another one reads anyway."""
-        if value in self.integer:
+        if value in self.kernels:
             return True
         if value.op == "placeholder":
-            return any(user in self.specs and user in self.integer for user in value.users)
+            return any(user in self.specs and user in self.kernels for user in value.users)
         op = self.operators.get(value)
         moved = op is not None and op.kind in self._moving
         return moved and all(map(self._supplied, self.operators[value].inputs))
 
     def _wanted(self, value: fx.Node) -> bool:
         """Whether an integer kernel reads ``value``, directly or moved."""
-        return any(user in self.integer or (self._moves(user) and self._wanted(user)) for user in value.users)
+        return any(user in self.kernels or (self._moves(user) and self._wanted(user)) for user in value.users)
 
     def _moves(self, node: fx.Node) -> bool:
         op = self.operators.get(node)
@@ -176,12 +193,10 @@ class _Placer:
         for node in self.integer:
             for value in self._read_as_codes(node):
                 self.quantized.setdefault(value, False)
-        if all(self._executed(self.specs[node]) for node in self.integer if node in self.specs):
-            for node in self.integer:
-                kernel = self.target.kernel(self.operators[node].kind)
-                if kernel.output:
-                    self.quantized[self._after_absorbed(node)] = True
-            self._lift()
+        for node in self.kernels:
+            if self.target.kernel(self.operators[node].kind).output:
+                self.quantized[self._after_absorbed(node)] = True
+        self._lift()
 
     def _read_as_codes(self, node: fx.Node) -> tuple[fx.Node, ...]:
         """The inputs that an integer operator reads quantized: all but the one whose layer computes it too."""
@@ -212,7 +227,9 @@ class _Placer:
                 continue
             source = op.inputs[0]
             results = list(node.users) if op.kind == "split" else [node]
-            if not results or not all(result in self.quantized for result in results):
+            if not results or not all(
+                result in self.quantized and self._readable(result) for result in results
+            ):
                 continue
             if source not in self.quantized:
                 # An input of the network is quantized where it is used: the file keeps taking floats.
@@ -251,8 +268,13 @@ class _Placer:
             spec = self._activation_spec(values)
             granularity = activation_granularity(spec, self.names[root], values)
             fmt = self.target.activation_format(spec, any(map(self._negative, values)))
-            sites.append(Site(self.names[root], fmt, granularity, tuple(positions), is_weight=False))
+            wide = any(self._widened(reader) for value in values for reader in value.users)
+            self.site_names[root] = name = self.names[root] + (INT16 if wide else "")
+            sites.append(Site(name, fmt, granularity, tuple(positions), is_weight=False, wide=wide))
         return sites
+
+    def _widened(self, node: fx.Node) -> bool:
+        return node in self.integer and self.names[node] in self.choices.int16_layers
 
     def _negative(self, value: fx.Node) -> bool:
         """Whether a value may be negative, or is joined with one that may: a concat reads one flavour of codes."""
@@ -334,7 +356,7 @@ class _Placer:
             if node in self.run_time_names:
                 sites.append(self.run_time_names[node])
             elif node in self.integer | self.islands:
-                sites += [self.names[self._root(value)] for value in op.inputs]
+                sites += [self.site_names[self._root(value)] for value in op.inputs]
             if node in self.weight_names:
                 sites.append(self.weight_names[node])
             layers.append(Layer(self.names[node], op, tuple(sites), self.reasons.get(node, "")))
@@ -357,11 +379,6 @@ class _Placer:
             reason = self.reasons.get(node) or self.target.reasons.get(op.kind, unknown)
             found.append(FloatOperator(self.names[node], op, reason))
         return tuple(found)
-
-
-def _spec(recipe: Recipe, name: str, outermost: bool, dynamic_layers: Collection[str]) -> LayerSpec | None:
-    spec = recipe.spec(name, outermost)
-    return spec.with_dynamic_activations() if spec is not None and name in dynamic_layers else spec
 
 
 def _run_time_suffix(granularity: Granularity) -> str:

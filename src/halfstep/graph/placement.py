@@ -10,6 +10,9 @@ from halfstep.formats import Format
 from halfstep.granularity import Granularity
 from halfstep.graph.operators import Operator
 
+#: Ends the name of a site of 16 bits on request, to set it apart from the usual one on the same tensor.
+INT16 = ":int16"
+
 
 @dataclass(frozen=True)
 class Position:
@@ -35,6 +38,7 @@ class Site:
         positions: the edges, the first untied.
         is_weight: whether the tensor is a parameter.
         dynamic: whether the range is computed from each tensor at run time.
+        wide: whether it has 16 bits on request, where the recipe says less; its name then ends in ``:int16``.
     """
 
     name: str
@@ -43,6 +47,7 @@ class Site:
     positions: tuple[Position, ...]
     is_weight: bool
     dynamic: bool = False
+    wide: bool = False
 
     @property
     def key(self) -> str:

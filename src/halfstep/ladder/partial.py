@@ -122,6 +122,7 @@ class _Walk:
         put(model, base, {})
         free = names_of(groups)
         self.all_free = all(layer.reason or layer.name in free for layer in model.layers)
+        fitting = {step: {group for group in groups if step.fits(model, group)} for step in self.steps}
         table = rank(model, search, groups, options.method, options.measured)
         if options.order == "latency":
             times = microseconds(model, [row.group for row in table.rows])
@@ -129,6 +130,8 @@ class _Walk:
             table = replace(table, rows=tuple(sorted(rows, key=_regained_per_microsecond, reverse=True)))
         search.found["sensitivity"] = table
         self.ranked = [row.group for row in table.rows]
+        #: The groups that may be put to each step together.
+        self.able = {step: self._able(step, fitting[step]) for step in self.steps}
         first = ", ".join(group.name for group in self.ranked[:3])
         agreement = "" if table.tau is None else f"; Kendall's tau with measured drops is {table.tau:+.2f}"
         by_time = ", over the time that float costs" if options.order == "latency" else ""
@@ -145,7 +148,7 @@ class _Walk:
     def find(self) -> Assignment | None:
         """An assignment that holds and from which nothing can be taken, by the verdicts so far; or None."""
         for step in self.steps:
-            able = self._able(step)
+            able = self.able[step]
             cheaper = step is not self.steps[-1]
             if not able or (cheaper and not self._first_hold(able, step, len(able))):
                 continue
@@ -154,9 +157,14 @@ class _Walk:
                 return self._cheaper(dict.fromkeys(able[:count], step), step)
         return None
 
-    def _able(self, step: Step) -> list[Group]:
+    def _able(self, step: Step, fitting: set[Group]) -> list[Group]:
         """The groups that may be put to ``step`` together, most sensitive first; something stays quantized."""
-        able = [group for group in self.ranked if step.fits(self.search.model, group)]
+        if not fitting:
+            target = self.search.model.target.name
+            self.search.decide(
+                f"Step {step.name!r} is left out: {target} can have none of the layers {step.words}."
+            )
+        able = [group for group in self.ranked if group in fitting]
         if step.quantizes or not self.all_free or len(able) < len(self.ranked):
             return able
         return able[:-1]
@@ -178,7 +186,7 @@ class _Walk:
         assignment = dict.fromkeys(kept, step)
         for group in reversed(kept):
             for other in self.steps[: self.steps.index(step)]:
-                if other.fits(self.search.model, group) and self.holds(
+                if group in self.able[other] and self.holds(
                     {**assignment, group: other}, f"{group.name} only {other.words}"
                 ):
                     assignment[group] = other
@@ -193,6 +201,12 @@ class _Walk:
             f"{layers} of {total} layers put back ({_listed(assignment)}): {search.goal.words(score)}. "
             f"{search.goal.evidence(score)}"
         )
+        if search.model.int16_layers and 16 not in search.model.target.activation_bits:
+            search.decide(
+                f"{search.model.target.name} has no kernels for 16-bit activations: the file holds their codes, and "
+                "answers as hardware with such kernels would, but there these layers and those that write for them run "
+                "in float."
+            )
         if 2 * len(search.model.float_layers) > len(search.model.layers):
             search.decide(
                 "More than half of the layers are in float, which leaves little of what integers save: more bits, "
@@ -206,7 +220,7 @@ class _Walk:
     def best_effort(self, start: Score) -> Score:
         """Nothing holds: leave the model as near to the goal as putting layers back gets it."""
         search, step = self.search, self.steps[-1]
-        able, score = self._able(step), start
+        able, score = self.able[step], start
         missed = "Partial quantization does not meet the target."
         if able:
             rest = [group.name for group in self.ranked if group not in able]

@@ -21,7 +21,7 @@ class Step:
         attribute: the model's property that lists the layers put to it.
         words: how sentences call a layer put to it.
         quantizes: whether something of the layer is still quantized.
-        supports: whether a layer can be put to it on the model's target.
+        supports: whether a layer that is quantized now can be put to it on the model's target.
     """
 
     name: str
@@ -39,6 +39,11 @@ def _has_kernel(model: QuantizedModel, layer: Layer) -> bool:
     return takes_run_time_ranges(layer.operator, model.target)
 
 
+def _holds_int16(model: QuantizedModel, layer: Layer) -> bool:
+    codes = [site for site in model.placement.sites if site.name in layer.sites and not site.is_weight]
+    return model.target.holds(16) and any(not site.dynamic and site.format.bits < 16 for site in codes)
+
+
 def _always(model: QuantizedModel, layer: Layer) -> bool:
     return True
 
@@ -47,6 +52,7 @@ STEPS: dict[str, Step] = {
     step.name: step
     for step in (
         Step("dynamic", "dynamic_layers", "with ranges at run time", True, _has_kernel),
+        Step("int16", "int16_layers", "with 16-bit activations", True, _holds_int16),
         Step("float", "float_layers", "in float", False, _always),
     )
 }

@@ -28,6 +28,7 @@ ONNXRUNTIME = Target(
     lowering=Lowering(integer_bias=True, full_rank_bias=True, guarded_floats=True, saturated_gates=True),
     run_time_ranges=frozenset({"linear", "matmul"}),  # ConvInteger runs at a twentieth of float's speed
     tables=frozenset({"embedding"}),
+    simulated_bits=frozenset({16}),
     packed=True,
     reasons={
         "conv_transpose": _FLOAT + "its weight stays float",

@@ -66,6 +66,8 @@ class Target:
         tables: kinds that only look rows of their weight up; the weight may be stored in few bits.
         packed: the runtime multiplies by weights packed in groups, and unpacks at load what it has no kernel for.
         activation_bits: widths its kernels execute; other widths are simulated on the inputs of layers only.
+        simulated_bits: widths that it has no kernels for, but whose codes its files may hold: it computes in float
+            between them, so that a file shows what hardware with such kernels would answer.
         runtime: the one of :mod:`halfstep.runtime` that runs its files here and says what became integer.
         lowering: how it wants the file written.
     """
@@ -84,6 +86,7 @@ class Target:
     tables: frozenset[str] = frozenset()
     packed: bool = False
     activation_bits: frozenset[int] = frozenset({8})
+    simulated_bits: frozenset[int] = frozenset()
     signed: Integer | None = None
     runtime: str = "onnxruntime"
     lowering: Lowering = Lowering()
@@ -107,6 +110,10 @@ class Target:
     def kernel(self, kind: str) -> Kernel:
         """What the kernel of a layer or follower of this kind needs."""
         return self.layers[kind] if kind in self.layers else self.followers[kind]
+
+    def holds(self, bits: int) -> bool:
+        """Whether a file for it may hold activations of so many bits, executed as integers or not."""
+        return bits in self.activation_bits | self.simulated_bits
 
     def executes(self, activation: Format) -> bool:
         """Whether integer kernels exist for activations in this format."""

@@ -1,0 +1,112 @@
+"""Layers at a step between the recipe and float: what becomes of the sites round them, and of their ranges."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import halfstep as hs
+from halfstep.errors import ExportError
+from halfstep.export.verify import layer_fates
+from halfstep.runtime.deployed import DeployedModel
+from halfstep.runtime.kernels import inspect_kernels
+from halfstep.runtime.parity import compare
+
+IMAGES = torch.rand(32, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.c, self.fc = nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = F.relu(self.a(x))
+        x = F.relu(x + self.b(x))
+        return self.fc(F.relu(self.c(x)).mean((2, 3)))
+
+
+def quantized(target="onnxruntime", calibrator=None):
+    torch.manual_seed(0)
+    q = hs.prepare(Residual().eval(), IMAGES[:4], target=target)
+    hs.observe(q, [IMAGES])
+    hs.calibrate(q, calibrator)
+    return q
+
+
+def widths(q):
+    return {name: module.format.bits for name, module in q.sites.items() if not name.endswith("weight")}
+
+
+# 'b' and the add read what 'a' writes; 'c' reads the add, the pool reads 'c', and 'fc' the pool.
+CASES = {
+    "a": ({"x:int16": 16, "relu": 8, "b": 8, "relu:2": 8, "relu:3": 8, "global_average_pool": 8}, {"a"}),
+    "b": ({"x": 8, "relu:int16": 16, "relu:2": 8, "relu:3": 8, "global_average_pool": 8}, {"a", "b"}),
+    "c": ({"x": 8, "relu": 8, "b": 8, "relu:2:int16": 16, "global_average_pool": 8}, {"c"}),
+    "fc": ({"x": 8, "relu": 8, "b": 8, "relu:2": 8, "relu:3": 8, "reshape:int16": 16}, {"fc"}),
+}
+
+
+@pytest.mark.parametrize("layer", CASES)
+def test_16_bits_cost_integer_kernels_next_to_them_and_nowhere_else(layer, tmp_path):
+    q = quantized()
+    q.int16_layers = [layer]
+    wide, floating = CASES[layer]
+    assert widths(q) == wide
+    file = hs.export_onnx(q, tmp_path / "model.onnx")
+    assert compare(q, DeployedModel(file), [IMAGES]).sqnr > 50
+    fates = {fate.name: fate for fate in layer_fates(q, inspect_kernels(file))}
+    assert {name for name, fate in fates.items() if not fate.integer} == floating
+    assert "onnxruntime computes layers with 16-bit activations in float" in fates[layer].reason
+
+
+def test_the_range_of_16_bits_is_all_that_was_seen_and_the_usual_one_comes_back():
+    q = quantized(calibrator=hs.Percentile(90))
+    usual, answer = q.sites["relu"].range(), q(IMAGES)
+    q.int16_layers = ["b"]
+    _, high = q.sites["relu:int16"].range()
+    assert float(high) == pytest.approx(q.sites["relu:int16"].histogram.max, rel=1e-3)
+    assert float(high) > 1.5 * float(usual[1])
+    twin = copy.deepcopy(q)
+    assert twin.int16_layers == {"b"} and torch.equal(twin(IMAGES), q(IMAGES))
+    q.int16_layers = []
+    assert torch.equal(q(IMAGES), answer)
+    hs.calibrate(q, hs.Max())
+    hs.observe(q, [10 * IMAGES])
+    q.int16_layers = ["b"]
+    assert float(q.sites["relu:int16"].range()[1]) > 5 * float(high)  # it covers what was seen since
+
+
+def test_without_statistics_16_bits_take_the_usual_range():
+    q = quantized()
+    _, high = q.sites["relu"].range()
+    q.sites["relu"].forget()
+    q.int16_layers = ["b"]
+    assert torch.allclose(q.sites["relu:int16"].range()[1], high, rtol=1e-3)
+
+
+def test_float_comes_before_16_bits_and_these_before_ranges_at_run_time():
+    q = quantized()
+    q.int16_layers, q.dynamic_layers = ["fc"], ["fc"]
+    assert "reshape:int16" in q.sites
+    q.float_layers = ["fc"]
+    assert q.layers[-1].sites == () and not any("int16" in name for name in q.sites)
+    assert q.choices.to_dict() == {"float_layers": ["fc"], "int16_layers": ["fc"], "dynamic_layers": ["fc"]}
+
+
+def test_activations_that_have_no_fixed_range_stay_as_they_are():
+    for recipe in (hs.Recipe.weight_only(8, group=None), hs.Recipe.dynamic()):
+        q = hs.prepare(nn.Linear(32, 8).eval(), torch.randn(4, 32), recipe)
+        before = list(q.sites)
+        q.int16_layers = q.layer_names
+        assert list(q.sites) == before
+
+
+def test_tensorrt_refuses_16_bits(tmp_path):
+    q = quantized("tensorrt")
+    q.int16_layers = ["c"]
+    with pytest.raises(ExportError, match="TensorRT stores codes as int8, int4, fp8 or fp4"):
+        hs.export_onnx(q, tmp_path / "model.onnx")
