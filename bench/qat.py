@@ -2,11 +2,13 @@
 
 python -m bench.qat                                     the table of all runs that are in bench/cache/qat
 python -m bench.qat --run W4A4 --network resnet         train one setting and add it (a minute an epoch on 2 cores)
+python -m bench.qat --all                               train all that the table lacks; stopped, it goes on where it was
 python -m bench.qat --step                              a training step's time over a float one's
 
 Every figure is on all 10,000 test images. The last state is reported: nothing is selected on the test set. First and
-last layers have 8 bits in every setting below 8. PTQ is the best of MSE and max ranges, MSE for weights. Partial
-quantization puts back to float what 0.3 points need, and says how many layers that is.
+last layers have 8 bits in every setting below 8. Learning rates are the library's defaults. PTQ is the best of MSE and
+max ranges, MSE for weights. Partial quantization puts back to float what 0.3 points need, and says how many layers
+that is.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -31,10 +33,9 @@ from bench import fashion
 from halfstep.fake_quantize import Mode
 from halfstep.formats import Codebook
 from halfstep.model import QuantizedModel
-from halfstep.training.fit import Verdict, fit
+from halfstep.training.fit import Verdict, fit, learning_rate
 
 RESULTS = fashion.CACHE / "qat"
-LOW_RATE, USUAL_RATE = 2e-3, 1e-4
 PARTIAL_DROP = 0.003
 
 
@@ -47,18 +48,21 @@ def symmetric(*positive: float) -> Codebook:
 NORMAL_4 = symmetric(0.4528, 1.5104)
 NORMAL_16 = symmetric(0.1284, 0.3880, 0.6568, 0.9423, 1.2562, 1.6180, 2.0690, 2.7326)
 
-#: Recipe, learning rate, epochs.
-SETTINGS: dict[str, tuple[hs.Recipe, float, float]] = {
-    "W8A8": (hs.Recipe.uniform(8, 8), USUAL_RATE, 1),
-    "W4A8": (hs.Recipe.uniform(4, 8), LOW_RATE, 1),
-    "W4A8 codebook": (hs.Recipe.uniform(NORMAL_16, 8), LOW_RATE, 1),
-    "W4A4": (hs.Recipe.uniform(4, 4), LOW_RATE, 2),
-    "W2A8": (hs.Recipe.uniform(hs.Integer(2, mid_rise=True), 8), LOW_RATE, 2),
-    "W2A8 codebook": (hs.Recipe.uniform(NORMAL_4, 8), LOW_RATE, 2),
-    "ternary A8": (hs.Recipe.uniform(hs.Integer(2), 8), LOW_RATE, 2),
-    "W2A2": (hs.Recipe.uniform(hs.Integer(2, mid_rise=True), 2), LOW_RATE, 3),
-    "binary A8": (hs.Recipe.uniform(Codebook.binary(), 8), LOW_RATE, 3),
+#: Recipe, epochs.
+SETTINGS: dict[str, tuple[hs.Recipe, int]] = {
+    "W8A8": (hs.Recipe.uniform(8, 8), 1),
+    "W4A8": (hs.Recipe.uniform(4, 8), 1),
+    "W4A8 codebook": (hs.Recipe.uniform(NORMAL_16, 8), 1),
+    "W4A4": (hs.Recipe.uniform(4, 4), 2),
+    "W2A8": (hs.Recipe.uniform(hs.Integer(2, mid_rise=True), 8), 2),
+    "W2A8 codebook": (hs.Recipe.uniform(NORMAL_4, 8), 2),
+    "ternary A8": (hs.Recipe.uniform(hs.Integer(2), 8), 2),
+    "W2A2": (hs.Recipe.uniform(hs.Integer(2, mid_rise=True), 2), 3),
+    "binary A8": (hs.Recipe.uniform(Codebook.binary(), 8), 3),
 }
+
+#: What is trained from three networks, seeds 0 to 2.
+HEADLINE = ("resnet", "W4A4")
 
 
 class Shuffled:
@@ -97,13 +101,14 @@ def run(
     network: str, setting: str, seed: int, changes: dict[str, float], data: fashion.Fashion
 ) -> dict[str, object]:
     """Train one setting, or its float control."""
-    recipe, rate, epochs = SETTINGS[setting.removesuffix(" control")]
+    recipe, epochs = SETTINGS[setting.removesuffix(" control")]
     model = fashion.trained(network, data, seed)
     q, ptq = post_training(model, recipe, data)
     with q.using(Mode.FLOAT):
         float_score = accuracy(q, data)
-    options = {"learning_rate": rate, "epochs": epochs, "seed": seed, "evaluate_every": 0.25} | changes
+    options = {"epochs": epochs, "seed": seed, "evaluate_every": 0.25} | changes
     training = hs.Training(Shuffled(data), cross_entropy, **options)
+    training = replace(training, learning_rate=learning_rate(training, q))
     control = setting.endswith(" control")
     partial = None
     if not control:
@@ -130,6 +135,26 @@ def run(
         "steps": trained.steps,
         "options": training.describe(),
     }
+
+
+def result_file(network: str, setting: str, seed: int) -> Path:
+    return RESULTS / f"{network}-{setting}-{seed}.json"
+
+
+def keep_run(network: str, setting: str, seed: int, changes: dict[str, float], data: fashion.Fashion) -> None:
+    result = run(network, setting, seed, changes, data)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    result_file(network, setting, seed).write_text(json.dumps(result, indent=1) + "\n")
+
+
+def missing() -> Iterator[tuple[str, str, int]]:
+    """What the table lacks, the headline first."""
+    order = [(*HEADLINE, seed) for seed in range(3)]
+    order += [(network, setting, 0) for network in ("resnet", "mobilenet") for setting in SETTINGS]
+    for network, setting, seed in dict.fromkeys(order):
+        for name in (setting, f"{setting} control"):
+            if not result_file(network, name, seed).exists():
+                yield network, name, seed
 
 
 def recovery(result: dict, share: float = 0.95) -> str:
@@ -227,6 +252,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--run", metavar="SETTING", help=f"one of {', '.join(SETTINGS)}; ' control' after it")
+    parser.add_argument("--all", action="store_true", help="train all that the table lacks")
     parser.add_argument("--network", default="resnet", choices=sorted(fashion.NETWORKS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=float)
@@ -240,13 +266,14 @@ def main() -> None:
         data = fashion.load()
         console.print(step_times(options.network, data, options.rounds, options.compiled))
         return
+    if options.all:
+        data = fashion.load()
+        for network, setting, seed in missing():
+            keep_run(network, setting, seed, {}, data)
     if options.run:
         changes = {"epochs": options.epochs, "learning_rate": options.rate}
         changes = {name: value for name, value in changes.items() if value is not None}
-        result = run(options.network, options.run, options.seed, changes, fashion.load())
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        file = RESULTS / f"{options.network}-{options.run}-{options.seed}.json"
-        file.write_text(json.dumps(result, indent=1) + "\n")
+        keep_run(options.network, options.run, options.seed, changes, fashion.load())
     console.print(table())
 
 

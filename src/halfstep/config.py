@@ -61,7 +61,9 @@ class TrainingPart(Part):
         description="cross_entropy, or package.module:loss with loss(outputs, labels); null: distillation alone",
     )
     epochs: float = Field(default=1.0, gt=0, description="passes over the data; parts are possible")
-    learning_rate: float = Field(default=1e-3, gt=0, description="at the start")
+    learning_rate: float | None = Field(
+        default=None, gt=0, description="at the start; null: by the fewest bits, 0.0001 for 8 to 0.002 for 4"
+    )
     seed: int = Field(default=0, description="of shuffling and of everything random")
 
 

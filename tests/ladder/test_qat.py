@@ -43,6 +43,7 @@ def test_it_stops_at_the_goal_and_leaves_the_best(prepared):
     assert search.goal.met(score)
     assert HELD_OUT.evaluate(search.model).value == score.value == search.best.score.value
     assert search.decisions[-1].startswith(f"QAT scores {score.value:.4f}")
+    assert "steps from a learning rate of 0.01; step" in search.decisions[-1]
     assert "of 32 steps" in search.decisions[-1] and "32 of 32" not in search.decisions[-1]
     search.best.snapshot.restore()
     assert HELD_OUT.evaluate(search.model).value == score.value

@@ -14,6 +14,7 @@ from halfstep.errors import ArgumentError, DataError, DivergedError, NotObserved
 from halfstep.fake_quantize import Mode
 from halfstep.training.checkpoint import FILE
 from halfstep.training.distillation import Distillation
+from halfstep.training.fit import learning_rate
 from tests.training.networks import calibrated, task, trained_net
 
 HELD_OUT = hs.Accuracy(task(512, 256, seed=1))
@@ -103,6 +104,37 @@ def test_the_learning_rate_falls_along_a_cosine():
     assert training.rate(50, 100) == pytest.approx(0.505)
     assert training.rate(100, 100) == pytest.approx(0.01)
     assert training.rate(25, 100) == pytest.approx(0.01 + 0.99 * (1 + math.sqrt(0.5)) / 2)
+
+
+@pytest.mark.parametrize(
+    ("weights", "activations", "optimizer", "wanted"),
+    [
+        (8, 8, "adamw", 1e-4),
+        (4, 8, "adamw", 2e-3),
+        (8, 3, "adamw", 2e-3),
+        (6, 8, "adamw", 1e-4 * 20**0.5),
+        (2, 8, "sgd", 2e-2),
+    ],
+)
+def test_a_learning_rate_left_out_follows_from_the_fewest_bits(net, weights, activations, optimizer, wanted):
+    q = calibrated(net, weights, activations)
+    trained = hs.train(q, options(learning_rate=None, optimizer=optimizer, epochs=0.125))
+    assert trained.learning_rate == pytest.approx(wanted)
+    assert hs.train(q, options(epochs=0.125)).learning_rate == 1e-2
+
+
+def test_layers_in_float_do_not_count_for_the_learning_rate(net):
+    q = calibrated(
+        net, recipe=hs.Recipe.int8().override("fc", hs.LayerSpec(hs.TensorSpec(2), hs.TensorSpec(8)))
+    )
+    assert learning_rate(options(learning_rate=None), q) == pytest.approx(2e-3)
+    q.float_layers = ["fc"]
+    assert learning_rate(options(learning_rate=None), q) == pytest.approx(1e-4)
+
+
+def test_the_control_has_the_same_learning_rate(low):
+    with low.using(Mode.FLOAT):
+        assert learning_rate(options(learning_rate=None), low) == pytest.approx(2e-3)
 
 
 def test_distillation_is_the_tempered_divergence():

@@ -97,7 +97,8 @@ def climb_qat(search: Search, training: Training, directory: Path | None = None)
         f"QAT, {kept}"
     )  # in memory, but for a run that went on: then it is the best again
     search.decide(
-        f"QAT scores {search.goal.words(score)}, after {trained.steps} of {trained.planned} steps; {kept} was kept"
+        f"QAT scores {search.goal.words(score)}, after {trained.steps} of {trained.planned} steps "
+        f"from a learning rate of {trained.learning_rate:g}; {kept} was kept"
     )
     return score
 

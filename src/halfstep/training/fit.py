@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from halfstep.training.checkpoint import (
     restore_optimizer,
 )
 from halfstep.training.divergence import first_bad_gradient, first_bad_value
-from halfstep.training.options import OPTIMIZERS, Training
+from halfstep.training.options import OPTIMIZERS, Training, default_rate
 from halfstep.training.randomness import own_randomness, random_state, restore_random_state
 from halfstep.training.ranges import MovingRanges
 
@@ -78,6 +78,7 @@ class Trained:
         best_step: the step whose state was kept: the best mark's, the last one without a metric.
         seconds: of training, evaluations not counted, over all runs that it took.
         resumed_at: the step that this run went on from; 0 from the start.
+        learning_rate: at the start, as given or by the model's fewest bits.
         control: the float control's score; None if none was asked for.
     """
 
@@ -87,6 +88,7 @@ class Trained:
     marks: tuple[Mark, ...]
     best_step: int
     seconds: float
+    learning_rate: float
     resumed_at: int = 0
     control: float | None = None
 
@@ -128,6 +130,8 @@ class _Fit:
     def __init__(
         self, model: QuantizedModel, training: Training, judge: Judge | None, directory: Path | None
     ) -> None:
+        self.rate = learning_rate(training, model)
+        training = replace(training, learning_rate=self.rate)  # the one that decides about the result
         self.model, self.training, self.judge = model, training, judge
         self.device = next(model.parameters()).device if list(model.parameters()) else torch.device("cpu")
         weights = _trainable(model)
@@ -142,7 +146,7 @@ class _Fit:
         keeping = training.oscillation if quantized else None
         self.keeper = keeping.start(model) if keeping is not None else None
         self.move_at = math.ceil(training.ranges.after * self.planned)
-        self.optimizer = OPTIMIZERS[training.optimizer](self._groups(weights))
+        self.optimizer = OPTIMIZERS[training.optimizer].make(self._groups(weights))
         self.step = self.resumed_at = 0
         self.seconds = 0.0
         self.losses: list[float] = []
@@ -153,7 +157,7 @@ class _Fit:
         self.good = self._state()  # of the best mark; without a judge of the last checkpoint
 
     def _groups(self, weights: list[nn.Parameter]) -> list[dict[str, Any]]:
-        rate, decay = self.training.learning_rate, self.training.weight_decay
+        rate, decay = self.rate, self.training.weight_decay
         moving = self.ranges.parameters if self.ranges is not None else []
         groups = [
             {"params": [p for p in weights if p.dim() > 1], "base": rate, "weight_decay": decay},
@@ -176,6 +180,7 @@ class _Fit:
             tuple(self.marks),
             self.best_step,
             self.seconds,
+            self.rate,
             self.resumed_at,
         )
 
@@ -322,9 +327,17 @@ class _Fit:
         self.model.load_state_dict(self.good)
         return DivergedError(
             f"step {self.step + 1} of {self.planned}: {what}. The model is back at step {self.best_step}. Lower "
-            f"learning_rate (now {self.training.learning_rate:g}) or set clip_norm (now {self.training.clip_norm}), "
+            f"learning_rate (now {self.rate:g}) or set clip_norm (now {self.training.clip_norm}), "
             "and look for NaN in the data"
         )
+
+
+def learning_rate(training: Training, model: QuantizedModel) -> float:
+    """The rate that ``training`` of ``model`` starts with: the one given, else what the fewest bits of a site want."""
+    if training.learning_rate is not None:
+        return training.learning_rate
+    bits = min((site.format.bits for site in model.sites.values()), default=8)
+    return default_rate(bits, training.optimizer)
 
 
 def outputs_loss(training: Training, outputs: Any, labels: Any) -> torch.Tensor:

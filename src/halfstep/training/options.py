@@ -18,11 +18,27 @@ from halfstep.training.ranges import Ranges
 Labelled = Iterable[tuple[ModelInputs, Any]]
 Loss = Callable[[Any, Any], torch.Tensor]
 
-#: The optimizers by name, with what they need beside parameter groups. Learning rates come with the groups.
-OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]]], torch.optim.Optimizer]] = {
-    "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.0),
-    "sgd": lambda groups: torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True),
+
+@dataclass(frozen=True)
+class Optimizer:
+    """An optimizer that can be asked for by name.
+
+    Attributes:
+        make: from parameter groups, which bring their learning rates.
+        gentle_rate: what suits 8 bits: about 1% of a usual rate for training from nothing.
+    """
+
+    make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+    gentle_rate: float
+
+
+OPTIMIZERS = {
+    "adamw": Optimizer(lambda groups: torch.optim.AdamW(groups, lr=0.0), 1e-4),
+    "sgd": Optimizer(lambda groups: torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True), 1e-3),
 }
+
+#: How many times the gentle rate few bits want: their weights have to cross whole steps, not parts of one.
+FEW_BITS_FACTOR = 20.0
 
 
 @dataclass(frozen=True)
@@ -35,7 +51,8 @@ class Training:
             are not looked at and may be None.
         loss: ``loss(outputs, labels)`` -> a scalar tensor; None trains on distillation alone.
         epochs: passes over ``labelled``; 0.25 is a quarter of one. About a tenth of the original training's.
-        learning_rate: at the start; about 1% of the original one for 8 bits, and 10% or more for 4 bits and below.
+        learning_rate: at the start; None for :func:`default_rate` of the model's fewest bits. About 1% of the original
+            training's suits 8 bits, and 10% or more 4 bits and below.
         final_rate: the share of it that the cosine schedule ends at.
         optimizer: ``"adamw"`` or ``"sgd"``.
         weight_decay: of the weights; ranges and one-dimensional parameters have none.
@@ -60,7 +77,7 @@ class Training:
     labelled: Labelled
     loss: Loss | None = None
     epochs: float = 1.0
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None
     final_rate: float = 0.01
     optimizer: str = "adamw"
     weight_decay: float = 0.0
@@ -86,12 +103,13 @@ class Training:
             raise TrainingError(
                 f"Training: optimizer is {self.optimizer!r}, needed one of {', '.join(map(repr, OPTIMIZERS))}"
             )
-        for name in ("epochs", "learning_rate", "evaluate_every", "checkpoint_every"):
+        for name in ("epochs", "evaluate_every", "checkpoint_every"):
             check_positive(name, getattr(self, name))
         if not 0 <= self.final_rate <= 1:
             raise TrainingError(f"Training: final_rate is {self.final_rate}, needed 0 to 1")
-        if self.clip_norm is not None:
-            check_positive("clip_norm", self.clip_norm)
+        for name in ("learning_rate", "clip_norm"):
+            if getattr(self, name) is not None:
+                check_positive(name, getattr(self, name))
 
     def rate(self, step: int, steps: int) -> float:
         """The share of the learning rate at ``step`` of ``steps``: a cosine from 1 to ``final_rate``.
@@ -108,6 +126,18 @@ class Training:
             for option in fields(self)
             if option.name not in ("labelled", "loss", "control", "checkpoint_every")
         }
+
+
+def default_rate(bits: int, optimizer: str) -> float:
+    """The learning rate at the start for a model whose fewest bits at any site are ``bits``.
+
+    AdamW: 2e-3 for 4 bits and fewer, 1e-4 for 8 and more, geometrically between; SGD: ten times as much.
+
+    >>> default_rate(8, "adamw"), default_rate(2, "adamw"), round(default_rate(6, "adamw"), 6)
+    (0.0001, 0.002, 0.000447)
+    """
+    few = min(max((8 - bits) / 4, 0.0), 1.0)
+    return OPTIMIZERS[optimizer].gentle_rate * math.pow(FEW_BITS_FACTOR, few)
 
 
 def check_positive(name: str, value: float) -> None:
