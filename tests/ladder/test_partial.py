@@ -229,8 +229,8 @@ def test_time_in_float_is_measured_on_the_runtime(monkeypatch):
 
     def raced(contestants, rounds):
         outputs.update({name: run() for name, run in contestants.items()})
-        speedups = [1.0, 0.98, 0.5, 0.99]  # quantized, its twin, and one file for each group
-        return {name: Latency(2.0, 0.1, speedup) for name, speedup in zip(contestants, speedups, strict=True)}
+        times = [2.0, 2.04, 4.0, 2.02]  # quantized, its twin, and one file for each group
+        return {name: Latency(9.0, 0.1, 1.0, time) for name, time in zip(contestants, times, strict=True)}
 
     monkeypatch.setattr("halfstep.ladder.costs.race", raced)
     torch.manual_seed(0)

@@ -10,21 +10,25 @@ from pathlib import Path
 import torch
 from torch.utils import _pytree as pytree
 
-from halfstep.errors import NotObservedError
+from halfstep.errors import ArgumentError, NotObservedError
 from halfstep.export.onnx import export_onnx
-from halfstep.graph.inputs import call_arguments
+from halfstep.graph.inputs import ModelInputs, batch_size, tensors_of
 from halfstep.ladder.groups import Group
 from halfstep.model import QuantizedModel
 from halfstep.progress import track
 from halfstep.runtime.deployed import DeployedModel
-from halfstep.runtime.latency import race
+from halfstep.runtime.latency import enough_rounds, race
 
 #: Interleaved runs of every file.
 ROUNDS = 31
 
 
 def microseconds(
-    model: QuantizedModel, groups: Sequence[Group], threads: int | None = None, rounds: int = ROUNDS
+    model: QuantizedModel,
+    groups: Sequence[Group],
+    threads: int | None = None,
+    rounds: int = ROUNDS,
+    batch: int | None = None,
 ) -> list[float]:
     """How much longer a batch takes with each group in float than with none, conversions between them included.
 
@@ -36,18 +40,20 @@ def microseconds(
         model: calibrated; it is the same afterwards.
         groups: to be left in float, one at a time.
         threads: of the runtime, for one operator; None for all cores.
-        rounds: interleaved runs, at least 3.
+        rounds: interleaved runs, at least 3; more of them where a run takes a fraction of a millisecond.
+        batch: how many examples a run takes, repeated if need be; None for the first calibration batch as it is.
 
     Returns:
         Microseconds for each group.
 
     Raises:
         NotObservedError: if no example was kept.
+        ArgumentError: if ``batch`` is less than 1.
         ExportError: if the runtime cannot run a file.
     """
     if not model.sample:
         raise NotObservedError("latency: no example was kept to time; run observe() first")
-    leaves = [x for x in pytree.tree_leaves(call_arguments(model.sample[0])) if isinstance(x, torch.Tensor)]
+    leaves = tensors_of(model.sample[0] if batch is None else _examples(model.sample[0], batch))
     before = model.float_layers
     with tempfile.TemporaryDirectory() as directory:
         sessions = []
@@ -61,10 +67,19 @@ def microseconds(
         finally:
             model.float_layers = before
         contestants = {str(index): functools.partial(file, *leaves) for index, file in enumerate(sessions)}
-        raced = race(contestants, rounds)
-    base, null, *others = raced.values()
-    noise = abs(1 / null.speedup - 1)
-    return [
-        1e3 * base.median * (lost if abs(lost) > noise else 0.0)
-        for lost in (1 / other.speedup - 1 for other in others)
-    ]
+        raced = race(contestants, enough_rounds(contestants["0"], rounds))
+    base, null, *others = (file.undisturbed for file in raced.values())
+    noise = abs(null - base)
+    return [1e3 * (other - base) if abs(other - base) > noise else 0.0 for other in others]
+
+
+def _examples(inputs: ModelInputs, count: int) -> ModelInputs:
+    """``count`` examples, from the first on and over again; tensors without a batch dimension stay."""
+    if count < 1:
+        raise ArgumentError(f"batch: got {count}, needed at least 1")
+    size = batch_size(inputs)
+    chosen = torch.arange(count) % size
+    found: ModelInputs = pytree.tree_map_only(
+        torch.Tensor, lambda x: x[chosen] if x.dim() and len(x) == size else x, inputs
+    )
+    return found

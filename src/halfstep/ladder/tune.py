@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from halfstep.ladder.costs import ROUNDS, microseconds
 from halfstep.ladder.groups import Group, groups_of
 from halfstep.model import QuantizedModel
+
+#: What was put to float changes what its neighbours cost: they are timed again, this often at most.
+PASSES = 2
 
 
 @dataclass(frozen=True)
@@ -29,33 +33,62 @@ class Tuning:
         return f"left in float for speed: {', '.join(self.float_layers)} ({self.saved:.0f} us less a batch)"
 
 
-def tune(model: QuantizedModel, threads: int | None = None, rounds: int = ROUNDS) -> Tuning:
+def tune(
+    model: QuantizedModel, threads: int | None = None, rounds: int = ROUNDS, batch: int | None = None
+) -> Tuning:
     """Leave layers in float where integers lose time: small depthwise convs, islands between float operators.
 
-    A file is written for each group of layers with the group in float, and all are run in turns on the first batch
-    that calibration kept. Those that are faster by more than noise are put to float together, and timed once more:
-    together they must be faster too, or the best of them alone is taken.
+    A file is written for each group of layers with the group in float, and all are run in turns. Then those that are
+    faster by more than noise, together and the best alone, race runs of groups from either end of the network (a
+    quarter, a half, three quarters of it: conversions are paid at a border, so one group alone may lose where many
+    together win) and the network wholly in float. The fastest is taken, and what is left is timed again.
+
+    Which layers lose depends on the batch: a conversion costs a batch of one as much as a layer, and a large one
+    next to nothing.
 
     Args:
         model: calibrated; afterwards ``float_layers`` holds what was found too.
         threads: of the runtime, for one operator; None for all cores.
         rounds: interleaved runs of every file, at least 3.
+        batch: how many examples a run takes; None for the first batch that calibration kept.
 
     Raises:
         NotObservedError: if no example was kept to time.
+        ArgumentError: if ``batch`` is less than 1.
         ExportError: if the runtime cannot run a file.
     """
-    groups = groups_of(model)
-    costs = dict(zip(groups, microseconds(model, groups, threads, rounds), strict=True))
-    slow = sorted((group for group in groups if costs[group] < 0), key=costs.__getitem__)
-    if len(slow) > 1:
-        names = {name for group in slow for name in group.layers}
-        found = [layer for layer in model.layers if layer.name in names]
-        together = Group(tuple(layer.name for layer in found), tuple(layer.operator.kind for layer in found))
-        (cost,) = microseconds(model, [together], threads, rounds)
-        if cost < costs[slow[0]]:
-            slow, costs[together] = [together], cost
-    if not slow:
-        return Tuning((), 0.0, len(groups))
-    model.float_layers = model.float_layers | set(slow[0].layers)
-    return Tuning(slow[0].layers, -costs[slow[0]], len(groups))
+    found: list[str] = []
+    saved, tried = 0.0, 0
+    for _ in range(PASSES):
+        groups = groups_of(model)
+        if not groups:
+            break
+        costs = microseconds(model, groups, threads, rounds, batch)
+        tried = tried or len(groups)
+        slow = sorted((i for i, cost in enumerate(costs) if cost < 0), key=costs.__getitem__)
+        candidates = [_union(groups, chosen) for chosen in _choices(slow, len(groups))]
+        again = microseconds(model, candidates, threads, rounds, batch)
+        cost, best = min(zip(again, candidates, strict=True), key=lambda pair: pair[0])
+        if cost >= 0:
+            break
+        model.float_layers = model.float_layers | set(best.layers)
+        found += best.layers
+        saved -= cost
+    order = {name: index for index, name in enumerate(model.layer_names)}
+    return Tuning(tuple(sorted(found, key=order.__getitem__)), saved, tried)
+
+
+def _choices(slow: Sequence[int], count: int) -> list[tuple[int, ...]]:
+    """Sets of groups worth a race, by their indices: the slow ones, the slowest, runs from either end, all."""
+    everything, quarters = range(count), sorted({count // 4, count // 2, 3 * count // 4} - {0})
+    runs = [part for n in quarters for part in (everything[:n], everything[-n:])]
+    return list(
+        dict.fromkeys(tuple(sorted(chosen)) for chosen in (slow, slow[:1], *runs, everything) if chosen)
+    )
+
+
+def _union(groups: Sequence[Group], chosen: Sequence[int]) -> Group:
+    return Group(
+        tuple(name for i in chosen for name in groups[i].layers),
+        tuple(kind for i in chosen for kind in groups[i].kinds),
+    )

@@ -19,11 +19,30 @@ class Latency:
         median: median time of a run in ms.
         spread: interquartile range over the median.
         speedup: median over the rounds of (first contestant's time / this one's time).
+        undisturbed: the lower quartile in ms: what a run takes while other programs leave it the processor.
     """
 
     median: float
     spread: float
     speedup: float
+    undisturbed: float
+
+
+#: A contestant's runs add up to this many milliseconds, if ``enough_rounds`` counts them: a run of a fraction of a
+#: millisecond is at the mercy of the scheduler, and many of them are not.
+STEADY = 150.0
+#: But never more than this many rounds for one that was asked for.
+MOST = 10
+
+
+def enough_rounds(run: Callable[[], object], least: int) -> int:
+    """How many rounds a race of contestants like ``run`` needs: at least ``least``, more if they are fast.
+
+    >>> enough_rounds(lambda: time.sleep(0.001), 31) > 100
+    True
+    """
+    typical = race({"typical": run}, rounds=5)["typical"].median
+    return min(MOST * least, max(least, round(STEADY / typical)))
 
 
 def race(
@@ -52,7 +71,8 @@ def race(
         quartiles = statistics.quantiles(series, n=4)
         median = statistics.median(series)
         ratios = [a / b for a, b in zip(first, series, strict=True)]
-        result[name] = Latency(median, (quartiles[2] - quartiles[0]) / median, statistics.median(ratios))
+        spread = (quartiles[2] - quartiles[0]) / median
+        result[name] = Latency(median, spread, statistics.median(ratios), quartiles[0])
     return result
 
 
