@@ -117,6 +117,24 @@ def test_quantize_and_inspect(folder, finished):
     done = halfstep(folder, "inspect", "run/model.onnx", "--target", "tensorrt")
     assert done.returncode == 3, done.stderr
     assert "tensorrt: refused, biases" in done.stdout
+    done = halfstep(folder, "inspect", "run/model.onnx", "--target", "tensorrt", "--json")
+    assert done.returncode == 3, done.stderr
+    told = json.loads(done.stdout)
+    assert told["target"] == "tensorrt" and told["metadata"]["halfstep.target"] == "onnxruntime"
+    assert {site["layer"] for site in told["sites"] if site["constant"]} == {"0/Gemm", "2/Gemm"}
+    assert {finding["rule"] for finding in told["findings"] if finding["refused"]} >= {"biases"}
+
+
+def test_weights_alone_by_a_flag(folder):
+    more = ("--recipe", "weight_only", "--weight-bits", "8", "--group", "16", "--max-drop", "0.2")
+    done = quantize(folder, "mine:net", "good.npz", "good.npz", "--directory", "packed", *more)
+    assert done.returncode == 0, done.stderr
+    assert "activations: null" in (folder / "packed" / "config.yaml").read_text()
+    told = json.loads(halfstep(folder, "inspect", "packed/model.onnx", "--json").stdout)
+    assert [node["operator"] for node in told["float"]] == ["Gemm", "Gemm"]
+    done = quantize(folder, "mine:net", "good.npz", "good.npz", "--recipe", "static", "--group", "16")
+    assert done.returncode == 2
+    assert "recipe: group is 16 beside kind static, needed null" in done.stderr
 
 
 def test_inspect_holds_a_file_to_the_rules_of_a_target(folder):

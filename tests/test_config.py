@@ -2,7 +2,10 @@
 
 import pytest
 import yaml
+from torch import nn
 
+import halfstep as hs
+from halfstep.cli.job import Job
 from halfstep.config import Config, commented, make_config, read_config
 from halfstep.errors import ArgumentError
 
@@ -30,6 +33,22 @@ def test_defaults_are_filled_in(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({"weights": 4}, hs.Recipe.uniform(4, 8)),
+        ({"kind": "dynamic"}, hs.Recipe.dynamic()),
+        ({"kind": "dynamic", "weights": 4, "group": 32}, hs.Recipe.dynamic(4, 32)),
+        ({"kind": "weight_only"}, hs.Recipe.weight_only(4, 128)),
+        ({"kind": "weight_only", "weights": 8, "group": None}, hs.Recipe.weight_only(8, None)),
+    ],
+)
+def test_a_kind_of_recipe_has_its_own_defaults(given, wanted):
+    config = make_config({"model": "a:b", "labelled": "c", "calibration": "d", "recipe": given}, "here")
+    assert Job(config, nn.Identity(), []).recipe() == wanted
+    assert Config.model_validate(config.model_dump()) == config
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         (("recipe:", "recipes:"), r"bad.yaml, line 4: unknown key 'recipes'; did you mean 'recipe'\?"),
@@ -39,6 +58,19 @@ def test_defaults_are_filled_in(tmp_path):
         (("weights: 4", "weights: four"), r"line 5: recipe.weights is 'four', needed a valid integer"),
         (("weights: 4", "weights: '4'"), r"line 5: recipe.weights is '4', needed a valid integer"),
         (("weights: 4", "weights: 1"), r"line 5: recipe.weights is 1, needed greater than or equal to 2"),
+        (
+            ("weights: 4", "kind: dynamical"),
+            r"line 5: recipe.kind is 'dynamical', needed 'static', 'dynamic' or",
+        ),
+        (("weights: 4", "group: 32"), r"line 4: recipe: group is 32 beside kind static, needed null"),
+        (
+            ("weights: 4", "{kind: dynamic, weights: 16}"),
+            r"line 4: recipe: weights is 16 beside kind dynamic, needed 2 to 8",
+        ),
+        (
+            ("weights: 4", "{kind: weight_only, activations: 8}"),
+            r"line 4: recipe: activations is 8 beside kind weight_only, needed null",
+        ),
         (("minutes: 1.5", "minutes: -1"), r"line 9: budget.minutes is -1, needed greater than 0"),
         (("labelled: test.npz\n", ""), r"bad.yaml: labelled is missing: data to judge on"),
         (("  data: train.npz\n", ""), r"bad.yaml: training.data is missing: labelled batches"),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from halfstep.errors import ArgumentError
@@ -32,17 +32,57 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+#: What a kind of recipe takes where its keys are not given.
+KINDS: dict[str, dict[str, Any]] = {
+    "static": {},
+    "dynamic": {},
+    "weight_only": {"weights": 4, "activations": None, "group": 128},
+}
+
+
 class RecipePart(Part):
     """What to quantize, and how."""
 
+    kind: Literal["static", "dynamic", "weight_only"] = Field(
+        default="static",
+        description="static: ranges from calibration; dynamic: activations get theirs at run time; weight_only: "
+        "packed weights, activations in float (activations: null; weights: 4 and group: 128 unless given)",
+    )
     weights: Bits | None = Field(default=8, description="bits, 2 to 16; null leaves weights in float")
     activations: Bits | None = Field(default=8, description="bits, 2 to 16; null leaves activations in float")
     per_tensor: bool = Field(
         default=False, description="one scale for a weight instead of one for each output channel"
     )
+    group: Annotated[int, Field(ge=16)] | None = Field(
+        default=None,
+        description="dynamic or weight_only: one scale for so many weights along the input axis; null: for a channel",
+    )
     float_layers: list[str] = Field(
         default=[], description="layers that always stay in float: names or shell patterns"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, given: Any) -> Any:
+        """The kind's own defaults."""
+        return {**KINDS.get(str(given.get("kind")), {}), **given} if isinstance(given, dict) else given
+
+    @model_validator(mode="after")
+    def _agree(self) -> RecipePart:
+        """Keys that would say nothing beside the kind are refused."""
+        rules = {
+            ("static", "group"): (self.group is None, "null"),
+            ("dynamic", "weights"): (self.weights is not None and self.weights <= 8, "2 to 8"),
+            ("dynamic", "activations"): (self.activations == 8, "8"),
+            ("dynamic", "per_tensor"): (not self.per_tensor, "false"),
+            ("weight_only", "weights"): (self.weights is not None, "2 to 16"),
+            ("weight_only", "activations"): (self.activations is None, "null"),
+            ("weight_only", "per_tensor"): (not self.per_tensor, "false"),
+        }
+        for (kind, key), (fine, needed) in rules.items():
+            if kind == self.kind and not fine:
+                raise ValueError(f"{key} is {_yaml(getattr(self, key))} beside kind {kind}, needed {needed}")
+        return self
 
 
 class BudgetPart(Part):
@@ -164,6 +204,8 @@ def _message(mistake: Mapping[str, Any], source: str, lines: Mapping[Key, int]) 
         return f"{place}: unknown key {name!r}; {hint}"
     if mistake["type"] == "missing":
         return f"{source}: {name} is missing: {_field(key).description}"
+    if mistake["type"] == "value_error":
+        return f"{place}: {name}: {mistake['ctx']['error']}"
     needed = mistake["msg"].removeprefix("Input should be ")
     return f"{place}: {name} is {mistake['input']!r}, needed {needed}"
 

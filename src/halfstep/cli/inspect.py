@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from halfstep.cli.console import NOT_MET, out
-from halfstep.cli.options import Threads
+from halfstep.cli.console import NOT_MET, out, print_json
+from halfstep.cli.options import Json, Threads
+
+if TYPE_CHECKING:
+    from halfstep.runtime.kernels import Kernels
+    from halfstep.runtime.sites import FileSite
 
 
 def inspect(
@@ -19,6 +24,7 @@ def inspect(
         typer.Option(help="Runtime to judge it for; by default the one that it was exported for."),
     ] = None,
     threads: Threads = None,
+    as_json: Json = False,
 ) -> None:
     """Show every site of FILE, what its runtime really executes, and why the rest is float.
 
@@ -35,6 +41,42 @@ def inspect(
     judge = find_target(target or metadata.get("halfstep.target", "onnxruntime"))
     kernels = inspect_kernels(file, threads, judge.runtime)
     findings = lint(file, RULES.get(judge.name, ()))
+    floats = float_nodes(file, kernels, judge)
+    if as_json:
+        print_json(
+            {
+                "file": str(file),
+                "target": judge.name,
+                "metadata": metadata,
+                "sites": [asdict(site) for site in sites],
+                "kernels": asdict(kernels),
+                "float": [asdict(node) for node in floats],
+                "findings": [
+                    {
+                        "rule": finding.rule.name,
+                        "refused": finding.rule.refused,
+                        "places": finding.places,
+                        "reason": finding.rule.reason,
+                        "cure": finding.rule.cure,
+                    }
+                    for finding in findings
+                ],
+            }
+        )
+    else:
+        _show(file, sites, metadata, kernels)
+        for node in floats:
+            out.print(f"float: {node}", highlight=False, soft_wrap=True)
+        for finding in findings:
+            out.print(f"{judge.name}: {finding}", highlight=False, soft_wrap=True)
+        if judge.name in RULES and not findings:
+            out.print(f"{judge.name}: keeps all of its {len(RULES[judge.name])} rules")
+    if any(finding.rule.refused for finding in findings):
+        raise typer.Exit(NOT_MET)
+
+
+def _show(file: Path, sites: list[FileSite], metadata: dict[str, str], kernels: Kernels) -> None:
+    """The sites as a table, what the file says of itself, and the operators that are executed."""
     table = Table(title=f"{file}: {len(sites)} sites")
     for column in ("layer", "tensor", "format", "granularity", "range"):
         table.add_column(column, overflow="fold")
@@ -56,11 +98,3 @@ def inspect(
     out.print(
         "executed: " + ", ".join(f"{count} {name}" for name, count in kernels.counts.items()), soft_wrap=True
     )
-    for node in float_nodes(file, kernels, judge):
-        out.print(f"float: {node}", highlight=False, soft_wrap=True)
-    for finding in findings:
-        out.print(f"{judge.name}: {finding}", highlight=False, soft_wrap=True)
-    if judge.name in RULES and not findings:
-        out.print(f"{judge.name}: keeps all of its {len(RULES[judge.name])} rules")
-    if any(finding.rule.refused for finding in findings):
-        raise typer.Exit(NOT_MET)

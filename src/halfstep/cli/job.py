@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from torch import nn
 
-from halfstep.config import Config, make_config, read_config
+from halfstep.config import Config, RecipePart, make_config, read_config
 from halfstep.errors import ArgumentError, DataError, RunError
 from halfstep.evaluate import Accuracy, Metric
 from halfstep.granularity import PerTensor
@@ -23,6 +23,16 @@ from halfstep.training.options import Loss, Training
 
 #: A run's own copy of what it was told.
 CONFIG = "config.yaml"
+
+
+#: How each kind of recipe is made.
+_RECIPES: dict[str, Callable[[RecipePart], Recipe]] = {
+    "static": lambda part: Recipe.uniform(
+        part.weights, part.activations, PerTensor() if part.per_tensor else None
+    ),
+    "dynamic": lambda part: Recipe.dynamic(part.weights or 8, part.group),
+    "weight_only": lambda part: Recipe.weight_only(part.weights or 4, part.group),
+}
 
 
 @dataclass(frozen=True)
@@ -79,7 +89,7 @@ class Job:
     def recipe(self) -> Recipe:
         """What to quantize, and how."""
         part = self.config.recipe
-        recipe = Recipe.uniform(part.weights, part.activations, PerTensor() if part.per_tensor else None)
+        recipe = _RECIPES[part.kind](part)
         for pattern in part.float_layers:
             recipe = recipe.override(pattern, None)
         return recipe
@@ -154,7 +164,7 @@ def config_from(source: str, flags: dict[str, Any], recipe: dict[str, Any], budg
         config = read_config(source)
         for name, part in (("recipe", recipe), ("budget", budget)):
             if _given(part):
-                changes[name] = {**getattr(config, name).model_dump(), **_given(part)}
+                changes[name] = {**getattr(config, name).model_dump(exclude_unset=True), **_given(part)}
         return make_config({**config.model_dump(exclude_unset=True), **changes}, "command line")
     parts = {"recipe": _given(recipe), "budget": _given(budget)}
     return make_config({"model": source, **changes, **parts}, "command line")

@@ -56,8 +56,16 @@ def quantize(
         typer.Option("--tune", help="Leave in float what integers slow down on this machine."),
     ] = None,
     target: Annotated[str | None, typer.Option(help="onnxruntime, openvino or tensorrt.")] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="static, dynamic (ranges at run time) or weight_only; static by default."),
+    ] = None,
     weight_bits: Annotated[
-        int | None, typer.Option(help="Bits of the weights, 2 to 16; 8 by default.")
+        int | None, typer.Option(help="Bits of the weights, 2 to 16; 8 by default, 4 for weight_only.")
+    ] = None,
+    group: Annotated[
+        int | None,
+        typer.Option(help="Weights that share a scale, for dynamic and weight_only (128 by default)."),
     ] = None,
     activation_bits: Annotated[int | None, typer.Option(help="Bits of the activations, 2 to 16.")] = None,
     rungs: Annotated[str | None, typer.Option(help="Which to climb, in order: ptq,partial,qat.")] = None,
@@ -99,7 +107,7 @@ def quantize(
     config = config_from(
         source,
         flags,
-        {"weights": weight_bits, "activations": activation_bits},
+        {"kind": recipe, "weights": weight_bits, "activations": activation_bits, "group": group},
         {"evaluations": evaluations, "minutes": minutes},
     )
     again = shlex.join(["halfstep", *sys.argv[1:]])
