@@ -2,7 +2,9 @@
 
 Random weights (``bench.networks.catalogue``), max calibrator, 32 calibration examples, seed 0. One interleaved run a
 network and batch size: the float file, the same float file again (what it differs from 1 by is noise), onnxruntime's
-quantize_static (QDQ, u8/s8 per channel, after quant_pre_process), and ours. On OpenVINO ours beside nncf.quantize.
+quantize_static (QDQ, u8/s8 per channel, after quant_pre_process), ours, and ours after ``hs.tune`` for that batch on
+this machine: what integers slow down is left in float, and counted. On OpenVINO ours beside nncf.quantize. Last, what
+weights alone in few bits make of a larger network (``bench.weight_only``).
 
 python -m bench.deployment [--networks vit bert] [--folder /tmp/files]
 """
@@ -21,31 +23,34 @@ from rich.console import Console
 from rich.table import Table
 
 import halfstep as hs
-from bench import peer_nncf
+from bench import peer_nncf, weight_only
 from bench.networks.catalogue import CATALOGUE, build
 from bench.peer_onnxruntime import quantize_static
 from halfstep.graph.inputs import tensors_of
 from halfstep.model import QuantizedModel
 from halfstep.runtime.deployed import DeployedModel
 from halfstep.runtime.kernels import Kernels, inspect_kernels
-from halfstep.runtime.latency import Latency, race
+from halfstep.runtime.latency import Latency, enough_rounds, race
 from halfstep.runtime.parity import Parity, compare
 from halfstep.runtime.runtimes import find_runtime
+from halfstep.runtime.sites import read_sites
 
 TRANSFORMERS = ("vit", "swin-like", "bert")
 BATCHES = (1, 8)
 #: Eight-bit products that VNNI makes where float's fused multiply-add makes one.
 VNNI_LIMIT = 4.0
-#: Milliseconds: a network that is faster is run more often than ``--rounds``, up to ten times.
-STEADY = 5.0
 
 
 @dataclass(frozen=True)
 class Files:
-    """What is compared, as files; a peer's is None where it failed or is not installed."""
+    """What is compared, as files; a peer's is None where it failed or is not installed.
+
+    ``tuned`` has one for each batch size.
+    """
 
     floating: Path
     ours: Path
+    tuned: dict[int, Path]
     static: Path | None
     ours_openvino: Path
     nncf: Path | None
@@ -81,6 +86,7 @@ def main() -> None:
         if options.only != "files":
             run_races(options.networks, folder, options.threads, options.rounds, console)
         console.print(size_table(options.networks, folder))
+        console.print(weight_only.table(folder, options.threads, options.rounds))
 
 
 def calibrated(name: str, target: str) -> tuple[QuantizedModel, list]:
@@ -100,6 +106,7 @@ def paths(name: str, folder: Path) -> Files:
     return Files(
         stem.with_suffix(".float.onnx"),
         stem.with_suffix(".ours.onnx"),
+        {batch: stem.with_suffix(f".tuned{batch}.onnx") for batch in BATCHES},
         static if static.exists() else None,
         stem.with_suffix(".openvino.onnx"),
         nncf if nncf.exists() else None,
@@ -107,7 +114,7 @@ def paths(name: str, folder: Path) -> Files:
 
 
 def prove(name: str, folder: Path, target: str, threads: int) -> Proof:
-    """Make our file and the peer's, and run ours against the simulation."""
+    """Make our files and the peer's, and run ours against the simulation."""
     files = paths(name, folder)
     model, batches = calibrated(name, target)
     ours = files.ours if target == "onnxruntime" else files.ours_openvino
@@ -123,7 +130,13 @@ def prove(name: str, folder: Path, target: str, threads: int) -> Proof:
     if target == "openvino" and files.nncf is None and peer_nncf.available():
         peer_nncf.quantize(files.floating, batches, stem.with_suffix(".nncf.xml"), name in TRANSFORMERS)
     deployed = DeployedModel(ours, model.captured.in_spec, model.captured.out_spec, threads)
-    return Proof(inspect_kernels(ours, threads), compare(model, deployed, batches), len(model.layers))
+    proof = Proof(inspect_kernels(ours, threads), compare(model, deployed, batches), len(model.layers))
+    if target == "onnxruntime":
+        for batch, path in files.tuned.items():
+            model.float_layers = []
+            print(f"{name}, batch {batch}: {hs.tune(model, threads, batch=batch)}", flush=True)
+            hs.export_onnx(model, path)
+    return proof
 
 
 def proof_table(proofs: dict[str, Proof], runtime: str) -> Table:
@@ -147,38 +160,63 @@ def proof_table(proofs: dict[str, Proof], runtime: str) -> Table:
 
 def run_races(names: list[str], folder: Path, threads: int, rounds: int, console: Console) -> None:
     results = {(n, b): compete(n, b, paths(n, folder), threads, rounds) for n in names for b in BATCHES}
-    for runtime, ours, peer in (("onnxruntime", "ours", "quantize_static"), ("openvino", "ours_ov", "nncf")):
-        table = Table(
-            title=f"{runtime}, {threads} threads, {rounds} interleaved rounds or more, speed over onnxruntime's "
-            f"float (VNNI's limit for convs: {VNNI_LIMIT:.1f}, AMX's is higher)"
+    for runtime, contestants, peer in (
+        ("onnxruntime", ("ours", "tuned"), "quantize_static"),
+        ("openvino", ("ours on openvino",), "nncf"),
+    ):
+        console.print(
+            race_table(results, runtime, contestants, peer, f"{threads} threads, {rounds} rounds or more")
         )
-        for column in ("network", "batch", "float, ms", "null", peer, "ours", f"ours over {peer}"):
-            table.add_column(column, justify="left" if column == "network" else "right")
-        ratios, floats = [], []
-        for (name, batch), result in results.items():
-            mine, null = result[ours].speedup, result["null"].speedup
-            floats.append(mine)
-            theirs = result[peer].speedup if peer in result else None
-            ratio = mine / theirs if theirs else None
-            if ratio is not None:
-                ratios.append(ratio)
-            table.add_row(
-                name,
-                str(batch),
-                f"{result['float'].median:.2f}",
-                f"{null:.2f}",
-                "-" if theirs is None else f"{theirs:.2f}",
-                f"{mine:.2f}",
-                "-" if ratio is None else f"{ratio:.2f}",
-            )
-        console.print(table)
-        if ratios:
-            console.print(
-                f"{runtime}: geometric mean of ours over {peer} {statistics.geometric_mean(ratios):.3f}, "
-                f"least {min(ratios):.2f}, over {len(ratios)} races; ours over float at least {min(floats):.2f}"
-            )
-        else:
-            console.print(f"{runtime}: {peer} is not installed, or has made no file")
+        for ours in contestants:
+            console.print(summary(results, ours, peer))
+    floats = Table(title="layers that tuning left in float")
+    for column in ("network", *(f"batch {batch}" for batch in BATCHES)):
+        floats.add_column(column, justify="left" if column == "network" else "right")
+    for name in names:
+        floats.add_row(name, *(left_in_float(path) for path in paths(name, folder).tuned.values()))
+    console.print(floats)
+
+
+def race_table(
+    results: dict[tuple[str, int], dict[str, Latency]],
+    runtime: str,
+    contestants: tuple[str, ...],
+    peer: str,
+    settings: str,
+) -> Table:
+    table = Table(
+        title=f"{runtime}, {settings}, speed over onnxruntime's float (VNNI's limit for convs: {VNNI_LIMIT:.1f}, AMX's "
+        "is higher)"
+    )
+    over = [f"{ours} over {peer}" for ours in contestants]
+    for column in ("network", "batch", "float, ms", "null", peer, *contestants, *over):
+        table.add_column(column, justify="left" if column == "network" else "right")
+    for (name, batch), result in results.items():
+        speeds = [
+            f"{result[key].speedup:.2f}" if key in result else "-" for key in ("null", peer, *contestants)
+        ]
+        ratios = [
+            f"{result[ours].speedup / result[peer].speedup:.2f}" if peer in result else "-"
+            for ours in contestants
+        ]
+        table.add_row(name, str(batch), f"{result['float'].median:.2f}", *speeds, *ratios)
+    return table
+
+
+def summary(results: dict[tuple[str, int], dict[str, Latency]], ours: str, peer: str) -> str:
+    floats = min(result[ours].speedup for result in results.values())
+    ratios = [result[ours].speedup / result[peer].speedup for result in results.values() if peer in result]
+    if not ratios:
+        return f"{ours}: {peer} is not installed, or has made no file; over float at least {floats:.2f}"
+    return (
+        f"{ours}: geometric mean over {peer} {statistics.geometric_mean(ratios):.3f}, least {min(ratios):.2f}, over "
+        f"{len(ratios)} races; over float at least {floats:.2f}"
+    )
+
+
+def left_in_float(path: Path) -> str:
+    names = read_sites(path)[1]["halfstep.float_layers"]
+    return str(len(names.split(", ")) if names else 0)
 
 
 def compete(name: str, batch: int, files: Files, threads: int, rounds: int) -> dict[str, Latency]:
@@ -189,16 +227,15 @@ def compete(name: str, batch: int, files: Files, threads: int, rounds: int) -> d
         "null": (files.floating, "onnxruntime"),
         "quantize_static": (files.static, "onnxruntime"),
         "ours": (files.ours, "onnxruntime"),
+        "tuned": (files.tuned[batch], "onnxruntime"),
         "nncf": (files.nncf, "openvino"),
-        "ours_ov": (files.ours_openvino, "openvino"),
+        "ours on openvino": (files.ours_openvino, "openvino"),
     }
     sessions = {
         key: find_runtime(runtime).open(path, threads) for key, (path, runtime) in contestants.items() if path
     }
     runs = {key: (lambda s=s: s.run(arrays)) for key, s in sessions.items()}
-    typical = race({"float": runs["float"]}, rounds=5)["float"].median
-    # A run of a fraction of a millisecond is at the mercy of the scheduler: more of them.
-    return race(runs, round(rounds * min(10.0, max(1.0, STEADY / typical))))
+    return race(runs, enough_rounds(runs["float"], rounds))
 
 
 def size_table(names: list[str], folder: Path) -> Table:

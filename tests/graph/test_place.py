@@ -68,6 +68,36 @@ def test_a_float_layer_keeps_what_its_neighbours_need_and_nothing_else():
     assert list(q.sites) == ["x", "relu", "b", "a.weight", "b.weight"]
 
 
+class Residual(nn.Module):
+    """A stem, a residual block, a head."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.stem, self.body, self.head = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
+        self.between = between
+
+    def forward(self, x):
+        x = self.between(self.stem(x))
+        return self.head(x + self.body(x))
+
+
+@pytest.mark.parametrize("between", [nn.ReLU(), nn.Hardswish(), nn.MaxPool2d(2), nn.Identity()])
+def test_a_residual_add_behind_a_float_layer_reads_the_codes_that_the_next_layer_needs_anyway(between):
+    q = hs.prepare(Residual(between), torch.randn(2, 4, 8, 8))
+    q.float_layers = ["stem"]
+    assert [op.name for op in q.placement.followers] == ["add"]
+    before, x = set(q.sites), torch.randn(4, 4, 8, 8)
+    hs.observe(q, [x])
+    hs.calibrate(q)
+    q.float_layers = ["stem", "body"]  # nothing is in codes before the add now
+    assert q.placement.followers == () and set(q.sites) < before
+
+
+def test_a_residual_stream_that_float_operators_made_stays_float():
+    q = hs.prepare(Residual(nn.LayerNorm(8)), torch.randn(2, 4, 8, 8))
+    assert q.placement.followers == ()
+
+
 def test_few_bits_of_activations_are_placed_before_layers_only():
     q = hs.prepare(Net(CASES["residual"][0]), torch.randn(2, 4, 8, 8), recipe=hs.Recipe.uniform(8, 4))
     assert [name for name in q.sites if not name.endswith("weight")] == ["x", "relu"]

@@ -169,14 +169,28 @@ class _Placer:
         return enough(map(self._supplied, op.inputs))
 
     def _supplied(self, value: fx.Node) -> bool:
-        """Whether ``value`` comes from an integer kernel, or is an input that another one reads anyway."""
+        """Whether ``value`` comes from an integer kernel, or is put into codes for a layer that reads it anyway.
+
+        That goes for inputs of the network and for what float layers made. What other float operators made (a
+        LayerNorm's residual stream) stays float for whoever can read it so.
+        """
         if value in self.kernels:
             return True
-        if value.op == "placeholder":
-            return any(user in self.specs and user in self.kernels for user in value.users)
         op = self.operators.get(value)
+        if value.op == "placeholder" or self._of_layers(value):
+            read_anyway = any(user in self.specs and user in self.kernels for user in value.users)
+            if read_anyway or op is None:
+                return read_anyway
         moved = op is not None and op.kind in self._moving
         return moved and all(map(self._supplied, self.operators[value].inputs))
+
+    def _of_layers(self, value: fx.Node) -> bool:
+        """Whether ``value`` is computed from layers by nothing that lacks an integer kernel."""
+        op = self.operators.get(value)
+        if op is None:
+            return False
+        between = op.kind in self._moving or op.kind in self.target.followers
+        return op.kind in self.target.layers or (between and all(map(self._of_layers, op.inputs)))
 
     def _wanted(self, value: fx.Node) -> bool:
         """Whether an integer kernel reads ``value``, directly or moved."""
