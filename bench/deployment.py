@@ -1,10 +1,10 @@
 """Every architecture on ONNX Runtime and OpenVINO: is it integer, does it answer as simulated, how fast, how big.
 
 Random weights (``bench.networks.catalogue``), max calibrator, 32 calibration examples, seed 0. One interleaved run a
-network and batch size: the float file, the same float file again (what it differs from 1 by is noise), onnxruntime's
-quantize_static (QDQ, u8/s8 per channel, after quant_pre_process), ours, and ours after ``hs.tune`` for that batch on
-this machine: what integers slow down is left in float, and counted. On OpenVINO ours beside nncf.quantize. Last, what
-weights alone in few bits make of a larger network (``bench.weight_only``).
+network, batch size and runtime: the float file, the same float file again (what it differs from 1 by is noise),
+onnxruntime's quantize_static (QDQ, u8/s8 per channel, after quant_pre_process), ours, and ours after ``hs.tune`` for
+that batch on this machine: what integers slow down is left in float, and counted. On OpenVINO ours beside
+nncf.quantize. Last, what weights alone in few bits make of a larger network (``bench.weight_only``).
 
 python -m bench.deployment [--networks vit bert] [--folder /tmp/files]
 """
@@ -39,6 +39,12 @@ TRANSFORMERS = ("vit", "swin-like", "bert")
 BATCHES = (1, 8)
 #: Eight-bit products that VNNI makes where float's fused multiply-add makes one.
 VNNI_LIMIT = 4.0
+#: Whose files race for each runtime, and against whom. Each runtime has a race of its own: threads of OpenVINO spin for
+#: a while after a run, and whoever came next lost up to a third of its speed to them.
+RACES = {
+    "onnxruntime": (("ours", "tuned"), "quantize_static"),
+    "openvino": (("ours on openvino",), "nncf"),
+}
 
 
 @dataclass(frozen=True)
@@ -159,14 +165,16 @@ def proof_table(proofs: dict[str, Proof], runtime: str) -> Table:
 
 
 def run_races(names: list[str], folder: Path, threads: int, rounds: int, console: Console) -> None:
-    results = {(n, b): compete(n, b, paths(n, folder), threads, rounds) for n in names for b in BATCHES}
-    for runtime, contestants, peer in (
-        ("onnxruntime", ("ours", "tuned"), "quantize_static"),
-        ("openvino", ("ours on openvino",), "nncf"),
-    ):
-        console.print(
-            race_table(results, runtime, contestants, peer, f"{threads} threads, {rounds} rounds or more")
-        )
+    for runtime, (contestants, peer) in RACES.items():
+        results = {
+            (name, batch): compete(
+                name, batch, entrants(paths(name, folder), batch, runtime), threads, rounds
+            )
+            for name in names
+            for batch in BATCHES
+        }
+        settings = f"{threads} threads, {rounds} rounds or more"
+        console.print(race_table(results, runtime, contestants, peer, settings))
         for ours in contestants:
             console.print(summary(results, ours, peer))
     floats = Table(title="layers that tuning left in float")
@@ -219,20 +227,23 @@ def left_in_float(path: Path) -> str:
     return str(len(names.split(", ")) if names else 0)
 
 
-def compete(name: str, batch: int, files: Files, threads: int, rounds: int) -> dict[str, Latency]:
+def entrants(files: Files, batch: int, runtime: str) -> dict[str, tuple[Path, str]]:
+    """Who races: ONNX Runtime's float twice, and the files for one runtime."""
+    files_for = {
+        "onnxruntime": {"quantize_static": files.static, "ours": files.ours, "tuned": files.tuned[batch]},
+        "openvino": {"nncf": files.nncf, "ours on openvino": files.ours_openvino},
+    }
+    floats = dict.fromkeys(("float", "null"), (files.floating, "onnxruntime"))
+    return floats | {name: (path, runtime) for name, path in files_for[runtime].items() if path}
+
+
+def compete(
+    name: str, batch: int, contestants: dict[str, tuple[Path, str]], threads: int, rounds: int
+) -> dict[str, Latency]:
     torch.manual_seed(2)
     arrays = [np.ascontiguousarray(t) for t in tensors_of(CATALOGUE[name].inputs(batch))]
-    contestants = {
-        "float": (files.floating, "onnxruntime"),
-        "null": (files.floating, "onnxruntime"),
-        "quantize_static": (files.static, "onnxruntime"),
-        "ours": (files.ours, "onnxruntime"),
-        "tuned": (files.tuned[batch], "onnxruntime"),
-        "nncf": (files.nncf, "openvino"),
-        "ours on openvino": (files.ours_openvino, "openvino"),
-    }
     sessions = {
-        key: find_runtime(runtime).open(path, threads) for key, (path, runtime) in contestants.items() if path
+        key: find_runtime(runtime).open(path, threads) for key, (path, runtime) in contestants.items()
     }
     runs = {key: (lambda s=s: s.run(arrays)) for key, s in sessions.items()}
     return race(runs, enough_rounds(runs["float"], rounds))
