@@ -16,7 +16,7 @@ from halfstep.calibrators.maximum import Max
 from halfstep.errors import DataError, FormatError, NotObservedError, named
 from halfstep.formats import Codebook, Format, Integer
 from halfstep.formats.codebook import midpoints
-from halfstep.functional import CLIPPED_STE, Gradient
+from halfstep.functional import CLIPPED_STE, LSQ, Gradient
 from halfstep.granularity import Granularity, PerChannel
 from halfstep.statistics import ChannelRange, Histogram
 
@@ -269,7 +269,7 @@ class FakeQuantize(nn.Module):
 
         Args:
             step: learn the scale's growth, log2 of what it is now over what it was, which keeps it positive and makes
-                its updates relative ones.
+                its updates relative ones; with LSQ's gradient, unless :attr:`gradient` was set to another before.
             offset: learn the zero point, in codes; it is rounded in use.
             values: learn a codebook's values; thresholds become the midpoints.
 
@@ -285,6 +285,8 @@ class FakeQuantize(nn.Module):
         format = self._format
         if step and self._scaled and not (isinstance(format, Integer) and format.power_of_two):
             self.growth = nn.Parameter(torch.zeros_like(self.scale))
+            if self.gradient is CLIPPED_STE:
+                self.gradient = LSQ
         affine = isinstance(format, Integer) and format.fixed_zero_point is None
         if offset and affine and bool((low < 0).any()):
             self.zero = nn.Parameter(self.zero_point.to(self.scale.dtype))

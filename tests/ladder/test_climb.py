@@ -8,7 +8,7 @@ from climbing import climb, data, network
 from torch import nn
 
 import halfstep as hs
-from halfstep.errors import ArgumentError
+from halfstep.errors import ArgumentError, TrainingError
 from halfstep.evaluate import Score
 from halfstep.ladder.aim import Aim
 from halfstep.ladder.doubts import doubts
@@ -72,6 +72,8 @@ def test_bounds_that_cannot_be():
         ArgumentError, match=r"got max_drop and floor, needed one of max_drop, relative_drop, floor"
     ):
         climb(None, floor=0.5)
+    with pytest.raises(TrainingError, match=r"training: got function, needed hs.Training\(labelled, loss\)"):
+        climb(None, training=climb)
 
 
 @pytest.mark.parametrize(

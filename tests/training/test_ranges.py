@@ -11,7 +11,7 @@ from halfstep.calibrators import MSE
 from halfstep.errors import FormatError, NotObservedError, TrainingError
 from halfstep.fake_quantize import FakeQuantize
 from halfstep.formats import Codebook, Integer
-from halfstep.functional import binary_scale
+from halfstep.functional import CLIPPED_STE, LSQ, PACT, binary_scale
 from halfstep.granularity import PerChannel, PerTensor
 from halfstep.runtime.deployed import DeployedModel
 from halfstep.runtime.parity import compare
@@ -77,6 +77,16 @@ def test_the_gradient_of_the_growth_is_that_of_the_step():
     scale = module.scale.detach().requires_grad_()
     fake_quantize(x, scale, None, Integer(4), PerChannel(0), LSQ).square().sum().backward()
     torch.testing.assert_close(growth.grad, scale.grad * scale.detach() * torch.log(torch.tensor(2.0)))
+
+
+@pytest.mark.parametrize(("chosen", "then"), [(CLIPPED_STE, LSQ), (PACT, PACT)])
+def test_a_learned_step_has_lsqs_gradient_where_no_other_was_chosen(chosen, then):
+    module = site(Integer(8), -0.7, 0.7)
+    module.gradient = chosen
+    module.learn(step=False)
+    assert module.gradient is chosen
+    module.learn()
+    assert module.gradient is then
 
 
 @pytest.mark.parametrize(
@@ -224,6 +234,16 @@ def test_what_was_trained_is_what_is_deployed(net, tmp_path, bits, ranges):
     parity = compare(q, DeployedModel(path), [images for images, _ in task(64)])
     # As without training: float sums in another order cost a code here and there, and a code of 4 bits is large.
     assert parity.sqnr > (35 if bits[1] == 8 else 18)
+    assert parity.top1 > 0.96
+
+
+@pytest.mark.parametrize("weights", [FOUR, Integer(2), Codebook.binary()], ids=str)
+def test_trained_codebooks_ternary_and_binary_weights_are_deployed(net, tmp_path, weights):
+    q = calibrated(net, recipe=hs.Recipe.uniform(weights, 8, ends=None))
+    hs.train(q, options())
+    path = hs.export_onnx(q, tmp_path / "trained.onnx")
+    parity = compare(q, DeployedModel(path), [images for images, _ in task(64)])
+    assert parity.sqnr > 35
     assert parity.top1 > 0.96
 
 

@@ -307,6 +307,7 @@ def test_a_range_that_overflows_is_named(low):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
+        ({"labelled": None}, DataError, r"got NoneType, needed an iterable of \(inputs, labels\) pairs"),
         ({"labelled": []}, DataError, r"got no batch, needed at least one \(inputs, labels\) pair"),
         ({"labelled": (batch for batch in [])}, DataError, r"got no batch"),
         (
@@ -335,7 +336,12 @@ def test_a_range_that_overflows_is_named(low):
         (
             {"loss": lambda o, y: torch.ones((), requires_grad=True) * 2, "distillation": None},
             TrainingError,
-            r"does not reach any parameter that trains",
+            r"does not depend on the outputs: it has no gradient by any of them",
+        ),
+        (  # beside distillation too, which would train all the same
+            {"loss": lambda o, y: torch.ones((), requires_grad=True) * 2},
+            TrainingError,
+            r"training batch 0: loss.* does not depend on the outputs: it has no gradient by any of them",
         ),
     ],
 )
@@ -353,6 +359,7 @@ def test_data_and_losses_that_cannot_be_used(low, changes, error, message):
         ({"learning_rate": math.nan}, r"learning_rate is nan"),
         ({"final_rate": 2}, r"final_rate is 2, needed 0 to 1"),
         ({"clip_norm": -1.0}, r"clip_norm is -1.0"),
+        ({"autocast": "bfloat16"}, r"autocast is 'bfloat16', needed torch.bfloat16, torch.float16 or None"),
     ],
 )
 def test_options_that_cannot_be(changes, message):
@@ -380,6 +387,18 @@ def test_options_of_the_parts_that_cannot_be(make, message):
 
 def test_a_generator_is_kept_for_every_epoch(low):
     assert hs.train(low, options(labelled=iter(task()))).steps == 16
+
+
+class Streamed(torch.utils.data.IterableDataset):
+    """Data whose loader has a length that raises."""
+
+    def __iter__(self):
+        return iter(task())
+
+
+def test_data_that_do_not_know_their_length_are_counted(low):
+    loader = torch.utils.data.DataLoader(Streamed(), batch_size=None)
+    assert hs.train(low, options(labelled=loader, epochs=1)).steps == 8
 
 
 class Once:
@@ -412,6 +431,8 @@ def test_models_that_cannot_be_trained(net, low):
     low.float_layers = ["*"]
     with pytest.raises(TrainingError, match=r"nothing is quantized: every layer is in float"):
         hs.train(low, options())
+    with pytest.raises(TrainingError, match=r"training: got list, needed hs.Training\(labelled, loss\)"):
+        hs.train(low, task())
     with pytest.raises(ArgumentError, match=r"max_drop: needs a metric"):
         hs.train(low, options(), max_drop=0.1)
     with pytest.raises(ArgumentError, match=r"control: needs a metric"):

@@ -37,7 +37,7 @@ from halfstep.model import QuantizedModel
 from halfstep.progress import steps
 from halfstep.recipe import Recipe
 from halfstep.targets import Target, find_target
-from halfstep.training.options import Training
+from halfstep.training.options import Training, check_training
 
 
 def prepare(
@@ -128,6 +128,8 @@ def quantize(
     ladder = find_rungs(tuple(rungs))
     if not 0 <= max_float <= 1:
         raise ArgumentError(f"max_float: got {max_float}, needed a share of the layers, 0 to 1")
+    if training is not None:
+        check_training(training)
     aim = Aim(max_drop, relative_drop, floor, confidence, strict)
     found, recipe = find_target(target), recipe or Recipe.int8()
     with Journal(directory) as journal, tempfile.TemporaryDirectory() as name:

@@ -15,7 +15,7 @@ from halfstep.ladder.evaluation import Verdict as Scored
 from halfstep.ladder.search import Search, float_evaluation, timed_evaluation
 from halfstep.model import QuantizedModel
 from halfstep.training.fit import Judge, Trained, Verdict, fit
-from halfstep.training.options import Training
+from halfstep.training.options import Training, check_training
 
 
 def train(
@@ -42,7 +42,7 @@ def train(
     Raises:
         ArgumentError: if ``max_drop`` or the control is asked for without a metric.
         NotObservedError: if a site has no range.
-        TrainingError: if nothing can be trained, or the loss cannot be used.
+        TrainingError: if nothing can be trained, the loss cannot be used, or ``training`` is no :class:`.Training`.
         DivergedError: if the loss became NaN or infinite; the model is back at its last good state.
         DataError: if the batches cannot be used.
         RunError: if the checkpoint cannot be written, or is another training's.
@@ -50,6 +50,7 @@ def train(
     >>> training = hs.Training(labelled, torch.nn.functional.cross_entropy, epochs=1)  # doctest: +SKIP
     >>> hs.train(q, training, hs.Accuracy(held_out)).best_step  # doctest: +SKIP
     """
+    check_training(training)
     folder = None if directory is None else Path(directory)
     if metric is None:
         if max_drop is not None or training.control:

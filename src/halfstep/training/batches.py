@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -19,13 +19,17 @@ class Batches:
         training: whose ``labelled`` to iterate. Without a length its batches are counted by iterating once.
 
     Raises:
-        DataError: if there are none.
+        DataError: if there are none, or ``labelled`` cannot be iterated.
     """
 
     def __init__(self, training: Training) -> None:
         self.training = training
-        data = training.labelled
-        self.count = len(data) if isinstance(data, Sized) else sum(1 for _ in data)
+        if not (isinstance(training.labelled, Iterable) or hasattr(training.labelled, "__getitem__")):
+            raise DataError(
+                f"training data: got {type(training.labelled).__name__}, needed an iterable of (inputs, labels) pairs, "
+                "such as a list or a DataLoader"
+            )
+        self.count = _count(training.labelled)
         if not self.count:
             raise DataError("training data: got no batch, needed at least one (inputs, labels) pair")
 
@@ -67,3 +71,11 @@ class Batches:
                 f"training data: got {index + 1} batches in epoch {epoch + 1}, needed {self.count}; give data that can "
                 "be iterated again, such as a list or a DataLoader"
             )
+
+
+def _count(data: Iterable[Any]) -> int:
+    """How many batches there are; counted where the data do not know, as a DataLoader of an IterableDataset."""
+    try:
+        return len(data)  # type: ignore[arg-type]
+    except TypeError:
+        return sum(1 for _ in data)

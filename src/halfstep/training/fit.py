@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from halfstep.errors import DivergedError, FormatError, HalfstepError, NotObservedError, TrainingError, named
+from halfstep.errors import DivergedError, FormatError, NotObservedError, TrainingError, named
 from halfstep.fake_quantize import Mode
 from halfstep.graph.inputs import ModelInputs, move
 from halfstep.model import QuantizedModel, run
@@ -29,6 +29,7 @@ from halfstep.training.checkpoint import (
     restore_optimizer,
 )
 from halfstep.training.divergence import first_bad_gradient, first_bad_value
+from halfstep.training.loss import check_dependence, outputs_loss
 from halfstep.training.options import OPTIMIZERS, Training, default_rate
 from halfstep.training.randomness import own_randomness, random_state, restore_random_state
 from halfstep.training.ranges import MovingRanges
@@ -250,6 +251,8 @@ class _Fit:
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             outputs = run(self.model, inputs)
             total = outputs_loss(self.training, outputs, labels)
+            if self.step == self.resumed_at and self.training.loss is not None:
+                check_dependence(total, outputs)  # beside distillation nobody would notice
             if self.training.distillation is not None and self.teacher is not None:
                 with torch.no_grad():
                     answers = run(self.teacher, inputs)
@@ -258,12 +261,7 @@ class _Fit:
 
     def _gradient_norm(self) -> float:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        if not gradients:
-            raise TrainingError(
-                "the loss does not reach any parameter that trains; compute it from the model's outputs"
-            )
-        norm = nn.utils.get_total_norm(gradients)
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.training.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.training.clip_norm, norm)
         return norm.item()
@@ -338,33 +336,6 @@ def learning_rate(training: Training, model: QuantizedModel) -> float:
         return training.learning_rate
     bits = min((site.format.bits for site in model.sites.values()), default=8)
     return default_rate(bits, training.optimizer)
-
-
-def outputs_loss(training: Training, outputs: Any, labels: Any) -> torch.Tensor:
-    """The user's loss, checked; 0 without one.
-
-    Raises:
-        TrainingError: if it raises, is no scalar tensor, or does not depend on the outputs.
-    """
-    if training.loss is None:
-        return torch.zeros(())
-    try:
-        loss = training.loss(outputs, labels)
-    except HalfstepError:
-        raise
-    except Exception as error:
-        raise TrainingError(f"loss(outputs, labels) raised {type(error).__name__}: {error}") from error
-    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-        got = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
-        raise TrainingError(
-            f"loss(outputs, labels) gave {got}, needed a tensor of one number, such as a mean"
-        )
-    if not loss.requires_grad:
-        raise TrainingError(
-            "loss(outputs, labels) does not depend on the outputs, or detaches them (.detach(), .item(), argmax): it "
-            "has no gradient"
-        )
-    return loss.reshape(())
 
 
 def _trainable(model: QuantizedModel) -> list[nn.Parameter]:

@@ -37,6 +37,9 @@ OPTIMIZERS = {
     "sgd": Optimizer(lambda groups: torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True), 1e-3),
 }
 
+#: What torch's automatic mixed precision computes in; anything else it would leave undone, with a mere warning.
+AUTOCAST = (None, torch.bfloat16, torch.float16)
+
 #: How many times the gentle rate few bits want: their weights have to cross whole steps, not parts of one.
 FEW_BITS_FACTOR = 20.0
 
@@ -107,6 +110,10 @@ class Training:
             check_positive(name, getattr(self, name))
         if not 0 <= self.final_rate <= 1:
             raise TrainingError(f"Training: final_rate is {self.final_rate}, needed 0 to 1")
+        if self.autocast not in AUTOCAST:
+            raise TrainingError(
+                f"Training: autocast is {self.autocast!r}, needed torch.bfloat16, torch.float16 or None"
+            )
         for name in ("learning_rate", "clip_norm"):
             if getattr(self, name) is not None:
                 check_positive(name, getattr(self, name))
@@ -126,6 +133,18 @@ class Training:
             for option in fields(self)
             if option.name not in ("labelled", "loss", "control", "checkpoint_every")
         }
+
+
+def check_training(training: Any) -> None:
+    """Raise unless ``training`` is a :class:`Training`.
+
+    Raises:
+        TrainingError: saying what it is.
+    """
+    if not isinstance(training, Training):
+        raise TrainingError(
+            f"training: got {type(training).__name__}, needed hs.Training(labelled, loss) with its options"
+        )
 
 
 def default_rate(bits: int, optimizer: str) -> float:
