@@ -14,6 +14,7 @@ from halfstep.ladder.groups import groups_of
 from halfstep.ladder.journal import Journal
 from halfstep.ladder.partial import climb_partial
 from halfstep.ladder.search import Search, float_evaluation
+from halfstep.ladder.tune import Tuning
 from halfstep.runtime.deployed import DeployedModel
 from halfstep.runtime.kernels import inspect_kernels
 from halfstep.runtime.latency import Latency
@@ -209,19 +210,89 @@ def test_a_step_is_taken_by_single_layers_where_it_does_not_do_for_all():
     assert result.met and result.put_back.get("fc", "dynamic") == "dynamic" and len(result.float_layers) > 1
 
 
-def test_layers_that_cost_much_time_in_float_come_later(accuracy, monkeypatch):
+def race_by_size(model, choices):
+    """As if every float layer took a tenth of a millisecond more."""
+    return [1000 + 100 * len(chosen.float_layers) for chosen in choices]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Times of groups in float by name, of whole files by the number of float layers; nothing is worth joining."""
     times = {"0": 0.0, "2": 500.0, "4": 10.0, "6": 10.0, "8": 10.0, "10": -3.0}
     monkeypatch.setattr(
         "halfstep.ladder.partial.microseconds", lambda model, groups: [times[g.name] for g in groups]
     )
+    monkeypatch.setattr("halfstep.ladder.haste.race_choices", race_by_size)
+    monkeypatch.setattr("halfstep.ladder.haste.tune", lambda model, among: Tuning((), 0.0, len(among)))
+    return times
+
+
+def test_layers_that_cost_much_time_in_float_come_later(accuracy, clock):
     model = weights_per_tensor()
     plain = {row.group.name: row.score for row in hs.sensitivity(model).rows}
     result = hs.partial(model, accuracy, 0.06, hs.Partial(order="latency"))
     order = [row.group.name for row in result.sensitivity.rows]
     assert set(order[:2]) == {"0", "10"}  # they cost nothing
-    assert order[2:] == sorted(order[2:], key=lambda name: -plain[name] / times[name])
+    assert order[2:] == sorted(order[2:], key=lambda name: -plain[name] / clock[name])
     assert result.met and "over the time that float costs" in result.decisions[0]
     assert "+500 us in float" in str(result.sensitivity)
+
+
+def test_a_layer_that_is_needed_is_put_back_whatever_its_time(accuracy, clock):
+    clock["2"] = 1e6
+    model = weights_per_tensor()
+    result = hs.partial(model, accuracy, 0.06, hs.Partial(order="latency"))
+    assert result.sensitivity.rows[-1].group.name == "2"  # last in the order of time
+    assert result.met and set(result.float_layers) == set(FAULTS)
+    said = "A batch takes 1200 us so, 1000 us quantized throughout, 1600 us in float."
+    assert any(said in sentence for sentence in result.decisions)
+
+
+def test_the_faster_of_both_orders_is_taken(accuracy, clock, monkeypatch):
+    times = dict(clock)
+    model = weights_per_tensor()
+    by_accuracy = set(hs.partial(weights_per_tensor(), accuracy, 0.015).float_layers)
+    monkeypatch.setattr(
+        "halfstep.ladder.haste.race_choices",
+        lambda model, choices: [sum(times[name] for name in chosen.float_layers) for chosen in choices],
+    )
+    result = hs.partial(model, accuracy, 0.015, hs.Partial(order="latency"))
+    assert result.met
+    assert sum(times[name] for name in result.float_layers) <= sum(times[name] for name in by_accuracy)
+
+
+def test_layers_between_float_ones_join_them_where_that_is_faster(accuracy, clock, monkeypatch):
+    offered = []
+
+    def joining(model, among):
+        offered.extend(among)
+        model.float_layers = model.float_layers | {"4"}
+        return Tuning(("4",), 5.0, len(among))
+
+    monkeypatch.setattr("halfstep.ladder.haste.tune", joining)
+    model = weights_per_tensor()
+    result = hs.partial(model, accuracy, 0.06, hs.Partial(order="latency"))
+    assert result.met and set(result.float_layers) == {*FAULTS, "4"} == set(model.float_layers)
+    assert result.score == accuracy.evaluate(model).value
+    assert len(offered) == 3 and not set(offered) & set(FAULTS)  # one layer stays quantized
+    assert any("left in float for speed: 4 (5 us less a batch)" in said for said in result.decisions)
+
+
+def test_a_float_network_that_is_as_fast_is_said_to_be(accuracy, clock, monkeypatch):
+    monkeypatch.setattr(
+        "halfstep.ladder.haste.race_choices", lambda model, choices: [1000.0 for _ in choices]
+    )
+    result = hs.partial(weights_per_tensor(), accuracy, 0.06, hs.Partial(order="latency"))
+    assert any("Float is as fast on this machine" in sentence for sentence in result.decisions)
+
+
+def test_a_resumed_search_goes_by_the_times_that_were_measured_first(accuracy, clock, tmp_path):
+    options = hs.Partial(order="latency")
+    first = hs.partial(weights_per_tensor(), accuracy, 0.06, options, directory=tmp_path)
+    clock.update({"2": 1.0, "8": 900.0})
+    again = hs.partial(weights_per_tensor(), accuracy, 0.06, options, directory=tmp_path)
+    assert again.sensitivity.rows == first.sensitivity.rows
+    assert len(again.history) == len(first.history)
 
 
 def test_time_in_float_is_measured_on_the_runtime(monkeypatch):

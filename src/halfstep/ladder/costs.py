@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from halfstep.errors import ArgumentError, NotObservedError
 from halfstep.export.onnx import export_onnx
+from halfstep.graph.choices import Choices
 from halfstep.graph.inputs import ModelInputs, batch_size, tensors_of
 from halfstep.ladder.groups import Group
 from halfstep.model import QuantizedModel
@@ -51,26 +53,50 @@ def microseconds(
         ArgumentError: if ``batch`` is less than 1.
         ExportError: if the runtime cannot run a file.
     """
+    now = model.choices
+    states = [replace(now, float_layers=now.float_layers | set(group.layers)) for group in groups]
+    base, null, *others = race_choices(model, [now, now, *states], threads, rounds, batch)
+    noise = abs(null - base)
+    return [other - base if abs(other - base) > noise else 0.0 for other in others]
+
+
+def race_choices(
+    model: QuantizedModel,
+    choices: Sequence[Choices],
+    threads: int | None = None,
+    rounds: int = ROUNDS,
+    batch: int | None = None,
+) -> list[float]:
+    """Microseconds that a batch takes under each of ``choices``: a file is written for each, and all run in turns.
+
+    Args:
+        model: calibrated; it is the same afterwards.
+        choices: the layers at the steps towards float, for each file.
+        threads: of the runtime, for one operator; None for all cores.
+        rounds: interleaved runs, at least 3; more of them where a run takes a fraction of a millisecond.
+        batch: how many examples a run takes, repeated if need be; None for the first calibration batch as it is.
+
+    Raises:
+        NotObservedError: if no example was kept.
+        ArgumentError: if ``batch`` is less than 1.
+        ExportError: if the runtime cannot run a file.
+    """
     if not model.sample:
         raise NotObservedError("latency: no example was kept to time; run observe() first")
     leaves = tensors_of(model.sample[0] if batch is None else _examples(model.sample[0], batch))
-    before = model.float_layers
+    before = model.choices
     with tempfile.TemporaryDirectory() as directory:
         sessions = []
         try:
-            for index, names in enumerate(
-                track([(), (), *(group.layers for group in groups)], "files with one layer in float")
-            ):
-                model.float_layers = before | set(names)
+            for index, chosen in enumerate(track(choices, "files to race")):
+                model.choose(chosen)
                 file = export_onnx(model, Path(directory) / f"{index}.onnx", check=False)
                 sessions.append(DeployedModel(file, threads=threads, runtime=model.target.runtime))
         finally:
-            model.float_layers = before
+            model.choose(before)
         contestants = {str(index): functools.partial(file, *leaves) for index, file in enumerate(sessions)}
         raced = race(contestants, enough_rounds(contestants["0"], rounds))
-    base, null, *others = (file.undisturbed for file in raced.values())
-    noise = abs(null - base)
-    return [1e3 * (other - base) if abs(other - base) > noise else 0.0 for other in others]
+    return [1e3 * file.undisturbed for file in raced.values()]
 
 
 def _examples(inputs: ModelInputs, count: int) -> ModelInputs:

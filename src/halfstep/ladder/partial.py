@@ -13,12 +13,13 @@ from halfstep.fake_quantize import Mode
 from halfstep.ladder.costs import microseconds
 from halfstep.ladder.groups import Group, names_of
 from halfstep.ladder.halves import where_is_the_loss
+from halfstep.ladder.haste import Settled, hasten
 from halfstep.ladder.methods import Method
 from halfstep.ladder.pins import pinned
 from halfstep.ladder.prefix import WALKS, without_needless
 from halfstep.ladder.search import Search
-from halfstep.ladder.sensitivity import LayerSensitivity, rank
-from halfstep.ladder.steps import Assignment, Step, find_steps, put
+from halfstep.ladder.sensitivity import LayerSensitivity, Sensitivity, rank
+from halfstep.ladder.steps import STEPS, Assignment, Step, find_steps, put
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,9 @@ class Partial:
         method: of sensitivity; see :func:`halfstep.sensitivity`.
         steps: what layers may be put to, by names of :data:`~halfstep.ladder.steps.STEPS`.
         order: which layers come first: the most sensitive (``"accuracy"``), or those that regain most for each
-            microsecond that leaving them in float costs, measured on the target's runtime (``"latency"``).
+            microsecond that leaving them in float costs, measured on the target's runtime (``"latency"``). Then
+            both orders are tried and their files raced, and float layers are joined where conversions between them
+            cost more than integers save.
         walk: how far to go down the sorted list: ``"gallop"`` (and bisect), or ``"one_by_one"``.
         keep_float: patterns of layers that stay in float whatever comes.
         keep_quantized: patterns of layers that are never put back.
@@ -91,14 +94,10 @@ def climb_partial(search: Search, options: Partial | None = None) -> Score:
     search.early = early and options.early
     try:
         walk = _Walk(search, options, base, groups)
-        while (assignment := walk.find()) is not None:
-            put(model, base, assignment)
-            what = f"{_many(len(assignment))} put back"
-            score = search.evaluate(f"{what}, on all examples")
-            if goal.met(score):
-                return walk.report(assignment, score)
-            search.decide(f"All examples overturn the early verdict on {what}; the search goes on.")
-        return walk.best_effort(start)
+        found = walk.settle()
+        if found and options.order == "latency":
+            found = [hasten(search, base, found, walk.able.get(STEPS["float"], []))]
+        return walk.report(*found[0]) if found else walk.best_effort(start)
     finally:
         search.early = early
 
@@ -122,16 +121,18 @@ class _Walk:
         put(model, base, {})
         free = names_of(groups)
         self.all_free = all(layer.reason or layer.name in free for layer in model.layers)
-        fitting = {step: {group for group in groups if step.fits(model, group)} for step in self.steps}
+        self.fitting = {step: {group for group in groups if step.fits(model, group)} for step in self.steps}
+        for step in self.steps:
+            if not self.fitting[step]:
+                search.decide(
+                    f"Step {step.name!r} is left out: {model.target.name} can have none of the layers {step.words}."
+                )
         table = rank(model, search, groups, options.method, options.measured)
         if options.order == "latency":
-            times = microseconds(model, [row.group for row in table.rows])
-            rows = [replace(row, microseconds=time) for row, time in zip(table.rows, times, strict=True)]
-            table = replace(table, rows=tuple(sorted(rows, key=_regained_per_microsecond, reverse=True)))
+            table = _by_time(search, table)
         search.found["sensitivity"] = table
         self.ranked = [row.group for row in table.rows]
-        #: The groups that may be put to each step together.
-        self.able = {step: self._able(step, fitting[step]) for step in self.steps}
+        self.by_accuracy = [row.group for row in sorted(table.rows, key=lambda row: -row.score)]
         first = ", ".join(group.name for group in self.ranked[:3])
         agreement = "" if table.tau is None else f"; Kendall's tau with measured drops is {table.tau:+.2f}"
         by_time = ", over the time that float costs" if options.order == "latency" else ""
@@ -139,6 +140,35 @@ class _Walk:
             f"{len(groups)} groups of layers ranked by {table.method} in {table.seconds:.1f} s ({table.examples:,} "
             f"examples sent through the network){by_time}; first: {first}{agreement}."
         )
+
+    def settle(self) -> list[Settled]:
+        """What meets the goal on all examples: of each order, if there is any.
+
+        In the order of time a layer that costs much comes last even where nothing holds without it; so that of
+        accuracy is tried as well.
+        """
+        orders = [self.ranked] if self.ranked == self.by_accuracy else [self.ranked, self.by_accuracy]
+        found = []
+        for order in orders:
+            self.ranked = order
+            while (assignment := self.find()) is not None:
+                put(self.search.model, self.base, assignment)
+                what = f"{_many(len(assignment))} put back"
+                score = self.search.evaluate(f"{what}, on all examples")
+                if self.search.goal.met(score):
+                    found.append((assignment, score))
+                    break
+                self.search.decide(f"All examples overturn the early verdict on {what}; the search goes on.")
+        return found
+
+    @property
+    def able(self) -> dict[Step, list[Group]]:
+        """The groups that may be put to each step together, in order; at least one stays quantized."""
+        found = {step: [group for group in self.ranked if group in self.fitting[step]] for step in self.steps}
+        for step, able in found.items():
+            if not step.quantizes and self.all_free and len(able) == len(self.ranked):
+                able.pop()
+        return found
 
     def holds(self, assignment: Assignment, what: str) -> bool:
         """Whether the goal is met with groups put to their steps."""
@@ -156,18 +186,6 @@ class _Walk:
             if count is not None:
                 return self._cheaper(dict.fromkeys(able[:count], step), step)
         return None
-
-    def _able(self, step: Step, fitting: set[Group]) -> list[Group]:
-        """The groups that may be put to ``step`` together, most sensitive first; something stays quantized."""
-        if not fitting:
-            target = self.search.model.target.name
-            self.search.decide(
-                f"Step {step.name!r} is left out: {target} can have none of the layers {step.words}."
-            )
-        able = [group for group in self.ranked if group in fitting]
-        if step.quantizes or not self.all_free or len(able) < len(self.ranked):
-            return able
-        return able[:-1]
 
     def _first_hold(self, able: list[Group], step: Step, count: int) -> bool:
         what = f"the {_many(count)} down to {able[count - 1].name} {step.words}"
@@ -241,6 +259,20 @@ class _Walk:
             )
         search.decide(f"{missed} {cure}.")
         return score
+
+
+def _by_time(search: Search, table: Sensitivity) -> Sensitivity:
+    """The table in the order of what is regained for a microsecond; a resumed run goes by what was measured first."""
+    names = [row.group.name for row in table.rows]
+    known = [
+        entry.data["measured"]["times"]
+        for entry in search.journal.of("costs")
+        if entry.data["groups"] == names
+    ]
+    times = known[0] if known else microseconds(search.model, [row.group for row in table.rows])
+    search.journal.write("costs", groups=names, measured={"times": times})
+    rows = [replace(row, microseconds=time) for row, time in zip(table.rows, times, strict=True)]
+    return replace(table, rows=tuple(sorted(rows, key=_regained_per_microsecond, reverse=True)))
 
 
 def _regained_per_microsecond(row: LayerSensitivity) -> tuple[bool, float]:

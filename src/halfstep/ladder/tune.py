@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from halfstep.ladder.costs import ROUNDS, microseconds
@@ -34,7 +34,11 @@ class Tuning:
 
 
 def tune(
-    model: QuantizedModel, threads: int | None = None, rounds: int = ROUNDS, batch: int | None = None
+    model: QuantizedModel,
+    threads: int | None = None,
+    rounds: int = ROUNDS,
+    batch: int | None = None,
+    among: Collection[str] | None = None,
 ) -> Tuning:
     """Leave layers in float where integers lose time: small depthwise convs, islands between float operators.
 
@@ -51,6 +55,7 @@ def tune(
         threads: of the runtime, for one operator; None for all cores.
         rounds: interleaved runs of every file, at least 3.
         batch: how many examples a run takes; None for the first batch that calibration kept.
+        among: the layers that may be left in float; None for all.
 
     Raises:
         NotObservedError: if no example was kept to time.
@@ -60,7 +65,7 @@ def tune(
     found: list[str] = []
     saved, tried = 0.0, 0
     for _ in range(PASSES):
-        groups = groups_of(model)
+        groups = [group for group in groups_of(model) if among is None or set(group.layers) <= set(among)]
         if not groups:
             break
         costs = microseconds(model, groups, threads, rounds, batch)

@@ -1,0 +1,76 @@
+"""Which of several sets of float layers is fastest as a file, and what else in float makes it faster."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from halfstep.evaluate import Score
+from halfstep.graph.choices import Choices
+from halfstep.ladder.costs import race_choices
+from halfstep.ladder.groups import Group, names_of
+from halfstep.ladder.search import Search
+from halfstep.ladder.steps import STEPS, Assignment, put
+from halfstep.ladder.tune import tune
+
+#: An assignment that meets the goal, and its score.
+Settled = tuple[Assignment, Score]
+
+
+def hasten(
+    search: Search, base: Mapping[str, frozenset[str]], found: Sequence[Settled], free: Sequence[Group]
+) -> Settled:
+    """The fastest of what meets the goal, with its float layers joined where that is faster still.
+
+    A float layer between integer ones pays for a conversion on both sides, so what a set of layers costs is not the
+    sum of what each costs: whole files are raced. Then groups of ``free`` that the file is faster with in float are
+    put there too, if the goal is still met. A decision says how long the result takes beside the quantized and the
+    float network.
+
+    Args:
+        search: its model is left as what is returned.
+        base: the layers that are put back from the start.
+        found: at least one.
+        free: the groups that may be in float together.
+    """
+    model = search.model
+    put(model, base, {})
+    quantized = model.choices
+    states = []
+    for assignment, _ in found:
+        put(model, base, assignment)
+        states.append(model.choices)
+    times = race_choices(model, states) if len(states) > 1 else [0.0]
+    assignment, score = found[times.index(min(times))]
+    put(model, base, assignment)
+    assignment, score = _joined(search, base, (assignment, score), free)
+    everything = Choices(float_layers=frozenset(model.layer_names))
+    ours, integers, floats = race_choices(model, [model.choices, quantized, everything])
+    verdict = (
+        f"A batch takes {ours:.0f} us so, {integers:.0f} us quantized throughout, {floats:.0f} us in float."
+    )
+    if floats <= ours:
+        verdict += " Float is as fast on this machine: integers save memory in this network, and no time."
+    search.decide(verdict)
+    return assignment, score
+
+
+def _joined(
+    search: Search, base: Mapping[str, frozenset[str]], settled: Settled, free: Sequence[Group]
+) -> Settled:
+    assignment, _ = settled
+    to_float = STEPS["float"]
+    rest = [group for group in free if assignment.get(group) is not to_float]
+    tuning = tune(search.model, among=names_of(rest))
+    if not tuning.float_layers:
+        return settled
+    joined = [group for group in rest if set(group.layers) <= search.model.float_layers]
+    wider = {**assignment, **dict.fromkeys(joined, to_float)}
+    put(search.model, base, wider)
+    names = ", ".join(tuning.float_layers)
+    joint = search.evaluate(f"with {names} in float too")
+    if search.goal.met(joint):
+        search.decide(f"{tuning}: beside other float layers they need no conversion.")
+        return wider, joint
+    search.decide(f"With {names} in float too the file would be faster and miss the target.")
+    put(search.model, base, assignment)
+    return settled
