@@ -158,12 +158,15 @@ def missing() -> Iterator[tuple[str, str, int]]:
 
 
 def recovery(result: dict, share: float = 0.95) -> str:
-    """Seconds of training after which ``share`` of PTQ's loss was won back, by the first mark that shows it."""
+    """Steps and seconds of training until ``share`` of PTQ's loss was won back, by the first mark that shows it.
+
+    The steps tell it where other work slowed the run down; ``--step`` measures what one takes.
+    """
     wanted = result["float"] - (1 - share) * (result["float"] - result["ptq"])
     if result["ptq"] >= result["float"] - 0.002:
         return "nothing to win"
-    times = [mark["seconds"] for mark in result["marks"] if mark["score"] >= wanted]
-    return f"{times[0]:.0f} s" if times else "-"
+    found = [mark for mark in result["marks"] if mark["score"] >= wanted]
+    return f"{found[0]['step']} steps, {found[0]['seconds']:.0f} s" if found else "-"
 
 
 def table() -> Table:
