@@ -278,6 +278,20 @@ def test_layers_between_float_ones_join_them_where_that_is_faster(accuracy, cloc
     assert any("left in float for speed: 4 (5 us less a batch)" in said for said in result.decisions)
 
 
+def test_the_fastest_is_what_the_search_hands_on_even_with_more_layers_in_float(accuracy, clock, monkeypatch):
+    def joining(model, among):
+        model.float_layers = model.float_layers | {"4"}
+        return Tuning(("4",), 5.0, len(among))
+
+    monkeypatch.setattr("halfstep.ladder.haste.tune", joining)
+    model = weights_per_tensor()
+    score, made = float_evaluation(accuracy, model)
+    search = Search(model, accuracy, Goal(0.06, score), made)
+    found = climb_partial(search, hs.Partial(order="latency"))
+    assert search.best.score.value == found.value
+    assert search.best.snapshot.put_back["float_layers"] == {*FAULTS, "4"}
+
+
 def test_a_float_network_that_is_as_fast_is_said_to_be(accuracy, clock, monkeypatch):
     monkeypatch.setattr(
         "halfstep.ladder.haste.race_choices", lambda model, choices: [1000.0 for _ in choices]
