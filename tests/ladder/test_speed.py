@@ -26,7 +26,7 @@ def clock(monkeypatch):
     """Says that integers lose a microsecond in the layers named, and gain one elsewhere."""
     slow, asked = set(), []
 
-    def microseconds(model, groups, threads, rounds, batch):
+    def microseconds(model, groups, threads, rounds, batch, least=0.0):
         asked.append(len(groups))
         return [-1.0 if set(group.layers) <= slow else 1.0 for group in groups]
 

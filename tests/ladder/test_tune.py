@@ -25,7 +25,7 @@ def measured(monkeypatch, table, borders=0.0):
     """Let the clock say what ``table`` says of each layer, and ``borders`` of each border between float and not."""
     asked = []
 
-    def microseconds(model, groups, threads, rounds, batch):
+    def microseconds(model, groups, threads, rounds, batch, least=0.0):
         asked.append([group.layers for group in groups])
 
         def cost(floats):

@@ -31,6 +31,7 @@ def microseconds(
     threads: int | None = None,
     rounds: int = ROUNDS,
     batch: int | None = None,
+    least: float = 0.0,
 ) -> list[float]:
     """How much longer a batch takes with each group in float than with none, conversions between them included.
 
@@ -44,6 +45,7 @@ def microseconds(
         threads: of the runtime, for one operator; None for all cores.
         rounds: interleaved runs, at least 3; more of them where a run takes a fraction of a millisecond.
         batch: how many examples a run takes, repeated if need be; None for the first calibration batch as it is.
+        least: a share of the fully quantized file's time; differences within it are 0 too.
 
     Returns:
         Microseconds for each group.
@@ -56,8 +58,9 @@ def microseconds(
     now = model.choices
     states = [replace(now, float_layers=now.float_layers | set(group.layers)) for group in groups]
     base, null, *others = race_choices(model, [now, now, *states], threads, rounds, batch)
-    noise = abs(null - base)
-    return [other - base if abs(other - base) > noise else 0.0 for other in others]
+    mean = (base + null) / 2
+    noise = max(abs(null - base), least * mean)
+    return [other - mean if abs(other - mean) > noise else 0.0 for other in others]
 
 
 def race_choices(

@@ -12,6 +12,10 @@ from halfstep.model import QuantizedModel
 #: What was put to float changes what its neighbours cost: they are timed again, this often at most.
 PASSES = 2
 
+#: A network must be faster by this share of its time. Two sessions of one file differ by up to as much, and a layer in
+#: float takes four times the memory.
+LEAST = 0.04
+
 
 @dataclass(frozen=True)
 class Tuning:
@@ -72,7 +76,7 @@ def tune(
         tried = tried or len(groups)
         slow = sorted((i for i, cost in enumerate(costs) if cost < 0), key=costs.__getitem__)
         candidates = [_union(groups, chosen) for chosen in _choices(slow, len(groups))]
-        again = microseconds(model, candidates, threads, rounds, batch)
+        again = microseconds(model, candidates, threads, rounds, batch, LEAST)
         cost, best = min(zip(again, candidates, strict=True), key=lambda pair: pair[0])
         if cost >= 0:
             break
