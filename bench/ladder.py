@@ -4,6 +4,7 @@ Every rung is climbed where the one before falls short; the deployed file is jud
 report lies beside it. The same command again goes on where it was killed.
 
 python -m bench.ladder                     # weights in 4 bits, one scale a tensor, activations in 8 bits
+python -m bench.ladder --weights 2         # so few that repairs fall short: every rung is climbed
 python -m bench.ladder --per-channel       # one scale a channel: an easier task, PTQ comes nearer
 """
 
