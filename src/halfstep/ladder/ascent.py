@@ -88,7 +88,7 @@ def estimate(search: Search, ladder: Sequence[Rung], means: Means) -> str:
     parts = ", ".join(f"{name} {count}" for name, count in counts.items())
     return (
         f"Estimate: up to {total} evaluations ({parts}, deployed files {len(ladder)}) on top of float's, of about "
-        f"{SLOWER * each:.2g} s each: {SLOWER * each * total / 60:.1f} min at most, training not counted"
+        f"{SLOWER * each:.2g} s each: {SLOWER * each * total / 60:.2g} min at most, training not counted"
     )
 
 

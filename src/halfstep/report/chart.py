@@ -10,7 +10,7 @@ from halfstep.report.html import escape
 
 Point = tuple[float, float]
 
-LEFT, RIGHT, TOP, BOTTOM = 64, 16, 14, 44
+LEFT, RIGHT, TOP, BOTTOM = 72, 16, 14, 44
 
 
 @dataclass
@@ -50,8 +50,8 @@ class Chart:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(self.place, points))
         self.parts.append(f'<polyline class="{style}" points="{path}"/>')
 
-    def dot(self, point: Point, style: str, hint: str, label: str = "") -> None:
-        """A dot that says ``hint`` when pointed at, with a label beside it."""
+    def dot(self, point: Point, style: str, hint: str, label: str = "", below: bool = False) -> None:
+        """A dot that says ``hint`` when pointed at, with a label above it, or below."""
         x, y = self.place(point)
         self.parts.append(
             f'<circle class="{style}" cx="{x:.1f}" cy="{y:.1f}" r="5"><title>{escape(hint)}</title></circle>'
@@ -59,7 +59,7 @@ class Chart:
         if label:
             right = x > self.width * 0.72
             self.parts.append(
-                f'<text class="label" x="{x - 9 if right else x + 9:.1f}" y="{y + 4:.1f}" '
+                f'<text class="label" x="{x - 9 if right else x + 9:.1f}" y="{y + (20 if below else -10):.1f}" '
                 f'text-anchor="{"end" if right else "start"}">{escape(label)}</text>'
             )
 
@@ -95,7 +95,7 @@ class Chart:
         middle = (LEFT + self.width - RIGHT) / 2
         axes.append(
             f'<text class="axis" x="{middle}" y="{self.height - 8}" text-anchor="middle">{escape(self.x_label)}</text>'
-            f'<text class="axis" transform="translate(14 {self.height / 2 - 10}) rotate(-90)" text-anchor="middle">'
+            f'<text class="axis" transform="translate(8 {self.height / 2 - 10}) rotate(-90)" text-anchor="middle">'
             f"{escape(self.y_label)}</text>"
         )
         return (

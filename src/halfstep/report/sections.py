@@ -182,9 +182,10 @@ def tradeoff(run: Run) -> str:
             )
         )
         chart.line(front, "front")
-        for point, x, y in zip(points, xs, ys, strict=True):
+        for index, (point, x, y) in enumerate(zip(points, xs, ys, strict=True)):
             style = "spot" if (x, y) in front else "spot beaten"
-            chart.dot((x, y), style, f"{point['name']}: {y:.4f}, {x:.4g} {label}", point["name"])
+            hint = f"{point['name']}: {y:.4f}, {x:.4g} {label}"
+            chart.dot((x, y), style, hint, point["name"], below=index % 2 == 1)
         charts.append(f"<figure>{chart.svg()}</figure>")
     rows = [
         (
