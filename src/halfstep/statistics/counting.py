@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -55,8 +54,8 @@ class _Workspace:
         self.reached = np.zeros(shares, np.int64)  # how many elements of its share each has counted
         # Zeros come from the operating system, which commits only the pages that are touched.
         self.tables = np.zeros((shares, BINS * LANES), np.int64)
-        # Lowest and highest bin touched, both signs together, and the zeros, which touch none.
-        self.spans = np.tile(np.array([SIGN, -1, 0]), (shares, 1))
+        # Lowest and highest bin touched, both signs together; the zeros, which touch none; whether any was negative.
+        self.spans = np.tile(np.array([SIGN, -1, 0, 0]), (shares, 1))
         self.specials = np.zeros((shares, SPECIALS), np.int64)
         self.limits = np.empty(2, np.int64)  # only what lies beyond these is a candidate for the tails
         self.upper = np.empty((shares, CANDIDATES), np.int32)
@@ -77,12 +76,11 @@ class _Workspace:
         while not done:  # the kernel comes back early when a list of candidates is full
             self.limits[:] = tails.upper[-1], tails.lower[-1]
             done = _run(words, shares, self.reached, *tables, self.limits, *candidates)
-            if self.filled[:shares].any():
-                tails.include(*self._candidates(shares))
-
-    def _candidates(self, shares: int) -> Iterator[NDArray[np.int32]]:
-        for lists, sizes in ((self.upper, self.filled[:, 0]), (self.lower, self.filled[:, 1])):
-            yield np.concatenate([lists[share, : sizes[share]] for share in range(shares)])
+            sizes = self.filled[:shares].tolist()
+            tails.include(
+                [own[:size] for own, (size, _) in zip(self.upper, sizes, strict=False)],
+                [own[:size] for own, (_, size) in zip(self.lower, sizes, strict=False)],
+            )
 
     def empty_into(self, counts: Int64, offsets: Int64, specials: Int64) -> None:
         """Add what was counted to the histogram, and leave the workspace zero."""
@@ -109,6 +107,8 @@ def _run(words: NDArray[np.int32], shares: int, *state: NDArray[Any]) -> bool:
 
     with _turn:
         before = get_num_threads()
+        if shares == before:
+            return kernels().at_once(words, shares, *state)
         set_num_threads(min(shares, before))
         try:
             return kernels().at_once(words, shares, *state)

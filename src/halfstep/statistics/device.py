@@ -81,4 +81,4 @@ class Tally:
         counts += sums[0]
         offsets += sums[1]
         specials += self._specials.cpu().numpy()
-        tails.include(self._upper.cpu().numpy(), self._lower.cpu().numpy())
+        tails.include([self._upper.cpu().numpy()], [self._lower.cpu().numpy()])

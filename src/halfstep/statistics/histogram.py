@@ -96,8 +96,9 @@ class Histogram:
             self._pending.add(flat)
             return
         threads = torch.get_num_threads()
-        for start in range(0, flat.numel(), counting.PIECE):  # bounds the copy that some tensors need
-            words = flat[start : start + counting.PIECE].float().contiguous().view(torch.int32).numpy()
+        # Narrow types are widened piece by piece, to bound the copy.
+        for piece in (flat,) if flat.dtype == torch.float32 else flat.split(counting.PIECE):
+            words = np.ascontiguousarray(piece.float().numpy()).view(np.int32)
             counting.count(words, self._counts, self._offsets, self._specials, self._tails, threads)
 
     def merge(self, other: Histogram) -> None:
@@ -118,7 +119,7 @@ class Histogram:
         self._counts += other._counts
         self._offsets += other._offsets
         self._specials += other._specials
-        self._tails.include(other._tails.upper, other._tails.lower)
+        self._tails.include([other._tails.upper], [other._tails.lower])
         if self._batch_ranges is not None and other._batch_ranges is not None:
             self._batch_ranges += other._batch_ranges
 

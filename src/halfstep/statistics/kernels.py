@@ -175,6 +175,7 @@ def kernels() -> Kernels:
             if top >= 0:
                 span[0] = min(span[0], np.int64(small) >> 16)
                 span[1] = max(span[1], top >> 16)
+                span[3] |= low < 0
             if high > limits[0] or low < limits[1]:
                 for first in range(0, samples.size, _STRETCH):
                     gather(samples[first : first + _STRETCH], limits, upper, lower, filled)
@@ -203,13 +204,14 @@ def kernels() -> Kernels:
             if reached[share] == 0:
                 continue
             first, last = spans[share, 0], spans[share, 1]
-            for sign in (0, SIGN):
+            for negative in range(1 + spans[share, 3]):
+                sign = negative * SIGN
                 for start, stop in ((sign, sign + 1), (sign + first, sign + last + 1)):
                     if start < stop:
                         fold(tables[share, 2 * start : 2 * stop], counts[start:stop], offsets[start:stop])
             counts[0] += spans[share, 2]
             seen += specials[share]
-            spans[share, 0], spans[share, 1], spans[share, 2] = SIGN, -1, 0
+            spans[share, 0], spans[share, 1], spans[share, 2], spans[share, 3] = SIGN, -1, 0, 0
             specials[share] = 0
             reached[share] = 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,9 +27,9 @@ class Tails:
         """Return tails that hold no sample."""
         return cls(np.full(TAIL, _LOWEST, np.int32), np.full(TAIL, _HIGHEST, np.int32))
 
-    def include(self, upper: NDArray[np.int32], lower: NDArray[np.int32]) -> None:
+    def include(self, upper: Sequence[NDArray[np.int32]], lower: Sequence[NDArray[np.int32]]) -> None:
         """Keep the ends of what is held and what is offered; order and grouping of offers do not matter."""
-        if upper.size:
-            self.upper = np.sort(np.concatenate([self.upper, upper]))[: -TAIL - 1 : -1].copy()
-        if lower.size:
-            self.lower = np.sort(np.concatenate([self.lower, lower]))[:TAIL].copy()
+        if any(part.size for part in upper):
+            self.upper = np.sort(np.concatenate([self.upper, *upper]))[: -TAIL - 1 : -1].copy()
+        if any(part.size for part in lower):
+            self.lower = np.sort(np.concatenate([self.lower, *lower]))[:TAIL].copy()
