@@ -153,7 +153,9 @@ def test_the_rung_repairs_what_misses_the_goal(q, monkeypatch):
     assert score.value == 0.8
     assert search.best.what == "PTQ, repaired by GPTQ"
     assert q.sites["b.weight"].offset is not None
-    assert search.decisions[-1] == "PTQ, repaired by GPTQ: 0.6000 to 0.8000, +0.1000 below float"
+    assert search.decisions[-1] == (
+        "PTQ, repaired by GPTQ: 0.8000, +0.1000 below float (allowed 0.01), 0.6000 before"
+    )
 
 
 def test_the_rung_takes_back_what_the_metric_does_not_like(q, monkeypatch):

@@ -21,7 +21,7 @@ def figures(folder):
     """What must not depend on kills: everything but measured times."""
     record = json.loads((folder / "outcome.json").read_text())
     history = [(made["what"], made["rung"], made["score"]) for made in record["history"]]
-    record["decisions"] = [re.sub(r"[\d.]+ s\b", "", sentence) for sentence in record["decisions"]]
+    record["decisions"] = [re.sub(r"[\d.]+ (s|min)\b", "", sentence) for sentence in record["decisions"]]
     return {**{name: record[name] for name in record if name not in MEASURED}, "history": history}
 
 
