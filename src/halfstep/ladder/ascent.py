@@ -88,8 +88,17 @@ def estimate(search: Search, ladder: Sequence[Rung], means: Means) -> str:
     parts = ", ".join(f"{name} {count}" for name, count in counts.items())
     return (
         f"Estimate: up to {total} evaluations ({parts}, deployed files {len(ladder)}) on top of float's, of about "
-        f"{SLOWER * each:.2g} s each: {SLOWER * each * total / 60:.2g} min at most, training not counted"
+        f"{_roughly(SLOWER * each)} s each: {_roughly(SLOWER * each * total / 60)} min at most, training not counted"
     )
+
+
+def _roughly(x: float) -> str:
+    """Two digits that count, and no power of ten.
+
+    >>> _roughly(143.2), _roughly(0.00149)
+    ('140', '0.0015')
+    """
+    return f"{float(f'{x:.2g}'):g}"
 
 
 def _with_file(search: Search, rung: Rung, reached: Reached, candidate: Candidate, file: Score) -> Reached:

@@ -69,11 +69,11 @@ class Chart:
         self.parts.append(f'<line class="{style}" x1="{a:.1f}" x2="{a:.1f}" y1="{b:.1f}" y2="{c:.1f}"/>')
 
     def level(self, y: float, label: str, style: str) -> None:
-        """A horizontal line across."""
+        """A horizontal line across, named below it: what meets a target lies above, where higher is better."""
         _, height = self.place((self.x[0], y))
         self.parts.append(
             f'<line class="{style}" x1="{LEFT}" x2="{self.width - RIGHT}" y1="{height:.1f}" y2="{height:.1f}"/>'
-            f'<text class="label" x="{self.width - RIGHT}" y="{height - 5:.1f}" text-anchor="end">'
+            f'<text class="label" x="{self.width - RIGHT}" y="{height + 14:.1f}" text-anchor="end">'
             f"{escape(label)}</text>"
         )
 
