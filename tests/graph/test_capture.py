@@ -138,3 +138,16 @@ def test_relative_error_of_equal_tensors_with_nan_is_zero():
     x = torch.tensor([1.0, float("nan"), float("inf")])
     assert relative_error(x, x.clone()) == 0.0
     assert relative_error(torch.ones(2), torch.ones(3)) == float("inf")
+
+
+class Added(nn.Module):
+    def forward(self, x, table):
+        return x + table.mean(0)
+
+
+def test_examples_are_selected_by_what_was_captured_as_a_batch():
+    captured = capture(Added(), (torch.randn(4, 3), torch.randn(7, 3)))
+    x, table = torch.randn(7, 3), torch.randn(7, 3)  # as long as the batch, and none all the same
+    chosen = captured.select((x, table), torch.tensor([0, 1, 0]))
+    assert torch.equal(chosen[0], x[[0, 1, 0]])
+    assert chosen[1] is table

@@ -80,9 +80,13 @@ class Captured:
 
     def examples(self, inputs: ModelInputs, start: int, stop: int) -> ModelInputs:
         """Examples ``start`` to ``stop`` of a batch of model inputs, as views; what has no batch stays whole."""
+        return self.select(inputs, slice(start, stop))
+
+    def select(self, inputs: ModelInputs, which: slice | torch.Tensor) -> ModelInputs:
+        """Some examples of a batch of model inputs, by a slice or by their indices; what has no batch stays whole."""
         args, kwargs = call_arguments(inputs)
         flat, spec = pytree.tree_flatten((args, kwargs))
-        flat = [x[start:stop] if batched else x for x, batched in zip(flat, self.batched, strict=True)]
+        flat = [x[which] if batched else x for x, batched in zip(flat, self.batched, strict=True)]
         if isinstance(inputs, torch.Tensor):
             (tensor,) = flat
             assert isinstance(tensor, torch.Tensor)

@@ -9,12 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch.utils import _pytree as pytree
 
 from halfstep.errors import ArgumentError, NotObservedError
 from halfstep.export.onnx import export_onnx
 from halfstep.graph.choices import Choices
-from halfstep.graph.inputs import ModelInputs, batch_size, tensors_of
+from halfstep.graph.inputs import batch_size, tensors_of
 from halfstep.ladder.groups import Group
 from halfstep.model import QuantizedModel
 from halfstep.progress import track
@@ -86,7 +85,12 @@ def race_choices(
     """
     if not model.sample:
         raise NotObservedError("latency: no example was kept to time; run observe() first")
-    leaves = tensors_of(model.sample[0] if batch is None else _examples(model.sample[0], batch))
+    if batch is not None and batch < 1:
+        raise ArgumentError(f"batch: got {batch}, needed at least 1")
+    inputs = model.sample[0]
+    if batch is not None:
+        inputs = model.captured.select(inputs, torch.arange(batch) % batch_size(inputs))
+    leaves = tensors_of(inputs)
     before = model.choices
     with tempfile.TemporaryDirectory() as directory:
         sessions = []
@@ -100,15 +104,3 @@ def race_choices(
         contestants = {str(index): functools.partial(file, *leaves) for index, file in enumerate(sessions)}
         raced = race(contestants, enough_rounds(contestants["0"], rounds))
     return [1e3 * file.undisturbed for file in raced.values()]
-
-
-def _examples(inputs: ModelInputs, count: int) -> ModelInputs:
-    """``count`` examples, from the first on and over again; tensors without a batch dimension stay."""
-    if count < 1:
-        raise ArgumentError(f"batch: got {count}, needed at least 1")
-    size = batch_size(inputs)
-    chosen = torch.arange(count) % size
-    found: ModelInputs = pytree.tree_map_only(
-        torch.Tensor, lambda x: x[chosen] if x.dim() and len(x) == size else x, inputs
-    )
-    return found
