@@ -128,8 +128,7 @@ class _Placer:
             if op.kind in self.target.followers
             and not (op.kind in ("add", "mul") and constant_operands(node))
         }
-        self.kernels = {node for node in self.integer if self._executed(node)}
-        self.kernels |= {node for node in followers if self._executed(node)}
+        self.kernels = {node for node in self.integer | followers if self._executed(node)}
         while lost := {
             node for node in self.kernels - self.integer if not (self._fed(node) and self._wanted(node))
         }:

@@ -51,6 +51,7 @@ def _one_by_one() -> Callable[..., int]:
 def _sixteen_at_once() -> Callable[..., int]:
     from llvmlite import ir
     from numba import njit, types
+    from numba.core import cgutils
     from numba.core.errors import TypingError
     from numba.extending import intrinsic
 
@@ -74,8 +75,8 @@ def _sixteen_at_once() -> Callable[..., int]:
             samples = builder.load(address(source, arguments[1]), align=4)
             magnitudes = builder.and_(samples, ir.Constant(vector, [_MAGNITUDE] * WIDTH))
             wanted = builder.icmp_unsigned("!=", magnitudes, ir.Constant(vector, [0] * WIDTH))
-            function = builder.module.globals.get(_COMPRESS) or ir.Function(
-                builder.module, ir.FunctionType(vector, [vector, vector, mask]), name=_COMPRESS
+            function = cgutils.get_or_insert_function(  # type: ignore[no-untyped-call]
+                builder.module, ir.FunctionType(vector, [vector, vector, mask]), _COMPRESS
             )
             builder.store(
                 builder.call(function, [samples, samples, wanted]), address(target, arguments[3]), align=4
@@ -85,15 +86,14 @@ def _sixteen_at_once() -> Callable[..., int]:
 
         return types.int64(block, types.int64, kept, types.int64), generate
 
+    compact_rest = _one_by_one()
+
     @njit(nogil=True)
     def compact(block: Any, kept: Any) -> int:
         filled = 0
         whole = block.size // WIDTH * WIDTH
         for start in range(0, whole, WIDTH):
             filled += compress(block, start, kept, filled)  # type: ignore[call-arg]
-        for i in range(whole, block.size):
-            kept[filled] = block[i]
-            filled += (block[i] & _MAGNITUDE) != 0
-        return filled
+        return filled + compact_rest(block[whole:], kept[filled:])
 
     return compact

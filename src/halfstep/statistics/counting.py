@@ -107,8 +107,6 @@ def _run(words: NDArray[np.int32], shares: int, *state: NDArray[Any]) -> bool:
 
     with _turn:
         before = get_num_threads()
-        if shares == before:
-            return kernels().at_once(words, shares, *state)
         set_num_threads(min(shares, before))
         try:
             return kernels().at_once(words, shares, *state)

@@ -15,6 +15,7 @@ def prefetcher() -> Callable[..., None]:
     """Compile ``prefetch(words, index)``: have the line of ``words[index]`` fetched; any index is harmless."""
     from llvmlite import ir
     from numba import types
+    from numba.core import cgutils
     from numba.extending import intrinsic
 
     @intrinsic
@@ -22,10 +23,8 @@ def prefetcher() -> Callable[..., None]:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             number, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
             data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-            function = builder.module.globals.get(_PREFETCH) or ir.Function(
-                builder.module,
-                ir.FunctionType(ir.VoidType(), [pointer, number, number, number]),
-                name=_PREFETCH,
+            function = cgutils.get_or_insert_function(  # type: ignore[no-untyped-call]
+                builder.module, ir.FunctionType(ir.VoidType(), [pointer, number, number, number]), _PREFETCH
             )
             address = builder.bitcast(builder.gep(data, [arguments[1]]), pointer)
             builder.call(function, [address, number(_READ), number(_SECOND_CACHE), number(_DATA)])
