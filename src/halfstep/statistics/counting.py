@@ -53,7 +53,7 @@ class _Workspace:
     def __init__(self, shares: int) -> None:
         self.reached = np.zeros(shares, np.int64)  # how many elements of its share each has counted
         # Zeros come from the operating system, which commits only the pages that are touched.
-        self.tables = np.zeros((shares, BINS * LANES), np.int64)
+        self.tables = np.zeros((shares, LANES, BINS), np.int64)
         # Lowest and highest bin touched, both signs together; the zeros, which touch none; whether any was negative.
         self.spans = np.tile(np.array([SIGN, -1, 0, 0]), (shares, 1))
         self.specials = np.zeros((shares, SPECIALS), np.int64)
