@@ -81,7 +81,7 @@ def test_memory_does_not_grow_with_the_data() -> None:
 
     def size() -> int:
         arrays = [value for value in vars(histogram).values() if isinstance(value, np.ndarray)]
-        return sum(array.nbytes for array in [*arrays, histogram._tails.upper, histogram._tails.lower])
+        return sum(array.nbytes for array in [*arrays, histogram._tails.ends])
 
     empty = size()
     for seed in range(20):

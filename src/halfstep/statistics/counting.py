@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from halfstep.statistics.kernels import CANDIDATES, LANES, kernels
+from halfstep.statistics.kernels import LANES, OFFERED, kernels
 from halfstep.statistics.keys import BINS, SIGN, SPECIALS, Int64
-from halfstep.statistics.tails import Tails
+from halfstep.statistics.tails import ENDS, Tails
 
 PIECE = 1 << 23  # elements between two emptyings: a word's count stays below 2^23, its sum below 2^40
 PER_THREAD = 1 << 15  # fewer elements than this are not worth handing to another thread
@@ -35,7 +35,7 @@ def count(
         counts: (65536,) samples per bin, added to.
         offsets: (65536,) sum of the offsets per bin, added to.
         specials: (5,) NaN, +inf, -inf, positive and negative subnormals that share zero's bin, added to.
-        tails: the ends of the stream, replaced by those of the stream and the block.
+        tails: the ends of the stream, those of the block included.
         threads: at most this many threads take part.
     """
     for start in range(0, words.size, PIECE):
@@ -48,7 +48,7 @@ def count(
 
 
 class _Workspace:
-    """Private tables and candidate lists for a number of shares; all zero while it waits for the next block."""
+    """Private tables and lists for a number of shares; all zero while it waits for the next block."""
 
     def __init__(self, shares: int) -> None:
         self.reached = np.zeros(shares, np.int64)  # how many elements of its share each has counted
@@ -57,10 +57,8 @@ class _Workspace:
         # Lowest and highest bin touched, both signs together; the zeros, which touch none; whether any was negative.
         self.spans = np.tile(np.array([SIGN, -1, 0, 0]), (shares, 1))
         self.specials = np.zeros((shares, SPECIALS), np.int64)
-        self.limits = np.empty(2, np.int64)  # only what lies beyond these is a candidate for the tails
-        self.upper = np.empty((shares, CANDIDATES), np.int32)
-        self.lower = np.empty((shares, CANDIDATES), np.int32)
-        self.filled = np.zeros((shares, 2), np.int64)
+        self.offered = np.empty((shares, ENDS, OFFERED), np.int32)  # to the tails
+        self.filled = np.zeros((shares, ENDS), np.int64)  # how many these are
 
     @classmethod
     def with_room_for(cls, shares: int) -> _Workspace:
@@ -70,17 +68,15 @@ class _Workspace:
 
     def count(self, words: NDArray[np.int32], shares: int, tails: Tails) -> None:
         """Count into the private tables, and offer the tails what may belong to them."""
-        tables = (self.tables, self.spans, self.specials)
-        candidates = (self.upper, self.lower, self.filled)
+        arrays = (self.reached, self.tables, self.spans, self.specials, self.offered, self.filled)
         done = False
-        while not done:  # the kernel comes back early when a list of candidates is full
-            self.limits[:] = tails.upper[-1], tails.lower[-1]
-            done = _run(words, shares, self.reached, *tables, self.limits, *candidates)
+        while not done:  # the kernel comes back early when no more can be offered
+            done = _run(words, shares, tails.least, *arrays)
             sizes = self.filled[:shares].tolist()
-            tails.include(
-                [own[:size] for own, (size, _) in zip(self.upper, sizes, strict=False)],
-                [own[:size] for own, (_, size) in zip(self.lower, sizes, strict=False)],
-            )
+            for end in range(ENDS):
+                tails.include(
+                    end, [own[end, : size[end]] for own, size in zip(self.offered, sizes, strict=False)]
+                )
 
     def empty_into(self, counts: Int64, offsets: Int64, specials: Int64) -> None:
         """Add what was counted to the histogram, and leave the workspace zero."""
@@ -99,16 +95,16 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forked.set)
 
 
-def _run(words: NDArray[np.int32], shares: int, *state: NDArray[Any]) -> bool:
+def _run(words: NDArray[np.int32], shares: int, *arrays: NDArray[Any]) -> bool:
     """Count all shares: one after the other, or at once; return whether none was left early."""
     if shares == 1 or _forked.is_set():
-        return kernels().one_by_one(words, shares, *state)
+        return kernels().one_by_one(words, shares, *arrays)
     from numba import get_num_threads, set_num_threads
 
     with _turn:
         before = get_num_threads()
         set_num_threads(min(shares, before))
         try:
-            return kernels().at_once(words, shares, *state)
+            return kernels().at_once(words, shares, *arrays)
         finally:
             set_num_threads(before)

@@ -6,14 +6,13 @@ import torch
 from torch import Tensor
 
 from halfstep.statistics.keys import BINS, FIRST_SPECIAL, NAN, Int64
-from halfstep.statistics.tails import TAIL, Tails
+from halfstep.statistics.tails import ENDS, LOWEST, TAIL, Tails
 
 _PIECE = (
     1 << 22
 )  # elements per step: bounds the temporary memory to some 150 MB, and keeps the packed words in range
 _SPREAD = 512  # places that zeros take in turn; additions to one address are done one after the other
 _MAGNITUDE = 0x7FFFFFFF
-_LOWEST, _HIGHEST = -(1 << 31), (1 << 31) - 1
 
 
 class Tally:
@@ -27,8 +26,7 @@ class Tally:
         self.device = device
         self._sums = torch.zeros(2, BINS, dtype=torch.int64, device=device)  # counts, offsets
         self._specials = torch.zeros(5, dtype=torch.int64, device=device)
-        self._upper = torch.full((TAIL,), _LOWEST, dtype=torch.int32, device=device)
-        self._lower = torch.full((TAIL,), _HIGHEST, dtype=torch.int32, device=device)
+        self._ends = torch.full((ENDS, TAIL), LOWEST, dtype=torch.int32, device=device)
 
     def add(self, flat: Tensor) -> None:
         """Count a 1-D tensor of float32, float16 or bfloat16."""
@@ -62,13 +60,9 @@ class Tally:
         self._sums[0, 0] += words[BINS:-1].sum() >> 40
 
         ordered = bits ^ ((bits >> 31) & _MAGNITUDE)
-        upper = torch.where(special, _LOWEST, ordered)
-        lower = torch.where(special, _HIGHEST, ordered)
-        kept = min(TAIL, bits.numel())
-        self._upper = torch.cat([self._upper, upper.topk(kept).values]).topk(TAIL).values
-        self._lower = (
-            torch.cat([self._lower, lower.topk(kept, largest=False).values]).topk(TAIL, largest=False).values
-        )
+        offered = torch.where(special, LOWEST, torch.stack([ordered, ~ordered]))
+        largest = offered.topk(min(TAIL, bits.numel())).values
+        self._ends = torch.cat([self._ends, largest], dim=1).topk(TAIL).values
 
     @property
     def nan_count(self) -> int:
@@ -81,4 +75,4 @@ class Tally:
         counts += sums[0]
         offsets += sums[1]
         specials += self._specials.cpu().numpy()
-        tails.include([self._upper.cpu().numpy()], [self._lower.cpu().numpy()])
+        tails.merge(Tails(self._ends.cpu().numpy()))

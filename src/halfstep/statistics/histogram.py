@@ -119,7 +119,7 @@ class Histogram:
         self._counts += other._counts
         self._offsets += other._offsets
         self._specials += other._specials
-        self._tails.include([other._tails.upper], [other._tails.lower])
+        self._tails.merge(other._tails)
         if self._batch_ranges is not None and other._batch_ranges is not None:
             self._batch_ranges += other._batch_ranges
 
@@ -292,8 +292,8 @@ class Histogram:
             "counts": self._counts[keys],
             "offsets": self._offsets[keys],
             "specials": self._specials.copy(),
-            "upper": self._tails.upper.copy(),
-            "lower": self._tails.lower.copy(),
+            "upper": self._tails.upper,
+            "lower": self._tails.lower,
         }
         if self._batch_ranges is not None:
             state["batch_ranges"] = np.array(self._batch_ranges, np.float64).reshape(-1, 2)
@@ -329,7 +329,7 @@ class Histogram:
         self._counts[arrays["keys"]] = arrays["counts"]
         self._offsets[arrays["keys"]] = arrays["offsets"]
         self._specials[:] = arrays["specials"]
-        self._tails = Tails(arrays["upper"].copy(), arrays["lower"].copy())
+        self._tails = Tails.of(arrays["upper"], arrays["lower"])
         if "batch_ranges" in state:
             self._batch_ranges = [(low, high) for low, high in state["batch_ranges"].tolist()]
 

@@ -29,10 +29,10 @@ from halfstep.statistics.keys import (
     TINY_POSITIVE,
 )
 from halfstep.statistics.prefetch import LINE, prefetcher
-from halfstep.statistics.tails import TAIL
+from halfstep.statistics.tails import ENDS, TAIL
 
 LANES = 2  # tables that take turns
-CANDIDATES = 1 << 14  # room for samples that may belong to the tails
+OFFERED = 1 << 14  # room for samples that may belong to a tail
 _BLOCK = 1 << 11  # elements that the first cache holds while they are compacted, surveyed and counted
 _STRETCH = 512  # where a block reaches beyond the tails, only its stretches that do are searched
 
@@ -122,81 +122,71 @@ def kernels() -> Kernels:
         return np.int32(high), np.int32(low), np.int32(small)
 
     @njit(nogil=True)
-    def gather(samples: Any, limits: Any, upper: Any, lower: Any, filled: Any) -> None:
-        """Append the finite samples beyond the limits to the lists of candidates."""
+    def gather(samples: Any, least: Any, offered: Any, filled: Any) -> None:
+        """Append the finite samples that belong to a tail, as its rows hold them, to what is offered."""
         high, low, _ = survey(samples)
-        if high <= limits[0] and low >= limits[1]:
+        if high <= least[0] and ~low <= least[1]:
             return
         for i in range(samples.size):
             bits = np.int64(samples[i])
             ordered = bits ^ ((bits >> 31) & magnitudes)
-            if (ordered > limits[0] or ordered < limits[1]) and (bits & magnitudes) < first_special:
-                if ordered > limits[0]:
-                    upper[filled[0]] = ordered
+            if (ordered > least[0] or ~ordered > least[1]) and (bits & magnitudes) < first_special:
+                if ordered > least[0]:
+                    offered[0, filled[0]] = ordered
                     filled[0] += 1
-                if ordered < limits[1]:
-                    lower[filled[1]] = ordered
+                if ~ordered > least[1]:
+                    offered[1, filled[1]] = ~ordered
                     filled[1] += 1
 
     @njit(nogil=True)
-    def offer_zeros(count: int, limits: Any, upper: Any, lower: Any, filled: Any) -> None:
-        if limits[0] < 0:
-            upper[filled[0] : filled[0] + count] = 0
-            filled[0] += count
-        if limits[1] > 0:
-            lower[filled[1] : filled[1] + count] = 0
-            filled[1] += count
+    def offer_zeros(count: int, least: Any, offered: Any, filled: Any) -> None:
+        for end in range(ENDS):
+            zero = -end  # 0, and its complement
+            if zero > least[end]:
+                offered[end, filled[end] : filled[end] + count] = zero
+                filled[end] += count
 
     @njit(nogil=True)
-    def tally(
-        words: Any,
-        table: Any,
-        span: Any,
-        specials: Any,
-        limits: Any,
-        upper: Any,
-        lower: Any,
-        filled: Any,
-    ) -> int:
-        """Count until the end or a full list of candidates; return how many were counted."""
+    def tally(words: Any, table: Any, span: Any, specials: Any, least: Any, offered: Any, filled: Any) -> int:
+        """Count until the end or until no more can be offered; return how many were counted."""
         size: int = words.size
         start = 0
         kept = np.empty(_BLOCK + WIDTH, np.int32)
         while start < size:
-            if max(filled[0], filled[1]) + _BLOCK > CANDIDATES:
+            if max(filled[0], filled[1]) + _BLOCK > OFFERED:
                 return start
             # Views that start at zero: numba then knows that their indices are not negative.
             block = words[start : start + _BLOCK]
             samples = kept[: compact(block, kept)]
             high, low, small = survey(samples)
-            top = max(np.int64(high), -np.int64(low) - 1)  # the largest magnitude's bits
+            top = max(np.int64(high), ~np.int64(low))  # the largest magnitude's bits
             if top >= first_special or small < 0x10000:
                 high, low, small = scatter_any(samples, table, specials)
-                top = max(np.int64(high), -np.int64(low) - 1)
+                top = max(np.int64(high), ~np.int64(low))
             else:
                 scatter(samples, table, words[min(start + _BLOCK, size) :])
             if top >= 0:
                 span[0] = min(span[0], np.int64(small) >> 16)
                 span[1] = max(span[1], top >> 16)
                 span[3] |= low < 0
-            if high > limits[0] or low < limits[1]:
+            if high > least[0] or ~low > least[1]:
                 for first in range(0, samples.size, _STRETCH):
-                    gather(samples[first : first + _STRETCH], limits, upper, lower, filled)
+                    gather(samples[first : first + _STRETCH], least, offered, filled)
             zeros = block.size - samples.size
             span[2] += zeros
-            if zeros and (limits[0] < 0 or limits[1] > 0):
-                offer_zeros(min(zeros, TAIL), limits, upper, lower, filled)
+            if zeros:
+                offer_zeros(min(zeros, TAIL), least, offered, filled)
             start += block.size
         return size
 
     @njit(nogil=True)
-    def fold(table: Any, counts: Any, offsets: Any) -> None:
+    def fold(even: Any, odd: Any, counts: Any, offsets: Any) -> None:
         for i in range(counts.size):
-            a, b = table[0, i], table[1, i]
+            a, b = even[i], odd[i]
             if a | b:
                 counts[i] += (a >> 40) + (b >> 40)
                 offsets[i] += (a & sums) + (b & sums)
-                table[0, i], table[1, i] = 0, 0
+                even[i], odd[i] = 0, 0
 
     @njit(nogil=True)
     def empty(
@@ -206,12 +196,13 @@ def kernels() -> Kernels:
         for share in range(reached.size):
             if reached[share] == 0:
                 continue
+            even, odd = tables[share, 0], tables[share, 1]
             first, last = spans[share, 0], spans[share, 1]
             for negative in range(1 + spans[share, 3]):
                 sign = negative * SIGN
                 for start, stop in ((sign, sign + 1), (sign + first, sign + last + 1)):
                     if start < stop:
-                        fold(tables[share, :, start:stop], counts[start:stop], offsets[start:stop])
+                        fold(even[start:stop], odd[start:stop], counts[start:stop], offsets[start:stop])
             counts[0] += spans[share, 2]
             seen += specials[share]
             spans[share, 0], spans[share, 1], spans[share, 2], spans[share, 3] = SIGN, -1, 0, 0
@@ -221,22 +212,19 @@ def kernels() -> Kernels:
     def count(
         words: Any,
         shares: int,
+        least: Any,
         reached: Any,
         tables: Any,
         spans: Any,
         specials: Any,
-        limits: Any,
-        upper: Any,
-        lower: Any,
+        offered: Any,
         filled: Any,
     ) -> bool:
         """Count each share of the words from where it was left; return whether all are done."""
         for i in prange(shares):
             filled[i] = 0
             share = words[words.size * i // shares + reached[i] : words.size * (i + 1) // shares]
-            reached[i] += tally(
-                share, tables[i], spans[i], specials[i], limits, upper[i], lower[i], filled[i]
-            )
+            reached[i] += tally(share, tables[i], spans[i], specials[i], least, offered[i], filled[i])
         return reached[:shares].sum() == words.size  # type: ignore[no-any-return]
 
     return Kernels(njit(nogil=True)(count), njit(nogil=True, parallel=True)(count), empty)
