@@ -2,13 +2,14 @@
 
 python -m bench.qat                                     the table of all runs that are in bench/cache/qat
 python -m bench.qat --run W4A4 --network resnet         train one setting and add it (a minute an epoch on 2 cores)
+python -m bench.qat --run "W4A4 control"                its float control: as many epochs at the same learning rate
 python -m bench.qat --all                               train all that the table lacks; stopped, it goes on where it was
 python -m bench.qat --step                              a training step's time over a float one's
 
 Every figure is on all 10,000 test images. The last state is reported: nothing is selected on the test set. First and
-last layers have 8 bits in every setting below 8. Learning rates are the library's defaults. PTQ is the best of MSE and
-max ranges, MSE for weights. Partial quantization puts back to float what 0.3 points need, and says how many layers
-that is.
+last layers have 8 bits in every setting below 8. Learning rates are the library's defaults. Settings of equal epochs
+and rate share a float control. PTQ is the best of MSE and max ranges, MSE for weights. Partial quantization puts back
+to float what 0.3 points need, and says how many layers that is.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -61,6 +63,9 @@ SETTINGS: dict[str, tuple[hs.Recipe, int]] = {
     "binary A8": (hs.Recipe.uniform(Codebook.binary(), 8), 3),
 }
 
+#: After a setting's name: the same training without quantizers.
+CONTROL = " control"
+
 #: What is trained from three networks, seeds 0 to 2.
 HEADLINE = ("resnet", "W4A4")
 
@@ -99,17 +104,17 @@ def post_training(model: nn.Module, recipe: hs.Recipe, data: fashion.Fashion) ->
 
 def run(
     network: str, setting: str, seed: int, changes: dict[str, float], data: fashion.Fashion
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Train one setting, or its float control."""
-    recipe, epochs = SETTINGS[setting.removesuffix(" control")]
+    recipe, epochs = SETTINGS[setting.removesuffix(CONTROL)]
     model = fashion.trained(network, data, seed)
     q, ptq = post_training(model, recipe, data)
     with q.using(Mode.FLOAT):
         float_score = accuracy(q, data)
-    options = {"epochs": epochs, "seed": seed, "evaluate_every": 0.25} | changes
+    control = setting.endswith(CONTROL)
+    options = {"epochs": epochs, "seed": seed, "evaluate_every": epochs if control else 0.25} | changes
     training = hs.Training(Shuffled(data), cross_entropy, **options)
     training = replace(training, learning_rate=learning_rate(training, q))
-    control = setting.endswith(" control")
     partial = None
     if not control:
         mixed = copy.deepcopy(q)
@@ -141,20 +146,28 @@ def result_file(network: str, setting: str, seed: int) -> Path:
     return RESULTS / f"{network}-{setting}-{seed}.json"
 
 
+def control_file(network: str, seed: int, options: dict[str, str]) -> Path:
+    """Where the control of all runs with these options is."""
+    return RESULTS / f"{network}{CONTROL}-{seed}-{options['epochs']}-{options['learning_rate']}.json"
+
+
 def keep_run(network: str, setting: str, seed: int, changes: dict[str, float], data: fashion.Fashion) -> None:
     result = run(network, setting, seed, changes, data)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    result_file(network, setting, seed).write_text(json.dumps(result, indent=1) + "\n")
+    control = setting.endswith(CONTROL)
+    file = control_file(network, seed, result["options"]) if control else result_file(network, setting, seed)
+    file.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def missing() -> Iterator[tuple[str, str, int]]:
-    """What the table lacks, the headline first."""
+    """What the table lacks, the headline first; each setting is trained before its control is asked for."""
     order = [(*HEADLINE, seed) for seed in range(3)]
     order += [(network, setting, 0) for network in ("resnet", "mobilenet") for setting in SETTINGS]
     for network, setting, seed in dict.fromkeys(order):
-        for name in (setting, f"{setting} control"):
-            if not result_file(network, name, seed).exists():
-                yield network, name, seed
+        file = result_file(network, setting, seed)
+        if not file.exists():
+            yield network, setting, seed
+        if not control_file(network, seed, json.loads(file.read_text())["options"]).exists():
+            yield network, setting + CONTROL, seed
 
 
 def recovery(result: dict, share: float = 0.95) -> str:
@@ -187,7 +200,7 @@ def table() -> Table:
         for setting in SETTINGS:
             for file in sorted(RESULTS.glob(f"{network}-{setting}-[0-9].json")):
                 result = json.loads(file.read_text())
-                control = Path(str(file).replace(f"{setting}-", f"{setting} control-"))
+                control = control_file(network, int(file.stem[-1]), result["options"])
                 floated = json.loads(control.read_text())["qat"] if control.exists() else None
                 printed.add_row(
                     network,
