@@ -1,9 +1,8 @@
 """ONNX Runtime on CPU: integer kernels quantize what they write, so nearly every result gets a quantizer."""
 
 from halfstep.formats import Integer
+from halfstep.targets.reasons import no_kernel, shared
 from halfstep.targets.target import Kernel, Lowering, Target
-
-_FLOAT = "has no integer kernel on onnxruntime and runs in float; "
 
 ONNXRUNTIME = Target(
     name="onnxruntime",
@@ -31,18 +30,14 @@ ONNXRUNTIME = Target(
     simulated_bits=frozenset({16}),
     packed=True,
     reasons={
-        "conv_transpose": _FLOAT + "its weight stays float",
-        "gelu": _FLOAT + "the linear layers around it stay integer",
-        "layer_norm": _FLOAT + "the linear layers after it stay integer",
+        **shared("onnxruntime"),
+        "conv_transpose": no_kernel("onnxruntime", "its weight stays float"),
+        "gelu": no_kernel("onnxruntime", "the linear layers around it stay integer"),
         "softmax": "is left in float: 8-bit attention logits cost accuracy and save no time",
         "attention": "its two products are small and need run-time float softmax between them; left in float",
-        "tanh": _FLOAT + "the layers around it stay integer",
-        "sub": _FLOAT + "write a - b as a + (-b) with the sign in the layer before, if it matters",
-        "div": _FLOAT + "fold a constant divisor into the layer before, if it matters",
-        "resize_linear": _FLOAT + "nearest-neighbour resizing would be free",
-        "batch_norm": "does not follow a conv or linear directly, so it was not folded; it runs in float",
-        "embedding": "a table look-up: nothing is multiplied",
-        "mean": _FLOAT + "a mean over all of the spatial axes would be an integer global pool",
-        "adaptive_average_pool": _FLOAT + "an output size of 1 would be an integer global pool",
+        "tanh": no_kernel("onnxruntime", "the layers around it stay integer"),
+        "sub": no_kernel(
+            "onnxruntime", "write a - b as a + (-b) with the sign in the layer before, if it matters"
+        ),
     },
 )

@@ -1,10 +1,11 @@
 """OpenVINO on CPU: kernels write what the next one reads, so only inputs of layers get quantizers."""
 
 from halfstep.formats import Integer
+from halfstep.targets.reasons import shared
 from halfstep.targets.target import Kernel, Target
 
-_FLOAT = "has no integer kernel on openvino and runs in float; "
-_FUSED = "is computed in float inside the layer before it, at no cost; that layer stays integer"
+_FUSED = frozenset({"hardswish", "hardsigmoid", "silu", "gelu", "sigmoid", "tanh", "leaky_relu"})
+_IN_THE_LAYER = "is computed in float inside the layer before it, at no cost; that layer stays integer"
 
 OPENVINO = Target(
     name="openvino",
@@ -24,25 +25,12 @@ OPENVINO = Target(
         {"max_pool", "reshape", "transpose", "slice", "expand", "split", "item", "resize_nearest"}
     ),
     absorbed=frozenset({"relu", "clip"}),
-    fused=frozenset({"hardswish", "hardsigmoid", "silu", "gelu", "sigmoid", "tanh", "leaky_relu"}),
+    fused=_FUSED,
     reasons={
-        "hardswish": _FUSED,
-        "hardsigmoid": _FUSED,
-        "silu": _FUSED,
-        "gelu": _FUSED,
-        "sigmoid": _FUSED,
-        "tanh": _FUSED,
-        "leaky_relu": _FUSED,
+        **shared("openvino"),
+        **dict.fromkeys(_FUSED, _IN_THE_LAYER),
         "mul": "is an element-wise product: left in float, where it costs what it would in integers",
-        "layer_norm": _FLOAT + "the linear layers after it stay integer",
         "softmax": "is left in float: 8-bit attention logits cost accuracy and save no time",
         "attention": "its two products are small and need run-time float softmax between them; left in float",
-        "sub": _FLOAT + "the layers around it stay integer",
-        "div": _FLOAT + "fold a constant divisor into the layer before, if it matters",
-        "resize_linear": _FLOAT + "nearest-neighbour resizing would be free",
-        "batch_norm": "does not follow a conv or linear directly, so it was not folded; it runs in float",
-        "embedding": "a table look-up: nothing is multiplied",
-        "mean": _FLOAT + "a mean over all of the spatial axes would be an integer global pool",
-        "adaptive_average_pool": _FLOAT + "an output size of 1 would be an integer global pool",
     },
 )
