@@ -27,11 +27,16 @@ class Listing:
 
     def html(self) -> str:
         """The same as a table."""
-        cells = "".join(
-            f"<tr><th style='text-align:left'>{escape(name)}</th><td style='text-align:left'>{escape(words)}</td></tr>"
-            for name, words in self.rows
-        )
-        return f"<p>{escape(self.head)}</p><table>{cells}</table>"
+        return f"<p>{escape(self.head)}</p>{html_table(self.rows)}"
+
+
+def html_table(rows: Sequence[tuple[str, str]]) -> str:
+    """Names and descriptions as a notebook shows them."""
+    left = "style='text-align:left'"
+    cells = (
+        f"<tr><th {left}>{escape(name)}</th><td {left}>{escape(words)}</td></tr>" for name, words in rows
+    )
+    return f"<table>{''.join(cells)}</table>"
 
 
 def describe_site(module: FakeQuantize) -> str:

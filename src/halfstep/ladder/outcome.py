@@ -14,6 +14,7 @@ from halfstep.ladder.evaluation import Evaluation
 from halfstep.ladder.goal import Standing
 from halfstep.ladder.journal import Entry, write_whole
 from halfstep.ladder.rung import Reached
+from halfstep.listing import html_table
 from halfstep.model import QuantizedModel
 
 
@@ -150,6 +151,5 @@ class Outcome:
             ("speed over float", f"{proof.latency['quantized'].speedup:.2f}x"),
             ("evaluations", str(self.evaluations)),
         ]
-        cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows)
         sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in (*self.decisions, *self.advice))
-        return f"<table>{cells}</table><ol>{sentences}</ol>"
+        return f"{html_table(rows)}<ol>{sentences}</ol>"
