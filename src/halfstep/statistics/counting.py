@@ -41,49 +41,32 @@ def count(
     for start in range(0, words.size, PIECE):
         piece = words[start : start + PIECE]
         shares = max(1, min(threads, piece.size // PER_THREAD))
-        workspace = _Workspace.with_room_for(shares)
-        workspace.count(piece, shares, tails)
-        workspace.empty_into(counts, offsets, specials)
+        workspace = _workspace(shares)
+        done = False
+        while not done:  # the kernel comes back early when no more can be offered
+            _run(piece, shares, tails.ends, *workspace)
+            done = kernels().hand_over(piece.size, tails.ends, counts, offsets, specials, *workspace)
         _free.append(workspace)
 
 
-class _Workspace:
-    """Private tables and lists for a number of shares; all zero while it waits for the next block."""
-
-    def __init__(self, shares: int) -> None:
-        self.reached = np.zeros(shares, np.int64)  # how many elements of its share each has counted
-        # Zeros come from the operating system, which commits only the pages that are touched.
-        self.tables = np.zeros((shares, LANES, BINS), np.int64)
-        # Lowest and highest bin touched, both signs together; the zeros, which touch none; whether any was negative.
-        self.spans = np.tile(np.array([SIGN, -1, 0, 0]), (shares, 1))
-        self.specials = np.zeros((shares, SPECIALS), np.int64)
-        self.offered = np.empty((shares, ENDS, OFFERED), np.int32)  # to the tails
-        self.filled = np.zeros((shares, ENDS), np.int64)  # how many these are
-
-    @classmethod
-    def with_room_for(cls, shares: int) -> _Workspace:
-        """Return a free workspace, or a new one; two threads of a user never get the same."""
-        free = _free.pop() if _free else None
-        return free if free is not None and len(free.tables) >= shares else cls(shares)
-
-    def count(self, words: NDArray[np.int32], shares: int, tails: Tails) -> None:
-        """Count into the private tables, and offer the tails what may belong to them."""
-        arrays = (self.reached, self.tables, self.spans, self.specials, self.offered, self.filled)
-        done = False
-        while not done:  # the kernel comes back early when no more can be offered
-            done = _run(words, shares, tails.least, *arrays)
-            sizes = self.filled[:shares].tolist()
-            for end in range(ENDS):
-                tails.include(
-                    end, [own[end, : size[end]] for own, size in zip(self.offered, sizes, strict=False)]
-                )
-
-    def empty_into(self, counts: Int64, offsets: Int64, specials: Int64) -> None:
-        """Add what was counted to the histogram, and leave the workspace zero."""
-        kernels().empty(self.tables, self.spans, self.specials, self.reached, counts, offsets, specials)
+def _workspace(shares: int) -> tuple[NDArray[Any], ...]:
+    """Return a free workspace with room for as many shares, or a new one; two threads of a user never get the same."""
+    free = _free.pop() if _free else None
+    if free is not None and len(free[0]) >= shares:
+        return free
+    # All are zero again, and the spans empty, when a workspace waits for the next block.
+    reached = np.zeros(shares, np.int64)  # how many elements of its share each has counted
+    # Zeros come from the operating system, which commits only the pages that are touched.
+    tables = np.zeros((shares, LANES, BINS), np.int64)
+    # Lowest and highest bin touched, both signs together; the zeros, which touch none; whether any was negative.
+    spans = np.tile(np.array([SIGN, -1, 0, 0]), (shares, 1))
+    specials = np.zeros((shares, SPECIALS), np.int64)
+    offered = np.empty((shares, ENDS, OFFERED), np.int32)  # to the tails
+    filled = np.zeros((shares, ENDS), np.int64)  # how many these are
+    return reached, tables, spans, specials, offered, filled
 
 
-_free: list[_Workspace] = []  # pop and append are atomic
+_free: list[tuple[NDArray[Any], ...]] = []  # pop and append are atomic
 _turn = (
     threading.Lock()
 )  # numba's fallback for a missing OpenMP aborts the process if two threads enter it at once
@@ -95,16 +78,17 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forked.set)
 
 
-def _run(words: NDArray[np.int32], shares: int, *arrays: NDArray[Any]) -> bool:
-    """Count all shares: one after the other, or at once; return whether none was left early."""
+def _run(words: NDArray[np.int32], shares: int, *arrays: NDArray[Any]) -> None:
+    """Count all shares: one after the other, or at once."""
     if shares == 1 or _forked.is_set():
-        return kernels().one_by_one(words, shares, *arrays)
+        kernels().one_by_one(words, shares, *arrays)
+        return
     from numba import get_num_threads, set_num_threads
 
     with _turn:
         before = get_num_threads()
         set_num_threads(min(shares, before))
         try:
-            return kernels().at_once(words, shares, *arrays)
+            kernels().at_once(words, shares, *arrays)
         finally:
             set_num_threads(before)

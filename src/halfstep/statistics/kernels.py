@@ -39,11 +39,11 @@ _STRETCH = 512  # where a block reaches beyond the tails, only its stretches tha
 
 @dataclass(frozen=True)
 class Kernels:
-    """Count shares into private tables, in turn or at once, and empty the tables into a histogram."""
+    """Count shares into private tables, in turn or at once, and hand what was counted over to a histogram."""
 
-    one_by_one: Callable[..., bool]
-    at_once: Callable[..., bool]
-    empty: Callable[..., None]
+    one_by_one: Callable[..., None]
+    at_once: Callable[..., None]
+    hand_over: Callable[..., bool]
 
 
 @cache
@@ -180,6 +180,19 @@ def kernels() -> Kernels:
         return size
 
     @njit(nogil=True)
+    def exchange(tail: Any, sample: Any) -> None:
+        """Put a sample in the place of a tail's least, which is the root of a heap."""
+        place, child = 0, 1
+        while child < tail.size:
+            if child + 1 < tail.size and tail[child + 1] < tail[child]:
+                child += 1
+            if sample <= tail[child]:
+                break
+            tail[place] = tail[child]
+            place, child = child, 2 * child + 1
+        tail[place] = sample
+
+    @njit(nogil=True)
     def fold(even: Any, odd: Any, counts: Any, offsets: Any) -> None:
         for i in range(counts.size):
             a, b = even[i], odd[i]
@@ -189,30 +202,27 @@ def kernels() -> Kernels:
                 even[i], odd[i] = 0, 0
 
     @njit(nogil=True)
-    def empty(
-        tables: Any, spans: Any, specials: Any, reached: Any, counts: Any, offsets: Any, seen: Any
-    ) -> None:
-        """Move all that the shares counted to the histogram's counts, offsets and specials."""
-        for share in range(reached.size):
-            if reached[share] == 0:
-                continue
-            even, odd = tables[share, 0], tables[share, 1]
-            first, last = spans[share, 0], spans[share, 1]
-            for negative in range(1 + spans[share, 3]):
-                sign = negative * SIGN
-                for start, stop in ((sign, sign + 1), (sign + first, sign + last + 1)):
-                    if start < stop:
-                        fold(even[start:stop], odd[start:stop], counts[start:stop], offsets[start:stop])
-            counts[0] += spans[share, 2]
-            seen += specials[share]
-            spans[share, 0], spans[share, 1], spans[share, 2], spans[share, 3] = SIGN, -1, 0, 0
-            specials[share] = 0
-            reached[share] = 0
+    def empty(table: Any, span: Any, specials: Any, counts: Any, offsets: Any, seen: Any) -> None:
+        """Move what a share counted to the histogram's counts, offsets and specials."""
+        even, odd = table[0], table[1]
+        first, last = span[0], span[1]
+        for negative in range(1 + span[3]):
+            sign = negative * SIGN
+            for start, stop in ((sign, sign + 1), (sign + first, sign + last + 1)):
+                if start < stop:
+                    fold(even[start:stop], odd[start:stop], counts[start:stop], offsets[start:stop])
+        counts[0] += span[2]
+        seen += specials
+        span[0], span[1], span[2], span[3] = SIGN, -1, 0, 0
+        specials[:] = 0
 
-    def count(
-        words: Any,
-        shares: int,
-        least: Any,
+    @njit(nogil=True)
+    def hand_over(
+        size: int,
+        ends: Any,
+        counts: Any,
+        offsets: Any,
+        seen: Any,
         reached: Any,
         tables: Any,
         spans: Any,
@@ -220,11 +230,38 @@ def kernels() -> Kernels:
         offered: Any,
         filled: Any,
     ) -> bool:
-        """Count each share of the words from where it was left; return whether all are done."""
-        for i in prange(shares):
-            filled[i] = 0
-            share = words[words.size * i // shares + reached[i] : words.size * (i + 1) // shares]
-            reached[i] += tally(share, tables[i], spans[i], specials[i], least, offered[i], filled[i])
-        return reached[:shares].sum() == words.size  # type: ignore[no-any-return]
+        """Give the tails what was offered and, where all words are counted, the histogram its counts; say whether."""
+        counted = 0
+        for share in range(reached.size):
+            counted += reached[share]
+            for end in range(ENDS):
+                tail = ends[end]
+                for sample in offered[share, end, : filled[share, end]]:
+                    if sample > tail[0]:
+                        exchange(tail, sample)
+                filled[share, end] = 0
+        if counted < size:
+            return False
+        for share in range(reached.size):
+            if reached[share]:
+                empty(tables[share], spans[share], specials[share], counts, offsets, seen)
+                reached[share] = 0
+        return True
 
-    return Kernels(njit(nogil=True)(count), njit(nogil=True, parallel=True)(count), empty)
+    def count(
+        words: Any,
+        shares: int,
+        ends: Any,
+        reached: Any,
+        tables: Any,
+        spans: Any,
+        specials: Any,
+        offered: Any,
+        filled: Any,
+    ) -> None:
+        """Count each share of the words from where it was left."""
+        for i in prange(shares):
+            share = words[words.size * i // shares + reached[i] : words.size * (i + 1) // shares]
+            reached[i] += tally(share, tables[i], spans[i], specials[i], ends[:, 0], offered[i], filled[i])
+
+    return Kernels(njit(nogil=True)(count), njit(nogil=True, parallel=True)(count), hand_over)

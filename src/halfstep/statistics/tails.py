@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +21,8 @@ class Tails:
     ends are kept by the same rule: the largest first.
 
     Attributes:
-        ends: (2, 1024) int32, each row descending: the largest samples, and the complements of the smallest.
+        ends: (2, 1024) int32, the largest samples, and the complements of the smallest. Each row is a heap with its
+            least first: what comes in takes the place of that. A row that ascends is one.
     """
 
     ends: NDArray[np.int32]
@@ -34,33 +34,21 @@ class Tails:
 
     @classmethod
     def of(cls, upper: NDArray[np.int32], lower: NDArray[np.int32]) -> Tails:
-        """Return tails that hold these: the largest, descending, and the smallest, ascending."""
-        return cls(np.stack([upper, ~lower]))
+        """Return tails that hold these, 1024 each, in any order."""
+        return cls(np.sort(np.stack([upper, ~lower])))
 
     @property
     def upper(self) -> NDArray[np.int32]:
         """(1024,) the largest, descending."""
-        upper: NDArray[np.int32] = self.ends[0].copy()
+        upper: NDArray[np.int32] = np.sort(self.ends[0])[::-1].copy()
         return upper
 
     @property
     def lower(self) -> NDArray[np.int32]:
         """(1024,) the smallest, ascending."""
-        lower: NDArray[np.int32] = ~self.ends[1]
+        lower: NDArray[np.int32] = ~np.sort(self.ends[1])[::-1]
         return lower
-
-    @property
-    def least(self) -> NDArray[np.int32]:
-        """(2,) only what is larger than this belongs to an end."""
-        least: NDArray[np.int32] = self.ends[:, -1].copy()
-        return least
-
-    def include(self, end: int, offered: Sequence[NDArray[np.int32]]) -> None:
-        """Keep the largest of what an end holds and is offered; order and grouping of offers do not matter."""
-        if any(part.size for part in offered):
-            self.ends[end] = np.sort(np.concatenate([self.ends[end], *offered]))[: -TAIL - 1 : -1]
 
     def merge(self, other: Tails) -> None:
         """Keep the ends of this stream and another one."""
-        for end, part in enumerate(other.ends):
-            self.include(end, [part])
+        self.ends[:] = np.sort(np.concatenate([self.ends, other.ends], axis=1))[:, -TAIL:]
