@@ -24,6 +24,7 @@ from halfstep.graph.inputs import ModelInputs, call_arguments
 from halfstep.graph.insert import Inserted, insert
 from halfstep.graph.names import readable_names
 from halfstep.graph.operators import describe
+from halfstep.graph.overwrite import overwrite
 from halfstep.graph.place import place
 from halfstep.graph.placement import INT16, Layer, Placement, Position, Site
 from halfstep.graph.unfold import unfold
@@ -146,7 +147,7 @@ class QuantizedModel(nn.Module):
         self.quantizers.clear()
         self._in_use = {site.name: self._quantizer(site) for site in self.placement.sites}
         self._shifts = {layer.name: self._bias_shift(layer) for layer in self.layers if _has_bias(layer)}
-        code = self.simulation().graph.python_code("self")
+        code = overwrite(self.simulation().graph).python_code("self")
         namespace = dict(code.globals)
         exec(compile(code.src, "<halfstep graph>", "exec"), namespace)
         self._run: Callable[..., Any] = types.MethodType(namespace["forward"], self.captured.module)
