@@ -116,7 +116,7 @@ class FakeQuantize(nn.Module):
 
     def _observe(self, x: torch.Tensor) -> None:
         before = self.histogram.nan_count
-        self.histogram.update(x.detach())
+        self.histogram.update(x)
         if nans := self.histogram.nan_count - before:
             raise DataError(
                 f"site {self.name!r}: {nans} of {x.numel()} values are NaN; look for NaN in the calibration data, or "

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -85,21 +83,15 @@ def _run(words: NDArray[np.int32], shares: int, *arrays: NDArray[Any]) -> None:
     if shares == 1 or _forked.is_set():
         kernels().one_by_one(words, shares, *arrays)
         return
-    with _turn, _team(shares):
-        kernels().at_once(words, shares, *arrays)
-
-
-@contextmanager
-def _team(size: int) -> Iterator[None]:
-    """No more of numba's threads than that."""
     import numba
 
-    if size >= numba.config.NUMBA_NUM_THREADS:  # type: ignore[attr-defined]
-        yield
-        return
-    before = numba.get_num_threads()
-    numba.set_num_threads(min(size, before))
-    try:
-        yield
-    finally:
-        numba.set_num_threads(before)
+    with _turn:
+        if shares >= numba.config.NUMBA_NUM_THREADS:  # type: ignore[attr-defined]
+            kernels().at_once(words, shares, *arrays)
+            return
+        before = numba.get_num_threads()
+        numba.set_num_threads(min(shares, before))
+        try:
+            kernels().at_once(words, shares, *arrays)
+        finally:
+            numba.set_num_threads(before)

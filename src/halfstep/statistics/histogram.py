@@ -98,7 +98,7 @@ class Histogram:
         threads = torch.get_num_threads()
         # Narrow types are widened piece by piece, to bound the copy.
         for piece in (flat,) if flat.dtype == torch.float32 else flat.split(counting.PIECE):
-            words = np.ascontiguousarray(piece.float().numpy()).view(np.int32)
+            words = piece.float().numpy().view(np.int32)
             counting.count(words, self._counts, self._offsets, self._specials, self._tails, threads)
 
     def merge(self, other: Histogram) -> None:
@@ -388,9 +388,9 @@ def _nth_of(values: Float64, counts: Int64, rank: int) -> float:
 def _flat(x: Tensor) -> Tensor:
     """Return the elements in the order of memory: a view of a dense tensor, a copy of one with holes."""
     if x.is_contiguous():
-        return x.reshape(-1)
+        return x.view(-1)
     by_stride = sorted(range(x.dim()), key=x.stride, reverse=True)
-    return x.permute(by_stride).reshape(-1)
+    return x.permute(by_stride).reshape(-1).contiguous()
 
 
 def _finite_range(x: Tensor) -> list[tuple[float, float]]:
