@@ -27,6 +27,7 @@ import halfstep as hs
 from bench import fashion, peer_nncf
 from bench.networks.resnet import ResNet18, SmallResNet, randomize_batch_norm
 from bench.peer_onnxruntime import calibrate_only
+from halfstep.cli.allocator import keep_freed_memory
 from halfstep.fake_quantize import Mode
 from halfstep.ladder.best_of import CALIBRATORS
 from halfstep.ladder.ranges import activation_answers, activation_sites
@@ -315,4 +316,5 @@ PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # else the time of a step or pass depends on what the process freed before
     main()

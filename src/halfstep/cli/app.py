@@ -7,6 +7,7 @@ import warnings
 
 import typer
 
+from halfstep.cli.allocator import keep_freed_memory
 from halfstep.cli.calibrate import calibrate
 from halfstep.cli.compare import compare
 from halfstep.cli.console import BAD_INPUT, INTERRUPTED, err
@@ -33,6 +34,7 @@ for command in (demo, init, quantize, sensitivity, calibrate, export, verify, in
 
 def main() -> None:
     """Run the command line; a mistake of the user's ends in one line, not in a traceback."""
+    keep_freed_memory()
     warnings.showwarning = lambda message, category, *_: err.print(f"warning: {message}", style="yellow")
     try:
         app()
