@@ -167,6 +167,7 @@ def control_file(network: str, seed: int, options: dict[str, str]) -> Path:
 
 def keep_run(network: str, setting: str, seed: int, changes: dict[str, float], data: fashion.Fashion) -> None:
     result = run(network, setting, seed, changes, data)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     control = setting.endswith(CONTROL)
     file = control_file(network, seed, result["options"]) if control else result_file(network, setting, seed)
     file.write_text(json.dumps(result, indent=1) + "\n")
