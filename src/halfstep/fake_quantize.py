@@ -148,13 +148,14 @@ class FakeQuantize(nn.Module):
         else:
             self.histogram = seen
 
-    def forget(self, batch_ranges: bool = False) -> None:
+    def forget(self, batch_ranges: bool | None = None) -> None:
         """Start the statistics anew.
 
         Args:
-            batch_ranges: also keep the range of every batch, for :class:`.MovingAverage`.
+            batch_ranges: also keep the range of every batch, for :class:`.MovingAverage`; None does as before.
         """
-        self.histogram = Histogram(batch_ranges=batch_ranges)
+        keeps = self.histogram.keeps_batch_ranges if batch_ranges is None else batch_ranges
+        self.histogram = Histogram(batch_ranges=keeps)
         if self.channels is not None:
             self.channels = ChannelRange(self.channels.axis)
 

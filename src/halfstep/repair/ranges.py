@@ -19,7 +19,6 @@ from halfstep.repair.layer_weight import LayerWeight, unfit
 from halfstep.repair.moments import gather
 from halfstep.repair.record import OUTPUT_ERROR, Repair, Treated
 from halfstep.repair.walk import walk
-from halfstep.statistics import Histogram
 
 
 def sample_of(model: QuantizedModel, batches: Iterable[ModelInputs] | None) -> list[ModelInputs]:
@@ -43,7 +42,7 @@ def observe_sites(model: QuantizedModel, names: Iterable[str], batches: Sequence
         return
     with model.using(Mode.FLOAT), torch.no_grad():
         for name in wanted:
-            model.sites[name].histogram = Histogram()
+            model.sites[name].forget()
             model.sites[name].mode = Mode.OBSERVE
         for inputs in batches:
             args, kwargs = call_arguments(inputs)
