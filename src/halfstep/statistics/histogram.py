@@ -266,8 +266,9 @@ class Histogram:
         count = self._require_count()
         above = count - _rank(p, count)
         upper, lower = self._ends()
-        ends = np.sort(np.abs(np.concatenate([upper, lower]) if count > TAIL else upper))[::-1]
-        if above < upper.size:
+        lower = lower[: count - upper.size]  # of few samples the largest are among the smallest too
+        ends = np.sort(np.abs(np.concatenate([upper, lower])))[::-1]
+        if above < upper.size or ends.size == count:
             return float(ends[above])
         values, counts = self.bins()
         return _nth_of(np.abs(values), counts, count - above)
