@@ -110,7 +110,8 @@ def calibrate(
     No data are needed: the histograms of :func:`observe` answer any calibrator and any number format, and
     :func:`best_of` compares outputs on the examples that it kept.
 
-    Warns of sites that saw only zeros or infinities, and of a percentile that rests on too few values.
+    Warns of sites that saw only zeros or infinities, and of a percentile that rests on too few values or leaves out
+    most of those that are not zero.
 
     Args:
         model: observed.
