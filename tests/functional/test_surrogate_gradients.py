@@ -206,7 +206,7 @@ def test_the_sum_for_a_scale_is_right_to_a_part_in_ten_thousand(bits, layout):
 @pytest.mark.parametrize(("bits", "allowed"), [(4, 1e-3), (8, 0.05), (12, 1e-4), (16, 1e-4)])
 @pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0)], ids=str)
 def test_the_sum_for_a_scale_is_no_noise_where_gradients_are(bits, allowed, granularity):
-    """Gradients that have nothing to do with their activations, none of which is clipped: the sum is far smaller still."""
+    """Gradients that have nothing to do with their activations, none of them clipped: the sum is far smaller."""
     format = Integer(bits, signed=False, symmetric=False)
     generator = torch.Generator().manual_seed(bits)
     x = torch.randn(2, 500_000, generator=generator).relu()
