@@ -25,7 +25,10 @@ PIECE = 2**19
 
 
 def serves(x: Tensor, thresholds: Tensor) -> bool:
-    """Whether the lookup can be used: one table, float32 in the host's memory, many elements, not being compiled."""
+    """Whether the lookup can be used: one table, float32 in the host's memory, many elements, not being compiled.
+
+    And numba compiles: with NUMBA_DISABLE_JIT the loops would take a thousand times as long.
+    """
     return (
         thresholds.dim() == 1
         and len(thresholds) < 2**16
@@ -33,7 +36,14 @@ def serves(x: Tensor, thresholds: Tensor) -> bool:
         and x.device.type == "cpu"
         and x.numel() >= WORTHWHILE
         and not torch.compiler.is_compiling()
+        and _compiles()
     )
+
+
+def _compiles() -> bool:
+    import numba
+
+    return not numba.config.DISABLE_JIT  # type: ignore[attr-defined]
 
 
 def replace(x: Tensor, values: Tensor, thresholds: Tensor, ties_up: bool) -> None:
