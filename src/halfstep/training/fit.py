@@ -273,7 +273,8 @@ class _Fit:
 
     def _mark(self) -> None:
         assert self.judge is not None
-        with self.ranges.settled() if self.ranges is not None else nullcontext():
+        settled = self.ranges.settled() if self.ranges is not None else nullcontext()
+        with settled, own_randomness():
             verdict = self.judge(self.step)
             if not self.marks or verdict.drop < min(mark.drop for mark in self.marks):
                 self.good, self.best_step = self._state(), self.step
