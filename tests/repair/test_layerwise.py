@@ -51,7 +51,7 @@ def test_the_error_of_moments_is_that_of_the_layer(what):
     q = calibrated(built(lambda: Net(forward, a=layer)))
     (step,) = list(walk(q, q.sample, "test"))
     weight = LayerWeight.of(q, step.layer)
-    got = gather(weight.op, step.inputs, step.float_inputs).error(weight.rounded_rows(), weight.rows())
+    got = gather(weight.op, weight.rows(), step.inputs, step.float_inputs).error(weight.rounded_rows())
     axis = 1 if weight.op.kind == "conv" else -1
     errors = [
         (step.run(x) - step.run_float(y)).movedim(axis, 0).flatten(1)
