@@ -188,14 +188,10 @@ class Identity:
         if isinstance(value, Iterator):
             self.unknown.append(f"{where} (a {kind.__name__}, which can be iterated only once)")
             return "object", "", parts
-        own_state = getattr(kind, "__getstate__", None)
+        state = state_of(value)
         if isinstance(value, DataLoader):
-            state: Any = {name: part for name, part in vars(value).items() if name not in _PASSING}
-        elif isinstance(own_state, types.FunctionType) and not _installed(own_state):
-            state = value.__getstate__()
-        elif hasattr(value, "__dict__"):
-            state = dict(vars(value))
-        else:
+            state = {name: part for name, part in state.items() if name not in _PASSING}
+        elif state is None:
             state = self._reduced(value, where)
         slots = {
             name: getattr(value, name)
@@ -217,6 +213,17 @@ class Identity:
         if isinstance(parts, str):
             return parts
         return [list(part) if isinstance(part, Iterator) else part for part in parts]
+
+
+def state_of(value: Any) -> Any:
+    """The attributes of an object, or what its class says is its state (``__getstate__``); None where it has neither.
+
+    A class says so to leave out what makes no difference, such as a cache.
+    """
+    own = getattr(type(value), "__getstate__", None)
+    if isinstance(own, types.FunctionType) and not _installed(own):
+        return value.__getstate__()
+    return dict(vars(value)) if hasattr(value, "__dict__") else None
 
 
 def rows_of_bytes(value: torch.Tensor | np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MethodType
@@ -15,7 +16,7 @@ from torch.utils import _pytree as pytree
 from halfstep.errors import RunError
 from halfstep.evaluate import CallableMetric, Metric, Scorer, labelled_data, parts
 from halfstep.graph.inputs import ModelInputs, batch_size, call_arguments
-from halfstep.identity import Identity, rows_of_bytes
+from halfstep.identity import Identity, rows_of_bytes, state_of
 from halfstep.ladder.aim import Aim
 from halfstep.ladder.environment import environment
 from halfstep.ladder.journal import Journal
@@ -113,24 +114,33 @@ def claim(
     if judged.seen:
         _claim_examples(journal, judged)
     if training is not None:
-        journal.claim("training", training_digest(training))
+        journal.claim("training", training.content())
+        if journal.changed(
+            "training surroundings", digest=Identity(training.loss, training.labelled).surroundings
+        ):
+            warnings.warn(
+                "training: global variables that its code refers to are not what they were when this run began; what "
+                "was trained rests on the old ones; begin anew with fresh=True (--fresh) if they matter",
+                stacklevel=4,
+            )
     journal.write("environment", packages=packages)
     return Claimed(judged, tuple(unseen))
-
-
-def training_digest(training: Training) -> str:
-    """Of a training's options, its loss, and its data as far as they can be read without iterating over them."""
-    return Identity(training.describe(), training.loss, training.labelled).digest
 
 
 def _metric_identity(scorer: Scorer) -> Identity:
     """A metric without its labelled data, which are claimed by themselves."""
     if isinstance(scorer, CallableMetric):
         return Identity(scorer.function, scorer.higher_is_better)
-    own = {name: value for name, value in vars(scorer).items() if name != "labelled"}
-    if isinstance(own.get("score"), MethodType) and own["score"].__self__ is scorer:
-        del own["score"]  # the class's
-    return Identity(type(scorer), own)
+    state = state_of(scorer)
+    if isinstance(state, dict):
+        score = state.get("score")
+        own = isinstance(score, MethodType) and score.__self__ is scorer  # the class's
+        state = {
+            name: value
+            for name, value in state.items()
+            if name != "labelled" and not (own and name == "score")
+        }
+    return Identity(type(scorer), state)
 
 
 def _labelled_examples(scorer: Scorer) -> Examples:

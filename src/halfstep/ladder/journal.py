@@ -8,14 +8,12 @@ not written twice.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
 import os
 import time
 import warnings
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,8 +22,9 @@ from typing import IO, Any, Self
 import torch
 
 from halfstep.errors import RunError
+from halfstep.files import lock, write_whole
 
-FILE, LOCK, CHECKPOINTS = "journal.jsonl", ".lock", "checkpoints"
+FILE, CHECKPOINTS = "journal.jsonl", "checkpoints"
 #: What a run leaves in its directory; the rest of what lies there is not the run's.
 LEFT = (
     *(FILE, f"{FILE}.damaged", CHECKPOINTS, "config.yaml", "outcome.json", "report.html"),
@@ -84,7 +83,7 @@ class Journal:
         self._known: set[str] = set()
         self._lock: IO[bytes] | None = None
         if self.folder is not None:
-            self._lock = _locked(self.folder)
+            self._lock = lock(self.folder)
             try:
                 if fresh:
                     _set_aside(self.folder)
@@ -295,26 +294,6 @@ def _read_tensors(folder: Path, known: Sequence[Mapping[str, Any]]) -> dict[str,
     return dict(load(content))
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name beside it and rename it: it appears whole or not at all.
-
-    Raises:
-        RunError: if it cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary.parent.is_dir():
-            temporary.unlink(missing_ok=True)
-        raise RunError(f"cannot write {path}: {error.strerror}") from error
-
-
 def finite(value: Any) -> Any:
     """``value`` with None for numbers that JSON does not know: NaN and the infinities."""
     if isinstance(value, Mapping):
@@ -377,43 +356,3 @@ def _set_aside(folder: Path) -> None:
             path.rename(place / path.name)
     except OSError as error:
         raise RunError(f"cannot move what lies in {folder} to {place}: {error.strerror}") from error
-
-
-#: Open locks; a forked child lets go of its copies, or it would hold them when the parent is gone.
-_LOCKS: weakref.WeakSet[IO[bytes]] = weakref.WeakSet()
-
-
-def _drop_locks() -> None:
-    for lock in list(_LOCKS):
-        lock.close()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_drop_locks)
-
-
-def _locked(folder: Path) -> IO[bytes]:
-    """An open file that holds the directory's lock; the system lets go of it when the process ends, however it ends."""
-    import fcntl  # not on every system, and needed for runs with a directory only
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK).open("ab")
-    except OSError as error:
-        raise RunError(
-            f"directory {folder} cannot be written: {error.strerror}; choose another one"
-        ) from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            file.close()
-            raise RunError(
-                f"directory {folder} is in use by another process; wait for it, or choose another directory"
-            ) from error
-        warnings.warn(
-            f"directory {folder} cannot be locked: {error.strerror}; see to it that no other process uses it",
-            stacklevel=4,
-        )
-    _LOCKS.add(file)
-    return file

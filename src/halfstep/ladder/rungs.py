@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from halfstep.errors import ArgumentError
 from halfstep.evaluate import Score
 from halfstep.ladder.best_of import FINALISTS
-from halfstep.ladder.identity import training_digest
 from halfstep.ladder.partial import Partial, climb_partial
 from halfstep.ladder.ptq import climb_ptq
 from halfstep.ladder.qat import climb_qat
@@ -54,7 +53,7 @@ RUNGS: dict[str, Rung] = {
             _climb_qat,
             _qat_evaluations,
             _qat_missing,
-            lambda means: "" if means.training is None else training_digest(means.training),
+            lambda means: "" if means.training is None else means.training.content(),
         ),
     )
 }

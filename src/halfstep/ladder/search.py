@@ -115,14 +115,23 @@ class Search:
                 return replace(verdict, met=self.goal.met(verdict.score))
         return next((verdict for verdict in known if verdict.holds(self.goal.max_drop)), None)
 
-    def evaluate(self, what: str) -> Score:
-        """Score the simulation as it stands on all examples; a candidate that was scored before costs nothing."""
+    def evaluate(self, what: str, paid: bool = False) -> Score:
+        """Score the simulation as it stands on all examples; a candidate that was scored before costs nothing.
+
+        Args:
+            what: it is, in words.
+            paid: score it even if the budget is used up.
+
+        Raises:
+            BudgetSpent: if it is.
+        """
         key = fingerprint(self.model)
         known = self.recall(key)
         if known is not None and known.complete:
             self._consider(what, known, key)
             return known.score
-        self.check_budget()
+        if not paid:
+            self.check_budget()
         start = time.perf_counter()
         seen = 0
         early = [verdict.score.per_example for verdict in self.memory.get(key, [])]
@@ -184,10 +193,13 @@ class Search:
         Raises:
             BudgetSpent: saying by what.
         """
-        made = sum(evaluation.share for evaluation in self.evaluations)
-        spent = self.budget.spent(made, time.perf_counter() - self._started)
-        if spent and self.best is not None:
+        if (spent := self.spent()) and self.best is not None:
             raise BudgetSpent(spent)
+
+    def spent(self) -> str:
+        """What of the budget is used up, in words; empty while there is something left."""
+        made = sum(evaluation.share for evaluation in self.evaluations)
+        return self.budget.spent(made, time.perf_counter() - self._started)
 
     def seconds_left(self) -> float | None:
         """Seconds until the budget's minutes are used up; None where it bounds no time."""
