@@ -13,9 +13,9 @@ from torch import nn
 from halfstep.config import Config, RecipePart, make_config, read_config
 from halfstep.errors import ArgumentError, DataError, RunError
 from halfstep.evaluate import Accuracy, Metric
+from halfstep.files import write_whole
 from halfstep.granularity import PerTensor
 from halfstep.ladder.budget import Budget
-from halfstep.ladder.journal import write_whole
 from halfstep.model import QuantizedModel
 from halfstep.recipe import Recipe
 from halfstep.sources import find_callable, load_inputs, load_labelled, load_model

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -36,6 +36,11 @@ class Fidelity:
 
     def __str__(self) -> str:
         return f"{self.sqnr:.1f} dB" if math.isnan(self.kl) else f"KL {self.kl:.3g}, {self.sqnr:.1f} dB"
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> Fidelity:
+        """The one whose fields are ``data``, as numbers or text."""
+        return cls(float(data["kl"]), float(data["sqnr"]))
 
     def loss(self, by: Measure) -> float:
         """The measure as a number of which less is better; a network that answers NaN is the worst."""
