@@ -82,6 +82,7 @@ class Trained:
         seconds: of training, evaluations not counted, over all runs that it took.
         resumed_at: the step that this run went on from; 0 from the start.
         learning_rate: at the start, as given or by the model's fewest bits.
+        skipped: how many of the steps changed nothing, since their gradients were beyond float16.
         control: the float control's score; None if none was asked for.
     """
 
@@ -93,6 +94,7 @@ class Trained:
     seconds: float
     learning_rate: float
     resumed_at: int = 0
+    skipped: int = 0
     control: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -161,7 +163,9 @@ class _Fit:
         self.keeper = keeping.start(model) if keeping is not None else None
         self.move_at = math.ceil(training.ranges.after * self.planned)
         self.optimizer = OPTIMIZERS[training.optimizer].make(self._groups(weights))
-        self.step = self.resumed_at = 0
+        # Gradients in float16 vanish below 6e-8: the loss is scaled up, as far as they do not overflow at the other end.
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=training.autocast is torch.float16)
+        self.step = self.resumed_at = self.skipped = 0
         self.seconds = 0.0
         self.losses: list[float] = []
         self.marks: list[Mark] = []
@@ -198,6 +202,7 @@ class _Fit:
             self.seconds,
             self.rate,
             self.resumed_at,
+            self.skipped,
         )
 
     def _loop(self) -> None:
@@ -264,20 +269,29 @@ class _Fit:
         if not math.isfinite(value):
             raise self._diverged(f"the loss became {value}; {first_bad_value(self.model, inputs)}")
         self.optimizer.zero_grad()
-        loss.backward()
-        norm = self._gradient_norm()
-        if not math.isfinite(norm):
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        finite, scale = math.isfinite(self._gradient_norm()), self.scaler.get_scale()
+        if finite:
+            self._update()
+        elif scale > 1:  # it was too large; without a scaler it is 1
+            self.skipped += 1
+        else:
             raise self._diverged(f"the loss is {value:.4g}, but {first_bad_gradient(self.model)}")
+        self.scaler.update(None if finite else scale * self.scaler.get_backoff_factor())
+        self.optimizer.zero_grad()
+        self.losses.append(value)
+        self.step += 1
+
+    def _update(self) -> None:
+        """Move the weights along their gradients, and what follows them."""
         if self.keeper is not None:
             self.keeper.before_step(self.step / self.planned)
         self.optimizer.step()
-        self.optimizer.zero_grad()
         if self.ranges is not None:
             self.ranges.follow()
         if self.keeper is not None:
             self.keeper.after_step()
-        self.losses.append(value)
-        self.step += 1
 
     def _loss(self, inputs: ModelInputs, labels: Any) -> torch.Tensor:
         dtype = self.training.autocast
@@ -328,6 +342,8 @@ class _Fit:
             "marks": [asdict(mark) for mark in self.marks],
             "enough": self.enough,
             "best_step": self.best_step,
+            "skipped": self.skipped,
+            "scaler": self.scaler.state_dict(),
             "last_batch": Identity(*self.batch).digest if self.batch else self.last_batch,
         }
         parts = {
@@ -354,14 +370,17 @@ class _Fit:
         self.seconds, self.losses = position["seconds"], position["losses"]
         self.marks = [Mark(**mark) for mark in position["marks"]]
         self.enough, self.best_step = position["enough"], position["best_step"]
-        self.last_batch = position["last_batch"]
+        self.last_batch, self.skipped = position["last_batch"], position["skipped"]
+        self.scaler.load_state_dict(position["scaler"])
 
     def _diverged(self, what: str) -> DivergedError:
         self.optimizer.zero_grad()
         self.model.load_state_dict(self.good)
+        half = self.training.autocast is torch.float16
         return DivergedError(
             f"step {self.step + 1} of {self.planned}: {what}. The model is back at step {self.best_step}. Lower "
             f"learning_rate (now {self.rate:g}) or set clip_norm (now {self.training.clip_norm}), "
+            f"{'try autocast=torch.bfloat16, which has room beyond 65504, ' if half else ''}"
             "and look for NaN in the data"
         )
 
