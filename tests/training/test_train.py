@@ -160,7 +160,8 @@ def test_distillation_alone_needs_no_labels(low):
             return float((torch.cat([q(images) for images, _ in task(64)]) - wanted).square().mean())
 
     before = distance(low)
-    hs.train(low, options(labelled=[(images, None) for images, _ in task()], loss=None))
+    classes = hs.Distillation(axis=1)
+    hs.train(low, options(labelled=[(images, None) for images, _ in task()], loss=None, distillation=classes))
     assert distance(low) < 0.75 * before
 
 

@@ -30,6 +30,7 @@ from halfstep.training.checkpoint import (
     optimizer_tensors,
     restore_optimizer,
 )
+from halfstep.training.distillation import Comparison
 from halfstep.training.divergence import first_bad_gradient, first_bad_value
 from halfstep.training.loss import check_dependence, outputs_loss
 from halfstep.training.options import OPTIMIZERS, Training, default_rate
@@ -83,6 +84,7 @@ class Trained:
         resumed_at: the step that this run went on from; 0 from the start.
         learning_rate: at the start, as given or by the model's fewest bits.
         skipped: how many of the steps changed nothing, since their gradients were beyond float16.
+        distilled: what distillation compared, and how that was known; empty without it.
         control: the float control's score; None if none was asked for.
     """
 
@@ -95,6 +97,7 @@ class Trained:
     learning_rate: float
     resumed_at: int = 0
     skipped: int = 0
+    distilled: str = ""
     control: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -157,13 +160,14 @@ class _Fit:
         self.path = directory / FILE if directory is not None else None
         self.fingerprint = fingerprint(model.state_dict(), training) if self.path else ""
         self.teacher = _float_twin(model) if training.distillation is not None else None
+        self.comparison: Comparison | None = None  # found out from the first batch
         quantized = model.mode is Mode.QUANTIZE
         self.ranges = MovingRanges(model, training.ranges) if quantized else None
         keeping = training.oscillation if quantized else None
         self.keeper = keeping.start(model) if keeping is not None else None
         self.move_at = math.ceil(training.ranges.after * self.planned)
         self.optimizer = OPTIMIZERS[training.optimizer].make(self._groups(weights))
-        # Gradients in float16 vanish below 6e-8: the loss is scaled up, as far as they do not overflow at the other end.
+        # Gradients in float16 vanish below 6e-8: the loss is scaled up, as far as they do not overflow.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=training.autocast is torch.float16)
         self.step = self.resumed_at = self.skipped = 0
         self.seconds = 0.0
@@ -203,6 +207,7 @@ class _Fit:
             self.rate,
             self.resumed_at,
             self.skipped,
+            "" if self.comparison is None else self.comparison.words,
         )
 
     def _loop(self) -> None:
@@ -298,13 +303,30 @@ class _Fit:
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             outputs = run(self.model, inputs)
             total = outputs_loss(self.training, outputs, labels)
-            if self.step == self.resumed_at and self.training.loss is not None:
+            first = self.step == self.resumed_at
+            if first and self.training.loss is not None:
                 check_dependence(total, outputs)  # beside distillation nobody would notice
-            if self.training.distillation is not None and self.teacher is not None:
+            if self.teacher is not None:
                 with torch.no_grad():
                     answers = run(self.teacher, inputs)
-                total = total + self.training.distillation.loss(outputs, answers)
+                distance = self._comparison(outputs, labels).loss(outputs, answers)
+                if first and self.training.loss is None and not distance.requires_grad:
+                    raise TrainingError(
+                        "distillation has no gradient: no floating-point output of the model depends on what trains; "
+                        "give a loss"
+                    )
+                total = total + distance
         return total
+
+    def _comparison(self, outputs: Any, labels: Any) -> Comparison:
+        """What distillation compares, found out once; a warning where that is a guess."""
+        if self.comparison is None:
+            distillation, loss = self.training.distillation, self.training.loss
+            assert distillation is not None
+            self.comparison = distillation.comparison(outputs, loss, None if loss is None else labels)
+            if not self.comparison.sure:
+                warnings.warn(f"distillation: {self.comparison}", stacklevel=2)
+        return self.comparison
 
     def _gradient_norm(self) -> float:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -344,6 +366,7 @@ class _Fit:
             "best_step": self.best_step,
             "skipped": self.skipped,
             "scaler": self.scaler.state_dict(),
+            "comparison": None if self.comparison is None else asdict(self.comparison),
             "last_batch": Identity(*self.batch).digest if self.batch else self.last_batch,
         }
         parts = {
@@ -372,6 +395,8 @@ class _Fit:
         self.enough, self.best_step = position["enough"], position["best_step"]
         self.last_batch, self.skipped = position["last_batch"], position["skipped"]
         self.scaler.load_state_dict(position["scaler"])
+        if (known := position["comparison"]) is not None and self.training.distillation is not None:
+            self.comparison = Comparison(**{**known, "distillation": self.training.distillation})
 
     def _diverged(self, what: str) -> DivergedError:
         self.optimizer.zero_grad()

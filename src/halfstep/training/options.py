@@ -61,7 +61,7 @@ class Training:
         optimizer: ``"adamw"`` or ``"sgd"``.
         weight_decay: of the weights; ranges and one-dimensional parameters have none.
         clip_norm: gradients are scaled down to this norm where theirs is larger; None leaves them.
-        distillation: from the float model; None trains on ``loss`` alone.
+        distillation: from the float model, by what suits the outputs; None trains on ``loss`` alone.
         ranges: which ranges move, and when.
         oscillation: what keeps weights of 4 bits and fewer from jumping to and fro between two codes, ``Damping()`` or
             ``Freezing()``; None leaves them.
