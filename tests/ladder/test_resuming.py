@@ -109,6 +109,27 @@ def test_sigkill_at_twenty_random_moments(unbroken, tmp_path):
     assert kill_again_and_again(unbroken, tmp_path, 20) <= unbroken.calls + 20 * BATCHES
 
 
+def test_what_is_to_be_said_of_the_data_is_said_by_the_run_that_goes_on(tmp_path):
+    """Interrupted after the float score and before the end of calibration, the longest early part."""
+    inputs, _ = data()
+
+    def interrupted():
+        yield inputs[:16]
+        raise KeyboardInterrupt
+
+    options = {"rungs": ("ptq",), "training": None, "max_drop": 1.0}
+    with pytest.raises(KeyboardInterrupt):
+        climb(tmp_path, calibration=interrupted(), **options)
+    with pytest.warns(UserWarning) as told:
+        outcome = climb(tmp_path, calibration=[inputs[:16] * 5], **options)
+    said = [str(warning.message) for warning in told]
+    assert any("16 calibration examples are few" in sentence for sentence in said)
+    assert any("calibrate on data like those the model will see" in sentence for sentence in said)
+    assert set(said) <= set(outcome.decisions)
+    again = climb(tmp_path, calibration=[inputs[:16] * 5], **options)  # no warning: they were heard
+    assert again.decisions == outcome.decisions
+
+
 class CountingLoss:
     """Cross entropy; how often it was asked makes it no other loss."""
 
