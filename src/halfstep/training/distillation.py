@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,6 +16,9 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from halfstep.errors import TrainingError
+from halfstep.fake_quantize import Mode
+from halfstep.graph.inputs import ModelInputs
+from halfstep.model import QuantizedModel, run
 
 Measure = Literal["kl", "bernoulli", "mse"]
 
@@ -189,6 +194,58 @@ class Comparison:
 
     def __str__(self) -> str:
         return self.words
+
+
+class Teacher:
+    """The float model as it is now, and how far outputs are from its answers.
+
+    Args:
+        model: copied, so that it stays as it is.
+        distillation: how to compare; what is left open there is found out from the first batch.
+        loss: the user's; None without one.
+    """
+
+    def __init__(
+        self, model: QuantizedModel, distillation: Distillation, loss: Callable[..., Any] | None
+    ) -> None:
+        self.model = copy.deepcopy(model).requires_grad_(False)
+        self.model.set_mode(Mode.FLOAT)
+        self.distillation, self.loss = distillation, loss
+        self.comparison: Comparison | None = None
+
+    def distance(self, inputs: ModelInputs, outputs: Any, labels: Any) -> Tensor:
+        """How far ``outputs`` are from the float model's answers to ``inputs``; a warning where that is a guess.
+
+        Raises:
+            TrainingError: there is nothing to compare, or, without a loss, nothing that trains.
+        """
+        with torch.no_grad():
+            answers = run(self.model, inputs)
+        if self.comparison is None:
+            told = None if self.loss is None else labels
+            self.comparison = self.distillation.comparison(outputs, self.loss, told)
+            if not self.comparison.sure:
+                warnings.warn(f"distillation: {self.comparison}", stacklevel=2)
+        distance = self.comparison.loss(outputs, answers)
+        if self.loss is None and not distance.requires_grad:
+            raise TrainingError(
+                "distillation has no gradient: no floating-point output of the model depends on what trains; give a "
+                "loss"
+            )
+        return distance
+
+    def state(self) -> dict[str, Any]:
+        """What was found out, as plain data; empty before the first batch."""
+        if self.comparison is None:
+            return {}
+        return {name: value for name, value in vars(self.comparison).items() if name != "distillation"}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Compare what another run compared."""
+        self.comparison = Comparison(self.distillation, **state) if state else None
+
+    def __str__(self) -> str:
+        return "" if self.comparison is None else str(self.comparison)
 
 
 def _divergence(ours: Tensor, theirs: Tensor, axis: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 import warnings
@@ -30,7 +29,7 @@ from halfstep.training.checkpoint import (
     optimizer_tensors,
     restore_optimizer,
 )
-from halfstep.training.distillation import Comparison
+from halfstep.training.distillation import Teacher
 from halfstep.training.divergence import first_bad_gradient, first_bad_value
 from halfstep.training.loss import check_dependence, outputs_loss
 from halfstep.training.options import OPTIMIZERS, Training, default_rate
@@ -159,8 +158,8 @@ class _Fit:
         self.every = max(1, round(training.evaluate_every * self.batches.count))
         self.path = directory / FILE if directory is not None else None
         self.fingerprint = fingerprint(model.state_dict(), training) if self.path else ""
-        self.teacher = _float_twin(model) if training.distillation is not None else None
-        self.comparison: Comparison | None = None  # found out from the first batch
+        distillation = training.distillation
+        self.teacher = None if distillation is None else Teacher(model, distillation, training.loss)
         quantized = model.mode is Mode.QUANTIZE
         self.ranges = MovingRanges(model, training.ranges) if quantized else None
         keeping = training.oscillation if quantized else None
@@ -207,7 +206,7 @@ class _Fit:
             self.rate,
             self.resumed_at,
             self.skipped,
-            "" if self.comparison is None else self.comparison.words,
+            "" if self.teacher is None else str(self.teacher),
         )
 
     def _loop(self) -> None:
@@ -303,30 +302,11 @@ class _Fit:
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             outputs = run(self.model, inputs)
             total = outputs_loss(self.training, outputs, labels)
-            first = self.step == self.resumed_at
-            if first and self.training.loss is not None:
+            if self.step == self.resumed_at and self.training.loss is not None:
                 check_dependence(total, outputs)  # beside distillation nobody would notice
             if self.teacher is not None:
-                with torch.no_grad():
-                    answers = run(self.teacher, inputs)
-                distance = self._comparison(outputs, labels).loss(outputs, answers)
-                if first and self.training.loss is None and not distance.requires_grad:
-                    raise TrainingError(
-                        "distillation has no gradient: no floating-point output of the model depends on what trains; "
-                        "give a loss"
-                    )
-                total = total + distance
+                total = total + self.teacher.distance(inputs, outputs, labels)
         return total
-
-    def _comparison(self, outputs: Any, labels: Any) -> Comparison:
-        """What distillation compares, found out once; a warning where that is a guess."""
-        if self.comparison is None:
-            distillation, loss = self.training.distillation, self.training.loss
-            assert distillation is not None
-            self.comparison = distillation.comparison(outputs, loss, None if loss is None else labels)
-            if not self.comparison.sure:
-                warnings.warn(f"distillation: {self.comparison}", stacklevel=2)
-        return self.comparison
 
     def _gradient_norm(self) -> float:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -366,7 +346,7 @@ class _Fit:
             "best_step": self.best_step,
             "skipped": self.skipped,
             "scaler": self.scaler.state_dict(),
-            "comparison": None if self.comparison is None else asdict(self.comparison),
+            "comparison": {} if self.teacher is None else self.teacher.state(),
             "last_batch": Identity(*self.batch).digest if self.batch else self.last_batch,
         }
         parts = {
@@ -395,8 +375,8 @@ class _Fit:
         self.enough, self.best_step = position["enough"], position["best_step"]
         self.last_batch, self.skipped = position["last_batch"], position["skipped"]
         self.scaler.load_state_dict(position["scaler"])
-        if (known := position["comparison"]) is not None and self.training.distillation is not None:
-            self.comparison = Comparison(**{**known, "distillation": self.training.distillation})
+        if self.teacher is not None:
+            self.teacher.restore(position["comparison"])
 
     def _diverged(self, what: str) -> DivergedError:
         self.optimizer.zero_grad()
@@ -445,10 +425,3 @@ def _trainable(model: QuantizedModel) -> list[nn.Parameter]:
             "before hs.prepare, or q.requires_grad_() after it"
         )
     return weights
-
-
-def _float_twin(model: QuantizedModel) -> QuantizedModel:
-    """The float model as it is now, which stays as it is."""
-    twin = copy.deepcopy(model)
-    twin.set_mode(Mode.FLOAT)
-    return twin.requires_grad_(False)
