@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 
 from halfstep.errors import ExportError
-from halfstep.export.editing import drop_unused, share_equal
+from halfstep.export.editing import drop_unused, share_equal, unique_names
 from halfstep.export.lower import lower, pool_globally, rename
 from halfstep.export.trace import DOMAIN, trace
 from halfstep.model import QuantizedModel
@@ -25,6 +25,7 @@ def build_quantized(model: QuantizedModel, metadata: Mapping[str, str]) -> ir.Mo
     onnx_model = trace(model, quantized=True)
     lower(onnx_model, model)
     share_equal(onnx_model.graph)
+    unique_names(onnx_model.graph)
     onnx_model.producer_name, onnx_model.producer_version = "halfstep", version("halfstep")
     onnx_model.opset_imports.pop(DOMAIN, None)
     onnx_model.metadata_props.clear()
@@ -48,6 +49,7 @@ def build_float(model: QuantizedModel) -> ir.Model:
     pool_globally(onnx_model.graph)
     drop_unused(onnx_model.graph)
     share_equal(onnx_model.graph)
+    unique_names(onnx_model.graph)
     return onnx_model
 
 

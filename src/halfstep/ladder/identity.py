@@ -20,7 +20,7 @@ VALUES = 4096
 
 def model_digest(captured: Captured) -> str:
     """Of a captured network: its graph and every parameter and buffer."""
-    digest = hashlib.sha256(str(captured.module.graph).encode())
+    digest = hashlib.sha256(str(captured.graph).encode())
     for name, tensor in sorted(captured.module.state_dict().items()):
         _add(digest, name, tensor)
     return digest.hexdigest()

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from halfstep.errors import DataError
+from halfstep.graph.outputs import Outputs
 from halfstep.runtime.runtimes import find_runtime, runtime_of
 
 
@@ -20,7 +21,7 @@ class DeployedModel(nn.Module):
     Args:
         path: the ONNX file.
         in_spec: how ``(args, kwargs)`` flatten to the file's inputs; None for positional tensors.
-        out_spec: how its outputs are put together; None for one tensor or a tuple.
+        out_spec: how its outputs are put together (``captured.out_spec``); None for one tensor or a tuple.
         threads: for one operator; None for all cores.
         runtime: which one, by name; None for the one of the target that the file was made for.
 
@@ -32,7 +33,7 @@ class DeployedModel(nn.Module):
         self,
         path: str | Path,
         in_spec: pytree.TreeSpec | None = None,
-        out_spec: pytree.TreeSpec | None = None,
+        out_spec: Outputs | None = None,
         threads: int | None = None,
         runtime: str | None = None,
     ) -> None:
@@ -51,7 +52,7 @@ class DeployedModel(nn.Module):
             )
         outputs = [torch.from_numpy(array) for array in self.session.run([to_numpy(leaf) for leaf in leaves])]
         if self.out_spec is not None:
-            return pytree.tree_unflatten(outputs, self.out_spec)
+            return self.out_spec.restore(outputs)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
