@@ -45,7 +45,8 @@ class Chosen:
         return chosen
 
     def __set__(self, model: QuantizedModel, patterns: Collection[str]) -> None:
-        names = {name for pattern in patterns for name in match_layers(pattern, model.layer_names)}
+        layers = dict.fromkeys(model.layer_names)  # a dict: looked up by name, and in order for messages
+        names = {name for pattern in patterns for name in match_layers(pattern, layers)}
         model.choose(replace(model.choices, **{self.name: frozenset(names)}))
 
 
