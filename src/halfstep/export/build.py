@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -61,7 +62,15 @@ def save(onnx_model: ir.Model, path: Path) -> None:
     """
     tensors = [value.const_value for value in onnx_model.graph.initializers.values()]
     size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
-    ir.save(onnx_model, path, external_data=f"{path.name}.data" if size > EXTERNAL_ABOVE else None)
+    weights = None
+    if size > EXTERNAL_ABOVE:  # called after their content, so that no other file can mean them by accident
+        digest = hashlib.blake2b(digest_size=8)
+        for tensor in tensors:
+            if tensor is not None:
+                digest.update(f"{tensor.name} {tensor.dtype} {tensor.shape}".encode())
+                digest.update(tensor.tobytes())
+        weights = f"{path.name}.{digest.hexdigest()}.data"
+    ir.save(onnx_model, path, external_data=weights)
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:

@@ -6,6 +6,7 @@ is the only one that speaks to torch's exporter.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -113,7 +114,7 @@ def trace(model: QuantizedModel, quantized: bool) -> ir.Model:
                 optimize=True,
             )
     except Exception as error:
-        raise ExportError(f"torch cannot translate the network to ONNX: {_cause(error)}") from error
+        raise ExportError(f"torch cannot translate the network to ONNX: {_cause(error, model)}") from error
     finally:
         module.to(device)
     assert program is not None
@@ -155,7 +156,18 @@ def _correct_biases(module: fx.GraphModule, model: QuantizedModel, copies: dict[
     module.recompile()
 
 
-def _cause(error: BaseException) -> str:
+def _cause(error: BaseException, model: QuantizedModel) -> str:
+    """What stopped the translation; for an operator that ONNX has not, where it is and what to do."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    operator = re.search(r"No ONNX function found for <OpOverload\(op='(\w+)\.(\w+)'", text)
+    if operator is None:
+        return text
+    names = readable_names(model.graph).items()
+    places = [name for node, name in names if operator[2] in str(node.target)]
+    where = f" (at {', '.join(map(repr, places[:3]))})" if places else ""
+    return (
+        f"ONNX has no operator for {operator[1]}.{operator[2]}{where}; compute it from other operators, or quantize "
+        "the part of the network without it"
+    )
