@@ -192,7 +192,7 @@ class QuantizedModel(nn.Module):
         assert bias is not None
         if key not in self._shelf:
             self._shelf[key] = BiasShift(len(self.weight(str(bias.target))))
-        self.quantizers[key] = found = self._shelf[key].to(self._device())
+        self.quantizers[key] = found = self._shelf[key].to(self.device)
         assert isinstance(found, BiasShift)
         return found
 
@@ -213,7 +213,7 @@ class QuantizedModel(nn.Module):
             sizes = tuple(size if isinstance(size, int) else 0 for size in shape)  # 0: the dynamic batch
             self._shelf[key] = make_quantizer(site, sizes)
         self._keys[site.name] = key
-        self.quantizers[key] = found = self._shelf[key].to(self._device())
+        self.quantizers[key] = found = self._shelf[key].to(self.device)
         assert isinstance(found, FakeQuantize)
         if site.wide and site.name not in self._in_use:
             usual = self._moved(replace(site, name=site.name.removesuffix(INT16)))
@@ -242,7 +242,9 @@ class QuantizedModel(nn.Module):
                     below.append(user)
                     yield user
 
-    def _device(self) -> torch.device:
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
         return next((tensor.device for tensor in self.parameters()), torch.device("cpu"))
 
     # what the sites do

@@ -13,6 +13,7 @@ from torch import nn
 
 from halfstep.errors import ArgumentError
 from halfstep.evaluate import Scorer, as_scorers, parts
+from halfstep.export.onnx import export_float
 from halfstep.graph.capture import capture
 from halfstep.graph.decompose import decompose
 from halfstep.graph.fold import fold
@@ -137,6 +138,8 @@ def quantize(
         scorer = as_scorers(metric)
         aim.check(scorer)
         prepared = prepare(model, example_inputs, recipe, found)
+        with steps("exporting the float network"):  # what cannot be deployed is known now
+            float_file = export_float(prepared, temporary / "float.onnx")
         if training is not None:
             journal.claim("training", repr(training.describe()))
         search = _begin(journal, prepared, scorer, aim, calibration, budget or Budget())
@@ -145,7 +148,7 @@ def quantize(
         path = ascend(search, ladder, Means(training, partial), max_float, score_file)
         if tune:
             favour_speed(search, threads, score_file)
-        return deploy(search, path, journal.folder or temporary, threads)
+        return deploy(search, path, journal.folder or temporary, float_file, threads)
 
 
 def _begin(
