@@ -38,6 +38,7 @@ from halfstep.model import QuantizedModel
 from halfstep.progress import steps
 from halfstep.recipe import Recipe
 from halfstep.targets import Target, find_target
+from halfstep.training.check import check_trainable
 from halfstep.training.options import Training, check_training
 
 
@@ -138,6 +139,8 @@ def quantize(
         scorer = as_scorers(metric)
         aim.check(scorer)
         prepared = prepare(model, example_inputs, recipe, found)
+        if training is not None and "qat" in (rung.name for rung in ladder):
+            check_trainable(prepared, training)
         with steps("exporting the float network"):  # what cannot be deployed is known now
             float_file = export_float(prepared, temporary / "float.onnx")
         if training is not None:
