@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from halfstep.errors import ExportError
+from halfstep.runtime.file_graph import load
 from halfstep.runtime.latency import PROFILED, per_run
 from halfstep.runtime.runtime import Kernels, Runtime
-from halfstep.runtime.sites import load
 
 #: Precisions of integer kernels, by the runtime's names.
 INTEGER = frozenset({"i8", "u8", "i4", "u4"})

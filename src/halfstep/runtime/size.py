@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from halfstep.errors import ExportError
-from halfstep.runtime.sites import load
+from halfstep.runtime.file_graph import FileGraph
 
 
 def parts(path: str | Path) -> list[Path]:
@@ -17,7 +17,8 @@ def parts(path: str | Path) -> list[Path]:
     path = Path(path)
     places: dict[str, None] = dict.fromkeys(
         entry.value
-        for tensor in load(path, weights=False).graph.initializer
+        for graph in FileGraph.read(path).every()
+        for tensor in graph.stored.values()
         for entry in tensor.external_data
         if entry.key == "location"
     )
