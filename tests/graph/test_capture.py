@@ -235,3 +235,25 @@ def test_outputs_that_are_no_tensors_are_handed_back():
     assert torch.equal(got.pop("logits"), wanted.pop("logits"))
     assert got == wanted == {"loss": None, "kind": "linear", "rows": 5, "three": 3}
     assert captured.out_spec.names() == ["logits", "rows"]
+
+
+class Conditional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = self.fc(x)
+        return torch.cond(y.sum() > 0, lambda z: z + 1, lambda z: z - 1, (y,))
+
+
+@torch.no_grad()
+def test_a_branch_of_torch_cond_is_part_of_the_graph():
+    model, x = Conditional().eval(), torch.randn(3, 4)
+    q = hs.prepare(model, x)
+    assert {name for name, _ in q.named_buffers()} == {
+        name for name in q.state_dict() if "quantizers." in name
+    }
+    for inputs in (x, x - 9, x + 9):
+        y = model.fc(inputs)
+        assert torch.equal(copy.deepcopy(q)(inputs), y + 1 if y.sum() > 0 else y - 1)

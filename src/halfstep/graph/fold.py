@@ -272,6 +272,8 @@ def clean(captured: Captured) -> None:
 
 def _drop_empty(module: nn.Module) -> bool:
     for name, child in list(module._modules.items()):
+        if isinstance(child, fx.GraphModule):  # the body of a branch
+            continue
         if child is None or _drop_empty(child):
             del module._modules[name]
     return not (module._modules or module._parameters or module._buffers)

@@ -49,7 +49,7 @@ def unrooted(module: fx.GraphModule) -> tuple[fx.Graph, nn.Module, dict[int, Any
         elif node.op == "get_attr":
             target = str(node.target)
             name = target.removeprefix(PREFIX)  # constants of the code lie beside the network
-            place_tensor(root, name, functools.reduce(getattr, target.split("."), module))  # type: ignore[arg-type]
+            _place(root, name, functools.reduce(getattr, target.split("."), module))
             copies[node] = graph.get_attr(name)
             copies[node].meta = dict(node.meta)
         else:
@@ -84,15 +84,17 @@ def rooted(graph: fx.Graph, module: nn.Module) -> fx.GraphModule:
     return fx.GraphModule(root, graph)
 
 
-def place_tensor(root: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Keep ``tensor`` under its dotted name, in modules made for it where there are none; any name will do."""
+def _place(root: nn.Module, name: str, value: torch.Tensor | nn.Module) -> None:
+    """Keep a tensor (or the body of a branch) under its dotted name, in modules made for it; any name will do."""
     *path, leaf = name.split(".")
     for part in path:
         root = root._modules.setdefault(part, nn.Module())  # type: ignore[assignment]
-    if isinstance(tensor, nn.Parameter):
-        root._parameters[leaf] = tensor
+    if isinstance(value, nn.Module):
+        root._modules[leaf] = value
+    elif isinstance(value, nn.Parameter):
+        root._parameters[leaf] = value
     else:
-        root._buffers[leaf] = tensor
+        root._buffers[leaf] = value
 
 
 def bind(graph: fx.Graph, module: nn.Module) -> Callable[..., Any]:
