@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import halfstep as hs
-from halfstep.errors import ArgumentError, CaptureError, DataError, ExportError, TrainingError
+from halfstep.errors import ArgumentError, CaptureError, DataError, ExportError, RecipeError, TrainingError
 from halfstep.training.check import check_trainable
 from tests.ladder.climbing import data, network
 
@@ -115,6 +115,11 @@ TRAININGS = {
         r"training batch 0: input 'input': got torch.float64, needed torch.float32 .*convert it with "
         r"\.to\(torch\.float32\)",
     ),
+    "pins of no layer": (
+        {"partial": hs.Partial(keep_float=("head",))},
+        RecipeError,
+        r"pattern 'head' matches no layer; the nearest names are",
+    ),
     "rungs without ranges": (
         {"rungs": ["partial"]},
         ArgumentError,
@@ -129,6 +134,11 @@ def test_trainings_that_cannot_begin(name):
     options, error, message = TRAININGS[name]
     with pytest.raises(error, match=message):
         attempt(**options)
+
+
+def test_a_method_of_no_such_name_is_refused_at_once():
+    with pytest.raises(ArgumentError, match=r"method: got 'guess', needed one of 'metric', 'kl'"):
+        hs.Partial(method="guess")
 
 
 def test_a_frozen_model_is_told_unless_nothing_would_train_it():

@@ -30,6 +30,7 @@ from halfstep.ladder.identity import Examples
 from halfstep.ladder.journal import Journal
 from halfstep.ladder.outcome import Outcome
 from halfstep.ladder.partial import Partial
+from halfstep.ladder.pins import pinned
 from halfstep.ladder.rung import Means, Rung
 from halfstep.ladder.rungs import RUNGS, find_rungs
 from halfstep.ladder.search import Search, float_evaluation
@@ -139,7 +140,10 @@ def quantize(
         scorer = as_scorers(metric)
         aim.check(scorer)
         prepared = prepare(model, example_inputs, recipe, found)
-        if training is not None and "qat" in (rung.name for rung in ladder):
+        names = [rung.name for rung in ladder]
+        if partial is not None and "partial" in names:
+            pinned(prepared, partial.keep_float, partial.keep_quantized)
+        if training is not None and "qat" in names:
             check_trainable(prepared, training)
         with steps("exporting the float network"):  # what cannot be deployed is known now
             float_file = export_float(prepared, temporary / "float.onnx")
