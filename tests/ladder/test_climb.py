@@ -8,7 +8,7 @@ from climbing import climb, data
 from torch import nn
 
 import halfstep as hs
-from halfstep.errors import ArgumentError, TrainingError
+from halfstep.errors import ArgumentError, ExportError, RunError, TrainingError
 from halfstep.evaluate import Score
 from halfstep.ladder.aim import Aim
 from halfstep.ladder.doubts import doubts
@@ -55,14 +55,49 @@ def test_a_budget_stops_the_search_with_the_best_so_far():
     assert any("a larger budget goes on from here" in sentence for sentence in outcome.advice)
 
 
+def test_a_rung_that_fails_leaves_what_was_found_before_it():
+    inputs, labels = data(5)
+    bad = [(inputs, labels), (inputs[:, :5], labels)]
+    training = hs.Training(bad, torch.nn.functional.cross_entropy)
+    outcome = climb(None, max_drop=0.0, strict=True, rungs=("ptq", "qat"), training=training)
+    assert [step.rung for step in outcome.path] == ["ptq", "qat"]
+    assert outcome.deployed_score > 0.5
+    note = outcome.path[1].note
+    assert note.startswith(
+        "it failed: training batch 1: input 'input': got shape (128, 5), needed (batch, 6)"
+    )
+    assert f"Quantization-aware training ended early, {note}" in outcome.decisions
+    assert f"The search stopped early, {note}; the same call goes on from here" in outcome.advice
+
+
+@pytest.mark.parametrize("error", [RunError("the disk is full"), KeyboardInterrupt()])
+def test_what_leaves_nothing_to_go_on_with_ends_the_climb(error):
+    def loss(outputs, labels):
+        calls.append(labels)
+        if len(calls) > 1:  # the first is the look before the climb
+            raise error
+        return torch.nn.functional.cross_entropy(outputs, labels)
+
+    calls = []
+    with pytest.raises(type(error)):
+        climb(None, max_drop=0.0, strict=True, rungs=("ptq", "qat"), training=hs.Training([data(5)], loss))
+
+
+def test_a_failure_before_there_is_a_candidate_is_raised(monkeypatch):
+    def fail(*_):
+        raise ExportError("nothing was evaluated yet")
+
+    monkeypatch.setattr("halfstep.ladder.rungs.climb_ptq", fail)
+    with pytest.raises(ExportError, match="nothing was evaluated yet"):
+        climb(None)
+
+
 def test_without_training_the_last_rung_is_left_out_and_said_so():
-    outcome = climb(None, max_drop=1.0, rungs=("qat", "ptq"), training=None)
+    outcome = climb(None, max_drop=1.0, rungs=("ptq", "qat"), training=None)
     assert [step.rung for step in outcome.path] == ["ptq"]
     assert outcome.decisions[0] == (
         "Quantization-aware training is left out: it needs training=hs.Training(labelled, loss)"
     )
-    with pytest.raises(ArgumentError, match="none of those asked for can be climbed"):
-        climb(None, rungs=("qat",), training=None)
 
 
 def test_bounds_that_cannot_be():

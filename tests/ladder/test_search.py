@@ -163,7 +163,7 @@ def test_early_verdicts_are_remembered_with_the_goal_that_they_were_given_agains
     """Held to less and then, as a run goes on, to the first goal again: nothing is scored twice for either."""
     search = begin(model, max_drop=0.3)
     wide, tight = search.goal, Goal(0.1, search.goal.float_score)
-    assert search.judge("met by far").met and not search.evaluations[-1].share == 1
+    assert search.judge("met by far").met and search.evaluations[-1].share < 1
     asked = search.scorer.asked
     search.hold_to(tight)
     assert search.judge("met more narrowly").met

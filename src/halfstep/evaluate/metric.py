@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from halfstep.errors import HalfstepError, MetricError
+from halfstep.errors import HalfstepError, MetricError, named
 from halfstep.evaluate.score import Score, Scorer
 from halfstep.graph.inputs import ModelInputs, call_arguments
 
@@ -203,6 +203,7 @@ def answers(model: Callable[..., Any], labelled: Labelled) -> Iterator[tuple[Any
 
     Raises:
         MetricError: if a batch is no pair (inputs, labels).
+        DataError: naming the batch, if its inputs are not what the model takes.
     """
     for index, item in enumerate(labelled):
         if not (isinstance(item, (tuple, list)) and len(item) == 2):
@@ -211,7 +212,7 @@ def answers(model: Callable[..., Any], labelled: Labelled) -> Iterator[tuple[Any
             )
         inputs, labels = item
         args, kwargs = call_arguments(inputs)
-        with torch.no_grad():
+        with named(f"metric: batch {index}"), torch.no_grad():
             outputs = model(*args, **kwargs)
         yield outputs, labels
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 from halfstep.errors import ExportError
+from halfstep.export.replacing import replacing
 from halfstep.fake_quantize import Mode
+from halfstep.graph.inputs import batch_size
 from halfstep.model import QuantizedModel
 from halfstep.runtime.deployed import DeployedModel
 from halfstep.runtime.parity import compare
@@ -19,6 +21,9 @@ from halfstep.runtime.runtimes import RULES
 #: A file whose outputs differ from the simulation's by more than this signal-to-noise ratio in dB is refused.
 #: Integer kernels round where the simulation does not, which costs a code here and there: 40 to 60 dB are usual.
 MINIMUM_SQNR = 15.0
+
+#: The same for the float network's file, which rounds like the network does, in another order.
+FLOAT_SQNR = 40.0
 
 
 def export_onnx(
@@ -47,50 +52,47 @@ def export_onnx(
         )
     from halfstep.export.build import build_quantized, save  # onnx loads when it is needed
 
-    with _written(Path(path), lambda file: save(build_quantized(model, metadata or {}), file)) as temporary:
+    with replacing(Path(path), lambda file: save(build_quantized(model, metadata or {}), file)) as temporary:
         _check_rules(model, temporary)
         if check:
             _check_parity(model, temporary)
     return Path(path)
 
 
-def export_float(model: QuantizedModel, path: str | Path) -> Path:
+def export_float(model: QuantizedModel, path: str | Path, check: bool = True) -> Path:
     """Write the float network (captured, batch norms folded) as ONNX: what the quantized file is compared with.
 
+    Args:
+        model: in whatever mode.
+        path: where to.
+        check: run the file on the target's runtime, on the example and on a batch one larger, first.
+
     Raises:
-        ExportError: as :func:`export_onnx`.
+        ExportError: if an operator cannot be translated, the checker or the runtime refuses the file, or the file
+            answers otherwise than the model.
     """
     from halfstep.export.build import build_float, save
 
-    with _written(Path(path), lambda file: save(build_float(model), file)):
-        return Path(path)
+    with replacing(Path(path), lambda file: save(build_float(model), file)) as temporary:
+        if check:
+            _check_float(model, temporary)
+    return Path(path)
 
 
-@contextmanager
-def _written(path: Path, write: Callable[[Path], None]) -> Iterator[Path]:
-    """The file under a temporary name beside ``path``; renamed when the block ends well, removed when it does not."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        directory = tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise ExportError(
-            f"cannot write to {path.parent}: {error.strerror}; choose a directory you own"
-        ) from error
-    with directory as name:
-        temporary = Path(name) / path.name
-        try:
-            write(temporary)
-        except OSError as error:
-            raise ExportError(f"cannot write {path}: {error.strerror}") from error
-        yield temporary
-        try:
-            weights = Path(name) / f"{path.name}.data"
-            if not weights.exists():  # those of a larger file that was here before
-                (path.parent / weights.name).unlink(missing_ok=True)
-            for file in Path(name).iterdir():  # the model, and its weights where they lie beside it
-                os.replace(file, path.parent / file.name)
-        except OSError as error:
-            raise ExportError(f"cannot write {path}: {error.strerror}") from error
+def copy_file(file: Path, path: Path) -> Path:
+    """Copy an ONNX file, with the weights that lie beside it, to a place of the same file name.
+
+    Raises:
+        ExportError: if it cannot be written.
+    """
+    from halfstep.runtime.size import parts
+
+    def write(temporary: Path) -> None:
+        for part in parts(file):
+            shutil.copyfile(part, temporary.with_name(part.name))
+
+    with replacing(path, write):
+        return path
 
 
 def _check_rules(model: QuantizedModel, path: Path) -> None:
@@ -100,6 +102,23 @@ def _check_rules(model: QuantizedModel, path: Path) -> None:
         raise ExportError(
             f"{model.target.name} would refuse the file: {'; '.join(map(str, broken))}. Nothing was written under the "
             "final name"
+        )
+
+
+def _check_float(model: QuantizedModel, path: Path) -> None:
+    """Hold the file to the float network, so that what no runtime can do is known before anything is calibrated."""
+    captured = model.captured
+    args, kwargs = captured.example_inputs
+    count = batch_size(kwargs or args)
+    longer = captured.select(kwargs or args, torch.tensor([*range(count), 0]))
+    file = DeployedModel(path, captured.in_spec, captured.out_spec, runtime=model.target.runtime)
+    with model.using(Mode.FLOAT):
+        parity = compare(model, file, [kwargs or args, longer])
+    if not parity.sqnr >= FLOAT_SQNR:
+        raise ExportError(
+            f"the float network's file, on {model.target.runtime}, answers otherwise than the network: "
+            f"{parity.sqnr:.1f} dB, needed {FLOAT_SQNR:.0f} dB; look for NaN or infinite outputs, random numbers, and "
+            "operators whose result is not defined (the order of equal values, say)"
         )
 
 

@@ -24,7 +24,8 @@ def advise(search: Search, path: Sequence[Reached], deployed: Score) -> tuple[st
             "a slightly smaller max_drop makes the search keep clear of the edge"
         )
     if note := next((step.note for step in path if step.note), ""):
-        advice.append(f"The search stopped early, {note}; a larger budget goes on from here")
+        cure = "the same call" if note.startswith("it failed") else "a larger budget"
+        advice.append(f"The search stopped early, {note}; {cure} goes on from here")
     climbed = {step.rung for step in path}
     if "partial" not in climbed and not note:
         advice.append("Partial quantization was not tried: add 'partial' to rungs")

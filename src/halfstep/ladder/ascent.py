@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 
-from halfstep.errors import ArgumentError
+from halfstep.errors import HalfstepError, RunError
 from halfstep.evaluate import Score
 from halfstep.identity import Identity
 from halfstep.ladder.budget import BudgetSpent
@@ -46,8 +46,6 @@ def ascend(
         if missing := rung.missing(means):
             search.decide(f"{rung.title} is left out: it needs {missing}")
     ladder = [rung for rung in ladder if not rung.missing(means)]
-    if not ladder:
-        raise ArgumentError("rungs: none of those asked for can be climbed with what was given")
     search.decide(estimate(search, ladder, means))
     path: list[Reached] = []
     spare: Candidate | None = None
@@ -133,6 +131,11 @@ def _climb(search: Search, rung: Rung, means: Means) -> Reached:
         rung.climb(search, means)
     except BudgetSpent as spent:
         note = f"the budget is spent: {spent}"
+        search.decide(f"{rung.title} ended early, {note}")
+    except HalfstepError as error:
+        if search.best is None or isinstance(error, RunError):  # nothing to hand back, or nowhere to keep it
+            raise
+        note = f"it failed: {error}"
         search.decide(f"{rung.title} ended early, {note}")
     best = search.best
     assert best is not None

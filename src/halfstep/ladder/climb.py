@@ -14,6 +14,7 @@ from torch import nn
 
 from halfstep.errors import ArgumentError
 from halfstep.evaluate import Scorer, as_scorers, parts
+from halfstep.export.onnx import export_float
 from halfstep.graph.capture import capture
 from halfstep.graph.decompose import decompose
 from halfstep.graph.fold import fold
@@ -29,6 +30,7 @@ from halfstep.ladder.identity import Claimed, Examples, claim
 from halfstep.ladder.journal import Journal
 from halfstep.ladder.outcome import Outcome
 from halfstep.ladder.partial import Partial
+from halfstep.ladder.pins import pinned
 from halfstep.ladder.rung import Means, Rung
 from halfstep.ladder.rungs import RUNGS, find_rungs
 from halfstep.ladder.search import Search, float_evaluation
@@ -38,6 +40,7 @@ from halfstep.progress import steps
 from halfstep.recipe import Recipe
 from halfstep.statistics import Histogram
 from halfstep.targets import Target, find_target
+from halfstep.training.check import check_trainable
 from halfstep.training.options import Training, check_training
 
 
@@ -142,6 +145,13 @@ def quantize(
         scorer = as_scorers(metric)
         aim.check(scorer)
         prepared = prepare(model, example_inputs, recipe, found)
+        names = [rung.name for rung in ladder]
+        if partial is not None and "partial" in names:
+            pinned(prepared, partial.keep_float, partial.keep_quantized)
+        if training is not None and "qat" in names:
+            check_trainable(prepared, training)
+        with steps("exporting the float network"):  # what cannot be deployed is known now
+            float_file = export_float(prepared, temporary / "float.onnx")
         claimed = claim(journal, prepared, scorer, aim, training)
         search = _begin(journal, prepared, scorer, aim, calibration, budget or Budget(), claimed)
         _settle(search, ladder, aim, command)
@@ -149,7 +159,7 @@ def quantize(
         path = ascend(search, ladder, Means(training, partial), max_float, score_file)
         if tune:
             favour_speed(search, threads, score_file)
-        return deploy(search, path, journal.folder or temporary, threads)
+        return deploy(search, path, journal.folder or temporary, float_file, threads)
 
 
 def _begin(

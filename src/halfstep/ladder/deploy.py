@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from halfstep.evaluate import Score
-from halfstep.export.onnx import export_float, export_onnx
+from halfstep.export.onnx import copy_file, export_onnx
 from halfstep.export.verify import verify
 from halfstep.ladder.advice import advise
 from halfstep.ladder.environment import runtime_identity
@@ -23,21 +23,24 @@ from halfstep.progress import steps
 from halfstep.runtime.deployed import DeployedModel
 
 
-def deploy(search: Search, path: Sequence[Reached], place: Path, threads: int | None) -> Outcome:
+def deploy(
+    search: Search, path: Sequence[Reached], place: Path, float_file: Path, threads: int | None
+) -> Outcome:
     """Export the best candidate to ``place``, verify the file, and score it on its runtime.
 
     Args:
         search: its model is the best candidate.
         path: the rungs climbed.
         place: a directory.
+        float_file: the float network's, for comparison; copied to ``place``.
         threads: of the runtime.
     """
     model, best = search.model, search.best
     assert best is not None
     file = place / "model.onnx"
     _, score = file_score(search, file, threads)
-    with steps("exporting"):
-        float_file = export_float(model, place / "float.onnx")
+    if float_file.parent != place:
+        float_file = copy_file(float_file, place / float_file.name)
     with steps("verifying on the runtime"):
         proof = verify(file, model, model.sample, float_file, threads)
     outcome = Outcome(

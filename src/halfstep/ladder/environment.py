@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+from halfstep.cores import available_cores
 
 PACKAGES = ("halfstep", "torch", "numpy", "onnx", "onnxruntime", "openvino")
 
@@ -23,7 +24,7 @@ def environment() -> dict[str, str]:
     found["system"] = f"{platform.system()} {platform.machine()}"
     found["processor"] = _processor()
     found["instructions"] = torch.backends.cpu.get_cpu_capability()
-    found["cores"] = str(os.cpu_count())
+    found["cores"] = str(available_cores())
     found["torch threads"] = str(torch.get_num_threads())
     if torch.cuda.is_available():
         found["accelerator"] = torch.cuda.get_device_name()

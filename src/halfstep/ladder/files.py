@@ -13,6 +13,7 @@ from halfstep.graph.inputs import tensors_of
 from halfstep.ladder.search import Search
 from halfstep.runtime.deployed import DeployedModel
 from halfstep.runtime.latency import race
+from halfstep.runtime.size import file_size
 
 
 def measure_files(
@@ -51,7 +52,7 @@ def measure_files(
         for name, candidate in below.items():
             file = export_onnx(candidate.snapshot.restore(), Path(directory) / f"{name}.onnx", check=False)
             models[name] = DeployedModel(file, *specs, threads, runtime)
-            sizes[name] = file.stat().st_size
+            sizes[name] = file_size(file)
         best.snapshot.restore()
         latency = race({name: functools.partial(model, *inputs) for name, model in models.items()})
     return points + [

@@ -15,7 +15,7 @@ from halfstep.ladder.groups import Group, names_of
 from halfstep.ladder.halves import where_is_the_loss
 from halfstep.ladder.haste import Settled, hasten
 from halfstep.ladder.journal import exact
-from halfstep.ladder.methods import Method
+from halfstep.ladder.methods import Method, find_method
 from halfstep.ladder.pins import pinned
 from halfstep.ladder.prefix import WALKS, without_needless
 from halfstep.ladder.search import Search
@@ -58,6 +58,8 @@ class Partial:
         if self.order not in ("accuracy", "latency"):
             raise ArgumentError(f"order: got {self.order!r}, needed 'accuracy' or 'latency'")
         find_steps(self.steps)
+        if self.method is not None:
+            find_method(self.method)
 
 
 def climb_partial(search: Search, options: Partial | None = None) -> Score:

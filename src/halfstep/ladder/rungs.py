@@ -63,7 +63,8 @@ def find_rungs(names: Sequence[str]) -> list[Rung]:
     """The rungs called ``names``, in that order.
 
     Raises:
-        ArgumentError: for an unknown name, with the nearest known one, or if there are none.
+        ArgumentError: for an unknown name, with the nearest known one, if there are none, or if the first is not the
+            one that finds ranges.
     """
     wanted = f"needed some of {', '.join(map(repr, RUNGS))}"
     for name in names:
@@ -73,4 +74,10 @@ def find_rungs(names: Sequence[str]) -> list[Rung]:
             raise ArgumentError(f"rungs: got {name!r}, {wanted}{hint}")
     if not names:
         raise ArgumentError(f"rungs: got none, {wanted}")
+    first = next(iter(RUNGS))
+    if names[0] != first:
+        raise ArgumentError(
+            f"rungs: got {names[0]!r} first, needed {first!r}: the others start from the ranges that it finds; give "
+            f"rungs={[first, *(name for name in names if name != first)]}"
+        )
     return [RUNGS[name] for name in names]

@@ -36,7 +36,7 @@ def compare(
     """Run both models on every batch and compare their outputs.
 
     Raises:
-        DataError: if there is no batch.
+        DataError: if there is no batch, or the outputs hold no floating-point tensor.
     """
     signal = noise = 0.0
     same = decisions = 0
@@ -44,6 +44,11 @@ def compare(
         args, kwargs = call_arguments(inputs)
         with torch.no_grad():
             wanted, got = (float_tensors(model(*args, **kwargs)) for model in (reference, other))
+        if not wanted:
+            raise DataError(
+                "parity: the outputs hold no floating-point tensor to compare; let the model return its logits, beside "
+                "its decisions or instead of them"
+            )
         for a, b in zip(wanted, got, strict=True):
             a, b = a.cpu().double(), b.cpu().double()
             signal += float((a * a).sum())
@@ -64,7 +69,9 @@ def signal_to_noise(wanted: torch.Tensor, got: torch.Tensor) -> float:
 
 
 def _decibels(signal: float, noise: float) -> float:
-    return math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)
+    if noise == 0:
+        return math.inf
+    return -math.inf if noise == math.inf else 10 * math.log10(max(signal, 1e-300) / noise)
 
 
 def float_tensors(outputs: Any) -> list[torch.Tensor]:

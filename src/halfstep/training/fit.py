@@ -152,7 +152,7 @@ class _Fit:
         training = replace(training, learning_rate=self.rate)  # the one that decides about the result
         self.model, self.training, self.judge, self.stop = model, training, judge, stop
         self.device = next(model.parameters()).device if list(model.parameters()) else torch.device("cpu")
-        weights = _trainable(model)
+        weights = trainable(model)
         self.batches = Batches(training)
         self.planned = max(1, round(training.epochs * self.batches.count))
         self.every = max(1, round(training.evaluate_every * self.batches.count))
@@ -398,7 +398,7 @@ def learning_rate(training: Training, model: QuantizedModel) -> float:
     return default_rate(bits, training.optimizer)
 
 
-def _trainable(model: QuantizedModel) -> list[nn.Parameter]:
+def trainable(model: QuantizedModel) -> list[nn.Parameter]:
     """The float weights that train, after a look at whether the model can.
 
     Raises:
