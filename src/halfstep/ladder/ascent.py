@@ -11,6 +11,7 @@ from halfstep.evaluate import Score
 from halfstep.ladder.budget import BudgetSpent
 from halfstep.ladder.rung import Means, Reached, Rung
 from halfstep.ladder.search import Candidate, Search
+from halfstep.progress import interruptible
 
 #: A simulated evaluation takes about so many times as long as a float one.
 SLOWER = 3
@@ -120,7 +121,8 @@ def _climb(search: Search, rung: Rung, means: Means) -> Reached:
     note = ""
     search.rung = rung.name
     try:
-        rung.climb(search, means)
+        with interruptible(search.check_time):
+            rung.climb(search, means)
     except BudgetSpent as spent:
         note = f"the budget is spent: {spent}"
         search.decide(f"{rung.title} ended early, {note}")

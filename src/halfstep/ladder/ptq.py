@@ -13,7 +13,7 @@ from halfstep.ladder.search import Search
 from halfstep.ladder.sweep import judge, sweep
 from halfstep.repair.snapshot import Snapshot
 
-#: No repair is begun after so many seconds of repairing.
+#: Repairs end after so many seconds.
 REPAIR_SECONDS = 600.0
 
 
@@ -59,13 +59,13 @@ def _repaired(search: Search, score: Score) -> Score:
     if seconds <= 0:
         return score
     before = Snapshot.of(search.model)
-    found = repair(search.model, budget=seconds)
-    for sentence in dict.fromkeys(found.sentences()):  # two repairs may say the same of a layer
-        search.decide(sentence)
-    if not found.kept:
-        return score
-    words = f"PTQ, repaired by {', '.join(found.kept)}"
     try:
+        found = repair(search.model, budget=seconds)
+        for sentence in dict.fromkeys(found.sentences()):  # two repairs may say the same of a layer
+            search.decide(sentence)
+        if not found.kept:
+            return score
+        words = f"PTQ, repaired by {', '.join(found.kept)}"
         repaired = search.evaluate(words)
     except BaseException:
         before.restore(search.model)

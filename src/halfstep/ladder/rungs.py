@@ -14,6 +14,7 @@ from halfstep.ladder.ptq import climb_ptq
 from halfstep.ladder.qat import climb_qat
 from halfstep.ladder.rung import Means, Rung
 from halfstep.ladder.search import Search
+from halfstep.progress import protected
 
 
 def _partial_evaluations(search: Search, means: Means) -> int:
@@ -23,7 +24,8 @@ def _partial_evaluations(search: Search, means: Means) -> int:
 
 def _climb_qat(search: Search, means: Means) -> Score:
     assert means.training is not None  # find_rungs leaves the rung out
-    return climb_qat(search, means.training)
+    with protected():  # steps that are trained are not thrown away: training looks at the budget by itself
+        return climb_qat(search, means.training)
 
 
 def _qat_evaluations(search: Search, means: Means) -> int:
@@ -43,7 +45,7 @@ RUNGS: dict[str, Rung] = {
         Rung(
             "partial",
             "Partial quantization",
-            lambda search, means: climb_partial(search, means.partial),
+            lambda search, means: climb_partial(search, means.partial, means.threads),
             _partial_evaluations,
         ),
         Rung("qat", "Quantization-aware training", _climb_qat, _qat_evaluations, _qat_missing),

@@ -20,7 +20,7 @@ from halfstep.ladder.goal import Goal
 from halfstep.ladder.journal import Journal
 from halfstep.ladder.snapshot import Snapshot, put_back_in
 from halfstep.model import QuantizedModel
-from halfstep.progress import say, steps
+from halfstep.progress import protected, say, steps
 
 #: Examples on which the float model is scored a second time, to see whether the metric answers the same.
 REPEATED = 1000
@@ -119,7 +119,10 @@ class Search:
         self.check_budget()
         start = time.perf_counter()
         seen = 0
-        with steps(f"evaluating {what}"):
+        with (
+            protected(),
+            steps(f"evaluating {what}"),
+        ):  # what was begun is scored: its verdict is worth the time
             if known is not None and self._stopper is not None and known.score.per_example is not None:
                 seen = len(known.score.per_example) if self._stopper.picks else 0
                 score = self._stopper.finish(self.model, known.score.per_example)
@@ -146,7 +149,7 @@ class Search:
             return self.memory[key]
         self.check_budget()
         start, goal = time.perf_counter(), self.goal
-        with steps(f"judging {what}", self._stopper.total) as advance:
+        with protected(), steps(f"judging {what}", self._stopper.total) as advance:
             scores, side = self._stopper.run(
                 self.model, goal.max_drop, 1 - goal.confidence, accept=not goal.strict, progress=advance
             )
@@ -178,6 +181,19 @@ class Search:
         """
         made = sum(evaluation.share for evaluation in self.evaluations)
         spent = self.budget.spent(made, time.perf_counter() - self._started)
+        if spent and self.best is not None:
+            raise BudgetSpent(spent)
+
+    def check_time(self) -> None:
+        """What long loops ask between their steps: raise once the minutes are used up, if there is a best candidate.
+
+        Evaluations that are used up end no loop: a resumed run has them all from the start, and repeats the work
+        between them.
+
+        Raises:
+            BudgetSpent: saying by what.
+        """
+        spent = self.budget.spent(0, time.perf_counter() - self._started)
         if spent and self.best is not None:
             raise BudgetSpent(spent)
 

@@ -18,7 +18,7 @@ from halfstep.repair.bias_room import widen_for_bias
 from halfstep.repair.layer_weight import LayerWeight, unfit
 from halfstep.repair.moments import gather
 from halfstep.repair.record import OUTPUT_ERROR, Repair, Treated
-from halfstep.repair.walk import walk
+from halfstep.repair.walk import walk, while_time_lasts
 from halfstep.statistics import Histogram
 
 
@@ -83,7 +83,8 @@ def weigh_ranges(model: QuantizedModel, batches: Iterable[ModelInputs] | None = 
     """
     start = time.perf_counter()
     treated, skipped = [], []
-    for step in walk(model, sample_of(model, batches), "weight ranges"):
+    notes: list[str] = []
+    for step in while_time_lasts(walk(model, sample_of(model, batches), "weight ranges"), notes):
         if reason := unfit(model, step.layer):
             skipped.append((step.layer.name, reason))
             continue
@@ -104,5 +105,10 @@ def weigh_ranges(model: QuantizedModel, batches: Iterable[ModelInputs] | None = 
             site.offset, after = old[2], before
         treated.append(Treated(step.layer.name, before, after, time.perf_counter() - clock))
     return Repair(
-        "weight ranges", OUTPUT_ERROR, tuple(treated), tuple(skipped), seconds=time.perf_counter() - start
+        "weight ranges",
+        OUTPUT_ERROR,
+        tuple(treated),
+        tuple(skipped),
+        tuple(notes),
+        time.perf_counter() - start,
     )
