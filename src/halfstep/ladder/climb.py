@@ -142,7 +142,7 @@ def quantize(
         search = _begin(journal, prepared, scorer, aim, calibration, budget or Budget())
         _settle(search, ladder, aim, command)
         score_file = functools.partial(file_score, search, temporary / "model.onnx", threads)
-        path = ascend(search, ladder, Means(training, partial), max_float, score_file)
+        path = ascend(search, ladder, Means(training, partial, threads, tune), max_float, score_file)
         if tune:
             favour_speed(search, threads, score_file)
         return deploy(search, path, journal.folder or temporary, threads)

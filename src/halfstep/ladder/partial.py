@@ -10,10 +10,10 @@ from typing import Literal
 from halfstep.errors import ArgumentError
 from halfstep.evaluate import Score
 from halfstep.fake_quantize import Mode
-from halfstep.ladder.costs import microseconds
 from halfstep.ladder.groups import Group, names_of
 from halfstep.ladder.halves import where_is_the_loss
 from halfstep.ladder.haste import Settled, hasten
+from halfstep.ladder.measured import group_times
 from halfstep.ladder.methods import Method
 from halfstep.ladder.pins import pinned
 from halfstep.ladder.prefix import WALKS, without_needless
@@ -59,7 +59,7 @@ class Partial:
         find_steps(self.steps)
 
 
-def climb_partial(search: Search, options: Partial | None = None) -> Score:
+def climb_partial(search: Search, options: Partial | None = None, threads: int | None = None) -> Score:
     """Put back the fewest layers that meet the goal; the model is left with them, or as near as it came.
 
     1. Judge weights only and activations only: where is the loss?
@@ -74,6 +74,7 @@ def climb_partial(search: Search, options: Partial | None = None) -> Score:
     Args:
         search: its model calibrated.
         options: how to look for them.
+        threads: of the runtime, for one operator, where times are measured; None for all cores.
 
     Returns:
         The score on all examples.
@@ -93,10 +94,10 @@ def climb_partial(search: Search, options: Partial | None = None) -> Score:
         return start
     search.early = early and options.early
     try:
-        walk = _Walk(search, options, base, groups)
+        walk = _Walk(search, options, base, groups, threads)
         found = walk.settle()
         if found and options.order == "latency":
-            found = [hasten(search, base, found, walk.able.get(STEPS["float"], []))]
+            found = [hasten(search, base, found, walk.able.get(STEPS["float"], []), threads)]
         return walk.report(*found[0]) if found else walk.best_effort(start)
     finally:
         search.early = early
@@ -111,6 +112,7 @@ class _Walk:
         options: Partial,
         base: Mapping[str, frozenset[str]],
         groups: tuple[Group, ...],
+        threads: int | None,
     ) -> None:
         self.search, self.options, self.base = search, options, base
         self.steps = find_steps(options.steps)
@@ -129,7 +131,7 @@ class _Walk:
                 )
         table = rank(model, search, groups, options.method, options.measured)
         if options.order == "latency":
-            table = _by_time(search, table)
+            table = _by_time(search, table, threads)
         search.found["sensitivity"] = table
         self.ranked = [row.group for row in table.rows]
         self.by_accuracy = [row.group for row in sorted(table.rows, key=lambda row: -row.score)]
@@ -261,16 +263,9 @@ class _Walk:
         return score
 
 
-def _by_time(search: Search, table: Sensitivity) -> Sensitivity:
-    """The table in the order of what is regained for a microsecond; a resumed run goes by what was measured first."""
-    names = [row.group.name for row in table.rows]
-    known = [
-        entry.data["measured"]["times"]
-        for entry in search.journal.of("costs")
-        if entry.data["groups"] == names
-    ]
-    times = known[0] if known else microseconds(search.model, [row.group for row in table.rows])
-    search.journal.write("costs", groups=names, measured={"times": times})
+def _by_time(search: Search, table: Sensitivity, threads: int | None) -> Sensitivity:
+    """The table in the order of what is regained for a microsecond."""
+    times = group_times(search, [row.group for row in table.rows], threads)
     rows = [replace(row, microseconds=time) for row, time in zip(table.rows, times, strict=True)]
     return replace(table, rows=tuple(sorted(rows, key=_regained_per_microsecond, reverse=True)))
 

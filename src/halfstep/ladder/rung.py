@@ -18,10 +18,14 @@ class Means:
     Attributes:
         training: for QAT, which is skipped without it.
         partial: how to look for layers to put back; None for the usual way.
+        threads: of the runtime, for one operator; None for all cores.
+        tune: whether layers that integers slow down are looked for at the end.
     """
 
     training: Training | None = None
     partial: Partial | None = None
+    threads: int | None = None
+    tune: bool = False
 
 
 @dataclass(frozen=True)
