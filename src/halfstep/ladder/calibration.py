@@ -88,6 +88,11 @@ def _keep(model: QuantizedModel, inputs: ModelInputs) -> None:
         model.sample.append(pytree.tree_map_only(torch.Tensor, torch.clone, part))
 
 
+def kept_examples(model: QuantizedModel) -> int:
+    """How many examples :func:`observe` has kept."""
+    return sum(map(batch_size, model.sample))
+
+
 @overload
 def calibrate(
     model: QuantizedModel, calibrator: BestOf, weights: WeightCalibrator | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -125,6 +126,7 @@ def quantize(
     Raises:
         HalfstepError: a subclass that says what was wrong with the model, the data, the metric or the directory.
     """
+    started = time.perf_counter()
     ladder = find_rungs(tuple(rungs))
     if not 0 <= max_float <= 1:
         raise ArgumentError(f"max_float: got {max_float}, needed a share of the layers, 0 to 1")
@@ -140,6 +142,7 @@ def quantize(
         if training is not None:
             journal.claim("training", repr(training.describe()))
         search = _begin(journal, prepared, scorer, aim, calibration, budget or Budget())
+        search.started = started
         _settle(search, ladder, aim, command)
         score_file = functools.partial(file_score, search, temporary / "model.onnx", threads)
         path = ascend(search, ladder, Means(training, partial, threads, tune), max_float, score_file)

@@ -29,6 +29,21 @@ class Means:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What a rung costs at most, whatever the model and the metric answer.
+
+    Attributes:
+        evaluations: of the metric on all examples; parts of one count as parts.
+        examples: that are sent through the network without labels, to compare calibrators or to rank layers.
+        seconds: of work that is ended when they are over.
+    """
+
+    evaluations: int
+    examples: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
 class Rung:
     """A way to make a quantized model better, for a price.
 
@@ -36,14 +51,14 @@ class Rung:
         name: ``"ptq"``, ``"partial"``, ``"qat"``.
         title: in words.
         climb: starts from ``search.model`` and evaluates candidates; the search keeps the best.
-        evaluations: how many full evaluations it usually takes at most, for the estimate.
+        cost: what that takes at most, for the estimate.
         missing: what is needed and not there, in words; empty if nothing.
     """
 
     name: str
     title: str
     climb: Callable[[Search, Means], object]
-    evaluations: Callable[[Search, Means], int]
+    cost: Callable[[Search, Means], Cost]
     missing: Callable[[Means], str] = lambda means: ""
 
 

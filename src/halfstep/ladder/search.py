@@ -61,6 +61,7 @@ class Search:
         rung: the one that is being climbed.
         best: the best candidate so far; None before the first.
         reached: the best candidate at the end of each rung, by the rung's name.
+        started: when the budget's minutes began, by ``time.perf_counter``.
     """
 
     model: QuantizedModel
@@ -76,10 +77,10 @@ class Search:
     rung: str = ""
     best: Candidate | None = None
     reached: dict[str, Candidate] = field(default_factory=dict)
+    started: float = field(default_factory=lambda: time.perf_counter())
 
     def __post_init__(self) -> None:
         self.asked = self.goal
-        self._started = time.perf_counter()
         self._asked: set[str] = set()
         for entry in self.journal.of("evaluation"):
             evaluation, verdict = kept(entry)
@@ -180,7 +181,7 @@ class Search:
             BudgetSpent: saying by what.
         """
         made = sum(evaluation.share for evaluation in self.evaluations)
-        spent = self.budget.spent(made, time.perf_counter() - self._started)
+        spent = self.budget.spent(made, time.perf_counter() - self.started)
         if spent and self.best is not None:
             raise BudgetSpent(spent)
 
@@ -193,7 +194,7 @@ class Search:
         Raises:
             BudgetSpent: saying by what.
         """
-        spent = self.budget.spent(0, time.perf_counter() - self._started)
+        spent = self.budget.spent(0, time.perf_counter() - self.started)
         if spent and self.best is not None:
             raise BudgetSpent(spent)
 
@@ -201,7 +202,7 @@ class Search:
         """Seconds until the budget's minutes are used up; None where it bounds no time."""
         if self.budget.minutes is None:
             return None
-        return self.budget.minutes * 60 - (time.perf_counter() - self._started)
+        return self.budget.minutes * 60 - (time.perf_counter() - self.started)
 
     def _consider(self, what: str, verdict: Verdict) -> None:
         """Keep the candidate if it is the best so far: meets the goal, few float layers, a small drop."""
