@@ -147,6 +147,15 @@ def test_the_halves_share_no_example(q):
     assert [len(x) for part in halves(q, [images(1)]) for x in part] == [1, 1]
 
 
+def test_batches_of_one_are_dealt_out_by_turns(q):
+    singles = list(images(7).split(1))
+    first, second = halves(q, singles)
+    assert torch.equal(torch.cat(first), torch.cat(singles[1::2]))
+    assert torch.equal(torch.cat(second), torch.cat(singles[::2]))
+    first, second = halves(q, list(images(9).split(3)))
+    assert (sum(map(len, first)), sum(map(len, second))) == (4, 5)
+
+
 def test_outputs_that_are_no_classes_are_measured_by_signal_to_noise():
     q = calibrated(built(lambda: Net(lambda m, x: m.a(x.flatten(1)), a=nn.Linear(192, 1))), bits=2)
     found = hs.repair(q, [hs.gptq])

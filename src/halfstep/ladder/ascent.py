@@ -101,7 +101,7 @@ def estimate(search: Search, ladder: Sequence[Rung], means: Means) -> str:
     seconds = total * each + examples * each_example + repairs
     parts = [
         f"{total} evaluations of the metric ({', '.join(f'{name} {count}' for name, count in counts.items())}) after "
-        f"{len(floats)} of the float network, about {_roughly(each)} s each"
+        f"{len(floats)} of the float network (again for the metric's noise), about {_roughly(each)} s each"
     ]
     if examples:
         parts.append(

@@ -169,6 +169,7 @@ def _begin(
         observe(prepared, _watched(calibration, calibrated))
     journal.claim("calibration data", calibrated.digest())
     search = Search(prepared, scorer, goal, journal=journal, budget=budget, rung="data")
+    search.calibrated = len(calibrated.seen)
     if made:
         said = [*doubts(calibrated, judged), *sentences([*unlike_sites(prepared, seen), *unsteady])]
     else:  # nothing was watched, since the float model was not run again: what was said then holds

@@ -185,14 +185,19 @@ def repair(
 def halves(
     model: QuantizedModel, batches: Sequence[ModelInputs]
 ) -> tuple[list[ModelInputs], list[ModelInputs]]:
-    """The first and the second half of every batch; a single example is in both."""
-    first, second = [], []
+    """The first and the second half of every batch; a single example is in both.
+
+    The odd one of a batch goes to the half that has fewer: of batches of one every second.
+    """
+    first, second, ahead = [], [], 0  # by how many the second has more
     for batch in batches:
         size = batch_size(batch)
-        middle = size // 2
+        middle = (size + ahead) // 2
+        ahead += size - 2 * middle
         if middle:
             first.append(model.captured.examples(batch, 0, middle))
-        second.append(model.captured.examples(batch, middle, size))
+        if middle < size:
+            second.append(model.captured.examples(batch, middle, size))
     return first or second, second
 
 

@@ -61,6 +61,7 @@ class Search:
         rung: the one that is being climbed.
         best: the best candidate so far; None before the first.
         reached: the best candidate at the end of each rung, by the rung's name.
+        calibrated: examples that the ranges come from; 0 where that is not known.
         started: when the budget's minutes began, by ``time.perf_counter``.
     """
 
@@ -77,6 +78,7 @@ class Search:
     rung: str = ""
     best: Candidate | None = None
     reached: dict[str, Candidate] = field(default_factory=dict)
+    calibrated: int = 0
     started: float = field(default_factory=lambda: time.perf_counter())
 
     def __post_init__(self) -> None:
