@@ -150,15 +150,13 @@ def heats(
             first = _write(model, base, folder / "base.onnx")
             room, size = _room(folder), 2 * file_size(first)
             files = _written(model, others, folder)
-            file = next(files, None)
-            while file is not None:
+            waiting = next(files, None)
+            while waiting is not None:
                 heat, used = list[Path](), size
-                while file is not None and (
-                    not heat or (len(heat) < HEAT and used + file_size(file) <= room)
-                ):
-                    heat.append(file)
-                    used += file_size(file)
-                    file = next(files, None)
+                while waiting is not None and (not heat or (len(heat) < HEAT and used + waiting[1] <= room)):
+                    heat.append(waiting[0])
+                    used += waiting[1]
+                    waiting = next(files, None)
                 times = _race([first, first, *heat], model.target.runtime, inputs, threads, rounds)
                 found += _compared(*times)
                 for done in heat:
@@ -187,10 +185,11 @@ def _room(folder: Path) -> int:
     return min(memory // IN_MEMORY, shutil.disk_usage(folder).free // 2)
 
 
-def _written(model: QuantizedModel, choices: Sequence[Choices], folder: Path) -> Iterator[Path]:
-    """A file for each of ``choices``, written when it is asked for."""
+def _written(model: QuantizedModel, choices: Sequence[Choices], folder: Path) -> Iterator[tuple[Path, int]]:
+    """A file for each of ``choices``, written when it is asked for, and its bytes."""
     for index, chosen in enumerate(track(choices, "files to race")):
-        yield _write(model, chosen, folder / f"{index}.onnx")
+        file = _write(model, chosen, folder / f"{index}.onnx")
+        yield file, file_size(file)
 
 
 def _write(model: QuantizedModel, chosen: Choices, path: Path) -> Path:

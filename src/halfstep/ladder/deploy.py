@@ -61,9 +61,8 @@ def deploy(search: Search, path: Sequence[Reached], place: Path, threads: int | 
     _write_down(search, outcome, files)
     if search.journal.folder is not None:
         outcome.save(search.journal.folder / "outcome.json")
-    _portray(
-        search
-    )  # last: pictures of a large network may find no memory, and the outcome is to be there then
+    # Last: pictures of a large network may find no memory, and the outcome is to be there then.
+    _portray(search)
     return replace(outcome, entries=tuple(search.journal.entries))
 
 

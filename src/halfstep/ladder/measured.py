@@ -24,23 +24,19 @@ from halfstep.ladder.tune import Tuning, tune
 def group_times(search: Search, groups: Sequence[Group], threads: int | None) -> list[float]:
     """:func:`.microseconds` of groups of layers in the search's model as it stands."""
     asked = {"groups": [group.layers for group in groups], "rounds": ROUNDS}
-    return [
-        float(time)
-        for time in _measured(
-            search, "groups", asked, threads, lambda: microseconds(search.model, groups, threads)
-        )
-    ]
+    times: list[float] = _measured(
+        search, "groups", asked, threads, lambda: microseconds(search.model, groups, threads)
+    )
+    return times
 
 
 def file_times(search: Search, choices: Sequence[Choices], threads: int | None) -> list[float]:
     """:func:`.race_choices` of the search's model."""
     asked = {"choices": [chosen.to_dict() for chosen in choices], "rounds": ROUNDS}
-    return [
-        float(time)
-        for time in _measured(
-            search, "files", asked, threads, lambda: race_choices(search.model, choices, threads)
-        )
-    ]
+    times: list[float] = _measured(
+        search, "files", asked, threads, lambda: race_choices(search.model, choices, threads)
+    )
+    return times
 
 
 def tuned(search: Search, threads: int | None, among: Collection[str] | None = None) -> Tuning:

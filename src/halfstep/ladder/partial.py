@@ -132,17 +132,13 @@ def evaluations_at_most(search: Search, options: Partial | None = None) -> int:
     count, steps = len(groups_of(search.model)), len(find_steps(options.steps))
     method = None if options.method is None else find_method(options.method)
     start = 1 + 2  # and the two halves
-    ranking = (count + 1 if method is not None and method.by == "metric" else 0) + min(
-        options.measured, count
-    )
+    ranking = count + 1 if method is not None and method.by == "metric" else 0
     walk = steps - 1 + QUESTIONS[options.walk](count)
-    if (
-        options.early and not search.never_early
-    ):  # twice where a verdict is overturned; the result on all examples
-        walk = 2 * walk + 2
-    orders = 2 if options.order == "latency" else 1
-    joining = 1 if options.order == "latency" else 0
-    return start + ranking + orders * (walk + (pruning(count) if options.prune else 0)) + joining
+    if options.early and not search.never_early:
+        walk = 2 * walk + 2  # again after an overturned verdict; and the results on all examples
+    prune = pruning(count) if options.prune else 0
+    both = options.order == "latency"  # orders, and then layers may join those in float
+    return start + ranking + min(options.measured, count) + (1 + both) * (walk + prune) + both
 
 
 def ranked_at_most(search: Search, options: Partial | None = None) -> int:
