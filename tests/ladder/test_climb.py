@@ -10,6 +10,7 @@ from torch import nn
 import halfstep as hs
 from halfstep.errors import ArgumentError, ExportError, RunError, TrainingError
 from halfstep.evaluate import Score
+from halfstep.fake_quantize import Mode
 from halfstep.ladder.aim import Aim
 from halfstep.ladder.doubts import doubts
 from halfstep.ladder.identity import Examples
@@ -38,7 +39,7 @@ def test_no_rung_ends_below_where_it_began(hopeless):
 
 
 def test_decisions_have_figures_and_the_estimate_comes_first(hopeless):
-    assert "evaluations (ptq 3, partial" in hopeless.decisions[0]
+    assert hopeless.decisions[0].startswith("Estimate, at most: ")
     assert all(any(c.isdigit() for c in sentence) for sentence in hopeless.decisions)
 
 
@@ -144,6 +145,31 @@ def test_doubts_about_data():
     assert sentence.startswith("8 calibration examples are few")
     (sentence,) = doubts(examples((x[:1].expand(64, 3),)), examples())
     assert sentence.startswith("63 of 64 calibration examples are repetitions")
+
+
+@pytest.mark.parametrize("form", ["tuple", "dict"])
+def test_examples_are_counted_and_not_inputs(form):
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x, y):
+            return self.one(x) + self.other(y)
+
+    torch.manual_seed(0)
+    pairs = zip(*(tensor.split(50) for tensor in torch.randn(2, 200, 4)), strict=True)
+    batches = [(x, y) if form == "tuple" else {"x": x, "y": y} for x, y in pairs]
+
+    def float_only(model):
+        return float(isinstance(model, hs.QuantizedModel) and model.mode is Mode.FLOAT)
+
+    enough, few = (
+        hs.quantize(Pair(), batches[0], calibration, float_only, rungs=["ptq"], threads=1)
+        for calibration in (batches, batches[:1])
+    )
+    assert not enough.met and not any("calibration examples" in sentence for sentence in enough.advice)
+    assert "50 calibration examples are few; 128 or more give steadier ranges" in few.advice
 
 
 def test_examples_that_are_used_twice_are_warned_of():

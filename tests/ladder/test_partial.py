@@ -210,7 +210,7 @@ def test_a_step_is_taken_by_single_layers_where_it_does_not_do_for_all():
     assert result.met and result.put_back.get("fc", "dynamic") == "dynamic" and len(result.float_layers) > 1
 
 
-def race_by_size(model, choices):
+def race_by_size(model, choices, threads):
     """As if every float layer took a tenth of a millisecond more."""
     return [1000 + 100 * len(chosen.float_layers) for chosen in choices]
 
@@ -220,10 +220,13 @@ def clock(monkeypatch):
     """Times of groups in float by name, of whole files by the number of float layers; nothing is worth joining."""
     times = {"0": 0.0, "2": 500.0, "4": 10.0, "6": 10.0, "8": 10.0, "10": -3.0}
     monkeypatch.setattr(
-        "halfstep.ladder.partial.microseconds", lambda model, groups: [times[g.name] for g in groups]
+        "halfstep.ladder.measured.microseconds",
+        lambda model, groups, threads: [times[g.name] for g in groups],
     )
-    monkeypatch.setattr("halfstep.ladder.haste.race_choices", race_by_size)
-    monkeypatch.setattr("halfstep.ladder.haste.tune", lambda model, among: Tuning((), 0.0, len(among)))
+    monkeypatch.setattr("halfstep.ladder.measured.race_choices", race_by_size)
+    monkeypatch.setattr(
+        "halfstep.ladder.measured.tune", lambda model, threads, among: Tuning((), 0.0, len(among))
+    )
     return times
 
 
@@ -253,8 +256,10 @@ def test_the_faster_of_both_orders_is_taken(accuracy, clock, monkeypatch):
     model = weights_per_tensor()
     by_accuracy = set(hs.partial(weights_per_tensor(), accuracy, 0.015).float_layers)
     monkeypatch.setattr(
-        "halfstep.ladder.haste.race_choices",
-        lambda model, choices: [sum(times[name] for name in chosen.float_layers) for chosen in choices],
+        "halfstep.ladder.measured.race_choices",
+        lambda model, choices, threads: [
+            sum(times[name] for name in chosen.float_layers) for chosen in choices
+        ],
     )
     result = hs.partial(model, accuracy, 0.015, hs.Partial(order="latency"))
     assert result.met
@@ -264,12 +269,12 @@ def test_the_faster_of_both_orders_is_taken(accuracy, clock, monkeypatch):
 def test_layers_between_float_ones_join_them_where_that_is_faster(accuracy, clock, monkeypatch):
     offered = []
 
-    def joining(model, among):
+    def joining(model, threads, among):
         offered.extend(among)
         model.float_layers = model.float_layers | {"4"}
         return Tuning(("4",), 5.0, len(among))
 
-    monkeypatch.setattr("halfstep.ladder.haste.tune", joining)
+    monkeypatch.setattr("halfstep.ladder.measured.tune", joining)
     model = weights_per_tensor()
     result = hs.partial(model, accuracy, 0.06, hs.Partial(order="latency"))
     assert result.met and set(result.float_layers) == {*FAULTS, "4"} == set(model.float_layers)
@@ -279,11 +284,11 @@ def test_layers_between_float_ones_join_them_where_that_is_faster(accuracy, cloc
 
 
 def test_the_fastest_is_what_the_search_hands_on_even_with_more_layers_in_float(accuracy, clock, monkeypatch):
-    def joining(model, among):
+    def joining(model, threads, among):
         model.float_layers = model.float_layers | {"4"}
         return Tuning(("4",), 5.0, len(among))
 
-    monkeypatch.setattr("halfstep.ladder.haste.tune", joining)
+    monkeypatch.setattr("halfstep.ladder.measured.tune", joining)
     model = weights_per_tensor()
     score, made = float_evaluation(accuracy, model)
     search = Search(model, accuracy, Goal(0.06, score), made)
@@ -294,7 +299,7 @@ def test_the_fastest_is_what_the_search_hands_on_even_with_more_layers_in_float(
 
 def test_a_float_network_that_is_as_fast_is_said_to_be(accuracy, clock, monkeypatch):
     monkeypatch.setattr(
-        "halfstep.ladder.haste.race_choices", lambda model, choices: [1000.0 for _ in choices]
+        "halfstep.ladder.measured.race_choices", lambda model, choices, threads: [1000.0 for _ in choices]
     )
     result = hs.partial(weights_per_tensor(), accuracy, 0.06, hs.Partial(order="latency"))
     assert any("Float is as fast on this machine" in sentence for sentence in result.decisions)

@@ -37,9 +37,8 @@ def advise(search: Search, path: Sequence[Reached], deployed: Score) -> tuple[st
     bits = [site.format.bits for site in search.model.sites.values()]
     if bits and min(bits) < 8:
         advice.append(f"{min(bits)} bits are few: 8 bits for the side that loses more")
-    kept = sum(len(batch) for batch in search.model.sample if hasattr(batch, "__len__"))
-    if 0 < kept < FEW:
-        advice.append(f"{kept} calibration examples are few; {FEW} or more give steadier ranges")
+    if 0 < search.calibrated < FEW:
+        advice.append(f"{search.calibrated} calibration examples are few; {FEW} or more give steadier ranges")
     for part in goal.standings(deployed):
         if not part.met:
             of = f" for {part.metric}" if part.metric else ""

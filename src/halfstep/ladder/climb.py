@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
+import time
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -133,6 +134,7 @@ def quantize(
     Raises:
         HalfstepError: a subclass that says what was wrong with the model, the data, the metric or the directory.
     """
+    started = time.perf_counter()
     ladder = find_rungs(tuple(rungs))
     if not 0 <= max_float <= 1:
         raise ArgumentError(f"max_float: got {max_float}, needed a share of the layers, 0 to 1")
@@ -154,9 +156,10 @@ def quantize(
             float_file = export_float(prepared, temporary / "float.onnx")
         claimed = claim(journal, prepared, scorer, aim, training)
         search = _begin(journal, prepared, scorer, aim, calibration, budget or Budget(), claimed)
+        search.started = started
         _settle(search, ladder, aim, command)
         score_file = functools.partial(file_score, search, temporary / "model.onnx", threads)
-        path = ascend(search, ladder, Means(training, partial), max_float, score_file)
+        path = ascend(search, ladder, Means(training, partial, threads, tune), max_float, score_file)
         if tune:
             favour_speed(search, threads, score_file)
         return deploy(search, path, journal.folder or temporary, float_file, threads)

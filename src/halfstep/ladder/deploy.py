@@ -43,6 +43,7 @@ def deploy(
         float_file = copy_file(float_file, place / float_file.name)
     with steps("verifying on the runtime"):
         proof = verify(file, model, model.sample, float_file, threads)
+    files = measure_files(search, proof, score.value, float_file, threads)
     outcome = Outcome(
         met=search.asked.met(score),
         rung=_rung_of(search, best),
@@ -61,13 +62,12 @@ def deploy(
         advice=advise(search, path, score),
         metrics=search.asked.standings(score),
     )
-    with steps("measuring the rungs' files"):
-        files = measure_files(search, proof, score.value, float_file, threads)
     _write_down(search, outcome, files)
-    outcome = replace(outcome, entries=tuple(search.journal.entries))
     if search.journal.folder is not None:
         outcome.save(search.journal.folder / "outcome.json")
-    return outcome
+    # Last: pictures of a large network may find no memory, and the outcome is to be there then.
+    _portray(search)
+    return replace(outcome, entries=tuple(search.journal.entries))
 
 
 def file_score(search: Search, file: Path, threads: int | None) -> tuple[str, Score]:
@@ -108,14 +108,18 @@ def _rung_of(search: Search, best: Candidate) -> str:
 
 
 def _write_down(search: Search, outcome: Outcome, files: list[dict[str, Any]]) -> None:
-    """What the report needs beside what the journal holds already."""
-    search.journal.write("sites", sites=portray_sites(outcome.model))
-    picture = portray_input(outcome.model)
-    if picture is not None:
-        search.journal.write("picture", **picture)
+    """The end of the journal."""
     known_by_now = ("history", "decisions", "path", "latency_ms", "microseconds")
     record = {name: value for name, value in outcome.to_dict().items() if name not in known_by_now}
     latency = {name: asdict(value) for name, value in outcome.verification.latency.items()}
     times = {name: round(time, 2) for name, time in outcome.verification.microseconds.items()}
     measured = {"latency_ms": latency, "files": files, "microseconds": times}
     search.journal.write("outcome", **record, measured=measured)
+
+
+def _portray(search: Search) -> None:
+    """What pictures in the report are made of."""
+    search.journal.write("sites", **portray_sites(search.model))
+    picture = portray_input(search.model)
+    if picture is not None:
+        search.journal.write("picture", **picture)

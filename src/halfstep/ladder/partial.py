@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -10,17 +11,21 @@ from typing import Literal
 from halfstep.errors import ArgumentError
 from halfstep.evaluate import Score
 from halfstep.fake_quantize import Mode
-from halfstep.ladder.costs import microseconds
-from halfstep.ladder.groups import Group, names_of
+from halfstep.ladder.calibration import SAMPLE_EXAMPLES, kept_examples
+from halfstep.ladder.groups import Group, groups_of, names_of
 from halfstep.ladder.halves import where_is_the_loss
 from halfstep.ladder.haste import Settled, hasten
 from halfstep.ladder.journal import exact
+from halfstep.ladder.measured import group_times
 from halfstep.ladder.methods import Method, find_method
 from halfstep.ladder.pins import pinned
-from halfstep.ladder.prefix import WALKS, without_needless
+from halfstep.ladder.prefix import QUESTIONS, WALKS, without_needless
 from halfstep.ladder.search import Search
 from halfstep.ladder.sensitivity import LayerSensitivity, Sensitivity, rank
 from halfstep.ladder.steps import STEPS, Assignment, Step, find_steps, put
+
+#: Groups times examples of a ranking, and examples at least: 32 groups are ranked on all kept examples.
+RANKED, LEAST_RANKED = 32 * SAMPLE_EXAMPLES, 32
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Partial:
         walk: how far to go down the sorted list: ``"gallop"`` (and bisect), or ``"one_by_one"``.
         keep_float: patterns of layers that stay in float whatever comes.
         keep_quantized: patterns of layers that are never put back.
-        prune: try at the end to do without each layer put back.
+        prune: try at the end to do without layers put back, for as many evaluations as :func:`pruning` says.
         measured: groups whose drop is measured beside their score, for Kendall's tau.
         early: whether verdicts may be given before all examples are seen.
     """
@@ -62,21 +67,22 @@ class Partial:
             find_method(self.method)
 
 
-def climb_partial(search: Search, options: Partial | None = None) -> Score:
+def climb_partial(search: Search, options: Partial | None = None, threads: int | None = None) -> Score:
     """Put back the fewest layers that meet the goal; the model is left with them, or as near as it came.
 
     1. Judge weights only and activations only: where is the loss?
     2. Rank the groups of layers by what quantizing them loses.
     3. For each step, cheapest first: if putting every group to it would do, gallop and bisect for the fewest.
-    4. Try to put each of them to something cheaper, least sensitive first.
-    5. Evaluate the result on all examples. Should that overturn an early verdict, go back to 3, where everything
-       that was judged is remembered.
+    4. Try to put them to something cheaper, least sensitive first.
+    5. Evaluate the result on all examples. Should that overturn an early verdict, go back to 3, where what was judged
+       is remembered, and believe no early verdict any more that is good.
 
     At least one layer stays quantized: with every layer in float any target is met, by the float model.
 
     Args:
         search: its model calibrated.
         options: how to look for them.
+        threads: of the runtime, for one operator, where times are measured; None for all cores.
 
     Returns:
         The score on all examples.
@@ -96,13 +102,56 @@ def climb_partial(search: Search, options: Partial | None = None) -> Score:
         return start
     search.early = early and options.early
     try:
-        walk = _Walk(search, options, base, groups)
+        walk = _Walk(search, options, base, groups, threads)
         found = walk.settle()
         if found and options.order == "latency":
-            found = [hasten(search, base, found, walk.able.get(STEPS["float"], []))]
+            found = [hasten(search, base, found, walk.able.get(STEPS["float"], []), threads)]
         return walk.report(*found[0]) if found else walk.best_effort(start)
     finally:
         search.early = early
+
+
+def pruning(groups: int) -> int:
+    """How many evaluations may go into doing without layers that were put back; an early verdict is a part of one.
+
+    Four each time that the groups double: up to 16 groups each can be asked about. Where the groups' losses add up and
+    their order is roughly known, that ends at most one group above asking about all (540 random cases each of up to
+    200 groups).
+    """
+    return 4 * math.ceil(math.log2(max(2, groups)))
+
+
+def ranking_examples(groups: int) -> int:
+    """On how many of the kept examples groups are ranked: fewer where there are many, as each costs a pass over them.
+
+    :data:`RANKED` example-groups in all, but at least :data:`LEAST_RANKED` examples each.
+    """
+    return min(SAMPLE_EXAMPLES, max(LEAST_RANKED, RANKED // max(1, groups)))
+
+
+def evaluations_at_most(search: Search, options: Partial | None = None) -> int:
+    """A bound on the full evaluations of :func:`climb_partial`, whatever the metric answers."""
+    options = options or Partial()
+    count, steps = len(groups_of(search.model)), len(find_steps(options.steps))
+    method = None if options.method is None else find_method(options.method)
+    start = 1 + 2  # and the two halves
+    ranking = count + 1 if method is not None and method.by == "metric" else 0
+    walk = steps - 1 + QUESTIONS[options.walk](count)
+    if options.early and not search.never_early:
+        walk = 2 * walk + 2  # again after an overturned verdict; and the results on all examples
+    prune = pruning(count) if options.prune else 0
+    both = options.order == "latency"  # orders, and then layers may join those in float
+    return start + ranking + min(options.measured, count) + (1 + both) * (walk + prune) + both
+
+
+def ranked_at_most(search: Search, options: Partial | None = None) -> int:
+    """A bound on the examples that the ranking of :func:`climb_partial` sends through the network."""
+    method = (options or Partial()).method
+    if method is not None and find_method(method).by == "metric":
+        return 0
+    count = len(groups_of(search.model))
+    float_and_base = 4  # one more to see what the outputs look like, and one where each group is spared
+    return (count + float_and_base) * min(kept_examples(search.model), ranking_examples(count))
 
 
 class _Walk:
@@ -114,9 +163,12 @@ class _Walk:
         options: Partial,
         base: Mapping[str, frozenset[str]],
         groups: tuple[Group, ...],
+        threads: int | None,
     ) -> None:
         self.search, self.options, self.base = search, options, base
         self.steps = find_steps(options.steps)
+        self.left = 0.0  # evaluations that may go into pruning
+        self.believing = True  # early verdicts that are good
         model = search.model
         if (halves := where_is_the_loss(search)) is not None:
             search.found["halves"] = halves
@@ -132,7 +184,7 @@ class _Walk:
                 )
         table = _ranked(search, groups, options)
         if options.order == "latency":
-            table = _by_time(search, table)
+            table = _by_time(search, table, threads)
         search.found["sensitivity"] = table
         self.ranked = [row.group for row in table.rows]
         self.by_accuracy = [row.group for row in sorted(table.rows, key=lambda row: -row.score)]
@@ -151,18 +203,27 @@ class _Walk:
         accuracy is tried as well.
         """
         orders = [self.ranked] if self.ranked == self.by_accuracy else [self.ranked, self.by_accuracy]
-        found = []
-        for order in orders:
-            self.ranked = order
-            while (assignment := self.find()) is not None:
-                put(self.search.model, self.base, assignment)
-                what = f"{_many(len(assignment))} put back"
-                score = self.search.evaluate(f"{what}, on all examples")
-                if self.search.goal.met(score):
-                    found.append((assignment, score))
-                    break
-                self.search.decide(f"All examples overturn the early verdict on {what}; the search goes on.")
-        return found
+        return [settled for order in orders if (settled := self._settle(order)) is not None]
+
+    def _settle(self, order: list[Group]) -> Settled | None:
+        search, early = self.search, self.search.early
+        self.ranked, self.left = order, pruning(len(order))
+        for self.believing in (True, False):
+            search.early = early and self.believing
+            if (assignment := self.find()) is None:
+                break
+            put(search.model, self.base, assignment)
+            what = f"{_many(len(assignment))} put back"
+            score = search.evaluate(f"{what}, on all examples")
+            if search.goal.met(score):
+                search.early = early
+                return assignment, score
+            search.decide(
+                f"All examples overturn the early verdict on {what}; the search goes on, and judges on all examples "
+                "what it keeps."
+            )
+        search.early = early
+        return None
 
     @property
     def able(self) -> dict[Step, list[Group]]:
@@ -175,8 +236,22 @@ class _Walk:
 
     def holds(self, assignment: Assignment, what: str) -> bool:
         """Whether the goal is met with groups put to their steps."""
-        put(self.search.model, self.base, assignment)
-        return self.search.judge(what).met
+        search = self.search
+        put(search.model, self.base, assignment)
+        verdict = search.judge(what)
+        if verdict.met and not (verdict.complete or self.believing):
+            return search.goal.met(search.evaluate(what))
+        return verdict.met
+
+    def _still_holds(self, assignment: Assignment, what: str) -> bool:
+        """:meth:`holds`, at the cost of what may go into pruning."""
+        spent = self.search.full_evaluations
+        holds = self.holds(assignment, what)
+        self.left -= self.search.full_evaluations - spent
+        return holds
+
+    def _may_prune(self) -> bool:
+        return self.left >= 1
 
     def find(self) -> Assignment | None:
         """An assignment that holds and from which nothing can be taken, by the verdicts so far; or None."""
@@ -195,19 +270,21 @@ class _Walk:
         return self.holds(dict.fromkeys(able[:count], step), what)
 
     def _cheaper(self, found: dict[Group, Step], step: Step) -> Assignment:
-        """Put each group to the cheapest step that does, the least sensitive first."""
+        """Put groups to the cheapest step that does, the least sensitive first, as far as evaluations go."""
         if not self.options.prune:
             return found
-        kept = without_needless(
-            list(found),
-            lambda groups, left_out: self.holds(
-                dict.fromkeys(groups, step), f"{left_out.name} quantized again"
-            ),
-        )
+
+        def without(groups: list[Group], left_out: list[Group]) -> bool:
+            more = f" and {_many(len(left_out) - 1)} more" if len(left_out) > 1 else ""
+            return self._still_holds(dict.fromkeys(groups, step), f"{left_out[0].name}{more} quantized again")
+
+        kept = without_needless(list(found), without, self._may_prune)
         assignment = dict.fromkeys(kept, step)
         for group in reversed(kept):
             for other in self.steps[: self.steps.index(step)]:
-                if group in self.able[other] and self.holds(
+                if not self._may_prune():
+                    return assignment
+                if group in self.able[other] and self._still_holds(
                     {**assignment, group: other}, f"{group.name} only {other.words}"
                 ):
                     assignment[group] = other
@@ -266,25 +343,19 @@ class _Walk:
 
 def _ranked(search: Search, groups: tuple[Group, ...], options: Partial) -> Sensitivity:
     """The ranking of the groups: an interrupted run's of this very network, or a new one."""
-    key = search.checkpoints.key_of(groups, options.method, options.measured)
+    examples = ranking_examples(len(groups))
+    key = search.checkpoints.key_of(groups, options.method, options.measured, examples)
     for entry in search.journal.of("ranking"):
         if entry.data["key"] == key:
             return Sensitivity.of(entry.data["measured"]["table"])
-    table = rank(search.model, search, groups, options.method, options.measured)
+    table = rank(search.model, search, groups, options.method, options.measured, examples)
     search.journal.write("ranking", key=key, measured={"table": exact(table.to_dict())})
     return table
 
 
-def _by_time(search: Search, table: Sensitivity) -> Sensitivity:
-    """The table in the order of what is regained for a microsecond; a resumed run goes by what was measured first."""
-    names = [row.group.name for row in table.rows]
-    known = [
-        entry.data["measured"]["times"]
-        for entry in search.journal.of("costs")
-        if entry.data["groups"] == names
-    ]
-    times = known[0] if known else microseconds(search.model, [row.group for row in table.rows])
-    search.journal.write("costs", groups=names, measured={"times": times})
+def _by_time(search: Search, table: Sensitivity, threads: int | None) -> Sensitivity:
+    """The table in the order of what is regained for a microsecond."""
+    times = group_times(search, [row.group for row in table.rows], threads)
     rows = [replace(row, microseconds=time) for row, time in zip(table.rows, times, strict=True)]
     return replace(table, rows=tuple(sorted(rows, key=_regained_per_microsecond, reverse=True)))
 

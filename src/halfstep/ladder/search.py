@@ -22,7 +22,7 @@ from halfstep.ladder.goal import Goal
 from halfstep.ladder.journal import Journal
 from halfstep.ladder.snapshot import Snapshot, put_back_in
 from halfstep.model import QuantizedModel
-from halfstep.progress import say, steps
+from halfstep.progress import protected, say, steps
 
 #: Examples on which the float model is scored a second time, to see whether the metric answers the same.
 REPEATED = 1000
@@ -68,6 +68,8 @@ class Search:
         rung: the one that is being climbed.
         best: the best candidate so far; None before the first.
         reached: the best candidate at the end of each rung, by the rung's name.
+        calibrated: examples that the ranges come from; 0 where that is not known.
+        started: when the budget's minutes began, by ``time.perf_counter``.
     """
 
     model: QuantizedModel
@@ -83,11 +85,12 @@ class Search:
     rung: str = ""
     best: Candidate | None = None
     reached: dict[str, Candidate] = field(default_factory=dict)
+    calibrated: int = 0
+    started: float = field(default_factory=lambda: time.perf_counter())
 
     def __post_init__(self) -> None:
         self.asked = self.goal
         self.checkpoints = Checkpoints(self.journal, self.model)
-        self._started = time.perf_counter()
         self._asked: set[str] = set()
         for entry in self.journal.of("evaluation"):
             evaluation, verdict = kept(entry)
@@ -136,7 +139,10 @@ class Search:
         seen = 0
         early = [verdict.score.per_example for verdict in self.memory.get(key, [])]
         taken = max((scores for scores in early if scores is not None), key=len, default=None)
-        with steps(f"evaluating {what}"):
+        with (
+            protected(),
+            steps(f"evaluating {what}"),
+        ):  # what was begun is scored: its verdict is worth the time
             if taken is not None and self._stopper is not None:
                 seen = len(taken) if self._stopper.picks else 0
                 score = self._stopper.finish(self.model, taken)
@@ -163,7 +169,7 @@ class Search:
             return Verdict(self.goal.met(score), score, complete=True)
         self.check_budget()
         start, goal = time.perf_counter(), self.goal
-        with steps(f"judging {what}", self._stopper.total) as advance:
+        with protected(), steps(f"judging {what}", self._stopper.total) as advance:
             scores, side = self._stopper.run(
                 self.model, goal.max_drop, 1 - goal.confidence, accept=not goal.strict, progress=advance
             )
@@ -196,16 +202,29 @@ class Search:
         if (spent := self.spent()) and self.best is not None:
             raise BudgetSpent(spent)
 
+    def check_time(self) -> None:
+        """What long loops ask between their steps: raise once the minutes are used up, if there is a best candidate.
+
+        Evaluations that are used up end no loop: a resumed run has them all from the start, and repeats the work
+        between them.
+
+        Raises:
+            BudgetSpent: saying by what.
+        """
+        spent = self.budget.spent(0, time.perf_counter() - self.started)
+        if spent and self.best is not None:
+            raise BudgetSpent(spent)
+
     def spent(self) -> str:
         """What of the budget is used up, in words; empty while there is something left."""
         made = sum(evaluation.share for evaluation in self.evaluations)
-        return self.budget.spent(made, time.perf_counter() - self._started)
+        return self.budget.spent(made, time.perf_counter() - self.started)
 
     def seconds_left(self) -> float | None:
         """Seconds until the budget's minutes are used up; None where it bounds no time."""
         if self.budget.minutes is None:
             return None
-        return self.budget.minutes * 60 - (time.perf_counter() - self._started)
+        return self.budget.minutes * 60 - (time.perf_counter() - self.started)
 
     def _consider(self, what: str, verdict: Verdict, key: str) -> None:
         """Keep the candidate if it is the best so far: meets the goal, few float layers, a small drop."""

@@ -18,7 +18,7 @@ from halfstep.repair.bias_room import widen_for_bias
 from halfstep.repair.layer_weight import LayerWeight, unfit
 from halfstep.repair.moments import gather, too_large
 from halfstep.repair.record import OUTPUT_ERROR, Repair, Treated
-from halfstep.repair.walk import walk
+from halfstep.repair.walk import walk, while_time_lasts
 
 
 def sample_of(model: QuantizedModel, batches: Iterable[ModelInputs] | None) -> list[ModelInputs]:
@@ -82,7 +82,8 @@ def weigh_ranges(model: QuantizedModel, batches: Iterable[ModelInputs] | None = 
     """
     start = time.perf_counter()
     treated, skipped = [], []
-    for step in walk(model, sample_of(model, batches), "weight ranges"):
+    notes: list[str] = []
+    for step in while_time_lasts(walk(model, sample_of(model, batches), "weight ranges"), notes):
         if reason := unfit(model, step.layer) or too_large(step.layer.operator):
             skipped.append((step.layer.name, reason))
             continue
@@ -103,5 +104,10 @@ def weigh_ranges(model: QuantizedModel, batches: Iterable[ModelInputs] | None = 
             site.offset, after = old[2], before
         treated.append(Treated(step.layer.name, before, after, time.perf_counter() - clock))
     return Repair(
-        "weight ranges", OUTPUT_ERROR, tuple(treated), tuple(skipped), seconds=time.perf_counter() - start
+        "weight ranges",
+        OUTPUT_ERROR,
+        tuple(treated),
+        tuple(skipped),
+        tuple(notes),
+        time.perf_counter() - start,
     )

@@ -15,7 +15,7 @@ from halfstep.repair.moments import gather, too_large
 from halfstep.repair.quadratic import DAMPING, Grid, Quadratic
 from halfstep.repair.ranges import sample_of
 from halfstep.repair.record import OUTPUT_ERROR, Repair, Treated
-from halfstep.repair.walk import walk
+from halfstep.repair.walk import walk, while_time_lasts
 
 #: Sweeps over all inputs of a layer at most; most settle after five.
 SWEEPS = 20
@@ -81,8 +81,9 @@ def round_layers(
 ) -> Repair:
     """Round every layer's rows by ``find``, in order; each row only where the layer's output error falls."""
     start = time.perf_counter()
-    treated, skipped, notes = [], [], []
-    for step in walk(model, sample_of(model, batches), name):
+    treated, skipped = [], []
+    notes: list[str] = []
+    for step in while_time_lasts(walk(model, sample_of(model, batches), name), notes):
         if reason := unfit(model, step.layer) or too_large(step.layer.operator):
             skipped.append((step.layer.name, reason))
             continue

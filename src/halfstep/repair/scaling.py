@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from halfstep.graph.capture import TOLERANCE, relative_error
 from halfstep.graph.inputs import ModelInputs, move
 from halfstep.model import QuantizedModel
+from halfstep.progress import may_go_on
 from halfstep.repair.channels import Channels, Port
 from halfstep.repair.ranges import calibrate_again, observe_sites
 from halfstep.repair.record import Repair, Treated
@@ -104,6 +105,7 @@ def _scale_all(
     for _ in range(sweeps):
         largest = 1.0
         for channels in classes:
+            may_go_on()
             clock = time.perf_counter()
             factors, was, now = choose(channels)
             factors = factors.clamp(1 / LIMIT, LIMIT)

@@ -234,8 +234,15 @@ def sites(run: Run) -> str:
     """The site picker; the page's script fills it."""
     if not run.sites:
         return ""
+    some = ""
+    if len(run.sites) < run.known_sites:
+        some = (
+            f"<p>{len(run.sites):,} of {run.known_sites:,} sites are shown, taken evenly from activations and weights "
+            "alike.</p>"
+        )
     return (
-        "<p>Type to search; arrow keys choose. Bars count values on a logarithmic scale; the shaded range is what the "
+        f"{some}<p>Type to search; arrow keys choose. "
+        "Bars count values on a logarithmic scale; the shaded range is what the "
         "format represents, with its steps where they can be told apart; lines are other calibrators' ranges.</p>"
         "<div class='picker'><div><label for='search'>Search sites</label>"
         "<input id='search' type='search' autocomplete='off' placeholder='name, layer or format'>"
