@@ -145,6 +145,7 @@ def _climb(search: Search, rung: Rung, means: Means) -> Reached:
         put_back={name: sorted(layers) for name, layers in best.snapshot.put_back.items()},
         cost=sum(made.share for made in search.evaluations if made.rung == rung.name),
         note=note,
+        examined=drop.examined,
     )
     search.reached[rung.name] = best
     return reached

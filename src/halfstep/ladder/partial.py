@@ -68,6 +68,10 @@ def climb_partial(search: Search, options: Partial | None = None) -> Score:
     4. Try to put each of them to something cheaper, least sensitive first.
     5. Evaluate the result on all examples. Should that overturn an early verdict, go back to 3, where everything
        that was judged is remembered.
+    6. Where nothing was found, see whether an early verdict was to blame: the most that may be put back is evaluated on
+       all examples, and everything else that was refused early is judged on more of them. Should one hold, go back to
+       3. So "the target is not met" is the answer all examples would give with the goal's confidence, while each layer
+       put back rests on an early verdict of its own: one in many may be needless.
 
     At least one layer stays quantized: with every layer in float any target is met, by the float model.
 
@@ -121,6 +125,8 @@ class _Walk:
         put(model, base, {})
         free = names_of(groups)
         self.all_free = all(layer.reason or layer.name in free for layer in model.layers)
+        #: What early verdicts refused, in words.
+        self.refused: dict[frozenset[tuple[Group, Step]], str] = {}
         self.fitting = {step: {group for group in groups if step.fits(model, group)} for step in self.steps}
         for step in self.steps:
             if not self.fitting[step]:
@@ -142,7 +148,14 @@ class _Walk:
         )
 
     def settle(self) -> list[Settled]:
-        """What meets the goal on all examples: of each order, if there is any.
+        """What meets the goal on all examples: of each order, if there is any, whatever early verdicts said."""
+        found = self._each_order()
+        while not found and self._overturned():
+            found = self._each_order()
+        return found
+
+    def _each_order(self) -> list[Settled]:
+        """What meets the goal on all examples by the verdicts so far.
 
         In the order of time a layer that costs much comes last even where nothing holds without it; so that of
         accuracy is tried as well.
@@ -170,26 +183,52 @@ class _Walk:
                 able.pop()
         return found
 
-    def holds(self, assignment: Assignment, what: str) -> bool:
-        """Whether the goal is met with groups put to their steps."""
+    def holds(self, assignment: Assignment, what: str, final: bool = False) -> bool:
+        """Whether the goal is met with groups put to their steps; ``final`` as for :meth:`.Search.judge`."""
         put(self.search.model, self.base, assignment)
-        return self.search.judge(what).met
+        verdict = self.search.judge(what, final)
+        if not (verdict.met or verdict.complete):
+            self.refused[frozenset(assignment.items())] = what
+        return verdict.met
+
+    def _overturned(self) -> bool:
+        """Whether something that an early verdict refused holds after all, with what it takes to give up on it.
+
+        The most that may be put back is evaluated on all examples, which its score is needed for anyway.
+        """
+        overturned = ""
+        if self.refused and (able := self.able[self.steps[-1]]):
+            put(self.search.model, self.base, dict.fromkeys(able, self.steps[-1]))
+            if self.search.goal.met(self.search.evaluate(self._everything(able))):
+                overturned = self._everything(able)
+        for assignment, what in list(self.refused.items()):
+            overturned = overturned or (what if self.holds(dict(assignment), what, final=True) else "")
+        if overturned:
+            self.search.decide(
+                f"More examples overturn the early verdict on {overturned}; the search goes on."
+            )
+        return bool(overturned)
+
+    def _everything(self, able: list[Group]) -> str:
+        """The most that may be put to the last step, in words."""
+        rest = [group.name for group in self.ranked if group not in able]
+        return f"every group{' but ' + ', '.join(rest) if rest else ''} {self.steps[-1].words}"
 
     def find(self) -> Assignment | None:
         """An assignment that holds and from which nothing can be taken, by the verdicts so far; or None."""
         for step in self.steps:
             able = self.able[step]
             cheaper = step is not self.steps[-1]
-            if not able or (cheaper and not self._first_hold(able, step, len(able))):
+            if not able or (cheaper and not self._first_hold(able, step, len(able), final=True)):
                 continue
             count = WALKS[self.options.walk](len(able), functools.partial(self._first_hold, able, step))
             if count is not None:
                 return self._cheaper(dict.fromkeys(able[:count], step), step)
         return None
 
-    def _first_hold(self, able: list[Group], step: Step, count: int) -> bool:
+    def _first_hold(self, able: list[Group], step: Step, count: int, final: bool = False) -> bool:
         what = f"the {_many(count)} down to {able[count - 1].name} {step.words}"
-        return self.holds(dict.fromkeys(able[:count], step), what)
+        return self.holds(dict.fromkeys(able[:count], step), what, final)
 
     def _cheaper(self, found: dict[Group, Step], step: Step) -> Assignment:
         """Put each group to the cheapest step that does, the least sensitive first."""
@@ -231,7 +270,8 @@ class _Walk:
                 "finer ranges or training would leave more of them quantized."
             )
         saved = f", {search.saved:,} examples spared by early verdicts" if search.saved else ""
-        why = f" No verdict was early: {search.never_early}." if search.never_early else ""
+        why = search.never_early
+        why = f" No verdict was early: {why}." if why and not search.saved else ""
         search.decide(f"The search so far took {search.full_evaluations:.1f} full evaluations{saved}.{why}")
         return score
 
@@ -241,8 +281,7 @@ class _Walk:
         able, score = self.able[step], start
         missed = "Partial quantization does not meet the target."
         if able:
-            rest = [group.name for group in self.ranked if group not in able]
-            everything = f"every group{' but ' + ', '.join(rest) if rest else ''} {step.words}"
+            everything = self._everything(able)
             put(search.model, self.base, dict.fromkeys(able, step))
             score = search.evaluate(everything)
             missed += (

@@ -52,7 +52,7 @@ class Reached:
         met: the simulation meets the target now.
         score: of the best candidate so far, simulated.
         drop: against float, in the metric's unit.
-        low: lower end of the drop's confidence interval; None where the metric has none.
+        low: lower end of the drop's confidence interval, corrected for the candidates examined; None without one.
         high: its upper end.
         metrics: how every metric stands, the leading one (whose figures these are) first.
         what: the candidate, in words.
@@ -62,6 +62,7 @@ class Reached:
         note: why it ended early; empty if it did not.
         file_score: of its file on its runtime, where that decided whether to climb on.
         file_met: whether the file meets the target.
+        examined: candidates that had been looked at on the same examples when this one was, itself included.
     """
 
     rung: str
@@ -78,3 +79,4 @@ class Reached:
     note: str = ""
     file_score: float | None = None
     file_met: bool | None = None
+    examined: int = 1
