@@ -123,7 +123,7 @@ def scores(*values):
 
 def test_scores_of_two_values_get_tangos_interval_in_their_unit():
     float_hits, hits = torch.ones(50), torch.ones(50)
-    hits[:3] = 0
+    hits[:10] = 0
     ones = paired_drop(Score.mean(float_hits), Score.mean(hits))
     percents = paired_drop(Score.mean(100 * float_hits), Score.mean(100 * hits))
     assert (percents.low, percents.high) == (
@@ -133,6 +133,11 @@ def test_scores_of_two_values_get_tangos_interval_in_their_unit():
     assert percents.method == ones.method == "Tango" and percents.p_value == ones.p_value
     shifted = paired_drop(Score.mean(float_hits + 2), Score.mean(hits + 2))
     assert (shifted.low, shifted.high) == (pytest.approx(ones.low), pytest.approx(ones.high))
+    hits[0] = 1  # nine are too few to be sure that there is no third value, unless bounds say so, or they are hits
+    assert paired_drop(Score.mean(100 * float_hits), Score.mean(100 * hits)).high is None
+    bounded = paired_drop(Score.mean(100 * float_hits), Score.mean(100 * hits), bounds=(0.0, 100.0))
+    ones = paired_drop(Score.mean(float_hits), Score.mean(hits))
+    assert bounded.method == ones.method == "Tango" and bounded.high == pytest.approx(100 * ones.high)
 
 
 def test_no_interval_has_width_0():

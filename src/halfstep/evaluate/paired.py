@@ -101,8 +101,8 @@ def paired_drop(
         candidate: on the same examples in the same order; its ``examined`` is k.
         higher_is_better: which way a drop goes.
         confidence: of the interval, between 0 and 1.
-        bounds: the smallest and the largest score that an example can have; None if unknown. Where all scores are one
-            of the two, these are the two values; otherwise the two that occur are, if no bounds are known.
+        bounds: the smallest and the largest score that an example can have, which are the two values if no other score
+            occurs. None if unknown; then 0 and 1 are, or any two scores if each occurs :data:`FEW` times.
 
     >>> both = [Score.mean(torch.tensor(hits)) for hits in ([1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0])]
     >>> paired_drop(*both).value
@@ -141,8 +141,10 @@ def _two_values(
     scores = torch.cat([first, second])
     if bounds is not None:
         return bounds if bool(((scores == bounds[0]) | (scores == bounds[1])).all()) else None
-    values = scores.unique().tolist()
-    return (values[0], values[1]) if len(values) == 2 and len(first) >= FEW else None
+    values, counts = scores.unique(return_counts=True)
+    low, high = (float(values[0]), float(values[-1])) if len(values) == 2 else (0.0, 0.0)
+    hits = (low, high) == (0, 1)
+    return (low, high) if len(values) == 2 and (hits or int(counts.min()) >= FEW) else None
 
 
 def _differing(first: torch.Tensor, second: torch.Tensor) -> int:
