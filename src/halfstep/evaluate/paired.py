@@ -63,20 +63,20 @@ class Drop:
     reason: str = ""
 
     @property
-    def interval(self) -> str:
-        """What the interval is, in words.
+    def correction(self) -> str:
+        """What the interval is corrected for, in words; empty where there was no other candidate.
 
-        >>> Drop(0.0, -0.01, 0.01, examined=7).interval
-        '95% interval, corrected for 7 candidates examined,'
+        >>> Drop(0.0, -0.01, 0.01, examined=7).correction
+        'corrected for 7 candidates examined'
         """
-        words = f"{percent(self.confidence)} interval"
-        return words if self.examined == 1 else f"{words}, corrected for {self.examined} candidates examined,"
+        return "" if self.examined == 1 else f"corrected for {self.examined} candidates examined"
 
     def __str__(self) -> str:
         """The drop with its interval, where it has one."""
         if self.low is None or self.high is None:
             return f"{self.value:+.4f}"
-        return f"{self.value:+.4f} ({self.interval} {self.low:+.4f} to {self.high:+.4f})"
+        ends = f"{percent(self.confidence)} interval {self.low:+.4f} to {self.high:+.4f}"
+        return f"{self.value:+.4f} ({', '.join(filter(None, (ends, self.correction)))})"
 
 
 def paired_drop(

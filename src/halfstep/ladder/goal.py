@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from halfstep.errors import ArgumentError, MetricError
-from halfstep.evaluate import Drop, Score, paired_drop
+from halfstep.evaluate import Drop, Score, paired_drop, percent
 
 #: An allowed drop of 0 counts as this share of the float score where the use of allowances is compared.
 SMALLEST = 1e-3
@@ -197,13 +197,15 @@ class Goal:
         if drop.low is None or drop.high is None:
             unmet = ", and a strict goal is not met" if self.strict else ""
             return f"How sure the drop is cannot be said{unmet}: {drop.reason}."
-        what, _, correction = drop.interval.partition(",")
-        interval = f"{what} of the drop, {drop.low:+.4f} to {drop.high:+.4f},{correction}"
+        ends = f"{drop.low:+.4f} to {drop.high:+.4f}"
+        interval = ", ".join(
+            filter(None, (f"{percent(drop.confidence)} interval of the drop", ends, drop.correction))
+        )
         if drop.high <= self.max_drop:
-            return f"The {interval} lies within the allowed {self.max_drop:g}."
+            return f"The {interval}, lies within the allowed {self.max_drop:g}."
         if drop.low > self.max_drop:
-            return f"The {interval} lies wholly above the allowed {self.max_drop:g}."
+            return f"The {interval}, lies wholly above the allowed {self.max_drop:g}."
         return (
-            f"The {interval} includes the allowed {self.max_drop:g}: other examples could decide otherwise "
+            f"The {interval}, includes the allowed {self.max_drop:g}: other examples could decide otherwise "
             f"({drop.count:,} were used)."
         )

@@ -84,9 +84,9 @@ def partial(
         max_drop: in the metric's unit, against the float model on the same examples; 0.01 unless another target is
             given.
         options: how to look for them.
-        confidence: of the drops' intervals, all candidates together, and that the target is missed where it is said to
-            be. Every early verdict on the way has it by itself, so that of many one may be wrong; that costs a layer
-            put back needlessly, and nothing is accepted before all examples are seen.
+        confidence: of the drops' intervals, all candidates together; and that all examples say so too where the target
+            is said to be missed. Every early verdict on the way has it by itself, so that of many one may be wrong:
+            that costs a layer put back needlessly, and nothing is accepted before all examples are seen.
         strict: whether the upper end of the drop's interval must keep to the target, as for
             :func:`halfstep.quantize`, or the drop that was measured.
         relative_drop: instead of ``max_drop``: a share of the float score.
