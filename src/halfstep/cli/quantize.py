@@ -49,7 +49,9 @@ def quantize(
     floor: Annotated[list[str] | None, typer.Option(help="Instead: the worst score allowed.")] = None,
     strict: Annotated[
         bool | None,
-        typer.Option("--strict", help="Demand that the drop's whole interval keeps to the target."),
+        typer.Option(
+            "--strict", help="Demand that the upper end of the drop's interval keeps to the target."
+        ),
     ] = None,
     tune: Annotated[
         bool | None,

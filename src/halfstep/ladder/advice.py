@@ -40,8 +40,12 @@ def advise(search: Search, path: Sequence[Reached], deployed: Score) -> tuple[st
     if 0 < search.calibrated < FEW:
         advice.append(f"{search.calibrated} calibration examples are few; {FEW} or more give steadier ranges")
     for part in goal.standings(deployed):
-        if not part.met:
-            of = f" for {part.metric}" if part.metric else ""
-            needed = part.high if goal.strict and part.high is not None else part.drop
-            advice.append(f"A max_drop of {needed:.4g}{of} would be met by what was found")
+        if part.met:
+            continue
+        of = f" for {part.metric}" if part.metric else ""
+        if goal.strict and part.high is None:
+            advice.append(f"A strict target{of} cannot be met without an interval: {part.unsure}")
+            continue
+        needed = part.high if goal.strict else part.drop
+        advice.append(f"A max_drop of {needed:.4g}{of} would be met by what was found")
     return tuple(advice)

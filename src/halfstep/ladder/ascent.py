@@ -202,6 +202,7 @@ def _climb(search: Search, rung: Rung, means: Means) -> Reached:
         note=note,
         key=key,
         candidate=best.key,
+        examined=drop.examined,
     )
     search.reached[rung.name] = best
     return reached

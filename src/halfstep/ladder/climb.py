@@ -119,8 +119,13 @@ def quantize(
         training: for quantization-aware training; without it that rung is left out, and the outcome says so.
         relative_drop: instead of ``max_drop``: a share of the float score.
         floor: instead of ``max_drop``: the worst score allowed.
-        confidence: of the drop's intervals, 0.95 for 95%.
-        strict: demand that the interval keeps to the target, not only the drop itself.
+        confidence: of the drops' intervals, 0.95 for 95%: with it the upper ends of all candidates hold together, and
+            so the lower ends. Each is widened for the candidates examined on the same examples before.
+        strict: demand that the upper end of the interval keeps to the target, not only the drop that was measured. If
+            the labelled examples are a random sample, a network that drops by more than the target on all such data is
+            then accepted with a probability of at most 1 - confidence, however many candidates are tried; about, where
+            they build on the luckiest before them, see :class:`.Goal`. Not strict, nothing of the kind is promised: of
+            many candidates the first that passes is likely to be worse than it looks.
         rungs: which to climb, in order.
         budget: what the search may cost; None for no bound.
         partial: how to look for layers to put back to float.

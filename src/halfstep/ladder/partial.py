@@ -74,8 +74,12 @@ def climb_partial(search: Search, options: Partial | None = None, threads: int |
     2. Rank the groups of layers by what quantizing them loses.
     3. For each step, cheapest first: if putting every group to it would do, gallop and bisect for the fewest.
     4. Try to put them to something cheaper, least sensitive first.
-    5. Evaluate the result on all examples. Should that overturn an early verdict, go back to 3, where what was judged
-       is remembered, and believe no early verdict any more that is good.
+    5. Evaluate the result on all examples. Should that overturn an early verdict, go back to 3, and judge everything
+       on all examples.
+    6. Where nothing was found, see whether an early verdict was to blame: the most that may be put back is evaluated
+       on all examples, and everything else that was refused early is judged on more of them. Should one hold, go back
+       to 3 likewise. So "the target is not met" is the answer all examples would give with the goal's confidence, while
+       each layer put back rests on an early verdict of its own: one in many may be needless.
 
     At least one layer stays quantized: with every layer in float any target is met, by the float model.
 
@@ -138,7 +142,8 @@ def evaluations_at_most(search: Search, options: Partial | None = None) -> int:
     ranking = count + 1 if method is not None and method.by == "metric" else 0
     walk = steps - 1 + QUESTIONS[options.walk](count)
     if options.early and not search.never_early:
-        walk = 2 * walk + 2  # again after an overturned verdict; and the results on all examples
+        # Again on all examples after an overturned verdict, what was refused too; and the results, and everything.
+        walk = (2 if search.picks else 3) * walk + 3
     prune = pruning(count) if options.prune else 0
     both = options.order == "latency"  # orders, and then layers may join those in float
     return start + ranking + min(options.measured, count) + (1 + both) * (walk + prune) + both
@@ -168,7 +173,6 @@ class _Walk:
         self.search, self.options, self.base = search, options, base
         self.steps = find_steps(options.steps)
         self.left = 0.0  # evaluations that may go into pruning
-        self.believing = True  # early verdicts that are good
         model = search.model
         if (halves := where_is_the_loss(search)) is not None:
             search.found["halves"] = halves
@@ -176,6 +180,8 @@ class _Walk:
         put(model, base, {})
         free = names_of(groups)
         self.all_free = all(layer.reason or layer.name in free for layer in model.layers)
+        #: What early verdicts refused, in words.
+        self.refused: dict[frozenset[tuple[Group, Step]], str] = {}
         self.fitting = {step: {group for group in groups if step.fits(model, group)} for step in self.steps}
         for step in self.steps:
             if not self.fitting[step]:
@@ -197,7 +203,7 @@ class _Walk:
         )
 
     def settle(self) -> list[Settled]:
-        """What meets the goal on all examples: of each order, if there is any.
+        """What meets the goal on all examples: of each order, if there is any, whatever early verdicts said.
 
         In the order of time a layer that costs much comes last even where nothing holds without it; so that of
         accuracy is tried as well.
@@ -206,23 +212,24 @@ class _Walk:
         return [settled for order in orders if (settled := self._settle(order)) is not None]
 
     def _settle(self, order: list[Group]) -> Settled | None:
+        """First by early verdicts; should one turn out to be wrong, by all examples."""
         search, early = self.search, self.search.early
-        self.ranked, self.left = order, pruning(len(order))
-        for self.believing in (True, False):
-            search.early = early and self.believing
-            if (assignment := self.find()) is None:
-                break
-            put(search.model, self.base, assignment)
-            what = f"{_many(len(assignment))} put back"
-            score = search.evaluate(f"{what}, on all examples")
-            if search.goal.met(score):
-                search.early = early
-                return assignment, score
-            search.decide(
-                f"All examples overturn the early verdict on {what}; the search goes on, and judges on all examples "
-                "what it keeps."
-            )
-        search.early = early
+        self.ranked, self.left, self.refused = order, pruning(len(order)), {}
+        try:
+            for search.early in dict.fromkeys((early, False)):
+                if (assignment := self.find()) is not None:
+                    put(search.model, self.base, assignment)
+                    wrong = f"{_many(len(assignment))} put back"
+                    score = search.evaluate(f"{wrong}, on all examples")
+                    if search.goal.met(score):
+                        return assignment, score
+                elif not (wrong := self._overturned()):
+                    return None
+                search.decide(
+                    f"More examples overturn the early verdict on {wrong}; the search goes on, on all of them."
+                )
+        finally:
+            search.early = early
         return None
 
     @property
@@ -234,13 +241,12 @@ class _Walk:
                 able.pop()
         return found
 
-    def holds(self, assignment: Assignment, what: str) -> bool:
-        """Whether the goal is met with groups put to their steps."""
-        search = self.search
-        put(search.model, self.base, assignment)
-        verdict = search.judge(what)
-        if verdict.met and not (verdict.complete or self.believing):
-            return search.goal.met(search.evaluate(what))
+    def holds(self, assignment: Assignment, what: str, final: bool = False) -> bool:
+        """Whether the goal is met with groups put to their steps; ``final`` as for :meth:`.Search.judge`."""
+        put(self.search.model, self.base, assignment)
+        verdict = self.search.judge(what, final)
+        if not (verdict.met or verdict.complete):
+            self.refused[frozenset(assignment.items())] = what
         return verdict.met
 
     def _still_holds(self, assignment: Assignment, what: str) -> bool:
@@ -253,21 +259,41 @@ class _Walk:
     def _may_prune(self) -> bool:
         return self.left >= 1
 
+    def _overturned(self) -> str:
+        """What an early verdict refused and holds after all, with what it takes to give up on it; empty if nothing.
+
+        The most that may be put back is evaluated on all examples, which its score is needed for anyway.
+        """
+        if self.refused and (able := self.able[self.steps[-1]]):
+            put(self.search.model, self.base, dict.fromkeys(able, self.steps[-1]))
+            if self.search.goal.met(self.search.evaluate(self._everything(able))):
+                return self._everything(able)
+        refused, self.refused = self.refused, {}
+        for assignment, what in refused.items():
+            if self.holds(dict(assignment), what, final=True):
+                return what
+        return ""
+
+    def _everything(self, able: list[Group]) -> str:
+        """The most that may be put to the last step, in words."""
+        rest = [group.name for group in self.ranked if group not in able]
+        return f"every group{' but ' + ', '.join(rest) if rest else ''} {self.steps[-1].words}"
+
     def find(self) -> Assignment | None:
         """An assignment that holds and from which nothing can be taken, by the verdicts so far; or None."""
         for step in self.steps:
             able = self.able[step]
             cheaper = step is not self.steps[-1]
-            if not able or (cheaper and not self._first_hold(able, step, len(able))):
+            if not able or (cheaper and not self._first_hold(able, step, len(able), final=True)):
                 continue
             count = WALKS[self.options.walk](len(able), functools.partial(self._first_hold, able, step))
             if count is not None:
                 return self._cheaper(dict.fromkeys(able[:count], step), step)
         return None
 
-    def _first_hold(self, able: list[Group], step: Step, count: int) -> bool:
+    def _first_hold(self, able: list[Group], step: Step, count: int, final: bool = False) -> bool:
         what = f"the {_many(count)} down to {able[count - 1].name} {step.words}"
-        return self.holds(dict.fromkeys(able[:count], step), what)
+        return self.holds(dict.fromkeys(able[:count], step), what, final)
 
     def _cheaper(self, found: dict[Group, Step], step: Step) -> Assignment:
         """Put groups to the cheapest step that does, the least sensitive first, as far as evaluations go."""
@@ -311,7 +337,8 @@ class _Walk:
                 "finer ranges or training would leave more of them quantized."
             )
         saved = f", {search.saved:,} examples spared by early verdicts" if search.saved else ""
-        why = f" No verdict was early: {search.never_early}." if search.never_early else ""
+        why = search.never_early
+        why = f" No verdict was early: {why}." if why and not search.saved else ""
         search.decide(f"The search so far took {search.full_evaluations:.1f} full evaluations{saved}.{why}")
         return score
 
@@ -321,8 +348,7 @@ class _Walk:
         able, score = self.able[step], start
         missed = "Partial quantization does not meet the target."
         if able:
-            rest = [group.name for group in self.ranked if group not in able]
-            everything = f"every group{' but ' + ', '.join(rest) if rest else ''} {step.words}"
+            everything = self._everything(able)
             put(search.model, self.base, dict.fromkeys(able, step))
             score = search.evaluate(everything)
             missed += (

@@ -74,7 +74,7 @@ class Reached:
         met: the simulation meets the target now.
         score: of the best candidate so far, simulated.
         drop: against float, in the metric's unit.
-        low: lower end of the drop's confidence interval; None where the metric has none.
+        low: lower end of the drop's confidence interval, corrected for the candidates examined; None without one.
         high: its upper end.
         metrics: how every metric stands, the leading one (whose figures these are) first.
         what: the candidate, in words.
@@ -87,6 +87,7 @@ class Reached:
         file_key: what the file's evaluation is remembered by.
         key: a digest of what the rung started from and was asked for.
         candidate: the fingerprint of the best candidate.
+        examined: candidates that had been looked at on the same examples when this one was, itself included.
     """
 
     rung: str
@@ -103,6 +104,7 @@ class Reached:
     note: str = ""
     file_score: float | None = None
     file_met: bool | None = None
+    examined: int = 1
     file_key: str = ""
     key: str = ""
     candidate: str = ""
