@@ -59,7 +59,6 @@ def climb(folder, marks=None, **options):
         "training": hs.Training([data(5)], nn.functional.cross_entropy, epochs=3, evaluate_every=1),
         "max_float": 0.0,
         "calibration": list(calibration.split(32)),
-        "metric": metric,
         **options,
     }
     torch.set_num_threads(1)

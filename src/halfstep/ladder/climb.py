@@ -197,6 +197,7 @@ def _begin(
             warnings.warn(sentence, stacklevel=3)
     else:
         said, examples = kept
+        search.calibrated = len(examples)
         said = [*said, *_compare(calibration, examples, journal)]
     for sentence in said:
         search.decide(sentence, aloud=False)  # a warning is heard anyway
@@ -214,6 +215,7 @@ def _observe(
     said = [*doubts(calibrated, judged), *sentences([*unlike_sites(model, seen), *unsteady])]
     if isinstance(calibration, (list, tuple)):
         search.journal.claim("calibration data", calibrated.contents())
+    search.calibrated = len(calibrated.seen)
     search.checkpoints.keep_statistics(said, calibrated.seen)
     return said
 

@@ -217,16 +217,17 @@ class _Walk:
         self.ranked, self.left, self.refused = order, pruning(len(order)), {}
         try:
             for search.early in dict.fromkeys((early, False)):
+                seen = "More"
                 if (assignment := self.find()) is not None:
                     put(search.model, self.base, assignment)
                     wrong = f"{_many(len(assignment))} put back"
-                    score = search.evaluate(f"{wrong}, on all examples")
+                    seen, score = "All", search.evaluate(f"{wrong}, on all examples")
                     if search.goal.met(score):
                         return assignment, score
                 elif not (wrong := self._overturned()):
                     return None
                 search.decide(
-                    f"More examples overturn the early verdict on {wrong}; the search goes on, on all of them."
+                    f"{seen} examples overturn the early verdict on {wrong}; the search goes on, and judges on all."
                 )
         finally:
             search.early = early
