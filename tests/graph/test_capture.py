@@ -180,6 +180,19 @@ def test_the_batch_is_what_varies_with_the_first_input_and_not_what_has_its_size
         captured.check_inputs([torch.randn(9, 3), inputs[1], torch.randn(9, 3), inputs[3]])
 
 
+class Indexed(nn.Module):
+    """Rows of a mask are fetched by the numbers of the examples, which the tracing does not tie together."""
+
+    def forward(self, x, mask, keys, values):
+        rows = torch.arange(x.shape[0])
+        return x * mask[rows] + (keys * values).mean(0)
+
+
+def test_what_indices_tie_to_the_batch_is_batched():
+    inputs = tuple(torch.randn(4, 3) for _ in range(4))
+    assert capture(Indexed(), inputs).batched == (True, True, False, False)
+
+
 def test_two_inputs_with_outputs_of_their_own_are_both_batched():
     assert capture(Towers(), (torch.randn(4, 3), torch.randn(4, 5))).batched == (True, True)
     assert capture(TwoInTwoOut(), {"a": torch.randn(2, 4), "b": torch.randn(2, 4)}).batched == (True, True)

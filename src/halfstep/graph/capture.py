@@ -19,7 +19,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from halfstep.errors import CaptureError, DataError
-from halfstep.graph.inputs import ModelInputs, batch_size, call_arguments
+from halfstep.graph.inputs import ModelInputs, batch_size, call_arguments, move
 from halfstep.graph.outputs import Outputs
 from halfstep.graph.rooted import PREFIX, Rooted, bind, unrooted
 from halfstep.graph.unfold import FoldedNorm, tensors
@@ -120,8 +120,8 @@ def capture(model: nn.Module, example_inputs: ModelInputs) -> Captured:
     Args:
         model: any module that :func:`torch.export.export` can trace.
         example_inputs: a tensor, a tuple or a dict of inputs with a batch of at least 2. The first dimension of the
-            first tensor is the batch. That of another one is if it has the same size and always the same size (as
-            far as the tracing shows), or is the first dimension of an output.
+            first tensor is the batch. That of another one is if it has the same size and must have (as far as the
+            tracing and a trial show), or is the first dimension of an output.
 
     Raises:
         CaptureError: if a parameter is not finite or no float32, the batch is smaller than 2, the model cannot be
@@ -160,7 +160,7 @@ def capture(model: nn.Module, example_inputs: ModelInputs) -> Captured:
     graph, module, fixed = unrooted(traced)
     originals, graph_names = _not_in_graph(own, module)
     content = Identity(str(graph), sorted(tensors(module).items())).digest
-    batched = _batched(graph)
+    batched = _batched(graph, module, flat)
     captured = Captured(
         graph,
         module,
@@ -181,11 +181,13 @@ def varies(size: int | torch.SymInt) -> bool:
     return not isinstance(size, int) and size.node.maybe_as_int() is None
 
 
-def _batched(graph: fx.Graph) -> tuple[bool, ...]:
-    """For each placeholder, whether its first dimension is the batch, by what the tracing found to vary together.
+def _batched(graph: fx.Graph, module: nn.Module, flat: Sequence[Any]) -> tuple[bool, ...]:
+    """For each placeholder, whether its first dimension is the batch.
 
-    Sizes that vary apart are symbols of their own: that of a table of which the code takes the mean, say. Where such
-    a size comes out as the first dimension of an output, it is taken as a batch too (of two towers side by side).
+    The tracing gives sizes that must be equal one symbol, and those that may differ one each: that of a table of which
+    the code takes the mean, say. A symbol is a batch if it is the first input's, or the first dimension of an output
+    (of two towers side by side), or if the graph fails where the others are larger and it is not: what indices tie
+    together the tracing does not see.
     """
 
     def first_size(node: Any) -> str:
@@ -196,8 +198,21 @@ def _batched(graph: fx.Graph) -> tuple[bool, ...]:
 
     sizes = [first_size(node) for node in graph.nodes if node.op == "placeholder"]
     (end,) = (node for node in graph.nodes if node.op == "output")
-    batches = {next(filter(None, sizes), ""), *map(first_size, end.args[0])}
-    return tuple(bool(size) and size in batches for size in sizes)
+    batches = {next(filter(None, sizes), ""), *map(first_size, end.args[0])} - {""}
+    free = dict.fromkeys(size for size in sizes if size and size not in batches)
+    if free and any(tensor.device.type != "cpu" for tensor in tensors(module).values()):
+        module = copy.deepcopy(module).cpu()  # an index out of bounds would end all work on the device
+    for size in free:
+        longer = [
+            torch.cat([x, x[:1]]).cpu() if own and own != size else move(x, torch.device("cpu"))
+            for x, own in zip(flat, sizes, strict=True)
+        ]
+        try:
+            with torch.no_grad():
+                bind(graph, module)(*longer)
+        except Exception:
+            batches.add(size)
+    return tuple(size in batches for size in sizes)
 
 
 def _not_in_graph(model: nn.Module, graph: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
