@@ -39,7 +39,7 @@ def main() -> None:
     try:
         app()
     except HalfstepError as error:
-        err.print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
+        err.print(f"error: {error}", style="red", soft_wrap=True)
         sys.exit(BAD_INPUT)
     except KeyboardInterrupt:
         err.print("interrupted", style="red")

@@ -17,12 +17,14 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from halfstep.ladder.journal import finite
 from halfstep.progress import listening
 
 MET, BAD_INPUT, NOT_MET, INTERRUPTED = 0, 2, 3, 130
 
-out = Console()
-err = Console(stderr=True)
+#: What is printed is the user's names and words: square brackets and colons in them are no markup.
+out = Console(markup=False, emoji=False, highlight=False)
+err = Console(stderr=True, markup=False, emoji=False, highlight=False)
 
 
 class Bars:
@@ -45,7 +47,7 @@ class Bars:
 
     def say(self, sentence: str) -> None:
         """Above the bars."""
-        self.progress.console.print(sentence, style="dim", highlight=False)
+        self.progress.console.print(sentence, style="dim")
 
 
 @contextmanager
@@ -53,7 +55,7 @@ def progress() -> Iterator[None]:
     """Live progress on the error stream, gone when done; the output stream stays clean for ``--json``."""
     bars = Progress(
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -65,5 +67,5 @@ def progress() -> Iterator[None]:
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on the output stream, whatever the width of the terminal."""
-    print(json.dumps(value, indent=2))
+    """One JSON document on the output stream, whatever the width of the terminal; NaN and infinity become null."""
+    print(json.dumps(finite(value), indent=2, allow_nan=False))

@@ -56,7 +56,6 @@ def demo(
     if not as_json:
         out.print(
             f"weights of {WEIGHT_BITS} bits with one scale a tensor, first and last layer of 8 bits, activations of "
-            f"{ACTIVATION_BITS} bits",
-            highlight=False,
+            f"{ACTIVATION_BITS} bits"
         )
     finish(outcome, as_json)

@@ -26,6 +26,4 @@ def export(
         model, step = restore(run, rung)
         metadata = {"score": repr(step["score"]), "rung": step["rung"]}
         export_onnx(model, output, metadata)
-    out.print(
-        f"written to {output}: {step['what']}, score {step['score']:.4f}", highlight=False, soft_wrap=True
-    )
+    out.print(f"written to {output}: {step['what']}, score {step['score']:.4f}", soft_wrap=True)

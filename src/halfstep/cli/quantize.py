@@ -137,9 +137,7 @@ def quantize(
                 rungs=RUNGS if config.rungs is None else config.rungs,
             )
     except KeyboardInterrupt:
-        err.print(
-            f"interrupted; to go on where it stopped: {again}", style="red", highlight=False, soft_wrap=True
-        )
+        err.print(f"interrupted; to go on where it stopped: {again}", style="red", soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None
     job.keep(folder / CONFIG)
     finish(outcome, as_json)

@@ -37,4 +37,4 @@ def sensitivity(
     if as_json:
         print_json(table.to_dict())
     else:
-        out.print(str(table), highlight=False, soft_wrap=True)
+        out.print(str(table), soft_wrap=True)

@@ -12,9 +12,6 @@ from rich.table import Table
 from halfstep.cli.console import MET, NOT_MET, out, print_json, progress
 from halfstep.cli.options import Json, RunFolder, Threads
 
-#: What counts as the same answer, in dB of the outputs.
-SAME = 15.0
-
 
 def verify(
     run: RunFolder,
@@ -42,4 +39,4 @@ def verify(
         for row in proof_rows(proof):
             table.add_row(*row)
         out.print(table)
-    raise typer.Exit(MET if proof.parity.sqnr >= SAME else NOT_MET)
+    raise typer.Exit(MET if proof.parity.alike else NOT_MET)

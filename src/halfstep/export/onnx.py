@@ -12,13 +12,9 @@ from halfstep.errors import ExportError
 from halfstep.fake_quantize import Mode
 from halfstep.model import QuantizedModel
 from halfstep.runtime.deployed import DeployedModel
-from halfstep.runtime.parity import compare
+from halfstep.runtime.parity import MINIMUM_EQUAL, MINIMUM_SQNR, compare
 from halfstep.runtime.rules import lint
 from halfstep.runtime.runtimes import RULES
-
-#: A file whose outputs differ from the simulation's by more than this signal-to-noise ratio in dB is refused.
-#: Integer kernels round where the simulation does not, which costs a code here and there: 40 to 60 dB are usual.
-MINIMUM_SQNR = 15.0
 
 
 def export_onnx(
@@ -108,11 +104,16 @@ def _check_parity(model: QuantizedModel, path: Path) -> None:
     deployed = DeployedModel(path, model.captured.in_spec, model.captured.out_spec)
     with model.using(Mode.QUANTIZE):
         parity = compare(model, deployed, [kwargs or args])
-    if not parity.sqnr >= MINIMUM_SQNR:
+    if not parity.alike:
         from halfstep.export.parting import explain_parting
 
+        found = (
+            f"{parity.top1:.0%} of the integers are equal, needed {MINIMUM_EQUAL:.0%}"
+            if parity.sqnr is None
+            else f"{parity.sqnr:.1f} dB, needed {MINIMUM_SQNR:.0f} dB"
+        )
         raise ExportError(
-            f"the file's outputs differ from the simulation's: {parity.sqnr:.1f} dB, needed {MINIMUM_SQNR:.0f} dB; "
+            f"the file's outputs differ from the simulation's: {found}; "
             f"{explain_parting(model, path, kwargs or args, MINIMUM_SQNR)}. Nothing was written under the final name; "
             "calibrate on more data, or leave the layer before that site in float"
         )

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from halfstep.evaluate import Score
+from halfstep.evaluate import Score, classifies
 from halfstep.export.onnx import export_float, export_onnx
 from halfstep.export.verify import verify
 from halfstep.ladder.advice import advise
@@ -38,7 +38,7 @@ def deploy(search: Search, path: Sequence[Reached], place: Path, threads: int | 
     with steps("exporting"):
         float_file = export_float(model, place / "float.onnx")
     with steps("verifying on the runtime"):
-        proof = verify(file, model, model.sample, float_file, threads)
+        proof = verify(file, model, model.sample, float_file, threads, classes=classifies(search.scorer))
     outcome = Outcome(
         met=search.asked.met(score),
         rung=_rung_of(search, best),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from halfstep.evaluate import Accuracy, Score, parts
+from halfstep.evaluate import Score, classifies
 from halfstep.ladder.best_of import BestOf
 from halfstep.ladder.candidates import Sweep
 from halfstep.ladder.concerns import sentences
@@ -30,8 +30,7 @@ def climb_ptq(search: Search, options: BestOf | None = None) -> Score:
             outputs if a metric is an :class:`Accuracy`, else by their signal to noise.
     """
     if options is None:
-        classifies = any(isinstance(part, Accuracy) for part in parts(search.scorer).values())
-        options = BestOf(by="kl" if classifies else "sqnr")
+        options = BestOf(by="kl" if classifies(search.scorer) else "sqnr")
     found = sweep(search.model, replace(options, metric=None))
     _explain(search, found)
     for sentence in sentences(found.concerns):
