@@ -20,7 +20,9 @@ from rich.progress import (
 from halfstep.ladder.journal import finite
 from halfstep.progress import listening
 
-MET, BAD_INPUT, NOT_MET, INTERRUPTED = 0, 2, 3, 130
+MET, DEFECT, BAD_INPUT, NOT_MET, INTERRUPTED = 0, 1, 2, 3, 130
+#: The variable of the environment that lets an unexpected error end in its traceback.
+TRACEBACK = "HALFSTEP_TRACEBACK"
 
 #: What is printed is the user's names and words: square brackets and colons in them are no markup.
 out = Console(markup=False, emoji=False, highlight=False)
@@ -32,6 +34,7 @@ class Bars:
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
+        self._said: set[str] = set()
 
     def start(self, what: str, total: int | None) -> Any:
         """A new bar."""
@@ -46,7 +49,10 @@ class Bars:
         self.progress.remove_task(task)
 
     def say(self, sentence: str) -> None:
-        """Above the bars."""
+        """Above the bars, unless it was said before."""
+        if sentence in self._said:
+            return
+        self._said.add(sentence)
         self.progress.console.print(sentence, style="dim")
 
 

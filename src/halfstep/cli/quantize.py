@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from halfstep.cli.console import INTERRUPTED, err, progress
 from halfstep.cli.ending import finish
-from halfstep.cli.options import Json, by_name
+from halfstep.cli.options import FRESH, Fresh, Json, Threads, begin_anew, by_name
+
+if TYPE_CHECKING:
+    from halfstep.cli.job import Job
 
 
 def quantize(
@@ -68,15 +72,20 @@ def quantize(
         typer.Option(help="Weights that share a scale, for dynamic and weight_only (128 by default)."),
     ] = None,
     activation_bits: Annotated[int | None, typer.Option(help="Bits of the activations, 2 to 16.")] = None,
-    rungs: Annotated[str | None, typer.Option(help="Which to climb, in order: ptq,partial,qat.")] = None,
+    rungs: Annotated[
+        str | None, typer.Option(help="Which to climb, from the bottom; all by default: ptq,partial,qat.")
+    ] = None,
     evaluations: Annotated[int | None, typer.Option(help="Bound on full evaluations.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Bound on time.")] = None,
     directory: Annotated[str | None, typer.Option(help="Where journal, files and report go.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Batch size for .npz data; 64 by default.")] = None,
-    examples: Annotated[
-        int | None, typer.Option(help="Examples of an .npz to calibrate on; 512 by default.")
+    batch: Annotated[
+        int | None, typer.Option(help="Batch size for .npz data and datasets; 64 by default.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of the runtime; all cores by default.")] = None,
+    examples: Annotated[
+        int | None, typer.Option(help="Examples to calibrate on, the first ones; 512 by default.")
+    ] = None,
+    threads: Threads = None,
+    fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
     """Climb the ladder until the accuracy target is met, and write the ONNX file that proves it.
@@ -84,8 +93,9 @@ def quantize(
     The same command again goes on where an earlier one was interrupted.
     """
     from halfstep.cli.job import CONFIG, Job, config_from
+    from halfstep.errors import RunError
     from halfstep.ladder.climb import quantize as climb
-    from halfstep.ladder.rungs import RUNGS
+    from halfstep.ladder.rungs import RUNGS, find_rungs
 
     flags: dict[str, Any] = {
         "labelled": labelled,
@@ -98,7 +108,7 @@ def quantize(
         "strict": strict,
         "tune": tune,
         "target": target,
-        "rungs": None if rungs is None else rungs.split(","),
+        "rungs": None if rungs is None else [name.strip() for name in rungs.split(",")],
         "directory": directory,
         "batch": batch,
         "examples": examples,
@@ -110,7 +120,8 @@ def quantize(
         {"kind": recipe, "weights": weight_bits, "activations": activation_bits, "group": group},
         {"evaluations": evaluations, "minutes": minutes},
     )
-    again = shlex.join(["halfstep", *sys.argv[1:]])
+    ladder = [rung.name for rung in find_rungs(tuple(RUNGS if config.rungs is None else config.rungs))]
+    again = shlex.join(["halfstep", *(argument for argument in sys.argv[1:] if argument != FRESH)])
     folder = Path(config.directory)
     try:
         with progress():
@@ -118,8 +129,8 @@ def quantize(
             metrics = job.metrics()
             outcome = climb(
                 job.model,
-                job.calibration[0],
-                calibration=job.calibration,
+                job.example,
+                calibration=_begun(job, folder / CONFIG),
                 metric=metrics.get("", metrics),
                 training=job.training(),
                 max_drop=config.max_drop,
@@ -134,10 +145,24 @@ def quantize(
                 threads=config.threads,
                 budget=job.budget(),
                 command=again,
-                rungs=RUNGS if config.rungs is None else config.rungs,
+                rungs=ladder,
+                **begin_anew(fresh),
             )
     except KeyboardInterrupt:
         err.print(f"interrupted; to go on where it stopped: {again}", style="red", soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None
-    job.keep(folder / CONFIG)
+    try:
+        job.keep(folder / CONFIG)
+    except RunError as error:  # the run is done, whatever became of the notes on it
+        err.print(f"error: {error}", style="red", soft_wrap=True)
     finish(outcome, as_json)
+
+
+def _begun(job: Job, config: Path) -> Iterator[Any]:
+    """The calibration batches. Once they are asked for, the directory is known to be this run's.
+
+    What is finished before an interruption can be exported if the configuration is there by then.
+    """
+    if not config.exists():
+        job.keep(config)
+    yield from job.calibration

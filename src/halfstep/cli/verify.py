@@ -16,6 +16,9 @@ from halfstep.cli.options import Json, RunFolder, Threads
 def verify(
     run: RunFolder,
     file: Annotated[Path | None, typer.Option(help="The ONNX file; the run's own by default.")] = None,
+    rung: Annotated[
+        str | None, typer.Option(help="Compare with the best of this rung instead of the outcome.")
+    ] = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -28,8 +31,8 @@ def verify(
     from halfstep.report.terminal import layer_table, proof_rows
 
     with progress():
-        model, _ = restore(run, None)
-        proof = prove(file or run / "model.onnx", model, model.sample, None, threads)
+        model, _, job = restore(run, rung)
+        proof = prove(file or run / "model.onnx", model, model.sample, None, threads, classes=job.classifies)
     if as_json:
         figures = {"kernels": proof.kernels.counts, "bytes": proof.size, "microseconds": proof.microseconds}
         print_json({"parity": asdict(proof.parity), **figures})

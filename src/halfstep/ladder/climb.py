@@ -113,7 +113,7 @@ def quantize(
         floor: instead of ``max_drop``: the worst score allowed.
         confidence: of the drop's intervals, 0.95 for 95%.
         strict: demand that the interval keeps to the target, not only the drop itself.
-        rungs: which to climb, in order.
+        rungs: which to climb, from the bottom up: ``"ptq"`` always.
         budget: what the search may cost; None for no bound.
         partial: how to look for layers to put back to float.
         max_float: the share of layers that partial quantization may leave in float while there are rungs left to

@@ -21,6 +21,9 @@ from halfstep.ladder.search import Candidate, Search, timed_evaluation
 from halfstep.progress import steps
 from halfstep.runtime.deployed import DeployedModel
 
+#: The entry of the journal that a run ends with, and the checkpoint of its network.
+OUTCOME = "outcome"
+
 
 def deploy(search: Search, path: Sequence[Reached], place: Path, threads: int | None) -> Outcome:
     """Export the best candidate to ``place``, verify the file, and score it on its runtime.
@@ -102,7 +105,12 @@ def _rung_of(search: Search, best: Candidate) -> str:
 
 
 def _write_down(search: Search, outcome: Outcome, files: list[dict[str, Any]]) -> None:
-    """What the report needs beside what the journal holds already."""
+    """What the report needs beside what the journal holds already, and the network itself, to export it again.
+
+    The entry says which call of the directory it ends: how many have asked for something else than the one before.
+    """
+    best = search.best
+    assert best is not None
     search.journal.write("sites", sites=portray_sites(outcome.model))
     picture = portray_input(outcome.model)
     if picture is not None:
@@ -112,4 +120,12 @@ def _write_down(search: Search, outcome: Outcome, files: list[dict[str, Any]]) -
     latency = {name: asdict(value) for name, value in outcome.verification.latency.items()}
     times = {name: round(time, 2) for name, time in outcome.verification.microseconds.items()}
     measured = {"latency_ms": latency, "files": files, "microseconds": times}
-    search.journal.write("outcome", **record, measured=measured)
+    search.journal.write(
+        OUTCOME,
+        **record,
+        what=best.what,
+        put_back={name: sorted(layers) for name, layers in best.snapshot.put_back.items()},
+        sha256=search.journal.save(OUTCOME, best.snapshot.state),
+        call=len(search.journal.of("settings")),
+        measured=measured,
+    )

@@ -27,6 +27,18 @@ FILE, LOCK, CHECKPOINTS = "journal.jsonl", ".lock", "checkpoints"
 _HEAD, _MIDDLE, _TAIL = b'{"check":"', b'","entry":', b"}\n"
 _DIGITS = 16
 
+#: Kinds of which the last entry counts: the last of all, or the last for each value of a field.
+_LAST = {
+    "settings": "",
+    "environment": "",
+    "sweep": "",
+    "sites": "",
+    "picture": "",
+    "outcome": "",
+    "step": "rung",
+    "checkpoint": "name",
+}
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -61,6 +73,7 @@ class Journal:
         self.resumed = False
         self._check = ""
         self._known: set[str] = set()
+        self._last: dict[tuple[str, Any], str] = {}
         self._tensors: dict[str, dict[str, torch.Tensor]] = {}
         self._lock: IO[bytes] | None = None
         if self.folder is not None:
@@ -86,6 +99,8 @@ class Journal:
     def write(self, kind: str, *, measured: Mapping[str, Any] | None = None, **data: Any) -> None:
         """Append an entry, unless the very same one is there already; it is on the disk when this returns.
 
+        Where the last entry of a kind counts, "there" means that it is that last one.
+
         Args:
             kind: what it tells of.
             measured: figures that no two runs share, such as seconds; entries that differ only there are the same.
@@ -96,7 +111,8 @@ class Journal:
         """
         data = finite(data)
         known = _text(kind, data)
-        if known in self._known:
+        there = self._last.get(_series(kind, data)) == known if kind in _LAST else known in self._known
+        if there:
             return
         if measured:
             data["measured"] = finite(dict(measured))
@@ -121,7 +137,12 @@ class Journal:
                 ) from error
             self._check = check
         self.entries.append(entry)
-        self._known.add(known)
+        self._remember(entry, known)
+
+    def _remember(self, entry: Entry, text: str) -> None:
+        self._known.add(text)
+        if entry.kind in _LAST:
+            self._last[_series(entry.kind, entry.data)] = text
 
     def of(self, kind: str) -> list[Entry]:
         """All entries of a kind, in order."""
@@ -145,8 +166,11 @@ class Journal:
                 )
         self.write("claim", what=what, digest=digest)
 
-    def save(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    def save(self, name: str, tensors: Mapping[str, torch.Tensor]) -> str:
         """Keep tensors under ``name``: a file that appears whole, then a line with its checksum.
+
+        Returns:
+            The checksum; empty without a directory.
 
         Raises:
             RunError: if they cannot be written.
@@ -154,7 +178,7 @@ class Journal:
         plain = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
         if self.folder is None:
             self._tensors[name] = plain
-            return
+            return ""
         from safetensors.torch import save
 
         content = save(plain)
@@ -162,6 +186,7 @@ class Journal:
         path = self.folder / CHECKPOINTS / f"{name}.safetensors"
         write_whole(path, content)
         self.write("checkpoint", name=name, file=f"{CHECKPOINTS}/{path.name}", sha256=digest)
+        return digest
 
     def load(self, name: str) -> dict[str, torch.Tensor] | None:
         """The tensors last saved under ``name``; None if there are none, or (with a warning) none that are whole."""
@@ -195,7 +220,8 @@ class Journal:
             os.truncate(path, good)
         self.entries = entries
         self.resumed = bool(entries)
-        self._known = {_text(entry.kind, entry.data) for entry in entries}
+        for entry in entries:
+            self._remember(entry, _text(entry.kind, entry.data))
 
 
 def read(folder: str | Path) -> list[Entry]:
@@ -269,6 +295,11 @@ def finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _series(kind: str, data: Mapping[str, Any]) -> tuple[str, Any]:
+    """What the last entry is asked of: all of a kind, or those with the same name."""
+    return kind, data.get(_LAST.get(kind, ""))
 
 
 def _text(kind: str, data: Mapping[str, Any]) -> str:

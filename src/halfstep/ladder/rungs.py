@@ -52,10 +52,13 @@ RUNGS: dict[str, Rung] = {
 
 
 def find_rungs(names: Sequence[str]) -> list[Rung]:
-    """The rungs called ``names``, in that order.
+    """The rungs called ``names``, from the bottom.
+
+    The first one is always post-training quantization: it gives the ranges that every other one starts from.
 
     Raises:
-        ArgumentError: for an unknown name, with the nearest known one, or if there are none.
+        ArgumentError: for an unknown name, with the nearest known one, if there are none, the first is missing, or
+            they come in another order or twice.
     """
     wanted = f"needed some of {', '.join(map(repr, RUNGS))}"
     for name in names:
@@ -65,4 +68,15 @@ def find_rungs(names: Sequence[str]) -> list[Rung]:
             raise ArgumentError(f"rungs: got {name!r}, {wanted}{hint}")
     if not names:
         raise ArgumentError(f"rungs: got none, {wanted}")
-    return [RUNGS[name] for name in names]
+    asked, lowest = ", ".join(map(repr, names)), next(iter(RUNGS))
+    ordered = [name for name in RUNGS if name in names or name == lowest]
+    if lowest not in names:
+        raise ArgumentError(
+            f"rungs: got {asked}, needed {lowest!r} first, since the others start from the ranges that it finds: "
+            f"{', '.join(map(repr, ordered))}"
+        )
+    if list(names) != ordered:
+        raise ArgumentError(
+            f"rungs: got {asked}, needed each once, from the bottom up: {', '.join(map(repr, ordered))}"
+        )
+    return [RUNGS[name] for name in ordered]
