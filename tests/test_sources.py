@@ -246,7 +246,9 @@ def test_a_batch_of_several_inputs_is_cut_where_it_has_examples():
 def test_callables_that_cannot_serve():
     batches = load_inputs(f"{__name__}:used_up", 64, math.inf, net())
     assert lengths(batches) == [20]
-    with pytest.raises(DataError, match=r"gave no batch when it was called again: .* begin anew in each call"):
+    with pytest.raises(
+        DataError, match=r"gave no batch when it was called again: .* begin anew in each call"
+    ):
         list(batches)
     with pytest.raises(ArgumentError, match="returned a int, needed an iterable of batches"):
         load_labelled(f"{__name__}:nothing", 64, net())

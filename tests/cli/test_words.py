@@ -252,19 +252,32 @@ def test_an_unexpected_error_is_one_line_that_says_where(folder, monkeypatch):
         halfstep(folder, "report", "anywhere")
 
 
-def test_begin_anew_reaches_the_climb_and_is_no_part_of_going_on(folder, monkeypatch):
+def test_a_fresh_run_moves_the_earlier_one_aside(folder, monkeypatch):
+    assert quantize(folder, "spoken:net", "--directory", "fresh").returncode == 0
+    before = (folder / "fresh" / "journal.jsonl").read_bytes()
+    done = quantize(folder, "spoken:net", "--directory", "fresh", "--target", "tensorrt")
+    assert done.returncode == 2 and "begin anew in this one with fresh=True (--fresh)" in words_of(done)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("halfstep.ladder.climb.ascend", interrupted)
+    done = quantize(folder, "spoken:net", "--directory", "fresh", "--target", "tensorrt", "--fresh")
+    assert done.returncode == 130
+    assert "to go on where it stopped: halfstep quantize spoken:net" in words_of(done)
+    assert "--fresh" not in done.stderr  # which would begin anew again
+    assert (folder / "fresh" / "earlier-1" / "journal.jsonl").read_bytes() == before
+    assert "target: tensorrt" in (folder / "fresh" / "config.yaml").read_text()
+
+
+def test_a_fresh_demo_asks_the_climb_for_it(folder, monkeypatch):
     asked = []
 
-    def climb(model, example, calibration, **options):
-        asked.append(options)
+    def climb(*_, **options):
+        asked.append(options["fresh"])
         raise KeyboardInterrupt
 
     monkeypatch.setattr("halfstep.ladder.climb.quantize", climb)
-    done = quantize(folder, "spoken:net", "--directory", "fresh", "--fresh")
-    assert done.returncode == 130 and asked[-1]["fresh"] is True
-    assert "--fresh" not in asked[-1]["command"] and "--fresh" not in done.stderr
-    assert quantize(folder, "spoken:net", "--directory", "fresh").returncode == 130
-    assert not asked[-1].get("fresh", False)
     monkeypatch.setattr("halfstep.demo.train_digits", lambda digits, **_: torch.nn.Linear(64, 10))
-    assert halfstep(folder, "demo", "--fresh").returncode == 130
-    assert asked[-1]["fresh"] is True
+    assert halfstep(folder, "demo").returncode == halfstep(folder, "demo", "--fresh").returncode == 130
+    assert asked == [False, True]

@@ -19,6 +19,9 @@ class CountedAccuracy(hs.Accuracy):
         super().__init__(labelled)
         self._marks = marks
 
+    def __getstate__(self):
+        return {**vars(self), "_marks": None}  # where it counts does not make it another metric
+
     def stream(self, *arguments, **options):
         for scores in super().stream(*arguments, **options):
             with self._marks.open("a") as file:
@@ -48,8 +51,8 @@ def climb(folder, marks=None, **options):
     inputs, labels = data()
     calibration, _ = data(2)
     labelled = [(inputs[:64], labels[:64]), (inputs[64:], labels[64:])]
-    metric = hs.Accuracy(labelled) if marks is None else CountedAccuracy(labelled, Path(marks))
     settings = {
+        "metric": hs.Accuracy(labelled) if marks is None else CountedAccuracy(labelled, Path(marks)),
         "recipe": hs.Recipe.uniform(3, 3),
         "max_drop": 0.01,
         "threads": 1,
@@ -59,7 +62,7 @@ def climb(folder, marks=None, **options):
         **options,
     }
     torch.set_num_threads(1)
-    return hs.quantize(network(), inputs[:4], metric=metric, directory=folder, **settings)
+    return hs.quantize(network(), inputs[:4], directory=folder, **settings)
 
 
 def climb_in_a_process(folder, marks):

@@ -1,9 +1,11 @@
 """The journal: what survives a kill, a cut, a flipped byte, a full disk and a second process."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
+import warnings
 from contextlib import nullcontext
 
 import numpy as np
@@ -14,8 +16,10 @@ from hypothesis import strategies as st
 
 from halfstep.errors import RunError
 from halfstep.evaluate import Score
-from halfstep.ladder.evaluation import Evaluation, keep, kept
+from halfstep.ladder.evaluation import Evaluation, Verdict, keep, kept
 from halfstep.ladder.journal import FILE, Entry, Journal, read
+
+WHOLE = Verdict(True, Score(0.5), complete=True)
 
 
 def written(folder, count=5):
@@ -34,7 +38,7 @@ def data(entries):
 
 def test_what_was_written_is_read_again(tmp_path):
     with Journal(tmp_path) as journal:
-        keep(journal, Evaluation("max", 0.5, 1.25, key="k"), Score(0.5))
+        keep(journal, Evaluation("max", 0.5, 1.25, key="k"), WHOLE)
         before = data(journal.entries)
     assert data(read(tmp_path)) == before
     with Journal(tmp_path) as journal:
@@ -153,6 +157,37 @@ def test_a_second_process_is_refused(tmp_path):
     assert "is in use by another process" in done.stderr
 
 
+def test_a_forked_child_does_not_hold_the_lock(tmp_path):
+    code = (
+        "import os, sys, time\n"
+        "from halfstep.ladder.journal import Journal\n"
+        "journal = Journal(sys.argv[1])\n"
+        "if os.fork() == 0:\n"
+        "    time.sleep(60)\n"
+        "    os._exit(0)\n"
+        "os.kill(os.getpid(), 9)"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", code, str(tmp_path)], start_new_session=True
+        )
+    assert process.wait() == -9
+    try:
+        Journal(tmp_path).close()
+    finally:
+        os.killpg(process.pid, 9)
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with pytest.warns(UserWarning, match=r"cannot be locked \(No locks available\): see to it that no other"):
+        Journal(tmp_path).close()
+
+
 def test_a_directory_of_another_model_is_refused(tmp_path):
     written(tmp_path)
     with Journal(tmp_path) as journal:
@@ -163,16 +198,54 @@ def test_a_directory_of_another_model_is_refused(tmp_path):
 
 def test_checkpoints_come_back_to_the_last_bit(tmp_path):
     tensors = {"a": torch.randn(3, 4), "b": torch.arange(5, dtype=torch.int32), "c": torch.tensor(2.5)}
-    for folder in (tmp_path, None):
-        with Journal(folder) as journal:
-            assert journal.load("best") is None
-            journal.save("best", {"a": torch.zeros(2)})
-            journal.save("best", tensors)
-            again = journal.load("best")
-        assert again is not None
-        assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
     with Journal(tmp_path) as journal:
-        assert torch.equal(journal.load("best")["a"], tensors["a"])
+        assert journal.load("best") is None
+        journal.save("best", {"a": torch.zeros(2)})
+        journal.save("best", tensors, data={"words": "and figures", "count": 2})
+        again = journal.load("best")
+    assert all(torch.equal(again.tensors[name], tensor) for name, tensor in tensors.items())
+    with Journal(tmp_path) as journal:
+        again = journal.load("best")
+    assert torch.equal(again.tensors["a"], tensors["a"])
+    assert again.data == {"words": "and figures", "count": 2}
+
+
+def test_there_is_a_checkpoint_for_each_key(tmp_path):
+    with Journal(tmp_path) as journal:
+        for key in ("abc", "abd"):
+            journal.save("best", {"a": torch.tensor(len(key) + ord(key[-1]))}, key)
+    with Journal(tmp_path) as journal:
+        assert int(journal.load("best", "abc").tensors["a"]) == 3 + ord("c")
+        assert int(journal.load("best", "abd").tensors["a"]) == 3 + ord("d")
+        assert journal.load("best", "abe") is None and journal.load("best") is None
+
+
+def test_without_a_directory_nothing_is_kept():
+    journal = Journal()
+    journal.save("best", {"a": torch.zeros(2)})
+    assert journal.load("best") is None and not journal.entries
+
+
+def test_what_changed_is_told(tmp_path):
+    with Journal(tmp_path) as journal:
+        assert not journal.changed("surroundings", digest="a")
+    with Journal(tmp_path) as journal:
+        assert not journal.changed("surroundings", digest="a")
+        assert journal.changed("surroundings", digest="b")
+
+
+def test_a_fresh_start_sets_aside_what_was_there(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    for number in (1, 2):
+        before = written(tmp_path)
+        (tmp_path / "model.onnx").write_text("file")
+        with Journal(tmp_path, fresh=True) as journal:
+            assert not journal.entries and not journal.resumed
+        aside = tmp_path / f"earlier-{number}"
+        assert (aside / FILE).read_bytes() == before
+        assert (aside / "model.onnx").read_text() == "file"
+        assert (tmp_path / "notes.txt").read_text() == "mine"
+    Journal(tmp_path / "new", fresh=True).close()
 
 
 def test_a_checkpoint_of_aliases_and_views_is_kept(tmp_path):
@@ -180,7 +253,7 @@ def test_a_checkpoint_of_aliases_and_views_is_kept(tmp_path):
     with Journal(tmp_path) as journal:
         journal.save("tied", {"a": base, "b": base, "c": base.T})
         again = journal.load("tied")
-    assert torch.equal(again["b"], base) and torch.equal(again["c"], base.T)
+    assert torch.equal(again.tensors["b"], base) and torch.equal(again.tensors["c"], base.T)
 
 
 def test_a_missing_or_damaged_checkpoint_is_not_used(tmp_path):
@@ -290,18 +363,19 @@ def test_evaluations_are_kept_to_the_last_bit(values, dtype):
     score = Score(float(np.float64(values[0]) / 3), per_example)
     made = Evaluation("entropy", score.value, 0.5, len(values), 2 * len(values), "key", "ptq")
     journal = Journal()
-    keep(journal, made, score, met=False, complete=False)
+    keep(journal, made, Verdict(False, score, complete=False, allowed=0.01))
     (entry,) = journal.entries
     again, verdict = kept(Entry(entry.kind, entry.at, json.loads(json.dumps(entry.data))))
     assert again == made and verdict.score.others == {}
     assert (verdict.met, verdict.complete, verdict.score.value) == (False, False, score.value)
+    assert verdict.allowed == 0.01
     assert verdict.score.per_example.dtype == dtype and torch.equal(verdict.score.per_example, per_example)
 
 
 def test_evaluations_of_several_metrics_are_kept():
     score = Score(0.5, torch.tensor([0.0, 1.0]), {"loss": Score(0.25), "top 5": Score.mean(torch.ones(2))})
     journal = Journal()
-    keep(journal, Evaluation("max", 0.5, 1.0, key="k"), score)
+    keep(journal, Evaluation("max", 0.5, 1.0, key="k"), Verdict(True, score, complete=True))
     again = kept(Entry("evaluation", 0.0, json.loads(json.dumps(journal.entries[0].data))))[1].score
     assert again.others["loss"] == Score(0.25)
     assert torch.equal(again.others["top 5"].per_example, torch.ones(2))

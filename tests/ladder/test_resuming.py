@@ -2,8 +2,13 @@
 
 import json
 import multiprocessing
+import os
 import re
+import shutil
+import subprocess
+import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +17,7 @@ from climbing import BATCHES, climb, climb_in_a_process, data, kill_somewhere
 
 import halfstep as hs
 from halfstep.errors import RunError
-from halfstep.ladder.journal import FILE, Journal
+from halfstep.ladder.journal import FILE, Journal, read
 
 MEASURED = ("latency_ms", "microseconds", "history")
 
@@ -102,6 +107,135 @@ def test_sigkill_at_a_random_moment(unbroken, tmp_path):
 @pytest.mark.slow
 def test_sigkill_at_twenty_random_moments(unbroken, tmp_path):
     assert kill_again_and_again(unbroken, tmp_path, 20) <= unbroken.calls + 20 * BATCHES
+
+
+def test_what_is_to_be_said_of_the_data_is_said_by_the_run_that_goes_on(tmp_path):
+    """Interrupted after the float score and before the end of calibration, the longest early part."""
+    inputs, _ = data()
+
+    def interrupted():
+        yield inputs[:16]
+        raise KeyboardInterrupt
+
+    options = {"rungs": ("ptq",), "training": None, "max_drop": 1.0}
+    with pytest.raises(KeyboardInterrupt):
+        climb(tmp_path, calibration=interrupted(), **options)
+    with pytest.warns(UserWarning) as told:
+        outcome = climb(tmp_path, calibration=[inputs[:16] * 5], **options)
+    said = [str(warning.message) for warning in told]
+    assert any("16 calibration examples are few" in sentence for sentence in said)
+    assert any("calibrate on data like those the model will see" in sentence for sentence in said)
+    assert set(said) <= set(outcome.decisions)
+    again = climb(tmp_path, calibration=[inputs[:16] * 5], **options)  # no warning: they were heard
+    assert again.decisions == outcome.decisions
+
+
+class CountingLoss:
+    """Cross entropy; how often it was asked makes it no other loss."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __getstate__(self):
+        return {}
+
+    def __call__(self, outputs, labels):
+        self.calls += 1
+        return torch.nn.functional.cross_entropy(outputs, labels)
+
+
+def trained_by(loss, **options):
+    inputs, labels = data(5)
+    batches = list(zip(inputs.split(16), labels.split(16), strict=True))
+    return hs.Training(batches, loss, epochs=3, evaluate_every=1, checkpoint_every=2, **options)
+
+
+def test_a_budget_in_minutes_scores_what_was_trained_and_a_larger_one_goes_on(tmp_path, monkeypatch):
+    unbroken = climb(tmp_path / "unbroken", training=trained_by(CountingLoss()), rungs=("ptq", "qat"))
+    loss = CountingLoss()
+    with monkeypatch.context() as patch:
+        patch.setattr(hs.Budget, "spent", lambda *_: "1.0 of 1 minutes" if loss.calls >= 5 else "")
+        options = {"training": trained_by(loss), "rungs": ("ptq", "qat"), "budget": hs.Budget(minutes=1)}
+        first = climb(tmp_path / "run", tmp_path / "marks", **options)
+    assert first.path[-1].note == "the budget is spent: 1.0 of 1 minutes"
+    assert "QAT, step 5" in [made.what for made in first.history] and loss.calls == 5
+    marks = len((tmp_path / "marks").read_text())
+    loss = CountingLoss()
+    again = climb(tmp_path / "run", tmp_path / "marks", training=trained_by(loss), rungs=("ptq", "qat"))
+    assert loss.calls == 24 - 5
+    assert [made.what for made in again.history if made.rung == "qat"][-3:] == [
+        "QAT, step 8",
+        "QAT, step 16",
+        "QAT, step 24",
+    ]
+    assert len((tmp_path / "marks").read_text()) - marks == 4 * BATCHES  # three scores, and the file's
+    assert again.path[0] == first.path[0] and again.score >= unbroken.score - 0.05
+
+
+def test_a_finished_rung_is_restored_not_replayed(unbroken, tmp_path, monkeypatch):
+    shutil.copytree(unbroken.folder, tmp_path / "run")
+    for work in ("halfstep.ladder.ptq.sweep", "halfstep.ladder.ptq.repair", "halfstep.ladder.partial.rank"):
+        monkeypatch.setattr(work, lambda *_, **__: pytest.fail("done before"))
+    monkeypatch.setattr("halfstep.ladder.climb.observe", lambda *_: pytest.fail("observed before"))
+    outcome = climb(tmp_path / "run", tmp_path / "marks")
+    assert outcome.decisions == unbroken.outcome.decisions
+
+
+NARROW = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+
+
+def in_narrow_process(folder, code):
+    """Run code that may use AVX2 at most."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env={**os.environ, **NARROW, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_run_goes_on_with_other_instructions(tmp_path):
+    options = {"rungs": ("ptq", "partial"), "training": None}
+    climb(tmp_path / "unbroken", **options)
+    whole = [entry.kind for entry in read(tmp_path / "unbroken")]
+    folders = []
+    for place in (whole.index("sweep"), whole.index("ranking") + 1):
+        folders.append(tmp_path / str(place))
+        shutil.copytree(tmp_path / "unbroken", folders[-1])
+        lines = (folders[-1] / FILE).read_bytes().splitlines(keepends=True)
+        (folders[-1] / FILE).write_bytes(b"".join(lines[:place]))
+    names = [folder.name for folder in folders]
+    in_narrow_process(tmp_path, f"from climbing import climb; [climb(name, **{options}) for name in {names}]")
+    for folder in folders:
+        assert figures(folder) == figures(tmp_path / "unbroken")
+
+
+class KilledLoss(CountingLoss):
+    """Killed before a step, which is no part of what it is."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.step = step
+
+    def __call__(self, outputs, labels):
+        if self.calls == self.step:
+            raise Killed
+        return super().__call__(outputs, labels)
+
+
+def test_a_training_goes_on_with_other_instructions(tmp_path):
+    with pytest.raises(Killed):
+        climb(tmp_path / "run", training=trained_by(KilledLoss(5)), rungs=("ptq", "qat"))
+    in_narrow_process(
+        tmp_path,
+        "from test_resuming import KilledLoss, climb, trained_by\n"
+        "climb('run', training=trained_by(KilledLoss(-1)), rungs=('ptq', 'qat'))",
+    )
+    found = [entry.data["measured"]["finding"] for entry in read(tmp_path / "run") if entry.kind == "finding"]
+    assert found[-1]["resumed_at"] == 4 and found[-1]["steps"] == 24
 
 
 @pytest.mark.parametrize(

@@ -157,3 +157,21 @@ def test_another_order_each_time_is_warned_of_and_never_paired(model):
     with pytest.warns(UserWarning, match=r"give the examples in the same order each time"):
         score, _ = float_evaluation(hs.Accuracy(Loader()), model)
     assert score.per_example is None
+
+
+def test_early_verdicts_are_remembered_with_the_goal_that_they_were_given_against(model):
+    """Held to less and then, as a run goes on, to the first goal again: nothing is scored twice for either."""
+    search = begin(model, max_drop=0.3)
+    wide, tight = search.goal, Goal(0.1, search.goal.float_score)
+    assert search.judge("met by far").met and not search.evaluations[-1].share == 1
+    asked = search.scorer.asked
+    search.hold_to(tight)
+    assert search.judge("met more narrowly").met
+    more = search.scorer.asked - asked
+    assert 0 < more < len(INPUTS)
+    for goal in (wide, tight, Goal(0.4, search.goal.float_score)):
+        search.hold_to(goal)
+        assert search.judge("known").met
+    assert search.scorer.asked == asked + more
+    search.evaluate("whole")  # only what no verdict has seen
+    assert search.scorer.asked == asked + len(INPUTS)

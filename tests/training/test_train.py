@@ -3,6 +3,8 @@
 import copy
 import itertools
 import math
+import os
+from contextlib import closing
 
 import pytest
 import torch
@@ -12,9 +14,10 @@ from torch.nn.functional import cross_entropy
 import halfstep as hs
 from halfstep.errors import ArgumentError, DataError, DivergedError, NotObservedError, RunError, TrainingError
 from halfstep.fake_quantize import Mode
+from halfstep.files import lock
 from halfstep.training.checkpoint import FILE
 from halfstep.training.distillation import Distillation
-from halfstep.training.fit import learning_rate
+from halfstep.training.fit import Verdict, fit, learning_rate
 from tests.training.networks import calibrated, task, trained_net
 
 HELD_OUT = hs.Accuracy(task(512, 256, seed=1))
@@ -193,15 +196,19 @@ class KilledError(Exception):
     pass
 
 
-def killing(step):
-    calls = itertools.count()
+class Killing:
+    """A loss that is interrupted at a step; by its own account when that is makes no difference."""
 
-    def loss(outputs, labels):
-        if next(calls) == step:
+    def __init__(self, step=-1):
+        self.step, self.calls = step, itertools.count()
+
+    def __getstate__(self):
+        return {}
+
+    def __call__(self, outputs, labels):
+        if next(self.calls) == self.step:
             raise KeyboardInterrupt
         return cross_entropy(outputs, labels)
-
-    return loss
 
 
 @pytest.mark.parametrize("killed_at", [2, 5, 11, 15])
@@ -214,10 +221,10 @@ def test_a_killed_run_goes_on_with_the_same_result(low, tmp_path, killed_at):
         except KeyboardInterrupt:
             return q, None
 
-    whole, trained = run(cross_entropy, tmp_path / "whole")
-    _, killed = run(killing(killed_at), tmp_path / "broken")
+    whole, trained = run(Killing(), tmp_path / "whole")
+    _, killed = run(Killing(killed_at), tmp_path / "broken")
     assert killed is None
-    resumed, again = run(cross_entropy, tmp_path / "broken")
+    resumed, again = run(Killing(), tmp_path / "broken")
     assert equal(state(resumed), state(whole))
     assert again.losses == trained.losses
     assert [mark.score for mark in again.marks] == [mark.score for mark in trained.marks]
@@ -226,26 +233,95 @@ def test_a_killed_run_goes_on_with_the_same_result(low, tmp_path, killed_at):
 
 def test_a_finished_run_is_not_trained_again(low, tmp_path):
     q = copy.deepcopy(low)
-    first = hs.train(q, options(epochs=0.5), directory=tmp_path)
+    first = hs.train(q, options(epochs=0.5, loss=Killing()), directory=tmp_path)
     again = copy.deepcopy(low)
-    second = hs.train(again, options(epochs=0.5, loss=killing(0)), directory=tmp_path)
+    second = hs.train(again, options(epochs=0.5, loss=Killing(0)), directory=tmp_path)
     assert second.losses == first.losses
     assert equal(state(again), state(q))
 
 
 def test_a_checkpoint_of_another_training_is_refused(low, net, tmp_path):
     hs.train(copy.deepcopy(low), options(epochs=0.25), directory=tmp_path)
-    with pytest.raises(
-        RunError, match=r"checkpoint of another training: its network, ranges or options differ"
-    ):
-        hs.train(copy.deepcopy(low), options(epochs=0.25, learning_rate=1e-3), directory=tmp_path)
+    other = r"checkpoint of another training: its network, ranges, options, loss or data differ"
+    flipped = [(inputs, labels.flip(0)) for inputs, labels in task()]
+    for changes in ({"learning_rate": 1e-3}, {"loss": Killing()}, {"labelled": flipped}):
+        with pytest.raises(RunError, match=other):
+            hs.train(copy.deepcopy(low), options(epochs=0.25, **changes), directory=tmp_path)
     with pytest.raises(RunError, match=r"checkpoint of another training"):
         hs.train(calibrated(net), options(epochs=0.25), directory=tmp_path)
-    (tmp_path / FILE).write_bytes(b"broken")
-    with pytest.raises(RunError, match=r"cannot read .*training.safetensors"):
-        hs.train(copy.deepcopy(low), options(epochs=0.25), directory=tmp_path)
-    with pytest.raises(RunError, match=r"cannot write .*training.safetensors"):
+    with pytest.raises(RunError, match=r"directory .*below cannot be written: Not a directory"):
         hs.train(copy.deepcopy(low), options(epochs=0.25), directory=tmp_path / FILE / "below")
+
+
+def test_a_checkpoint_cut_short_is_followed_by_the_one_before(low, tmp_path):
+    def run(loss, directory=tmp_path):
+        q = copy.deepcopy(low)
+        return q, hs.train(q, options(loss=loss, checkpoint_every=3), HELD_OUT, directory=directory)
+
+    whole, trained = run(Killing(), tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(Killing(11))
+    (tmp_path / FILE).write_bytes((tmp_path / FILE).read_bytes()[:1000])
+    with pytest.warns(
+        UserWarning, match=r"cannot read .*training.safetensors.*going on from the checkpoint before it"
+    ):
+        resumed, again = run(Killing())
+    assert again.resumed_at == 6
+    assert equal(state(resumed), state(whole)) and again.losses == trained.losses
+    for file in (FILE, "training.before.safetensors"):
+        (tmp_path / file).write_bytes(b"broken")
+    with pytest.raises(
+        RunError, match=r"cannot read .*training.safetensors.*; delete it to train from the start"
+    ):
+        run(Killing())
+
+
+def test_every_checkpoint_is_on_the_disk_before_it_gets_its_name(low, tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (synced.append(file), fsync(file)))
+    hs.train(low, options(epochs=0.5, checkpoint_every=1), directory=tmp_path)
+    assert len(synced) == 4
+
+
+def test_two_trainings_in_one_directory_are_refused(low, tmp_path):
+    with closing(lock(tmp_path)), pytest.raises(RunError, match="is in use by another process"):
+        hs.train(low, options(epochs=0.25), directory=tmp_path)
+
+
+def test_data_that_come_otherwise_are_told(low, tmp_path):
+    generator = torch.Generator()  # not seeded again for the run that goes on
+
+    def run(loss):
+        inputs, labels = (torch.cat(parts) for parts in zip(*task(), strict=True))
+        data = torch.utils.data.TensorDataset(inputs, labels)
+        loader = torch.utils.data.DataLoader(data, batch_size=64, shuffle=True, generator=generator)
+        q = copy.deepcopy(low)
+        return hs.train(q, options(labelled=loader, loss=loss, checkpoint_every=3), directory=tmp_path)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(Killing(5))
+    with pytest.warns(UserWarning, match="training data: they come otherwise than before the interruption"):
+        assert run(Killing()).resumed_at == 3
+
+
+def test_a_training_that_is_stopped_is_scored_and_goes_on(low, tmp_path):
+    def run(steps):
+        q, asked = copy.deepcopy(low), itertools.count()
+        seen = []
+
+        def judge(step):
+            seen.append(step)
+            score = HELD_OUT.evaluate(q)
+            return Verdict(score.value, -score.value, enough=False)
+
+        return q, fit(q, options(), judge, tmp_path, lambda: next(asked) >= steps), seen
+
+    stopped, trained, seen = run(6)
+    assert (trained.steps, seen) == (6, [0, 4, 6])
+    assert trained.best_step in seen
+    whole, trained, seen = run(100)
+    assert (trained.resumed_at, trained.steps, seen) == (6, 16, [8, 12, 16])
+    assert not equal(state(whole), state(stopped))
 
 
 def test_the_callers_random_state_is_untouched(low):

@@ -9,7 +9,7 @@ import typer
 
 from halfstep.cli.console import out, progress
 from halfstep.cli.ending import finish
-from halfstep.cli.options import Fresh, Json, Threads, begin_anew
+from halfstep.cli.options import Fresh, Json, Threads
 
 #: A case that takes every rung, on any processor and with any seed: so few bits in every layer of a small network that
 #: what calibration and repairs make of few images loses 0.08 to 0.13, while training loses 0.005 to 0.015. No layer may
@@ -58,7 +58,7 @@ def demo(
             directory=directory,
             threads=threads,
             command="halfstep demo",
-            **begin_anew(fresh),
+            fresh=fresh,
         )
     if not as_json:
         out.print(

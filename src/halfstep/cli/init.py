@@ -22,7 +22,7 @@ def init(
 
     from halfstep.config import commented
     from halfstep.errors import ArgumentError
-    from halfstep.ladder.journal import write_whole
+    from halfstep.files import write_whole
     from halfstep.sources import load_model
 
     if output.exists() and not force:

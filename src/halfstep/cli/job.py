@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from halfstep.config import Config, RecipePart, make_config, read_config, to_yaml
 from halfstep.errors import ArgumentError, DataError, HalfstepError, RunError
 from halfstep.evaluate import Accuracy, Metric
+from halfstep.files import write_whole
 from halfstep.granularity import PerTensor
 from halfstep.ladder.budget import Budget
-from halfstep.ladder.journal import Entry, write_whole
+from halfstep.ladder.journal import Journal, Saved
 from halfstep.model import QuantizedModel
 from halfstep.recipe import Recipe
 from halfstep.sources import check_input, find_callable, load_inputs, load_labelled, load_model
@@ -214,15 +215,16 @@ def restore(run: Path, rung: str | None) -> tuple[QuantizedModel, dict[str, Any]
         ArgumentError: if the run was not made by ``halfstep quantize``.
     """
     from halfstep.ladder.calibration import SAMPLE_EXAMPLES
-    from halfstep.ladder.journal import read
+    from halfstep.ladder.checkpoints import Checkpoints
     from halfstep.ladder.snapshot import Snapshot
 
-    record, state = _kept(run, read(run), rung)
+    record, saved = _kept(run, rung)
     job = Job.load(find_config(run))
     model = job.prepare()
     sample = itertools.islice(job.calibration, max(1, SAMPLE_EXAMPLES // job.config.batch))
     put_back = {name: frozenset(layers) for name, layers in record["put_back"].items()}
     try:
+        state = Checkpoints(Journal(), model).network(saved)
         restored = Snapshot(model, put_back, state).restore()
         strangers = sorted(set(state) ^ set(restored.state_dict()))
     except (HalfstepError, RuntimeError) as error:
@@ -235,23 +237,18 @@ def restore(run: Path, rung: str | None) -> tuple[QuantizedModel, dict[str, Any]
     return restored, record, job
 
 
-def _kept(run: Path, entries: list[Entry], rung: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _kept(run: Path, rung: str | None) -> tuple[dict[str, Any], Saved]:
     """The record of what is to be restored, and its checkpoint."""
     from halfstep.ladder.deploy import OUTCOME
-    from halfstep.ladder.journal import read_checkpoint
+    from halfstep.ladder.journal import read, read_checkpoint
 
-    ends = [entry.data for entry in entries if entry.kind == OUTCOME and "sha256" in entry.data]
+    entries = read(run)
+    ends = [entry.data for entry in entries if entry.kind == OUTCOME and "key" in entry.data]
     if ends and rung is None:
-        wrote = [
-            entry
-            for entry in entries
-            if entry.kind == "checkpoint"
-            and (entry.data["name"], entry.data["sha256"]) == (OUTCOME, ends[-1]["sha256"])
-        ]
-        return ends[-1], read_checkpoint(run, wrote, OUTCOME)
+        return ends[-1], read_checkpoint(run, entries, OUTCOME, ends[-1]["key"])
     steps = [entry.data for entry in entries if entry.kind == "step" and rung in (None, entry.data["rung"])]
     if not steps:
         finished = dict.fromkeys(entry.data["rung"] for entry in entries if entry.kind == "step")
         known = ", ".join(map(repr, finished)) or "none"
         raise RunError(f"{run}: has no finished rung{f' {rung!r}' if rung else ''}; finished are {known}")
-    return steps[-1], read_checkpoint(run, entries, steps[-1]["rung"])
+    return steps[-1], read_checkpoint(run, entries, steps[-1]["rung"], steps[-1].get("key", ""))

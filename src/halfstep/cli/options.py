@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 import typer
 
@@ -20,14 +20,11 @@ Source = Annotated[
 FRESH = "--fresh"
 Fresh = Annotated[
     bool,
-    typer.Option(FRESH, help="Begin anew: what an earlier run left in the directory is moved aside."),
+    typer.Option(
+        FRESH, help="Begin anew: what an earlier run left in the directory is moved to a folder in it."
+    ),
 ]
 RunFolder = Annotated[Path, typer.Argument(help="The directory of a run.")]
-
-
-def begin_anew(fresh: bool) -> dict[str, Any]:
-    """The argument that asks a climb for it; none where it is not asked for."""
-    return {"fresh": True} if fresh else {}
 
 
 def by_name(flag: str, given: Sequence[str] | None, convert: Callable[[str], T]) -> T | dict[str, T] | None:

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from halfstep.cli.console import INTERRUPTED, err, progress
 from halfstep.cli.ending import finish
-from halfstep.cli.options import FRESH, Fresh, Json, Threads, begin_anew, by_name
-
-if TYPE_CHECKING:
-    from halfstep.cli.job import Job
+from halfstep.cli.options import FRESH, Fresh, Json, Threads, by_name
 
 
 def quantize(
@@ -95,6 +91,7 @@ def quantize(
     from halfstep.cli.job import CONFIG, Job, config_from
     from halfstep.errors import RunError
     from halfstep.ladder.climb import quantize as climb
+    from halfstep.ladder.journal import Journal
     from halfstep.ladder.rungs import RUNGS, find_rungs
 
     flags: dict[str, Any] = {
@@ -126,13 +123,16 @@ def quantize(
     try:
         with progress():
             job = Job.load(config)
-            metrics = job.metrics()
+            metrics, training = job.metrics(), job.training()
+            with Journal(folder, fresh) as journal:
+                if not journal.resumed:  # so that what is finished before an interruption can be exported
+                    job.keep(folder / CONFIG)
             outcome = climb(
                 job.model,
                 job.example,
-                calibration=_begun(job, folder / CONFIG),
+                calibration=job.calibration,
                 metric=metrics.get("", metrics),
-                training=job.training(),
+                training=training,
                 max_drop=config.max_drop,
                 relative_drop=config.relative_drop,
                 floor=config.floor,
@@ -146,7 +146,6 @@ def quantize(
                 budget=job.budget(),
                 command=again,
                 rungs=ladder,
-                **begin_anew(fresh),
             )
     except KeyboardInterrupt:
         err.print(f"interrupted; to go on where it stopped: {again}", style="red", soft_wrap=True)
@@ -156,13 +155,3 @@ def quantize(
     except RunError as error:  # the run is done, whatever became of the notes on it
         err.print(f"error: {error}", style="red", soft_wrap=True)
     finish(outcome, as_json)
-
-
-def _begun(job: Job, config: Path) -> Iterator[Any]:
-    """The calibration batches. Once they are asked for, the directory is known to be this run's.
-
-    What is finished before an interruption can be exported if the configuration is there by then.
-    """
-    if not config.exists():
-        job.keep(config)
-    yield from job.calibration

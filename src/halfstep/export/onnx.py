@@ -104,7 +104,7 @@ def _check_parity(model: QuantizedModel, path: Path) -> None:
     deployed = DeployedModel(path, model.captured.in_spec, model.captured.out_spec)
     with model.using(Mode.QUANTIZE):
         parity = compare(model, deployed, [kwargs or args])
-    if not parity.alike:
+    if not parity.reaches():
         from halfstep.export.parting import explain_parting
 
         found = (

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from halfstep.errors import CaptureError, DataError
 from halfstep.graph.inputs import ModelInputs, batch_size, call_arguments
 from halfstep.graph.unfold import FoldedNorm, tensors
+from halfstep.identity import Identity
 
 #: Captured and original outputs may differ by this much, relative in the L2 norm. Captured graphs run the same
 #: kernels, so the slack is for folded constants only.
@@ -45,6 +46,7 @@ class Captured:
         originals: the user's parameters and buffers that are not in the graph, by name; weights that a batch norm was
             folded into are not kept twice.
         names: from every name of the user's state dict to the one that the graph, or ``originals``, has for it.
+        content: a digest of the network as it was captured: its graph, and every parameter, buffer and constant.
     """
 
     module: fx.GraphModule
@@ -56,6 +58,7 @@ class Captured:
     folded: list[FoldedNorm] = field(default_factory=list)
     originals: dict[str, torch.Tensor] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
+    content: str = ""
 
     def check_inputs(self, flat: Sequence[Any]) -> None:
         """Raise unless ``flat`` are tensors of the example's types and shapes, but for the batch's size.
@@ -149,8 +152,16 @@ def capture(model: nn.Module, example_inputs: ModelInputs) -> Captured:
         module, module.graph
     )  # without torch's hooks, which check for the user's signature
     originals, graph_names = _not_in_graph(own, module)
+    content = Identity(str(module.graph), sorted(tensors(module).items())).digest
     captured = Captured(
-        module, in_spec, out_spec, (args, kwargs), batched, originals=originals, names=graph_names
+        module,
+        in_spec,
+        out_spec,
+        (args, kwargs),
+        batched,
+        originals=originals,
+        names=graph_names,
+        content=content,
     )
     check_equal(captured, own)
     return captured

@@ -8,9 +8,12 @@ from dataclasses import asdict, replace
 
 from halfstep.errors import ArgumentError
 from halfstep.evaluate import Score
+from halfstep.identity import Identity
 from halfstep.ladder.budget import BudgetSpent
+from halfstep.ladder.fingerprint import fingerprint
 from halfstep.ladder.rung import Means, Reached, Rung
 from halfstep.ladder.search import Candidate, Search
+from halfstep.ladder.snapshot import Snapshot
 
 #: A simulated evaluation takes about so many times as long as a float one.
 SLOWER = 3
@@ -21,7 +24,7 @@ def ascend(
     ladder: Sequence[Rung],
     means: Means,
     max_float: float,
-    score_file: Callable[[], Score],
+    score_file: Callable[[], tuple[str, Score]],
 ) -> list[Reached]:
     """Climb until a rung meets the goal or the budget is spent; the model is the best candidate then.
 
@@ -33,7 +36,8 @@ def ascend(
         ladder: the rungs, in order; those that lack something are left out, and a decision says so.
         means: what they work with.
         max_float: the share of layers that may stay in float while there are rungs left to climb.
-        score_file: exports the best candidate and scores the file on its runtime.
+        score_file: exports the best candidate and scores the file on its runtime; what that is remembered by, and the
+            score.
 
     Returns:
         What came of each rung climbed.
@@ -56,7 +60,9 @@ def ascend(
         last = bool(reached.note) or index + 1 == len(ladder)
         too_many = share > max_float and not last
         if reached.met and not last and not too_many:
-            reached = _with_file(search, rung, reached, candidate, score_file())
+            known = search.recall(reached.file_key)
+            file = (reached.file_key, known.score) if known is not None else score_file()
+            reached = _with_file(search, rung, reached, candidate, *file)
         search.journal.write("step", **asdict(reached), measured={"seconds": time.perf_counter() - start})
         path.append(reached)
         if too_many:
@@ -101,7 +107,9 @@ def _roughly(x: float) -> str:
     return f"{float(f'{x:.2g}'):g}"
 
 
-def _with_file(search: Search, rung: Rung, reached: Reached, candidate: Candidate, file: Score) -> Reached:
+def _with_file(
+    search: Search, rung: Rung, reached: Reached, candidate: Candidate, key: str, file: Score
+) -> Reached:
     """What came of a rung with the score of its file; if that misses the target, simulations are held to less."""
     met = search.asked.met(file)
     if not met:
@@ -112,13 +120,15 @@ def _with_file(search: Search, rung: Rung, reached: Reached, candidate: Candidat
             f"{search.asked.words(file)}: climbing on, with simulations held to a drop of {held}, what files lose more "
             "taken off"
         )
-    return replace(reached, file_score=file.value, file_met=met)
+    return replace(reached, file_score=file.value, file_met=met, file_key=key)
 
 
 def _climb(search: Search, rung: Rung, means: Means) -> Reached:
-    """Climb one rung, keep its best candidate, and leave the model so."""
-    note = ""
-    search.rung = rung.name
+    """Climb one rung, or restore what an earlier run made of it; the model is left as the best candidate."""
+    search.rung, note = rung.name, ""
+    key = _key(search, rung, means)
+    if (restored := _restored(search, rung, key)) is not None:
+        return restored
     try:
         rung.climb(search, means)
     except BudgetSpent as spent:
@@ -127,7 +137,7 @@ def _climb(search: Search, rung: Rung, means: Means) -> Reached:
     best = search.best
     assert best is not None
     best.snapshot.restore()
-    search.journal.save(rung.name, best.snapshot.state)
+    search.checkpoints.keep_network(rung.name, key, best.snapshot.state)
     for name, found in search.found.items():
         search.journal.write("finding", name=name, rung=rung.name, measured={"finding": found.to_dict()})
     search.found.clear()
@@ -145,6 +155,45 @@ def _climb(search: Search, rung: Rung, means: Means) -> Reached:
         put_back={name: sorted(layers) for name, layers in best.snapshot.put_back.items()},
         cost=sum(made.share for made in search.evaluations if made.rung == rung.name),
         note=note,
+        key=key,
+        candidate=best.key,
     )
     search.reached[rung.name] = best
+    return reached
+
+
+def _key(search: Search, rung: Rung, means: Means) -> str:
+    """What a rung starts from, and what is asked of it."""
+    start = "" if search.best is None else search.best.key
+    goals = [(goal.name, goal.max_drop) for goal, _ in search.goal.each(search.goal.float_score)]
+    return Identity(rung.name, start, search.checkpoints.key, goals, rung.options(means)).digest
+
+
+def _restored(search: Search, rung: Rung, key: str) -> Reached | None:
+    """What an earlier run of the directory made of the same rung, if it finished it.
+
+    None where the rung is to be climbed: what was made of it until an interruption is remembered piece by piece.
+    """
+    journal = search.journal
+    steps = [
+        (place, e.data)
+        for place, e in enumerate(journal.entries)
+        if e.kind == "step" and e.data.get("key") == key
+    ]
+    saved = journal.load(rung.name, key) if steps and not steps[-1][1]["note"] else None
+    if saved is None:
+        return None
+    place, data = steps[-1]
+    reached = Reached.of(data)
+    verdict = search.recall(reached.candidate)
+    if verdict is None or not verdict.complete:
+        return None
+    put_back = {name: frozenset(layers) for name, layers in reached.put_back.items()}
+    snapshot = Snapshot(search.model, put_back, search.checkpoints.network(saved))
+    if fingerprint(snapshot.restore()) != reached.candidate:
+        return None
+    known = [candidate for candidate in search.reached.values() if candidate.key == reached.candidate]
+    best = known[0] if known else Candidate(reached.what, verdict.score, snapshot, reached.candidate)
+    search.best = search.reached[rung.name] = best
+    search.replay(rung.name, [e.data for e in journal.entries[:place] if e.kind == "decision"])
     return reached

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from halfstep.calibrators import Calibrator, Concern, WeightCalibrator
 from halfstep.ladder.concerns import SiteConcern
 from halfstep.ladder.fidelity import Fidelity, Measure
-from halfstep.ladder.ranges import Answers, set_ranges
+from halfstep.ladder.journal import Journal, exact
+from halfstep.ladder.ranges import Answer, Answers, set_ranges
 from halfstep.model import QuantizedModel
 
 FLOAT = "float"  # in a candidate's place for weights or activations that are not quantized
@@ -88,6 +90,71 @@ class Sweep:
             "evaluations": self.evaluations,
             "concerns": [str(concern) for concern in self.concerns],
         }
+
+    def keep(self, journal: Journal, key: str) -> None:
+        """Keep all of it, ranges included, under a key of what it was computed from."""
+        tensors = {
+            f"{end}|{index}|{site}": getattr(answer, end)
+            for index, candidate in enumerate(self.candidates)
+            for site, answer in candidate.answers.items()
+            for end in ("low", "high")
+        }
+        rows = [
+            {
+                "activations": candidate.activations,
+                "weights": candidate.weights,
+                "fidelity": asdict(candidate.fidelity),
+                "calibrators": {site: str(answer.calibrator) for site, answer in candidate.answers.items()},
+            }
+            for candidate in self.candidates
+        ]
+        data = {
+            "candidates": rows,
+            "by": self.by,
+            "examples": self.examples,
+            "passes": self.passes,
+            "weights_alone": {name: asdict(fidelity) for name, fidelity in self.weights_alone.items()},
+            "activations_alone": None if self.activations_alone is None else asdict(self.activations_alone),
+            "concerns": [[each.site, each.concern.kind, each.concern.message] for each in self.concerns],
+        }
+        journal.save("sweep", tensors, key, exact(data))
+
+    @classmethod
+    def kept(
+        cls, journal: Journal, key: str, calibrators: Iterable[Calibrator | WeightCalibrator]
+    ) -> Sweep | None:
+        """What :meth:`keep` kept under ``key``, if it did.
+
+        Args:
+            journal: that has it.
+            key: the same.
+            calibrators: those that were compared.
+        """
+        saved = journal.load("sweep", key)
+        if saved is None:
+            return None
+        data, by_name = saved.data, {str(calibrator): calibrator for calibrator in calibrators}
+        candidates = []
+        for index, row in enumerate(data["candidates"]):
+            ends = {
+                site: [saved.tensors[f"{end}|{index}|{site}"] for end in ("low", "high")]
+                for site in row["calibrators"]
+            }
+            answers = {site: Answer(by_name[name], *ends[site]) for site, name in row["calibrators"].items()}
+            fidelity = Fidelity.of(row["fidelity"])
+            candidates.append(Candidate(row["activations"], row["weights"], fidelity, answers=answers))
+        alone = data["activations_alone"]
+        return cls(
+            tuple(candidates),
+            data["by"],
+            data["examples"],
+            data["passes"],
+            weights_alone={name: Fidelity.of(fidelity) for name, fidelity in data["weights_alone"].items()},
+            activations_alone=None if alone is None else Fidelity.of(alone),
+            concerns=tuple(
+                SiteConcern(site, Concern(kind, message)) for site, kind, message in data["concerns"]
+            ),
+        )
 
     @property
     def best(self) -> Candidate:

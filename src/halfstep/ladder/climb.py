@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,10 @@ from halfstep.ladder.aim import Aim, Asked
 from halfstep.ladder.ascent import ascend
 from halfstep.ladder.budget import Budget
 from halfstep.ladder.calibration import observe
-from halfstep.ladder.claims import claim
-from halfstep.ladder.concerns import halving, sentences, unlike_sites, watching
+from halfstep.ladder.concerns import halving, look, sentences, unlike_sites, watching
 from halfstep.ladder.deploy import deploy, file_score
 from halfstep.ladder.doubts import doubts
-from halfstep.ladder.identity import Examples
+from halfstep.ladder.identity import Claimed, Examples, claim
 from halfstep.ladder.journal import Journal
 from halfstep.ladder.outcome import Outcome
 from halfstep.ladder.partial import Partial
@@ -36,6 +36,7 @@ from halfstep.ladder.speed import favour_speed
 from halfstep.model import QuantizedModel
 from halfstep.progress import steps
 from halfstep.recipe import Recipe
+from halfstep.statistics import Histogram
 from halfstep.targets import Target, find_target
 from halfstep.training.options import Training, check_training
 
@@ -85,6 +86,7 @@ def quantize(
     partial: Partial | None = None,
     max_float: float = 0.5,
     tune: bool = False,
+    fresh: bool = False,
     command: str = "",
 ) -> Outcome:
     """Quantize ``model`` so that its score drops by no more than allowed, and prove it on the deployed file.
@@ -92,8 +94,10 @@ def quantize(
     Climbs rung after rung, each from the best candidate so far, and stops at the first that meets the target. If none
     does, the outcome is the best that was found, with ``met`` False and advice.
 
-    With a ``directory`` everything is kept in a journal: the same call again goes on where an earlier one was killed
-    and repeats no finished evaluation. Data are read once more then, to see that they are the same.
+    With a ``directory`` everything is kept in a journal: the same call again goes on where an earlier one was killed,
+    on another processor too, and repeats no finished evaluation. Model, data, metric, loss and options are compared
+    with the earlier call's by their content, for which data are read once more; with others the directory is refused.
+    Of what cannot be compared (what a function reads) a part of the float model's scores is taken again.
 
     Args:
         model: a trained module; left untouched.
@@ -120,6 +124,7 @@ def quantize(
             climb; what leaves more is kept for the case that no later rung meets the target.
         tune: measure every group of layers on this machine, and leave in float those that integers slow down, where
             the target still holds; a decision says which.
+        fresh: begin anew in a used directory; what an earlier run left there is moved to a folder in it.
         command: what to type to do it again; the report shows it.
 
     Raises:
@@ -132,14 +137,13 @@ def quantize(
         check_training(training)
     aim = Aim(max_drop, relative_drop, floor, confidence, strict)
     found, recipe = find_target(target), recipe or Recipe.int8()
-    with Journal(directory) as journal, tempfile.TemporaryDirectory() as name:
+    with Journal(directory, fresh) as journal, tempfile.TemporaryDirectory() as name:
         temporary = Path(name)
         scorer = as_scorers(metric)
         aim.check(scorer)
         prepared = prepare(model, example_inputs, recipe, found)
-        if training is not None:
-            journal.claim("training", repr(training.describe()))
-        search = _begin(journal, prepared, scorer, aim, calibration, budget or Budget())
+        claimed = claim(journal, prepared, scorer, aim, training)
+        search = _begin(journal, prepared, scorer, aim, calibration, budget or Budget(), claimed)
         _settle(search, ladder, aim, command)
         score_file = functools.partial(file_score, search, temporary / "model.onnx", threads)
         path = ascend(search, ladder, Means(training, partial), max_float, score_file)
@@ -155,30 +159,66 @@ def _begin(
     aim: Aim,
     calibration: Iterable[ModelInputs],
     budget: Budget,
+    claimed: Claimed,
 ) -> Search:
     """The float baseline and the statistics, with what is to be said of the data: what every rung starts from."""
-    judged = claim(journal, prepared, scorer, aim)
     with watching(prepared) as seen:
-        baseline, made = float_evaluation(scorer, prepared, journal)
-    goal = aim.goal(baseline, scorer)
-    calibrated = Examples()
-    with halving(prepared) as unsteady:
-        observe(prepared, _watched(calibration, calibrated))
-    journal.claim("calibration data", calibrated.digest())
-    search = Search(prepared, scorer, goal, journal=journal, budget=budget, rung="data")
-    if made:
-        said = [*doubts(calibrated, judged), *sentences([*unlike_sites(prepared, seen), *unsteady])]
-    else:  # nothing was watched, since the float model was not run again: what was said then holds
-        said = [
-            entry.data["measured"]["sentence"]
-            for entry in journal.of("decision")
-            if entry.data["rung"] == "data"
-        ]
+        baseline, made = float_evaluation(scorer, prepared, journal, claimed.unseen)
+    scores = (baseline, *baseline.others.values())
+    journal.write("paired", paired=any(score.per_example is not None for score in scores))
+    search = Search(prepared, scorer, aim.goal(baseline, scorer), journal=journal, budget=budget, rung="data")
+    if claimed.unseen and journal.folder is not None:
+        search.decide(
+            f"What cannot be compared when this run goes on: {', '.join(claimed.unseen)}. The float model is scored "
+            "again then, to see that it scores the same; fresh=True (--fresh) begins anew"
+        )
+    kept = search.checkpoints.statistics()
+    if kept is None:
+        said = _observe(search, calibration, claimed.judged, seen if made else look(prepared, scorer))
+        for sentence in said:
+            warnings.warn(sentence, stacklevel=3)
+    else:
+        said, examples = kept
+        said = [*said, *_compare(calibration, examples, journal)]
     for sentence in said:
-        warnings.warn(sentence, stacklevel=3)
         search.decide(sentence, aloud=False)  # a warning is heard anyway
     search.rung = ""
     return search
+
+
+def _observe(
+    search: Search, calibration: Iterable[ModelInputs], judged: Examples, seen: Mapping[str, Histogram]
+) -> list[str]:
+    """Observe the calibration data and keep the statistics; what is to be said of the data, in sentences."""
+    model, calibrated = search.model, Examples()
+    with halving(model) as unsteady:
+        observe(model, _watched(calibration, calibrated))
+    said = [*doubts(calibrated, judged), *sentences([*unlike_sites(model, seen), *unsteady])]
+    if isinstance(calibration, (list, tuple)):
+        search.journal.claim("calibration data", calibrated.contents())
+    search.checkpoints.keep_statistics(said, calibrated.seen)
+    return said
+
+
+def _compare(calibration: Iterable[ModelInputs], known: Sequence[bytes], journal: Journal) -> list[str]:
+    """See whether the calibration data are those that the kept statistics come from; what is to be said, in sentences.
+
+    Raises:
+        RunError: if they are others, in a list or tuple, which is the same each time.
+    """
+    calibrated = Examples()
+    for inputs in calibration:
+        calibrated.add(inputs)
+    if isinstance(calibration, (list, tuple)):
+        journal.claim("calibration data", calibrated.contents())
+    both = (Counter(calibrated.seen) & Counter(known)).total()
+    if both == len(known) == len(calibrated.seen):
+        return []
+    return [
+        f"The calibration data come otherwise than before ({both:,} of {len(known):,} examples are the same), as in "
+        "random order or with augmentation: ranges rest on the examples that were seen first; with other data on "
+        "purpose, begin anew with fresh=True (--fresh)"
+    ]
 
 
 def _settle(search: Search, ladder: Sequence[Rung], aim: Aim, command: str) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from halfstep.calibrators import Calibrator, Concern, data_concerns, disagreements, unlike, unsteady
 from halfstep.errors import named
+from halfstep.evaluate import Scorer, labelled_data
 from halfstep.fake_quantize import Mode
 from halfstep.graph.inputs import ModelInputs, batch_size
 from halfstep.ladder.ranges import activation_sites
@@ -120,6 +121,19 @@ def watching(model: QuantizedModel, examples: int = LOOKED_AT) -> Iterator[dict[
     finally:
         for handle in handles:
             handle.remove()
+
+
+def look(model: QuantizedModel, scorer: Scorer, examples: int = LOOKED_AT) -> dict[str, Histogram]:
+    """What the float model sees of the labelled data, up to a number of examples; empty where they cannot be seen."""
+    passed = 0
+    with watching(model, examples) as seen, model.using(Mode.FLOAT), torch.no_grad():
+        for batches in labelled_data(scorer):
+            for inputs, _ in batches:
+                run(model, inputs)
+                passed += batch_size(inputs)
+                if passed >= examples:
+                    return seen
+    return seen
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from halfstep.evaluate import Score, classifies
 from halfstep.export.onnx import export_float, export_onnx
 from halfstep.export.verify import verify
 from halfstep.ladder.advice import advise
+from halfstep.ladder.environment import runtime_identity
 from halfstep.ladder.evaluation import Verdict
 from halfstep.ladder.files import measure_files
 from halfstep.ladder.outcome import Outcome
@@ -37,7 +38,7 @@ def deploy(search: Search, path: Sequence[Reached], place: Path, threads: int | 
     model, best = search.model, search.best
     assert best is not None
     file = place / "model.onnx"
-    score = file_score(search, file, threads)
+    _, score = file_score(search, file, threads)
     with steps("exporting"):
         float_file = export_float(model, place / "float.onnx")
     with steps("verifying on the runtime"):
@@ -69,8 +70,10 @@ def deploy(search: Search, path: Sequence[Reached], place: Path, threads: int | 
     return outcome
 
 
-def file_score(search: Search, file: Path, threads: int | None) -> Score:
-    """Export the best candidate to ``file`` and score it on its runtime, unless the very same bytes were scored before.
+def file_score(search: Search, file: Path, threads: int | None) -> tuple[str, Score]:
+    """Export the best candidate to ``file`` and score it on its runtime; the key that is remembered by, and the score.
+
+    The very same bytes are not scored again by the same versions on the same processor.
 
     Args:
         search: its model is the best candidate.
@@ -89,14 +92,14 @@ def file_score(search: Search, file: Path, threads: int | None) -> Score:
     }
     with steps("exporting"):
         export_onnx(model, file, about)
-    key = f"file {hashlib.sha256(file.read_bytes()).hexdigest()}"
+    key = f"file {hashlib.sha256(file.read_bytes()).hexdigest()}, {runtime_identity(model.target.runtime)}"
     if (known := search.recall(key)) is not None:
-        return known.score
+        return key, known.score
     deployed = DeployedModel(file, model.captured.in_spec, model.captured.out_spec, threads)
     score, made = timed_evaluation(search.scorer, deployed, "the deployed file")
     verdict = Verdict(search.asked.met(score), score, complete=True)
     search.record(replace(made, key=key, rung="deployed"), verdict)
-    return score
+    return key, score
 
 
 def _rung_of(search: Search, best: Candidate) -> str:
@@ -120,12 +123,13 @@ def _write_down(search: Search, outcome: Outcome, files: list[dict[str, Any]]) -
     latency = {name: asdict(value) for name, value in outcome.verification.latency.items()}
     times = {name: round(time, 2) for name, time in outcome.verification.microseconds.items()}
     measured = {"latency_ms": latency, "files": files, "microseconds": times}
+    search.checkpoints.keep_network(OUTCOME, best.key, best.snapshot.state)
     search.journal.write(
         OUTCOME,
         **record,
         what=best.what,
+        key=best.key,
         put_back={name: sorted(layers) for name, layers in best.snapshot.put_back.items()},
-        sha256=search.journal.save(OUTCOME, best.snapshot.state),
         call=len(search.journal.of("settings")),
         measured=measured,
     )

@@ -22,11 +22,18 @@ def environment() -> dict[str, str]:
             continue
     found["system"] = f"{platform.system()} {platform.machine()}"
     found["processor"] = _processor()
+    found["instructions"] = torch.backends.cpu.get_cpu_capability()
     found["cores"] = str(os.cpu_count())
     found["torch threads"] = str(torch.get_num_threads())
     if torch.cuda.is_available():
         found["accelerator"] = torch.cuda.get_device_name()
     return found
+
+
+def runtime_identity(runtime: str) -> str:
+    """What figures of a file depend on beside the file: halfstep, the runtime's version, and the processor."""
+    found = environment()
+    return ", ".join(f"{name} {found.get(name, '?')}" for name in ("halfstep", runtime, "processor"))
 
 
 def _processor() -> str:

@@ -50,14 +50,21 @@ class Verdict:
         met: whether it does.
         score: over the examples seen; its ``per_example`` is in the data's own order only if ``complete``.
         complete: whether all examples were seen, or the verdict was given early, at the goal's confidence.
+        allowed: the drop that an early verdict was given against.
     """
 
     met: bool
     score: Score
     complete: bool
+    allowed: float | None = None
+
+    def holds(self, max_drop: float) -> bool:
+        """Whether an early verdict stands against another allowed drop: "met" if that is as large, else if as small."""
+        assert self.allowed is not None
+        return self.allowed <= max_drop if self.met else self.allowed >= max_drop
 
 
-def keep(journal: Journal, made: Evaluation, score: Score, met: bool = True, complete: bool = True) -> None:
+def keep(journal: Journal, made: Evaluation, verdict: Verdict) -> None:
     """Write an evaluation with the scores of all its examples."""
     journal.write(
         "evaluation",
@@ -66,9 +73,10 @@ def keep(journal: Journal, made: Evaluation, score: Score, met: bool = True, com
         key=made.key,
         examples=made.examples,
         total=made.total,
-        met=met,
-        complete=complete,
-        score=_pack(score),
+        met=verdict.met,
+        complete=verdict.complete,
+        allowed=verdict.allowed,
+        score=_pack(verdict.score),
         measured={"seconds": round(made.seconds, 4)},
     )
 
@@ -81,7 +89,7 @@ def kept(entry: Entry) -> tuple[Evaluation, Verdict]:
     evaluation = Evaluation(
         data["what"], score.value, data["measured"]["seconds"], *(data[name] for name in names)
     )
-    return evaluation, Verdict(data["met"], score, data["complete"])
+    return evaluation, Verdict(data["met"], score, data["complete"], data.get("allowed"))
 
 
 def _pack(score: Score) -> dict[str, Any]:

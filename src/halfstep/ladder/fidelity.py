@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -42,6 +42,11 @@ class Fidelity:
         """Divergence and dB for the columns of a table; a dash where there is none."""
         kl = "–" if math.isnan(self.kl) else f"{self.kl:.3g}"
         return kl, "equal" if math.isinf(self.sqnr) and self.sqnr > 0 else f"{self.sqnr:.1f}"
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> Fidelity:
+        """The one whose fields are ``data``, as numbers or text."""
+        return cls(float(data["kl"]), float(data["sqnr"]))
 
     def loss(self, by: Measure) -> float:
         """The measure as a number of which less is better; a network that answers NaN is the worst."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from halfstep.evaluate import Score
 from halfstep.graph.choices import Choices
 from halfstep.ladder.costs import race_choices
+from halfstep.ladder.fingerprint import fingerprint
 from halfstep.ladder.groups import Group, names_of
 from halfstep.ladder.search import Candidate, Search
 from halfstep.ladder.snapshot import Snapshot
@@ -53,7 +54,9 @@ def hasten(
         verdict += " Float is as fast on this machine: integers save no time in this network."
     search.decide(verdict)
     # By itself the search prefers what has fewer layers in float.
-    search.best = Candidate("the fastest file that meets the target", score, Snapshot.of(model))
+    search.best = Candidate(
+        "the fastest file that meets the target", score, Snapshot.of(model), fingerprint(model)
+    )
     return assignment, score
 
 

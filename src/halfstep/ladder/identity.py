@@ -1,46 +1,27 @@
-"""What a model, a metric and data are, as digests of their content."""
+"""What a run is about, as digests of content: claimed when a directory is first used, compared when a run goes on."""
 
 from __future__ import annotations
 
 import hashlib
-import types
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from halfstep.evaluate import Several
-from halfstep.graph.capture import Captured
-from halfstep.graph.inputs import ModelInputs, call_arguments
-
-#: An example is known by at most so many of its values, evenly spaced; big images need not be hashed whole.
-VALUES = 4096
-
-
-def model_digest(captured: Captured) -> str:
-    """Of a captured network: its graph and every parameter and buffer."""
-    digest = hashlib.sha256(str(captured.module.graph).encode())
-    for name, tensor in sorted(captured.module.state_dict().items()):
-        _add(digest, name, tensor)
-    return digest.hexdigest()
-
-
-def metric_digest(scorer: Any) -> str:
-    """Of the code of a metric: its class, and the functions that it holds. What these refer to is not looked at.
-
-    Of several metrics, of each with its name, in order.
-    """
-    digest = hashlib.sha256(type(scorer).__qualname__.encode())
-    if isinstance(scorer, Several):
-        for name, part in scorer.metrics.items():
-            digest.update(f"{name!r} {metric_digest(part)}".encode())
-    for name, value in sorted(vars(scorer).items()):
-        if callable(value):
-            digest.update(f"{name} {_code(value)}".encode())
-        elif isinstance(value, (bool, int, float, str)):
-            digest.update(f"{name} {value!r}".encode())
-    return digest.hexdigest()
+from halfstep.errors import RunError
+from halfstep.evaluate import CallableMetric, Metric, Scorer, labelled_data, parts
+from halfstep.graph.inputs import ModelInputs, batch_size, call_arguments
+from halfstep.identity import Identity, rows_of_bytes, state_of
+from halfstep.ladder.aim import Aim
+from halfstep.ladder.environment import environment
+from halfstep.ladder.journal import Journal
+from halfstep.model import QuantizedModel
+from halfstep.training.options import Training
 
 
 class Examples:
@@ -53,54 +34,160 @@ class Examples:
     def __init__(self) -> None:
         self.seen: list[bytes] = []
         self._labelled: list[bytes] = []
+        self._others: list[str] = []
 
     def add(self, inputs: ModelInputs, labels: Any = None) -> None:
-        """Take in a batch."""
-        tensors = _tensors(call_arguments(inputs))
-        if not tensors or not tensors[0].dim():
-            return
-        count = len(tensors[0])
-        self.seen += _rows(tensors, count)
-        self._labelled += _rows([*tensors, *_tensors(labels)], count)
+        """Take in a batch; labels may be of any type.
+
+        Raises:
+            DataError: if there is no tensor whose first dimension is the batch.
+        """
+        count = batch_size(inputs)
+        rows, rest = _by_example(pytree.tree_leaves(call_arguments(inputs)), count)
+        own, others = _by_example(pytree.tree_leaves(labels), count)
+        self.seen += rows
+        self._labelled += [_hash(a + b) for a, b in zip(rows, own, strict=True)]
+        if others or rest:
+            self._others.append(Identity(len(self.seen), rest, others).digest)
 
     def digest(self) -> str:
+        """Of all examples with their labels in order, however they are cut into batches."""
+        return self._of(self._labelled)
+
+    def contents(self) -> str:
         """Of all examples with their labels, in whatever order they came."""
-        return hashlib.sha256(b"".join(sorted(self._labelled))).hexdigest()
+        return self._of(sorted(self._labelled))
+
+    def _of(self, rows: Sequence[bytes]) -> str:
+        return _hash(b"".join(rows) + " ".join(self._others).encode()).hex()
 
 
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+@dataclass(frozen=True)
+class Claimed:
+    """What came of :func:`claim`.
+
+    Attributes:
+        judged: the examples that the metric judges on, where they can be seen.
+        unseen: what the metric depends on and cannot be compared with an earlier run's, in words; empty if all can.
+    """
+
+    judged: Examples
+    unseen: tuple[str, ...]
 
 
-def _rows(tensors: Iterable[torch.Tensor], count: int) -> list[bytes]:
-    """A digest for each of ``count`` examples; tensors without such a first dimension belong to none of them."""
-    tables = []
-    for tensor in tensors:
-        if tensor.dim() and len(tensor) == count:
-            flat = tensor.detach().cpu().reshape(count, -1)
-            flat = flat[:, :: -(-flat.shape[1] // VALUES) or 1].contiguous()
-            tables.append(flat.view(torch.uint8).numpy())
-    return [
-        hashlib.blake2b(b"|".join(table[index].tobytes() for table in tables), digest_size=8).digest()
-        for index in range(count)
+def claim(
+    journal: Journal,
+    prepared: QuantizedModel,
+    scorer: Scorer,
+    aim: Aim,
+    training: Training | None = None,
+) -> Claimed:
+    """Make the directory this run's own, or see that it is.
+
+    Raises:
+        RunError: if the directory belongs to a run with another model, recipe, target, metric, data or training, or
+            was written by another version of halfstep.
+    """
+    if journal.resumed and not journal.claimed("version of halfstep"):
+        raise RunError(
+            f"directory {journal.folder} was written by an earlier halfstep, whose results cannot be compared; choose "
+            "another directory, or begin anew in this one with fresh=True (--fresh)"
+        )
+    packages = environment()
+    journal.claim("version of halfstep", packages.get("halfstep", "unknown"))
+    journal.claim("model", prepared.captured.content)
+    journal.claim("recipe", repr(prepared.recipe))
+    asked = f"target {prepared.target.name}, {aim}, confidence {aim.confidence:g}"
+    journal.claim("configuration", asked)
+    identities = {name: _metric_identity(part) for name, part in parts(scorer).items()}
+    journal.claim("metric", Identity({name: each.digest for name, each in identities.items()}).digest)
+    unseen = [f"{name} {what}".lstrip() for name, each in identities.items() for what in each.unknown]
+    unseen += [
+        f"metric {name!r}" if name else "the metric, a function that reads what it wants"
+        for name, part in parts(scorer).items()
+        if not isinstance(part, Metric)
     ]
+    surroundings = [each.surroundings for each in identities.values()]
+    if journal.changed("surroundings", digests=surroundings):
+        unseen.append("global variables that the metric's code refers to, which are not what they were")
+    judged = _labelled_examples(scorer)
+    if judged.seen:
+        _claim_examples(journal, judged)
+    if training is not None:
+        journal.claim("training", training.content())
+        if journal.changed(
+            "training surroundings", digest=Identity(training.loss, training.labelled).surroundings
+        ):
+            warnings.warn(
+                "training: global variables that its code refers to are not what they were when this run began; what "
+                "was trained rests on the old ones; begin anew with fresh=True (--fresh) if they matter",
+                stacklevel=4,
+            )
+    journal.write("environment", packages=packages)
+    return Claimed(judged, tuple(unseen))
 
 
-def _add(digest: Any, name: str, tensor: torch.Tensor) -> None:
-    plain = tensor.detach().cpu().contiguous()
-    digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())
-    digest.update(plain.reshape(-1).view(torch.uint8).numpy().data if plain.numel() else b"")
+def _metric_identity(scorer: Scorer) -> Identity:
+    """A metric without its labelled data, which are claimed by themselves."""
+    if isinstance(scorer, CallableMetric):
+        return Identity(scorer.function, scorer.higher_is_better)
+    state = state_of(scorer)
+    if isinstance(state, dict):
+        score = state.get("score")
+        own = isinstance(score, MethodType) and score.__self__ is scorer  # the class's
+        state = {
+            name: value
+            for name, value in state.items()
+            if name != "labelled" and not (own and name == "score")
+        }
+    return Identity(type(scorer), state)
 
 
-def _code(function: Callable[..., Any]) -> str:
-    """A function's name and byte code; only the name where there is no byte code."""
-    name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__qualname__)}"
-    code = getattr(function, "__code__", None)
-    return name if code is None else f"{name} {_code_parts(code)}"
+def _labelled_examples(scorer: Scorer) -> Examples:
+    judged = Examples()
+    for batches in labelled_data(scorer):
+        for item in batches:
+            if isinstance(item, (tuple, list)) and len(item) == 2:  # anything else is the metric's to refuse
+                judged.add(*item)
+    return judged
 
 
-def _code_parts(code: types.CodeType) -> str:
-    constants = [
-        _code_parts(value) if isinstance(value, types.CodeType) else repr(value) for value in code.co_consts
-    ]
-    return hashlib.sha256(repr((code.co_code, code.co_names, constants)).encode()).hexdigest()
+def _claim_examples(journal: Journal, judged: Examples) -> None:
+    """The examples, and their order where scores of single examples were kept by position.
+
+    Raises:
+        RunError: if they are others, or come in another order.
+    """
+    journal.claim("labelled data", judged.contents())
+    order = [entry.data["digest"] for entry in journal.of("order")]
+    paired = [entry.data["paired"] for entry in journal.of("paired")]
+    if order and order[-1] != judged.digest() and paired != [False]:
+        raise RunError(
+            f"directory {journal.folder} belongs to a run with the same labelled examples in another order, and scores "
+            "were kept by position; give them in the same order each time (a loader with shuffle=False, sorted file "
+            "names), choose another directory, or begin anew in this one with fresh=True (--fresh)"
+        )
+    if not order:
+        journal.write("order", digest=judged.digest())
+
+
+def _by_example(leaves: Sequence[Any], count: int) -> tuple[list[bytes], list[Any]]:
+    """A digest for each of ``count`` examples, and the leaves that cannot be divided among them."""
+    rest = []
+    digests = [hashlib.blake2b(digest_size=16) for _ in range(count)]
+    for leaf in leaves:
+        numbers = isinstance(leaf, torch.Tensor) or (
+            isinstance(leaf, np.ndarray) and not leaf.dtype.hasobject
+        )
+        if not (numbers and leaf.ndim and len(leaf) == count):
+            rest.append(leaf)
+            continue
+        head = f"{leaf.dtype} {tuple(leaf.shape[1:])} ".encode()
+        for digest, row in zip(digests, rows_of_bytes(leaf), strict=True):
+            digest.update(head)
+            digest.update(row.data)
+    return [digest.digest() for digest in digests], rest
+
+
+def _hash(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()

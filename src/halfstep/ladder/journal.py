@@ -22,21 +22,27 @@ from typing import IO, Any, Self
 import torch
 
 from halfstep.errors import RunError
+from halfstep.files import lock, write_whole
 
-FILE, LOCK, CHECKPOINTS = "journal.jsonl", ".lock", "checkpoints"
+FILE, CHECKPOINTS = "journal.jsonl", "checkpoints"
+#: What a run leaves in its directory; the rest of what lies there is not the run's.
+LEFT = (
+    *(FILE, f"{FILE}.damaged", CHECKPOINTS, "config.yaml", "outcome.json", "report.html"),
+    *("model.onnx", "model.onnx.*", "float.onnx", "float.onnx.*", "training*.safetensors", "control"),
+)
 _HEAD, _MIDDLE, _TAIL = b'{"check":"', b'","entry":', b"}\n"
 _DIGITS = 16
 
-#: Kinds of which the last entry counts: the last of all, or the last for each value of a field.
-_LAST = {
-    "settings": "",
-    "environment": "",
-    "sweep": "",
-    "sites": "",
-    "picture": "",
-    "outcome": "",
-    "step": "rung",
-    "checkpoint": "name",
+#: Kinds of which the last entry counts: the last of all, or of those that are equal in these fields.
+_LAST: Mapping[str, tuple[str, ...]] = {
+    "settings": (),
+    "environment": (),
+    "sweep": (),
+    "sites": (),
+    "picture": (),
+    "outcome": (),
+    "step": ("rung",),
+    "checkpoint": ("name", "key"),
 }
 
 
@@ -55,6 +61,19 @@ class Entry:
     data: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint.
+
+    Attributes:
+        tensors: as they were saved.
+        data: what was saved beside them.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    data: dict[str, Any]
+
+
 class Journal:
     """The record of one run, kept in a directory, or only in memory.
 
@@ -62,23 +81,25 @@ class Journal:
 
     Args:
         folder: the run's directory, made if need be; None keeps everything in memory.
+        fresh: begin anew: what an earlier run left in the directory is moved to ``earlier-1`` (or -2, ...) in it.
 
     Raises:
         RunError: if the directory cannot be written, another process has it open, or its first line is damaged.
     """
 
-    def __init__(self, folder: str | Path | None = None) -> None:
+    def __init__(self, folder: str | Path | None = None, fresh: bool = False) -> None:
         self.folder = None if folder is None else Path(folder)
         self.entries: list[Entry] = []
         self.resumed = False
         self._check = ""
         self._known: set[str] = set()
-        self._last: dict[tuple[str, Any], str] = {}
-        self._tensors: dict[str, dict[str, torch.Tensor]] = {}
+        self._last: dict[tuple[Any, ...], str] = {}
         self._lock: IO[bytes] | None = None
         if self.folder is not None:
-            self._lock = _locked(self.folder)
+            self._lock = lock(self.folder)
             try:
+                if fresh:
+                    _set_aside(self.folder)
                 self._resume(self.folder)
             except BaseException:
                 self.close()
@@ -91,7 +112,7 @@ class Journal:
         self.close()
 
     def close(self) -> None:
-        """Give the directory free for others."""
+        """Let other processes use the directory."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -161,41 +182,60 @@ class Journal:
         for entry in self.of("claim"):
             if entry.data["what"] == what and entry.data["digest"] != digest:
                 raise RunError(
-                    f"directory {self.folder} belongs to a run with another {what}; choose another directory, or "
-                    "delete it to start anew"
+                    f"directory {self.folder} belongs to a run with another {what}; choose another directory, or begin "
+                    "anew in this one with fresh=True (--fresh)"
                 )
         self.write("claim", what=what, digest=digest)
 
-    def save(self, name: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    def claimed(self, what: str) -> bool:
+        """Whether :meth:`claim` has been called for ``what``, in this run or an earlier one of the directory."""
+        return any(entry.data["what"] == what for entry in self.of("claim"))
+
+    def changed(self, kind: str, **data: Any) -> bool:
+        """Write an entry, and say whether an earlier one of its kind was another."""
+        earlier = self.of(kind)
+        self.write(kind, **data)
+        return any(entry.data != finite(data) for entry in earlier)
+
+    def save(
+        self,
+        name: str,
+        tensors: Mapping[str, torch.Tensor],
+        key: str = "",
+        data: Mapping[str, Any] | None = None,
+    ) -> None:
         """Keep tensors under ``name``: a file that appears whole, then a line with its checksum.
 
-        Returns:
-            The checksum; empty without a directory.
+        Without a directory nothing is kept, since nothing can go on from it.
+
+        Args:
+            name: of the file, but for what the key adds.
+            tensors: by name.
+            key: what they depend on; for each key there is a file.
+            data: to be kept beside them, as JSON knows it.
 
         Raises:
             RunError: if they cannot be written.
         """
-        plain = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
         if self.folder is None:
-            self._tensors[name] = plain
-            return ""
+            return
         from safetensors.torch import save
 
-        content = save(plain)
+        content = save({part: tensor.detach().cpu().contiguous().clone() for part, tensor in tensors.items()})
         digest = hashlib.sha256(content).hexdigest()
-        path = self.folder / CHECKPOINTS / f"{name}.safetensors"
-        write_whole(path, content)
-        self.write("checkpoint", name=name, file=f"{CHECKPOINTS}/{path.name}", sha256=digest)
-        return digest
+        file = f"{CHECKPOINTS}/{name}{'-' * bool(key)}{key[:8]}.safetensors"
+        write_whole(self.folder / file, content)
+        self.write("checkpoint", name=name, file=file, key=key, sha256=digest, data=dict(data or {}))
 
-    def load(self, name: str) -> dict[str, torch.Tensor] | None:
-        """The tensors last saved under ``name``; None if there are none, or (with a warning) none that are whole."""
+    def load(self, name: str, key: str = "") -> Saved | None:
+        """What was last saved under ``name`` and ``key``; None if nothing was, or (with a warning) nothing whole."""
         if self.folder is None:
-            return self._tensors.get(name)
-        if not any(entry.data["name"] == name for entry in self.of("checkpoint")):
+            return None
+        known = [entry.data for entry in self.of("checkpoint") if entry.data["name"] == name]
+        if not any(data.get("key", "") == key for data in known):
             return None
         try:
-            return read_checkpoint(self.folder, self.entries, name)
+            return read_checkpoint(self.folder, self.entries, name, key)
         except RunError as error:
             warnings.warn(f"{error}: what it held is computed again", stacklevel=2)
             return None
@@ -246,46 +286,34 @@ def read(folder: str | Path) -> list[Entry]:
     return entries
 
 
-def read_checkpoint(folder: Path, entries: Sequence[Entry], name: str) -> dict[str, torch.Tensor]:
-    """The tensors last saved under ``name`` in a run's directory.
+def read_checkpoint(folder: Path, entries: Sequence[Entry], name: str, key: str = "") -> Saved:
+    """What was last saved under ``name`` and ``key`` in a run's directory.
 
     Raises:
-        RunError: if there are none, or the file is missing or not what was written.
+        RunError: if there is nothing, or the file is missing or not what was written.
+    """
+    known = [entry.data for entry in entries if entry.kind == "checkpoint" and entry.data["name"] == name]
+    known = [data for data in known if data.get("key", "") == key]
+    if not known:
+        raise RunError(f"{folder}: has no checkpoint {name!r}")
+    return Saved(_read_tensors(folder, known), known[-1].get("data", {}))
+
+
+def _read_tensors(folder: Path, known: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    """The tensors in a file, which must be as one of the entries about it says.
+
+    A file may be newer than its last entry, if the run was killed between the two.
     """
     from safetensors.torch import load
 
-    known = [entry.data for entry in entries if entry.kind == "checkpoint" and entry.data["name"] == name]
-    if not known:
-        raise RunError(f"{folder}: has no checkpoint {name!r}")
     path = folder / known[-1]["file"]
     try:
         content = path.read_bytes()
     except OSError as error:
         raise RunError(f"checkpoint {path} is missing") from error
-    # A file may be newer than its last line, if the run was killed between the two.
     if hashlib.sha256(content).hexdigest() not in {data["sha256"] for data in known}:
         raise RunError(f"checkpoint {path} is damaged")
     return dict(load(content))
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name beside it and rename it: it appears whole or not at all.
-
-    Raises:
-        RunError: if it cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary.parent.is_dir():
-            temporary.unlink(missing_ok=True)
-        raise RunError(f"cannot write {path}: {error.strerror}") from error
 
 
 def finite(value: Any) -> Any:
@@ -297,9 +325,18 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _series(kind: str, data: Mapping[str, Any]) -> tuple[str, Any]:
-    """What the last entry is asked of: all of a kind, or those with the same name."""
-    return kind, data.get(_LAST.get(kind, ""))
+def _series(kind: str, data: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The entries that an entry is the last one of."""
+    return kind, *(data.get(field) for field in _LAST.get(kind, ()))
+
+
+def exact(value: Any) -> Any:
+    """``value`` with every float as text that :func:`float` reads again, NaN and the infinities included."""
+    if isinstance(value, Mapping):
+        return {name: exact(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [exact(part) for part in value]
+    return repr(value) if isinstance(value, float) else value
 
 
 def _text(kind: str, data: Mapping[str, Any]) -> str:
@@ -332,22 +369,17 @@ def _parse(content: bytes) -> tuple[list[Entry], int, str]:
     return entries, good, check
 
 
-def _locked(folder: Path) -> IO[bytes]:
-    """An open file that holds the directory's lock; the system lets go of it when the process ends, however it ends."""
-    import fcntl  # not on every system, and needed for runs with a directory only
-
+def _set_aside(folder: Path) -> None:
+    """Move what an earlier run left into a folder of its own."""
+    left = sorted({path for pattern in LEFT for path in folder.glob(pattern)})
+    if not left:
+        return
+    number = 1
+    while (place := folder / f"earlier-{number}").exists():
+        number += 1
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK).open("ab")
+        place.mkdir()
+        for path in left:
+            path.rename(place / path.name)
     except OSError as error:
-        raise RunError(
-            f"directory {folder} cannot be written: {error.strerror}; choose another one"
-        ) from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise RunError(
-            f"directory {folder} is in use by another process; wait for it, or choose another directory"
-        ) from error
-    return file
+        raise RunError(f"cannot move what lies in {folder} to {place}: {error.strerror}") from error

@@ -10,9 +10,10 @@ from typing import Any
 
 from halfstep.export.onnx import export_onnx
 from halfstep.export.verify import Verification
+from halfstep.files import write_whole
 from halfstep.ladder.evaluation import Evaluation
 from halfstep.ladder.goal import Standing
-from halfstep.ladder.journal import Entry, finite, write_whole
+from halfstep.ladder.journal import Entry, finite
 from halfstep.ladder.rung import Reached
 from halfstep.listing import html_table
 from halfstep.model import QuantizedModel

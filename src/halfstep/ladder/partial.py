@@ -14,6 +14,7 @@ from halfstep.ladder.costs import microseconds
 from halfstep.ladder.groups import Group, names_of
 from halfstep.ladder.halves import where_is_the_loss
 from halfstep.ladder.haste import Settled, hasten
+from halfstep.ladder.journal import exact
 from halfstep.ladder.methods import Method
 from halfstep.ladder.pins import pinned
 from halfstep.ladder.prefix import WALKS, without_needless
@@ -127,7 +128,7 @@ class _Walk:
                 search.decide(
                     f"Step {step.name!r} is left out: {model.target.name} can have none of the layers {step.words}."
                 )
-        table = rank(model, search, groups, options.method, options.measured)
+        table = _ranked(search, groups, options)
         if options.order == "latency":
             table = _by_time(search, table)
         search.found["sensitivity"] = table
@@ -259,6 +260,17 @@ class _Walk:
             )
         search.decide(f"{missed} {cure}.")
         return score
+
+
+def _ranked(search: Search, groups: tuple[Group, ...], options: Partial) -> Sensitivity:
+    """The ranking of the groups: an interrupted run's of this very network, or a new one."""
+    key = search.checkpoints.key_of(groups, options.method, options.measured)
+    for entry in search.journal.of("ranking"):
+        if entry.data["key"] == key:
+            return Sensitivity.of(entry.data["measured"]["table"])
+    table = rank(search.model, search, groups, options.method, options.measured)
+    search.journal.write("ranking", key=key, measured={"table": exact(table.to_dict())})
+    return table
 
 
 def _by_time(search: Search, table: Sensitivity) -> Sensitivity:

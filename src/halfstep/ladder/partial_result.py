@@ -9,11 +9,12 @@ from typing import Any
 
 from halfstep.errors import ArgumentError
 from halfstep.evaluate import Drop, as_scorers
+from halfstep.identity import Identity
 from halfstep.ladder.aim import Aim, Asked
-from halfstep.ladder.claims import claim
 from halfstep.ladder.evaluation import Evaluation
 from halfstep.ladder.groups import groups_of
 from halfstep.ladder.halves import Halves
+from halfstep.ladder.identity import claim
 from halfstep.ladder.journal import Journal
 from halfstep.ladder.partial import Partial, climb_partial
 from halfstep.ladder.pins import pinned
@@ -111,9 +112,12 @@ def partial(
     aim = Aim(max_drop, relative_drop, floor, confidence, strict)
     aim.check(scorer)
     with Journal(directory) as journal:
+        unseen: tuple[str, ...] = ()
         if directory is not None:
-            claim(journal, model, scorer, aim)
-        score, _ = float_evaluation(scorer, model, journal)
+            unseen = claim(journal, model, scorer, aim).unseen
+            own = [(name, x) for name, x in model.named_parameters() if not name.startswith("quantizers.")]
+            journal.claim("parameters", Identity(own).digest)
+        score, _ = float_evaluation(scorer, model, journal, unseen)
         search = Search(model, scorer, aim.goal(score, scorer), journal=journal, rung="partial")
         found = climb_partial(search, options)
     table, halves = search.found.get("sensitivity"), search.found.get("halves")

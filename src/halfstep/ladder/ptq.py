@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import functools
+from collections.abc import Callable
+from dataclasses import asdict, replace
 
 from halfstep.evaluate import Score, classifies
+from halfstep.identity import Identity
 from halfstep.ladder.best_of import BestOf
 from halfstep.ladder.candidates import Sweep
 from halfstep.ladder.concerns import sentences
-from halfstep.ladder.repairs import repair
+from halfstep.ladder.journal import exact
+from halfstep.ladder.repairs import Pass, Trial, repair
 from halfstep.ladder.search import Search
 from halfstep.ladder.sweep import judge, sweep
 from halfstep.repair.snapshot import Snapshot
@@ -31,7 +35,7 @@ def climb_ptq(search: Search, options: BestOf | None = None) -> Score:
     """
     if options is None:
         options = BestOf(by="kl" if classifies(search.scorer) else "sqnr")
-    found = sweep(search.model, replace(options, metric=None))
+    found = _swept(search, replace(options, metric=None))
     _explain(search, found)
     for sentence in sentences(found.concerns):
         search.decide(sentence)
@@ -51,6 +55,31 @@ def climb_ptq(search: Search, options: BestOf | None = None) -> Score:
     return score if search.goal.met(score) else _repaired(search, score)
 
 
+def _swept(search: Search, options: BestOf) -> Sweep:
+    """The comparison of calibrations: an interrupted run's, or a new one."""
+    key = Identity(search.checkpoints.key, repr(options)).digest
+    if (found := Sweep.kept(search.journal, key, (*options.calibrators, *options.weights))) is None:
+        found = sweep(search.model, options)
+        found.keep(search.journal, key)
+    found.best.apply(search.model)
+    return found
+
+
+def _kept(search: Search, each: Pass, compute: Callable[[], Trial]) -> Trial:
+    """What a repair brought: in a run that was interrupted, with what it left the model with; or now."""
+    name = getattr(each, "__name__", type(each).__name__)
+    key = search.checkpoints.key_of(name)
+    if (saved := search.journal.load(f"repair-{name}", key)) is not None:
+        trial = Trial.of(saved.data)
+        if trial.kept:
+            search.model.load_state_dict(search.checkpoints.network(saved), strict=False)
+        return trial
+    trial = compute()
+    state = search.model.state_dict() if trial.kept else {}
+    search.checkpoints.keep_network(f"repair-{name}", key, state, exact(asdict(trial)))
+    return trial
+
+
 def _repaired(search: Search, score: Score) -> Score:
     """Repair the model and return the score, or put it back where the metric does not rise."""
     left = search.seconds_left()
@@ -58,7 +87,7 @@ def _repaired(search: Search, score: Score) -> Score:
     if seconds <= 0:
         return score
     before = Snapshot.of(search.model)
-    found = repair(search.model, budget=seconds)
+    found = repair(search.model, budget=seconds, keeper=functools.partial(_kept, search))
     for sentence in dict.fromkeys(found.sentences()):  # two repairs may say the same of a layer
         search.decide(sentence)
     if not found.kept:

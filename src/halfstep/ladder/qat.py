@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +13,12 @@ from typing import Any
 from halfstep.errors import ArgumentError, DivergedError
 from halfstep.evaluate import Score, as_scorers
 from halfstep.fake_quantize import Mode
+from halfstep.files import lock
 from halfstep.ladder.aim import Aim, Asked
 from halfstep.ladder.evaluation import Verdict as Scored
 from halfstep.ladder.search import Search, float_evaluation, timed_evaluation
 from halfstep.model import QuantizedModel
+from halfstep.training.checkpoint import FILE, OtherTraining, before
 from halfstep.training.fit import Judge, Trained, Verdict, fit
 from halfstep.training.options import Training, check_training
 
@@ -52,6 +57,13 @@ def train(
     """
     check_training(training)
     folder = None if directory is None else Path(directory)
+    with nullcontext() if folder is None else lock(folder):
+        return _train(model, training, metric, max_drop, folder)
+
+
+def _train(
+    model: QuantizedModel, training: Training, metric: Any, max_drop: Asked, folder: Path | None
+) -> Trained:
     if metric is None:
         if max_drop is not None or training.control:
             what = "max_drop" if max_drop is not None else "control"
@@ -71,7 +83,7 @@ def climb_qat(search: Search, training: Training, directory: Path | None = None)
     """Fine-tune the model until it meets the goal, leave the best that was seen, and return its score.
 
     Starts from the search's best candidate so far. A training that diverges is no error here: the best state before
-    it stays, and a decision says what happened.
+    it stays, and a decision says what happened. Where the budget ends it, what was trained until then is scored first.
 
     Args:
         search: its model is calibrated.
@@ -79,39 +91,69 @@ def climb_qat(search: Search, training: Training, directory: Path | None = None)
         directory: for the checkpoint; the journal's if None.
 
     Raises:
+        BudgetSpent: if the goal is not met by the time.
         HalfstepError: as :func:`train`, for data, losses and models that cannot be used.
     """
     folder = directory or search.journal.folder
     if search.best is not None:
         search.best.snapshot.restore()
+    search.check_budget()
     if training.control:
         control = _control(search, training, folder)
         search.decide(f"the float model, fine-tuned in the same way, scores {search.goal.words(control)}")
     try:
-        trained = _fit(search.model, training, _judge(search, stop=True), folder)
+        trained = _go_on(search, training, folder)
     except DivergedError as error:
         search.decide(f"QAT diverged: {error}")
-        return search.evaluate("QAT, the last good state")
+        return search.evaluate("QAT, the last good state", paid=True)
     search.found["training"] = trained
     kept = f"step {trained.best_step}" if trained.best_step else "the start"
-    score = search.evaluate(
-        f"QAT, {kept}"
-    )  # in memory, but for a run that went on: then it is the best again
+    # It is in memory, but for a run that went on: then it is the best again.
+    score = search.evaluate(f"QAT, {kept}", paid=True)
     search.decide(
         f"QAT scores {search.goal.words(score)}, after {trained.steps} of {trained.planned} steps "
         f"from a learning rate of {trained.learning_rate:g}; {kept} was kept"
     )
+    if trained.steps < trained.planned and not search.goal.met(score):
+        search.check_budget()
     return score
 
 
-def _fit(model: QuantizedModel, training: Training, judge: Judge | None, directory: Path | None) -> Trained:
+def _go_on(search: Search, training: Training, folder: Path | None) -> Trained:
+    """Train from the checkpoint, if there is one of this training; another one's is kept aside."""
+
+    def go() -> Trained:
+        judge = _judge(search, stop=True)
+        return _fit(search.model, training, judge, folder, lambda: bool(search.spent()))
+
+    try:
+        return go()
+    except OtherTraining:
+        assert folder is not None
+        aside = folder / "training.other.safetensors"
+        os.replace(folder / FILE, aside)
+        before(folder / FILE).unlink(missing_ok=True)
+        search.decide(
+            f"The training begins anew: it starts from another network than the one kept in {aside.name}"
+        )
+        return go()
+
+
+def _fit(
+    model: QuantizedModel,
+    training: Training,
+    judge: Judge | None,
+    directory: Path | None,
+    stop: Callable[[], bool] | None = None,
+) -> Trained:
     model.set_mode(Mode.QUANTIZE)
-    return fit(model, training, judge, directory)
+    return fit(model, training, judge, directory, stop)
 
 
 def _judge(search: Search, stop: bool) -> Judge:
     def judge(step: int) -> Verdict:
-        score = search.evaluate(f"QAT, step {step}" if step else "QAT, the start")
+        # The steps are made; not to score them would throw them away.
+        score = search.evaluate(f"QAT, step {step}" if step else "QAT, the start", paid=True)
         return Verdict(score.value, search.goal.loss(score), stop and search.goal.met(score))
 
     return judge
@@ -124,7 +166,9 @@ def _control(search: Search, training: Training, directory: Path | None) -> Scor
         return known.score
     model = copy.deepcopy(search.model)
     model.set_mode(Mode.FLOAT)
-    fit(model, training, None, None if directory is None else directory / "control")
+    folder = None if directory is None else directory / "control"
+    fit(model, training, None, folder, lambda: bool(search.spent()))
+    search.check_budget()
     score, made = timed_evaluation(search.scorer, model, "the float control")
     search.record(replace(made, key=key), Scored(search.goal.met(score), score, complete=True))
     return score

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from halfstep.repair.equalize import equalize
 from halfstep.repair.gptq import gptq
 from halfstep.repair.migrate import migrate
 from halfstep.repair.ranges import sample_of, weigh_ranges
-from halfstep.repair.record import Repair
+from halfstep.repair.record import Repair, Treated
 from halfstep.repair.rounding import learn_rounding
 from halfstep.repair.snapshot import Snapshot
 
@@ -48,6 +49,17 @@ class Trial:
     after: Fidelity
     kept: bool
 
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> Trial:
+        """The one whose fields are ``data``, with numbers as numbers or text."""
+        done = data["repair"]
+        figures = [[float(each[name]) for name in ("before", "after", "seconds")] for each in done["treated"]]
+        treated = [Treated(each["name"], *some) for each, some in zip(done["treated"], figures, strict=True)]
+        skipped = tuple((name, why) for name, why in done["skipped"])
+        words = done["name"], done["measure"], tuple(treated), skipped, tuple(done["notes"])
+        before, after = Fidelity.of(data["before"]), Fidelity.of(data["after"])
+        return cls(Repair(*words, float(done["seconds"])), before, after, data["kept"])
+
     def __str__(self) -> str:
         what, count = self.repair.name, len(self.repair.treated)
         if not count:
@@ -56,6 +68,10 @@ class Trial:
         if self.kept:
             return f"{what} on {count}: {self.before} to {self.after}, kept"
         return f"{what} put back: {self.before} would become {self.after}"
+
+
+#: Runs a trial, or gives the model what the same trial left it with before.
+Keeper = Callable[[Pass, Callable[[], Trial]], Trial]
 
 
 @dataclass(frozen=True)
@@ -113,6 +129,7 @@ def repair(
     batches: Iterable[ModelInputs] | None = None,
     metric: Any = None,
     budget: float | None = None,
+    keeper: Keeper | None = None,
 ) -> Repairs:
     """Repair a calibrated network for few bits before any training, keeping only what measures better.
 
@@ -126,6 +143,7 @@ def repair(
         batches: model inputs; the sample that :func:`~halfstep.observe` kept if None.
         metric: has the last word: where it falls, everything is put back. None for none.
         budget: seconds after which no further repair is begun; None for no bound.
+        keeper: knows what repairs brought in a run that was interrupted; None for nothing.
 
     Raises:
         DataError: if there are no examples.
@@ -149,7 +167,8 @@ def repair(
         if budget is not None and time.perf_counter() - start > budget:
             left_out.append(getattr(each, "__name__", repr(each)))
             continue
-        trial = _try(model, each, fitted, reference, now, by)
+        compute = functools.partial(_try, model, each, fitted, reference, now, by)
+        trial = compute() if keeper is None else keeper(each, compute)
         now = trial.after if trial.kept else now
         trials.append(trial)
     score_after, put_back = score_before, False

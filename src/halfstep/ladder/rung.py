@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 from halfstep.ladder.goal import Standing
 from halfstep.ladder.partial import Partial
@@ -34,6 +35,7 @@ class Rung:
         climb: starts from ``search.model`` and evaluates candidates; the search keeps the best.
         evaluations: how many full evaluations it usually takes at most, for the estimate.
         missing: what is needed and not there, in words; empty if nothing.
+        options: what decides about its result beside the search, so that only a result with the same is taken again.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Rung:
     climb: Callable[[Search, Means], object]
     evaluations: Callable[[Search, Means], int]
     missing: Callable[[Means], str] = lambda means: ""
+    options: Callable[[Means], str] = lambda means: ""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,9 @@ class Reached:
         note: why it ended early; empty if it did not.
         file_score: of its file on its runtime, where that decided whether to climb on.
         file_met: whether the file meets the target.
+        file_key: what the file's evaluation is remembered by.
+        key: a digest of what the rung started from and was asked for.
+        candidate: the fingerprint of the best candidate.
     """
 
     rung: str
@@ -78,3 +84,13 @@ class Reached:
     note: str = ""
     file_score: float | None = None
     file_met: bool | None = None
+    file_key: str = ""
+    key: str = ""
+    candidate: str = ""
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> Reached:
+        """What the journal says of a rung."""
+        known = {field.name: data[field.name] for field in fields(cls) if field.name in data}
+        known["metrics"] = tuple(Standing(**standing) for standing in data["metrics"])
+        return cls(**{**known, "float_layers": tuple(data["float_layers"])})

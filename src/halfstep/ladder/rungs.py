@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from halfstep.errors import ArgumentError
 from halfstep.evaluate import Score
 from halfstep.ladder.best_of import FINALISTS
-from halfstep.ladder.partial import climb_partial
+from halfstep.ladder.partial import Partial, climb_partial
 from halfstep.ladder.ptq import climb_ptq
 from halfstep.ladder.qat import climb_qat
 from halfstep.ladder.rung import Means, Rung
@@ -45,8 +45,16 @@ RUNGS: dict[str, Rung] = {
             "Partial quantization",
             lambda search, means: climb_partial(search, means.partial),
             _partial_evaluations,
+            options=lambda means: repr(means.partial or Partial()),
         ),
-        Rung("qat", "Quantization-aware training", _climb_qat, _qat_evaluations, _qat_missing),
+        Rung(
+            "qat",
+            "Quantization-aware training",
+            _climb_qat,
+            _qat_evaluations,
+            _qat_missing,
+            lambda means: "" if means.training is None else means.training.content(),
+        ),
     )
 }
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import re
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from halfstep.errors import RunError
 from halfstep.evaluate import EarlyStopping, Metric, Score, Scorer, early_stopping, parts
 from halfstep.fake_quantize import Mode
 from halfstep.ladder.budget import Budget, BudgetSpent
+from halfstep.ladder.checkpoints import Checkpoints
 from halfstep.ladder.evaluation import Evaluation, Verdict, keep, kept
 from halfstep.ladder.fingerprint import fingerprint
 from halfstep.ladder.goal import Goal
@@ -24,6 +26,8 @@ from halfstep.progress import say, steps
 
 #: Examples on which the float model is scored a second time, to see whether the metric answers the same.
 REPEATED = 1000
+#: What scores may depend on in their last digits.
+PLACE = ("processor", "instructions", "torch", "accelerator")
 AGAIN = "float again, for the metric's noise"
 
 
@@ -35,11 +39,13 @@ class Candidate:
         what: it is, in words.
         score: of the simulation, on all examples.
         snapshot: to come back to it.
+        key: its fingerprint.
     """
 
     what: str
     score: Score
     snapshot: Snapshot
+    key: str
 
 
 @dataclass
@@ -54,7 +60,8 @@ class Search:
         evaluations: every evaluation, in order.
         decisions: what was decided and why, one sentence each.
         found: what rungs found out on the way, by name: ``"halves"``, ``"sensitivity"`` ...; each has ``to_dict()``.
-        memory: verdicts by the candidates' fingerprints: nothing is scored twice.
+        memory: verdicts by the candidates' fingerprints: nothing is scored twice. There may be several early ones,
+            against different goals.
         early: whether :meth:`judge` may stop before all examples are seen.
         journal: where everything is kept; what it holds already is remembered and not done again.
         budget: what the search may cost.
@@ -69,7 +76,7 @@ class Search:
     evaluations: list[Evaluation] = field(default_factory=list)
     decisions: list[str] = field(default_factory=list)
     found: dict[str, Any] = field(default_factory=dict)
-    memory: dict[str, Verdict] = field(default_factory=dict)
+    memory: dict[str, list[Verdict]] = field(default_factory=dict)
     early: bool = True
     journal: Journal = field(default_factory=Journal)
     budget: Budget = field(default_factory=Budget)
@@ -79,50 +86,60 @@ class Search:
 
     def __post_init__(self) -> None:
         self.asked = self.goal
+        self.checkpoints = Checkpoints(self.journal, self.model)
         self._started = time.perf_counter()
         self._asked: set[str] = set()
         for entry in self.journal.of("evaluation"):
             evaluation, verdict = kept(entry)
             self.evaluations.append(evaluation)
-            self.memory[evaluation.key] = verdict
-        self.hold_to(self.goal)
+            self.memory.setdefault(evaluation.key, []).append(verdict)
         found = early_stopping(self.scorer, self.goal.float_score)
         self._stopper: EarlyStopping | None = found if isinstance(found, EarlyStopping) else None
         #: Why no evaluation can stop early; empty if it can.
         self.never_early = found if isinstance(found, str) else ""
 
     def hold_to(self, goal: Goal) -> None:
-        """Hold simulations to another goal: full scores are judged anew, early verdicts that were good are forgotten.
-
-        (A goal is only ever narrowed, so that early verdicts that were bad stand.)
-        """
-        narrowed = goal is not self.goal
+        """Hold simulations to another goal; what is remembered is judged by the one that holds."""
         self.goal = goal
-        self.memory = {
-            key: replace(verdict, met=goal.met(verdict.score)) if verdict.complete else verdict
-            for key, verdict in self.memory.items()
-            if verdict.complete or not (narrowed and verdict.met)
-        }
 
     def recall(self, key: str) -> Verdict | None:
-        """What is remembered under a key; its evaluation counts from now on, if a run before this one made it."""
-        self._asked.add(key)
-        return self.memory.get(key)
+        """What is remembered under a key; its evaluation counts from now on, if a run before this one made it.
 
-    def evaluate(self, what: str) -> Score:
-        """Score the simulation as it stands on all examples; a candidate that was scored before costs nothing."""
+        An early verdict is remembered while the goal is the one that it was given against, or one that makes it
+        all the surer.
+        """
+        self._asked.add(key)
+        known = self.memory.get(key, [])
+        for verdict in known:
+            if verdict.complete:
+                return replace(verdict, met=self.goal.met(verdict.score))
+        return next((verdict for verdict in known if verdict.holds(self.goal.max_drop)), None)
+
+    def evaluate(self, what: str, paid: bool = False) -> Score:
+        """Score the simulation as it stands on all examples; a candidate that was scored before costs nothing.
+
+        Args:
+            what: it is, in words.
+            paid: score it even if the budget is used up.
+
+        Raises:
+            BudgetSpent: if it is.
+        """
         key = fingerprint(self.model)
         known = self.recall(key)
         if known is not None and known.complete:
-            self._consider(what, known)
+            self._consider(what, known, key)
             return known.score
-        self.check_budget()
+        if not paid:
+            self.check_budget()
         start = time.perf_counter()
         seen = 0
+        early = [verdict.score.per_example for verdict in self.memory.get(key, [])]
+        taken = max((scores for scores in early if scores is not None), key=len, default=None)
         with steps(f"evaluating {what}"):
-            if known is not None and self._stopper is not None and known.score.per_example is not None:
-                seen = len(known.score.per_example) if self._stopper.picks else 0
-                score = self._stopper.finish(self.model, known.score.per_example)
+            if taken is not None and self._stopper is not None:
+                seen = len(taken) if self._stopper.picks else 0
+                score = self._stopper.finish(self.model, taken)
             else:
                 score = self.scorer.evaluate(self.model)
         count = None if score.count is None else score.count - seen
@@ -139,11 +156,11 @@ class Search:
         key = fingerprint(self.model)
         known = self.recall(key)
         if known is not None:
-            self._consider(what, known)
+            self._consider(what, known, key)
             return known
         if self._stopper is None or not self.early:
-            self.evaluate(what)
-            return self.memory[key]
+            score = self.evaluate(what)
+            return Verdict(self.goal.met(score), score, complete=True)
         self.check_budget()
         start, goal = time.perf_counter(), self.goal
         with steps(f"judging {what}", self._stopper.total) as advance:
@@ -153,7 +170,7 @@ class Search:
         complete = len(scores) == self._stopper.total
         score = self._stopper.finish(self.model, scores) if complete else Score.mean(scores)
         met = goal.met(score) if complete else side == "below"
-        verdict = Verdict(met, score, complete)
+        verdict = Verdict(met, score, complete, None if complete else goal.max_drop)
         self._record(what, verdict, time.perf_counter() - start, len(scores), self._stopper.total, key)
         return verdict
 
@@ -167,8 +184,8 @@ class Search:
         """Remember an evaluation, here and in the journal."""
         self._asked.add(made.key)
         self.evaluations.append(made)
-        self.memory[made.key] = verdict
-        keep(self.journal, made, verdict.score, verdict.met, verdict.complete)
+        self.memory.setdefault(made.key, []).append(verdict)
+        keep(self.journal, made, verdict)
 
     def check_budget(self) -> None:
         """Raise once the budget is used up, but let one candidate pass, so that there is always a best one.
@@ -176,10 +193,13 @@ class Search:
         Raises:
             BudgetSpent: saying by what.
         """
-        made = sum(evaluation.share for evaluation in self.evaluations)
-        spent = self.budget.spent(made, time.perf_counter() - self._started)
-        if spent and self.best is not None:
+        if (spent := self.spent()) and self.best is not None:
             raise BudgetSpent(spent)
+
+    def spent(self) -> str:
+        """What of the budget is used up, in words; empty while there is something left."""
+        made = sum(evaluation.share for evaluation in self.evaluations)
+        return self.budget.spent(made, time.perf_counter() - self._started)
 
     def seconds_left(self) -> float | None:
         """Seconds until the budget's minutes are used up; None where it bounds no time."""
@@ -187,14 +207,14 @@ class Search:
             return None
         return self.budget.minutes * 60 - (time.perf_counter() - self._started)
 
-    def _consider(self, what: str, verdict: Verdict) -> None:
+    def _consider(self, what: str, verdict: Verdict, key: str) -> None:
         """Keep the candidate if it is the best so far: meets the goal, few float layers, a small drop."""
         if not verdict.complete or any(site.mode is not Mode.QUANTIZE for site in self.model.sites.values()):
             return
 
         score, best = verdict.score, self.best
         if best is None or self._rank(score, put_back_in(self.model)) < self.rank(best):
-            self.best = Candidate(what, score, Snapshot.of(self.model))
+            self.best = Candidate(what, score, Snapshot.of(self.model), key)
             say(f"best so far {self.goal.words(score)}: {what}")
 
     def rank(self, candidate: Candidate) -> tuple[float, ...]:
@@ -214,7 +234,7 @@ class Search:
     ) -> None:
         score = verdict.score
         self.record(Evaluation(what, score.value, seconds, examples, total, key, self.rung), verdict)
-        self._consider(what, verdict)
+        self._consider(what, verdict, key)
         if verdict.complete:
             self._suspect(what, score)
 
@@ -253,6 +273,13 @@ class Search:
     def _replayed(self) -> list[Evaluation]:
         return [e for e in self.evaluations if e.rung == "float" or not e.key or e.key in self._asked]
 
+    def replay(self, rung: str, decisions: Sequence[Mapping[str, Any]]) -> None:
+        """Take a rung that an earlier run climbed as climbed: its evaluations count, its decisions are said."""
+        self._asked.update(made.key for made in self.evaluations if made.rung == rung)
+        for made in decisions:
+            if made["rung"] == rung:
+                self.decide(made["measured"]["sentence"])
+
     def decide(self, sentence: str, aloud: bool = True) -> None:
         """Record a decision, and tell the progress listener of it if ``aloud``."""
         self.decisions.append(sentence)
@@ -271,7 +298,7 @@ def timed_evaluation(scorer: Scorer, model: Callable[..., Any], what: str) -> tu
 
 
 def float_evaluation(
-    scorer: Scorer, model: QuantizedModel, journal: Journal | None = None
+    scorer: Scorer, model: QuantizedModel, journal: Journal | None = None, unseen: Sequence[str] = ()
 ) -> tuple[Score, list[Evaluation]]:
     """Score the float network, once on everything and once more on a part, to see whether the metric repeats itself.
 
@@ -282,9 +309,14 @@ def float_evaluation(
         scorer: the metric.
         model: in whatever mode.
         journal: remembers what was evaluated before.
+        unseen: what the metric depends on beside what was compared with an earlier run's; if there is any, a part of
+            what is remembered is scored again.
 
     Returns:
         The score, and the evaluations made.
+
+    Raises:
+        RunError: if the float model scores otherwise now than the journal says.
     """
     journal = journal or Journal()
     made: list[Evaluation] = []
@@ -298,7 +330,7 @@ def float_evaluation(
             score, total = score_it()
         seconds = time.perf_counter() - start
         made.append(Evaluation(what, score.value, seconds, score.count, total, key, "float"))
-        keep(journal, made[-1], score)
+        keep(journal, made[-1], Verdict(True, score, complete=True))
         return score
 
     def whole() -> tuple[Score, int | None]:
@@ -316,6 +348,11 @@ def float_evaluation(
 
     with model.using(Mode.FLOAT):
         first = once("float", "float", whole)
+        if unseen and not made:
+            with steps("evaluating float again, since the run goes on"):
+                _see_that_it_is(
+                    first, scorer.evaluate(model) if first.per_example is None else part()[0], journal
+                )
         if isinstance(scorer, Metric) and first.per_example is not None:
             again = once(AGAIN, "float again", part).per_example
             if again is not None and torch.equal(again, first.per_example[: len(again)]):
@@ -323,6 +360,36 @@ def float_evaluation(
         second = once(AGAIN, "float again, whole", whole)
     others = {name: _compared(score, second.others[name], name) for name, score in first.others.items()}
     return replace(_compared(first, second, next(iter(parts(scorer)))), others=others), made
+
+
+def _see_that_it_is(known: Score, now: Score, journal: Journal) -> None:
+    """Raise unless the float model scores as it did when the journal was begun.
+
+    On the same processor to the last digits, but for the metric's own noise; on another one a single example in a
+    hundred may fall to the other side.
+    """
+    here = [{name: entry.data["packages"].get(name) for name in PLACE} for entry in journal.of("environment")]
+    tolerance, others = (1e-6, 0.0) if all(place == here[0] for place in here) else (1e-3, 0.01)
+    paired = not any(entry.data["paired"] is False for entry in journal.of("paired"))
+    again = [kept(e)[1].score for e in journal.of("evaluation") if e.data["key"] == "float again, whole"]
+    for name in ("", *known.others):
+        before, after = (score.others[name] if name else score for score in (known, now))
+        value = before.value
+        if paired and before.per_example is not None and after.per_example is not None:
+            examples = before.per_example[: len(after.per_example)]
+            value = float(examples.mean())
+            off = (after.per_example - examples).abs() > tolerance * examples.abs().clamp_min(1.0)
+            same = float(off.double().mean()) <= others
+        else:
+            repeated = [score.others[name].value if name else score.value for score in again]
+            noise = 3 * max((abs(other - value) for other in repeated), default=0.0)
+            same = abs(after.value - value) <= noise + (tolerance + others) * max(abs(value), 1e-3)
+        if not same:
+            raise RunError(
+                f"directory {journal.folder} belongs to a run with another metric: {f'by {name!r} ' * bool(name)}the "
+                f"float model scores {after.value:.6g} now, and {value:.6g} when the run began; choose another "
+                "directory, or begin anew in this one with fresh=True (--fresh)"
+            )
 
 
 def _compared(first: Score, second: Score, name: str) -> Score:

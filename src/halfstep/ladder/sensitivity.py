@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,26 @@ class Sensitivity:
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data."""
         return asdict(self)
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> Sensitivity:
+        """The one whose fields are ``data``, with numbers as numbers or text."""
+
+        def number(value: Any) -> float | None:
+            return None if value is None else float(value)
+
+        rows = tuple(
+            LayerSensitivity(
+                tuple(row["layers"]),
+                tuple(row["kinds"]),
+                float(row["score"]),
+                number(row["drop"]),
+                number(row["microseconds"]),
+            )
+            for row in data["rows"]
+        )
+        tau = number(data["tau"])
+        return cls(data["method"], data["unit"], rows, data["examples"], float(data["seconds"]), tau)
 
     def __str__(self) -> str:
         """A line for every group."""

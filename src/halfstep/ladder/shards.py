@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from halfstep.errors import ArgumentError, DataError, named
-from halfstep.ladder.journal import write_whole
+from halfstep.files import write_whole
 from halfstep.ladder.ranges import activation_sites
 from halfstep.model import QuantizedModel
 

@@ -7,12 +7,13 @@ from dataclasses import asdict, replace
 
 from halfstep.evaluate import Score
 from halfstep.ladder.budget import BudgetSpent
+from halfstep.ladder.fingerprint import fingerprint
 from halfstep.ladder.search import Candidate, Search
 from halfstep.ladder.snapshot import Snapshot
 from halfstep.ladder.tune import Tuning, tune
 
 
-def favour_speed(search: Search, threads: int | None, score_file: Callable[[], Score]) -> None:
+def favour_speed(search: Search, threads: int | None, score_file: Callable[[], tuple[str, Score]]) -> None:
     """Tune the best candidate for this machine and keep that if it meets the target, or comes no less near to it.
 
     What was measured is written to the journal, so that a resumed run leaves the same layers in float.
@@ -36,10 +37,10 @@ def favour_speed(search: Search, threads: int | None, score_file: Callable[[], S
         search.decide(f"nothing is left in float for speed, the budget is spent: {spent}")
         return
     goal, kept = search.goal, search.reached
-    tuned = search.best = Candidate(before.what, score, Snapshot.of(model))
+    tuned = search.best = Candidate(before.what, score, Snapshot.of(model), fingerprint(model))
     search.reached = {rung: tuned if reached is before else reached for rung, reached in kept.items()}
     if goal.met(score):
-        file = score_file()
+        _, file = score_file()
         missed = "" if search.asked.met(file) else f"its file, {search.asked.words(file)},"
     else:
         missed = "" if goal.loss(score) <= goal.loss(before.score) else goal.words(score)

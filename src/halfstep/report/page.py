@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from halfstep.ladder.journal import write_whole
+from halfstep.files import write_whole
 from halfstep.report.html import escape
 from halfstep.report.run import Run
 from halfstep.report.sections import SECTIONS

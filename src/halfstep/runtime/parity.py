@@ -46,12 +46,11 @@ class Parity:
         """From plain data, where infinity and NaN have become None."""
         return cls(data["top1"], data["sqnr"], data["examples"], data.get("equal", False))
 
-    @property
-    def alike(self) -> bool:
-        """Whether one can stand for the other: by :data:`MINIMUM_SQNR`, or :data:`MINIMUM_EQUAL` of integers alone."""
+    def reaches(self, least: float = MINIMUM_SQNR) -> bool:
+        """Whether they agree to so many dB, which NaN never does; of integers alone, to :data:`MINIMUM_EQUAL`."""
         if self.sqnr is None:
             return self.top1 is None or self.top1 >= MINIMUM_EQUAL
-        return self.sqnr >= MINIMUM_SQNR
+        return self.sqnr >= least
 
     def rows(self) -> list[tuple[str, str]]:
         """What there is to show of it, name and figure."""

@@ -34,7 +34,7 @@ class Batches:
             raise DataError("training data: got no batch, needed at least one (inputs, labels) pair")
 
     def epoch(
-        self, epoch: int, skip: int = 0, resume: Callable[[], None] = lambda: None
+        self, epoch: int, skip: int = 0, resume: Callable[[Any], None] = lambda last: None
     ) -> Iterator[tuple[int, ModelInputs, Any]]:
         """Index, inputs and labels of every batch of an epoch after the first ``skip``.
 
@@ -43,16 +43,18 @@ class Batches:
         Args:
             epoch: its number, from 0.
             skip: batches that an earlier run has used; they are fetched again and dropped.
-            resume: called between the last dropped batch and the first used one.
+            resume: called with the last dropped batch before the first used one.
 
         Raises:
             DataError: naming the batch, if it is no pair, its labels are missing, or the data have run dry.
         """
         seed_everything(self.training.seed + epoch)
         items = iter(self.training.labelled)
-        index = sum(1 for _ in islice(items, skip)) - 1
+        index, last = -1, None
+        for index, last in enumerate(islice(items, skip)):  # noqa: B007 - what is left of the loop is used
+            pass
         if skip:
-            resume()
+            resume(last)
         for index, item in enumerate(items, start=skip):
             if not (isinstance(item, (tuple, list)) and len(item) == 2):
                 raise DataError(

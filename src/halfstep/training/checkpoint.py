@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +15,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from halfstep.errors import RunError
+from halfstep.files import appearing
+from halfstep.identity import Identity
+from halfstep.training.options import Training
 
 Tensors = dict[str, torch.Tensor]
 
 #: The file's name in a run's directory.
 FILE = "training.safetensors"
+
+
+class OtherTraining(RunError):
+    """A checkpoint of a training that started elsewhere, or was told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -46,34 +53,44 @@ class Checkpoint:
             for name, tensor in state.items()
         }
         metadata = {"fingerprint": fingerprint, "position": json.dumps(self.position)}
-        temporary = path.with_name(f".{path.name}.tmp")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, temporary, metadata)
-            os.replace(temporary, path)
-        except (OSError, SafetensorError) as error:
-            raise RunError(f"cannot write {path}: {error}; choose a directory you own, with space") from error
+            with appearing(path) as temporary:
+                save_file(tensors, temporary, metadata)
+                if path.exists():
+                    os.replace(path, before(path))
+        except SafetensorError as error:
+            raise RunError(f"cannot write {path}: {error}") from error
 
     @classmethod
     def load(cls, path: Path, fingerprint: str) -> Checkpoint | None:
-        """Read it; None if there is none.
+        """Read it, or the one before it where it cannot be read; None if there is none.
 
         Raises:
-            RunError: if the file cannot be read, or is of another training.
+            OtherTraining: if the file is of another training.
+            RunError: if neither file can be read.
         """
-        if not path.exists():
-            return None
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        except (OSError, SafetensorError) as error:
-            raise RunError(f"cannot read {path}: {error}; delete it to train from the start") from error
+        errors = []
+        for place in (path, before(path)):
+            if not place.exists():
+                continue
+            try:
+                with safe_open(place, "pt") as file:
+                    metadata = file.metadata() or {}
+                    tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+                break
+            except (OSError, SafetensorError) as error:
+                errors.append(f"cannot read {place}: {error}")
+        else:
+            if not errors:
+                return None
+            raise RunError(f"{'; '.join(errors)}; delete it to train from the start")
         if metadata.get("fingerprint") != fingerprint:
-            raise RunError(
-                f"{path} is the checkpoint of another training: its network, ranges or options differ; choose another "
-                "directory, or delete the file to train from the start"
+            raise OtherTraining(
+                f"{place} is the checkpoint of another training: its network, ranges, options, loss or data differ; "
+                "choose another directory, or delete the file to train from the start"
             )
+        if errors:
+            warnings.warn(f"{errors[0]}: going on from the checkpoint before it", stacklevel=2)
         parts: dict[str, Tensors] = {}
         for name, tensor in tensors.items():
             part, _, key = name.partition("/")
@@ -81,13 +98,14 @@ class Checkpoint:
         return cls(json.loads(metadata["position"]), parts)
 
 
-def fingerprint(state: Mapping[str, torch.Tensor], options: Mapping[str, str]) -> str:
+def before(path: Path) -> Path:
+    """The place of the checkpoint before the one at ``path``."""
+    return path.with_name(f"{path.stem}.before{path.suffix}")
+
+
+def fingerprint(state: Mapping[str, torch.Tensor], training: Training) -> str:
     """A digest of where a training starts and what it is told."""
-    digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
-    for name, tensor in sorted(state.items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return Identity(sorted(state.items()), training.content()).digest
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:

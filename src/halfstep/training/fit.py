@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +18,7 @@ from torch import nn
 from halfstep.errors import DivergedError, FormatError, NotObservedError, TrainingError, named
 from halfstep.fake_quantize import Mode
 from halfstep.graph.inputs import ModelInputs, move
+from halfstep.identity import Identity
 from halfstep.model import QuantizedModel, run
 from halfstep.progress import steps
 from halfstep.training.batches import Batches
@@ -102,7 +104,11 @@ class Trained:
 
 
 def fit(
-    model: QuantizedModel, training: Training, judge: Judge | None = None, directory: Path | None = None
+    model: QuantizedModel,
+    training: Training,
+    judge: Judge | None = None,
+    directory: Path | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> Trained:
     """Train ``model`` in place, and leave it as the best that the judge saw.
 
@@ -115,6 +121,8 @@ def fit(
         judge: asked before the first step, at every ``evaluate_every`` and after the last step; without one the last
             state is kept.
         directory: for the checkpoint; a training that was interrupted goes on from there. None keeps none.
+        stop: asked before every step; once it says so the training ends after what was trained is judged and kept,
+            and can go on from there. None never stops it.
 
     Raises:
         TrainingError: if nothing can be trained, or the loss cannot be used.
@@ -124,23 +132,28 @@ def fit(
         RunError: if the checkpoint cannot be written, or is another training's.
     """
     with own_randomness():
-        return _Fit(model, training, judge, directory).run()
+        return _Fit(model, training, judge, directory, stop or (lambda: False)).run()
 
 
 class _Fit:
     def __init__(
-        self, model: QuantizedModel, training: Training, judge: Judge | None, directory: Path | None
+        self,
+        model: QuantizedModel,
+        training: Training,
+        judge: Judge | None,
+        directory: Path | None,
+        stop: Callable[[], bool],
     ) -> None:
         self.rate = learning_rate(training, model)
         training = replace(training, learning_rate=self.rate)  # the one that decides about the result
-        self.model, self.training, self.judge = model, training, judge
+        self.model, self.training, self.judge, self.stop = model, training, judge, stop
         self.device = next(model.parameters()).device if list(model.parameters()) else torch.device("cpu")
         weights = _trainable(model)
         self.batches = Batches(training)
         self.planned = max(1, round(training.epochs * self.batches.count))
         self.every = max(1, round(training.evaluate_every * self.batches.count))
         self.path = directory / FILE if directory is not None else None
-        self.fingerprint = fingerprint(model.state_dict(), training.describe()) if self.path else ""
+        self.fingerprint = fingerprint(model.state_dict(), training) if self.path else ""
         self.teacher = _float_twin(model) if training.distillation is not None else None
         quantized = model.mode is Mode.QUANTIZE
         self.ranges = MovingRanges(model, training.ranges) if quantized else None
@@ -155,6 +168,8 @@ class _Fit:
         self.enough = False
         self.best_step = 0
         self.random: Tensors = {}
+        self.batch: tuple[Any, ...] = ()  # the last one that was trained on
+        self.last_batch = ""  # of the run before, as a digest
         self.good = self._state()  # of the best mark; without a judge of the last checkpoint
 
     def _groups(self, weights: list[nn.Parameter]) -> list[dict[str, Any]]:
@@ -191,16 +206,23 @@ class _Fit:
         with steps("training", self.planned) as advance:
             advance(self.step)
             for index, inputs, labels in self._items():
+                if self.stop():
+                    break
                 start = time.perf_counter()
                 with named(f"training batch {index}"):
                     self._train(move(inputs, self.device), move(labels, self.device))
                 self.seconds += time.perf_counter() - start
+                self.batch = inputs, labels
                 advance(1)
                 last = self.step == self.planned
                 if self.judge is not None and (last or self.step % self.every == 0):
                     self._mark()
                 if last or self.enough or self.step % self.training.checkpoint_every == 0:
                     self._keep()
+        if self.step < self.planned and not self.enough:  # it was stopped
+            if self.judge is not None and self.marks[-1].step < self.step:
+                self._mark()
+            self._keep()
         if self.judge is not None:
             self.model.load_state_dict(self.good)
 
@@ -210,10 +232,21 @@ class _Fit:
         """Batches from the current step to the last, unless it is enough before."""
         while self.step < self.planned and not self.enough:
             epoch, skip = divmod(self.step, self.batches.count)
-            for item in self.batches.epoch(epoch, skip, lambda: restore_random_state(self.random)):
+            for item in self.batches.epoch(epoch, skip, self._go_on):
                 yield item
                 if self.enough or self.step == self.planned:
                     break
+
+    def _go_on(self, last: Any) -> None:
+        """Draw random numbers from where the interrupted run was; what it had used of the epoch is fetched by now."""
+        restore_random_state(self.random)
+        if Identity(*last).digest != self.last_batch:
+            warnings.warn(
+                "training data: they come otherwise than before the interruption, by randomness that does not follow "
+                "the seeds of torch, numpy and Python (a generator of the loader's own?); the training goes on, but it "
+                "is not what an unbroken one would be",
+                stacklevel=2,
+            )
 
     # one step
 
@@ -294,6 +327,7 @@ class _Fit:
             "marks": [asdict(mark) for mark in self.marks],
             "enough": self.enough,
             "best_step": self.best_step,
+            "last_batch": Identity(*self.batch).digest if self.batch else self.last_batch,
         }
         parts = {
             "model": state,
@@ -319,6 +353,7 @@ class _Fit:
         self.seconds, self.losses = position["seconds"], position["losses"]
         self.marks = [Mark(**mark) for mark in position["marks"]]
         self.enough, self.best_step = position["enough"], position["best_step"]
+        self.last_batch = position["last_batch"]
 
     def _diverged(self, what: str) -> DivergedError:
         self.optimizer.zero_grad()

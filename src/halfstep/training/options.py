@@ -11,6 +11,7 @@ import torch
 
 from halfstep.errors import TrainingError
 from halfstep.graph.inputs import ModelInputs
+from halfstep.identity import Identity
 from halfstep.training.distillation import Distillation
 from halfstep.training.oscillation import Damping, Freezing
 from halfstep.training.ranges import Ranges
@@ -133,6 +134,10 @@ class Training:
             for option in fields(self)
             if option.name not in ("labelled", "loss", "control", "checkpoint_every")
         }
+
+    def content(self) -> str:
+        """A digest of the options that decide about the result, of the loss, and of the data as far as can be read."""
+        return Identity(self.describe(), self.loss, self.labelled).digest
 
 
 def check_training(training: Any) -> None:
