@@ -116,11 +116,8 @@ def strict(text):
 
 
 def test_every_command_speaks_strict_json_of_a_model_without_classes(folder):
-    (folder / "column.yaml").write_text(
-        "model: spoken:column\nlabelled: numbers.npz\ncalibration: numbers.npz\nmetric: spoken:error\n"
-        "higher_is_better: false\nmax_drop: 0.2\nthreads: 1\ndirectory: column\nrungs: [ptq]\n"
-    )
-    done = halfstep(folder, "quantize", "column.yaml", "--json")
+    error = ("--metric", "spoken:error", "--lower-is-better", "--directory", "column", "--json")
+    done = quantize(folder, "spoken:column", *error, data="numbers.npz")
     assert done.returncode == 0, done.stderr
     assert strict(done.stdout)["parity"]["top1"] is None
     strict((folder / "column" / "outcome.json").read_text())
@@ -129,17 +126,15 @@ def test_every_command_speaks_strict_json_of_a_model_without_classes(folder):
         ("verify", "column"),
         ("compare", "column", "column"),
         ("inspect", "column/model.onnx"),
-        ("calibrate", "column.yaml"),
-        ("sensitivity", "column.yaml"),
+        ("calibrate", "column"),
+        ("sensitivity", "column"),
     ):
         done = halfstep(folder, *command, "--json")
         assert done.returncode == 0, done.stderr
         strict(done.stdout)
         done = halfstep(folder, *command)
         assert done.returncode == 0 and "nan" not in done.stdout.lower()
-    assert all(
-        row["kl"] is None for row in strict(halfstep(folder, "calibrate", "column.yaml", "--json").stdout)
-    )
+    assert all(row["kl"] is None for row in strict(halfstep(folder, "calibrate", "column", "--json").stdout))
 
 
 # data

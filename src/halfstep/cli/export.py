@@ -13,7 +13,7 @@ from halfstep.cli.options import RunFolder
 
 def export(
     run: RunFolder,
-    output: Annotated[Path, typer.Argument(help="The ONNX file to write.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The ONNX file to write.")],
     rung: Annotated[
         str | None,
         typer.Option(help="Write the best of this rung (ptq, partial or qat) instead of the outcome."),

@@ -18,10 +18,14 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="An ONNX file, of halfstep's or any other tool's.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="An ONNX file, of halfstep's or any other tool's.")
+    ],
     target: Annotated[
         str | None,
-        typer.Option(help="Runtime to judge it for; by default the one that it was exported for."),
+        typer.Option(
+            help="Runtime to judge it for: onnxruntime, openvino or tensorrt; by default the one it was exported for."
+        ),
     ] = None,
     threads: Threads = None,
     as_json: Json = False,

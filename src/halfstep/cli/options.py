@@ -24,7 +24,7 @@ Fresh = Annotated[
         FRESH, help="Begin anew: what an earlier run left in the directory is moved to a folder in it."
     ),
 ]
-RunFolder = Annotated[Path, typer.Argument(help="The directory of a run.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run.")]
 
 
 def by_name(flag: str, given: Sequence[str] | None, convert: Callable[[str], T]) -> T | dict[str, T] | None:

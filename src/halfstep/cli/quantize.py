@@ -18,24 +18,37 @@ def quantize(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL|CONFIG.yaml", help="package.module:callable, or a file of keys and values."
+            metavar="MODEL|CONFIG.yaml",
+            help="package.module:callable that returns a torch.nn.Module; or a configuration: see halfstep init.",
         ),
     ],
     labelled: Annotated[
-        str | None, typer.Option(help="Data to judge on: .npz with inputs and labels, or a callable.")
+        str | None,
+        typer.Option(
+            help="Data to judge on: .npz with inputs and labels, or package.module:callable that returns "
+            "batches (inputs, labels)."
+        ),
     ] = None,
     calibration: Annotated[
         str | None,
-        typer.Option(help="Data to calibrate on: .npz with inputs, or a callable; not the labelled."),
+        typer.Option(
+            help="Data to calibrate on, other than the labelled: .npz with inputs, or a callable that returns "
+            "batches of inputs."
+        ),
     ] = None,
-    weights: Annotated[str | None, typer.Option(help="State dict: .safetensors or torch's.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="State dict for the model: .safetensors, or saved by torch.")
+    ] = None,
     metric: Annotated[
         list[str] | None,
         typer.Option(
-            help="accuracy, or package.module:score, (outputs, labels) -> (batch,) floats; NAME=METRIC for each of "
-            "several, all of which must keep to their targets."
+            help="accuracy (the default), or package.module:score, a function (outputs, labels) -> (batch,) floats; "
+            "NAME=METRIC for each of several, all of which must keep to their targets."
         ),
     ] = None,
+    lower_is_better: Annotated[
+        bool, typer.Option("--lower-is-better", help="The metric is an error or a loss.")
+    ] = False,
     max_drop: Annotated[
         list[str] | None,
         typer.Option(
@@ -44,9 +57,11 @@ def quantize(
         ),
     ] = None,
     relative_drop: Annotated[
-        list[str] | None, typer.Option(help="Instead: a share of the float score.")
+        list[str] | None, typer.Option(help="Instead of --max-drop: a share of the float score.")
     ] = None,
-    floor: Annotated[list[str] | None, typer.Option(help="Instead: the worst score allowed.")] = None,
+    floor: Annotated[
+        list[str] | None, typer.Option(help="Instead of --max-drop: the worst score allowed.")
+    ] = None,
     strict: Annotated[
         bool | None,
         typer.Option("--strict", help="Demand that the drop's whole interval keeps to the target."),
@@ -55,25 +70,40 @@ def quantize(
         bool | None,
         typer.Option("--tune", help="Leave in float what integers slow down on this machine."),
     ] = None,
-    target: Annotated[str | None, typer.Option(help="onnxruntime, openvino or tensorrt.")] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(help="Runtime that the file is for: onnxruntime (the default), openvino or tensorrt."),
+    ] = None,
     recipe: Annotated[
         str | None,
-        typer.Option(help="static, dynamic (ranges at run time) or weight_only; static by default."),
+        typer.Option(
+            help="static (the default), dynamic (activations get their ranges at run time), or weight_only (packed "
+            "weights, activations in float)."
+        ),
     ] = None,
     weight_bits: Annotated[
         int | None, typer.Option(help="Bits of the weights, 2 to 16; 8 by default, 4 for weight_only.")
     ] = None,
     group: Annotated[
         int | None,
-        typer.Option(help="Weights that share a scale, for dynamic and weight_only (128 by default)."),
+        typer.Option(
+            help="Neighbouring weights that share a scale, for dynamic (a whole channel by default) and weight_only "
+            "(128)."
+        ),
     ] = None,
-    activation_bits: Annotated[int | None, typer.Option(help="Bits of the activations, 2 to 16.")] = None,
+    activation_bits: Annotated[
+        int | None, typer.Option(help="Bits of the activations, 2 to 16; 8 by default.")
+    ] = None,
     rungs: Annotated[
-        str | None, typer.Option(help="Which to climb, from the bottom; all by default: ptq,partial,qat.")
+        str | None, typer.Option(help="Rungs to climb, from the bottom; all by default: ptq,partial,qat.")
     ] = None,
-    evaluations: Annotated[int | None, typer.Option(help="Bound on full evaluations.")] = None,
-    minutes: Annotated[float | None, typer.Option(help="Bound on time.")] = None,
-    directory: Annotated[str | None, typer.Option(help="Where journal, files and report go.")] = None,
+    evaluations: Annotated[
+        int | None, typer.Option(help="Stop the search after so many full evaluations.")
+    ] = None,
+    minutes: Annotated[float | None, typer.Option(help="Stop the search after so much time.")] = None,
+    directory: Annotated[
+        str | None, typer.Option(help="Where files, report and journal go; runs/quantized by default.")
+    ] = None,
     batch: Annotated[
         int | None, typer.Option(help="Batch size for .npz data and datasets; 64 by default.")
     ] = None,
@@ -87,6 +117,10 @@ def quantize(
     """Climb the ladder until the accuracy target is met, and write the ONNX file that proves it.
 
     The same command again goes on where an earlier one was interrupted.
+
+    Training, the last rung, needs a configuration: see halfstep init.
+
+    The exit code is 0 if the target is met, 3 if it is not.
     """
     from halfstep.cli.job import CONFIG, Job, config_from
     from halfstep.errors import RunError
@@ -99,6 +133,7 @@ def quantize(
         "calibration": calibration,
         "weights": weights,
         "metric": by_name("--metric", metric, str),
+        "higher_is_better": False if lower_is_better else None,
         "max_drop": by_name("--max-drop", max_drop, float),
         "relative_drop": by_name("--relative-drop", relative_drop, float),
         "floor": by_name("--floor", floor, float),

@@ -24,7 +24,7 @@ def verify(
 ) -> None:
     """Run the file of RUN beside the simulation it came from: agreement, integer kernels, latency, size.
 
-    The exit code is 3 if the two differ.
+    The exit code is 3 if the two answer differently.
     """
     from halfstep.cli.job import restore
     from halfstep.export.verify import verify as prove

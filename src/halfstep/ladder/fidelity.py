@@ -15,7 +15,7 @@ from halfstep.fake_quantize import Mode
 from halfstep.graph.inputs import ModelInputs, batch_size
 from halfstep.model import QuantizedModel, run
 from halfstep.progress import track
-from halfstep.runtime.parity import decibels, float_tensors, tensors_in
+from halfstep.runtime.parity import compared, decibels, error_power, power
 
 Measure = Literal["kl", "sqnr"]
 
@@ -82,7 +82,9 @@ class Reference:
         self.examples = sum(map(batch_size, self.batches))
         with model.using(Mode.FLOAT), torch.no_grad():
             outputs = [run(model, batch) for batch in track(self.batches, "float outputs")]
-        self._outputs = [_compared(output) for output in outputs]
+        self._outputs = [compared(output) for output in outputs]
+        if not self._outputs[0]:
+            raise MetricError(f"the model's outputs ({type(outputs[0]).__name__}) hold no tensor to compare")
         self.passes = 1
 
     def compare(self, model: QuantizedModel, what: str = "comparing") -> Fidelity:
@@ -91,17 +93,12 @@ class Reference:
         decisions = 0
         with torch.no_grad():
             for index, batch in enumerate(track(self.batches, what)):
-                wanted, got = self._outputs[index], _compared(run(model, batch))
+                wanted, got = self._outputs[index], compared(run(model, batch))
                 if self.has_classes:
                     divergence += float(divergences(wanted[0], got[0]).sum())
                     decisions += math.prod(wanted[0].shape[:-1])
-                for a, b in zip(wanted, got, strict=True):
-                    if a.is_floating_point():
-                        signal += float(a.double().square().sum())
-                        noise += float((a.double() - b.double()).square().sum())
-                    else:
-                        signal += a.numel()
-                        noise += int((a != b).sum())
+                signal += power(wanted)
+                noise += error_power(wanted, got)
         self.passes += 1
         return Fidelity(divergence / decisions if self.has_classes else math.nan, decibels(signal, noise))
 
@@ -133,18 +130,6 @@ def _first(model: QuantizedModel, batches: Sequence[ModelInputs], examples: int)
         if size:
             yield model.captured.examples(batch, 0, size)
         examples -= size
-
-
-def _compared(outputs: Any) -> list[Tensor]:
-    """What is compared of a model's outputs: its float tensors, and where there are none, the others.
-
-    Raises:
-        MetricError: if there is no tensor at all.
-    """
-    found = float_tensors(outputs) or tensors_in(outputs)
-    if not found:
-        raise MetricError(f"the model's outputs ({type(outputs).__name__}) hold no tensor")
-    return found
 
 
 def divergences(wanted: Tensor, got: Tensor) -> Tensor:

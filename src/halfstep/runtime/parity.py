@@ -86,21 +86,21 @@ def compare(
     for inputs in batches:
         args, kwargs = call_arguments(inputs)
         with torch.no_grad():
-            wanted, got = (tensors_in(model(*args, **kwargs)) for model in (reference, other))
+            wanted, got = (
+                [tensor.cpu() for tensor in tensors_in(model(*args, **kwargs))]
+                for model in (reference, other)
+            )
         if not wanted:
             raise DataError("parity: the model returns no tensor, so there is nothing to compare")
-        pairs = [(a.cpu(), b.cpu()) for a, b in zip(wanted, got, strict=True)]
-        equal &= all(torch.equal(a, b) for a, b in pairs)
-        scores = [(a.double(), b.double()) for a, b in pairs if a.is_floating_point()]
+        equal &= all(torch.equal(a, b) for a, b in zip(wanted, got, strict=True))
+        scores, others = float_tensors(wanted), float_tensors(got)
         floats += len(scores)
-        for a, b in scores:
-            signal += float(a.square().sum())
-            noise += float((a - b).square().sum())
-        axis = class_axis(scores[0][0].shape) if scores else None
+        signal, noise = signal + power(scores), noise + error_power(scores, others)
+        axis = class_axis(scores[0].shape) if scores else None
         if axis is not None and classes:
-            answers = scores[0][0].argmax(axis) == scores[0][1].argmax(axis)
+            answers = scores[0].argmax(axis) == others[0].argmax(axis)
         elif not scores:
-            answers = pairs[0][0] == pairs[0][1]
+            answers = wanted[0] == got[0]
         else:
             continue
         same, decisions = same + int(answers.sum()), decisions + answers.numel()
@@ -140,6 +140,28 @@ def decibels(signal: float, noise: float) -> float:
     if noise == 0:
         return math.inf
     return 10 * math.log10(signal / noise) if 0 < signal < math.inf > noise else -math.inf
+
+
+def compared(outputs: Any) -> list[torch.Tensor]:
+    """What is compared of a model's outputs: the float tensors, or where there are none, all others."""
+    return float_tensors(outputs) or tensors_in(outputs)
+
+
+def power(wanted: Iterable[torch.Tensor]) -> float:
+    """The signal in outputs: the sum of squares, of integers how many there are."""
+    return sum(
+        float(a.detach().double().square().sum()) if a.is_floating_point() else a.numel() for a in wanted
+    )
+
+
+def error_power(wanted: Iterable[torch.Tensor], got: Iterable[torch.Tensor]) -> float:
+    """The noise in outputs: the sum of squared differences, of integers how many differ."""
+    return sum(
+        float((a.double() - b.double()).detach().square().sum())
+        if a.is_floating_point()
+        else float((a != b).sum())
+        for a, b in zip(wanted, got, strict=True)
+    )
 
 
 def float_tensors(outputs: Any) -> list[torch.Tensor]:
