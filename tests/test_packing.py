@@ -5,7 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import numpy_helper
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from halfstep import packing
 from halfstep.errors import FormatError
 from halfstep.packing import pack, unpack
 
@@ -55,6 +57,46 @@ def test_shapes_are_kept_and_nothing_packs_to_nothing():
     assert torch.equal(unpack(pack(codes, 2), 2, (3, 5, 2), signed=False).long(), codes)
     assert pack(torch.zeros(0, dtype=torch.int8), 4).shape == (0,)
     assert unpack(torch.zeros(0, dtype=torch.uint8), 4, (0,), signed=True).shape == (0,)
+
+
+@pytest.mark.parametrize("bits", [1, 3, 4, 8])
+@pytest.mark.parametrize("signed", [True, False])
+def test_blocks_join_without_a_seam(monkeypatch, bits, signed):
+    low = -(2 ** (bits - 1)) if signed else 0
+    codes = torch.randint(low, low + 2**bits, (1001,), generator=torch.Generator().manual_seed(bits))
+    whole = pack(codes, bits)
+    monkeypatch.setattr(packing, "BLOCK", 16)
+    assert torch.equal(pack(codes, bits), whole)
+    assert torch.equal(unpack(whole, bits, (1001,), signed).long(), codes)
+
+
+class Largest(TorchDispatchMode):
+    """The bytes of the largest tensor that is made."""
+
+    found = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        if isinstance(result, torch.Tensor) and not func.is_view:
+            self.found = max(self.found, result.nbytes)
+        return result
+
+
+@pytest.mark.parametrize("bits", [4, 7])
+def test_memory_is_bounded(bits):
+    codes = torch.zeros(32 * packing.BLOCK, dtype=torch.int8)
+    with Largest() as making:
+        packed = pack(codes, bits)
+    assert making.found == packed.nbytes
+    with Largest() as unmaking:
+        unpack(packed, bits, codes.shape, signed=True)
+    assert unmaking.found == codes.nbytes
+
+
+@pytest.mark.parametrize("code", [2**32 + 1, -(2**32), 2**63 - 1, 256])
+def test_codes_are_compared_before_they_are_narrowed(code):
+    with pytest.raises(FormatError, match=rf"codes: got 0 to {code}|codes: got {code} to 0"):
+        pack(torch.tensor([0, code]), 4)
 
 
 def test_bad_input():

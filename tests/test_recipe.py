@@ -5,6 +5,7 @@ import pytest
 import halfstep as hs
 from halfstep.errors import RecipeError
 from halfstep.formats import Codebook
+from halfstep.recipe import match_layers
 
 
 def test_dynamic_recipes():
@@ -19,6 +20,19 @@ def test_any_spec_can_be_made_dynamic():
     assert hs.LayerSpec().with_dynamic_activations() == hs.Recipe.dynamic().default
     weight_only = hs.Recipe.weight_only(4, 64).default
     assert weight_only.with_dynamic_activations() == hs.Recipe.dynamic(4, 64).default
+
+
+def test_a_layer_s_name_matches_itself_also_where_it_means_something_else_as_a_pattern():
+    recipe = hs.Recipe.int8().override("rows.a[0]", None)
+    assert recipe.spec("rows.a[0]") is None
+    assert recipe.spec("rows.b[0]") == hs.LayerSpec()
+    recipe.check(["rows.a[0]", "rows.b[0]"])
+    assert match_layers("a[0]", ["a[0]", "a0"]) == ["a[0]"]
+    assert match_layers("a[0]", ["b", "a0"]) == ["a0"]
+    with pytest.raises(
+        RecipeError, match=r"pattern 'c\[0\]' matches no layer; the nearest names are 'a\[0\]'"
+    ):
+        match_layers("c[0]", ["a[0]"])
 
 
 IN_GROUPS = hs.TensorSpec(8, hs.PerGroup(-1, 32), dynamic=True)

@@ -24,4 +24,4 @@ class BiasShift(nn.Module):
 
     def forward(self, bias: torch.Tensor) -> torch.Tensor:
         """Shape, dtype and device of ``bias`` are kept."""
-        return bias + self.shift if self.active else bias
+        return bias + self.shift.to(bias.dtype) if self.active else bias

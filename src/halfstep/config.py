@@ -163,8 +163,12 @@ class Config(Part):
         default=None, description="instead: a share of the float score"
     )
     floor: Several[float] | None = Field(default=None, description="instead: the worst score allowed")
-    confidence: float = Field(default=0.95, ge=0.5, lt=1, description="of the drop's interval")
-    strict: bool = Field(default=False, description="demand that the whole interval keeps to the target")
+    confidence: float = Field(
+        default=0.95, ge=0.5, lt=1, description="of the drops' intervals, all candidates together"
+    )
+    strict: bool = Field(
+        default=False, description="demand that the upper end of the drop's interval keeps to the target"
+    )
     tune: bool = Field(default=False, description="leave in float what integers slow down on this machine")
     target: Literal["onnxruntime", "openvino", "tensorrt"] = Field(
         default="onnxruntime", description="runtime to deploy to"

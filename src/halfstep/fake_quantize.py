@@ -15,7 +15,7 @@ from halfstep.calibrators.calibrator import Calibrator, WeightCalibrator
 from halfstep.calibrators.maximum import Max
 from halfstep.errors import DataError, FormatError, NotObservedError, named
 from halfstep.formats import Codebook, Format, Integer
-from halfstep.formats.codebook import midpoints
+from halfstep.formats.codebook import increasing, midpoints
 from halfstep.functional import CLIPPED_STE, LSQ, Gradient
 from halfstep.granularity import Granularity, PerChannel
 from halfstep.statistics import ChannelRange, Histogram
@@ -97,7 +97,9 @@ class FakeQuantize(nn.Module):
         """The number format, with the values that a learned codebook has now."""
         if self.values is None or not isinstance(self._format, Codebook):
             return self._format
-        values = _increasing(self.values)
+        if not bool(self.values.isfinite().all()):
+            raise FormatError("codebook: a learned value is NaN or infinite")
+        values = increasing(self.values)
         return replace(self._format, values=values, thresholds=midpoints(values), ties_up=False)
 
     @format.setter
@@ -148,13 +150,14 @@ class FakeQuantize(nn.Module):
         else:
             self.histogram = seen
 
-    def forget(self, batch_ranges: bool = False) -> None:
+    def forget(self, batch_ranges: bool | None = None) -> None:
         """Start the statistics anew.
 
         Args:
-            batch_ranges: also keep the range of every batch, for :class:`.MovingAverage`.
+            batch_ranges: also keep the range of every batch, for :class:`.MovingAverage`; None does as before.
         """
-        self.histogram = Histogram(batch_ranges=batch_ranges)
+        keeps = self.histogram.keeps_batch_ranges if batch_ranges is None else batch_ranges
+        self.histogram = Histogram(batch_ranges=keeps)
         if self.channels is not None:
             self.channels = ChannelRange(self.channels.axis)
 
@@ -321,14 +324,3 @@ class FakeQuantize(nn.Module):
     def extra_repr(self) -> str:
         """Format, granularity and mode."""
         return f"{self._format}, {self.granularity}, {self.mode.value}"
-
-
-def _increasing(values: torch.Tensor) -> torch.Tensor:
-    """Sorted, and strictly increasing even where training has moved two values to the same place."""
-    numbers = values.detach().sort(dim=-1).values.clone()
-    if not bool(numbers.isfinite().all()):
-        raise FormatError("codebook: a learned value is NaN or infinite")
-    for k in range(1, numbers.shape[-1]):
-        above = torch.nextafter(numbers[..., k - 1], torch.full_like(numbers[..., 0], float("inf")))
-        numbers[..., k] = torch.maximum(numbers[..., k], above)
-    return numbers

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import types
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,6 +26,7 @@ from halfstep.graph.operators import describe
 from halfstep.graph.overwrite import overwrite
 from halfstep.graph.place import place
 from halfstep.graph.placement import INT16, Layer, Placement, Position, Site
+from halfstep.graph.rooted import bind
 from halfstep.graph.unfold import unfold
 from halfstep.listing import Listing, describe_site
 from halfstep.recipe import Recipe, match_layers
@@ -45,7 +45,8 @@ class Chosen:
         return chosen
 
     def __set__(self, model: QuantizedModel, patterns: Collection[str]) -> None:
-        names = {name for pattern in patterns for name in match_layers(pattern, model.layer_names)}
+        layers = dict.fromkeys(model.layer_names)  # a dict: looked up by name, and in order for messages
+        names = {name for pattern in patterns for name in match_layers(pattern, layers)}
         model.choose(replace(model.choices, **{self.name: frozenset(names)}))
 
 
@@ -55,7 +56,9 @@ class QuantizedModel(nn.Module):
     An ordinary module: it takes and returns what the user's model does, its parameters carry the names they have
     there (batch norms folded away), and ``train()``/``eval()`` differ in nothing, since dropout and batch norm are
     gone. The quantizers live under ``quantizers``. It trains in any loop: gradients pass the quantizers straight
-    through, and its ``state_dict()`` holds weights, ranges and what is left in float.
+    through, and its ``state_dict()`` holds weights, ranges and what is left in float. The attributes listed
+    here are the model's own even where a layer or parameter of the user's is called so; that one is still found in
+    ``named_parameters()`` and ``state_dict()``.
 
     Args:
         captured: the network as a graph; the model takes it over.
@@ -64,9 +67,23 @@ class QuantizedModel(nn.Module):
 
     Raises:
         RecipeError: if a pattern of the recipe matches no layer.
+        ArgumentError: if a submodule or parameter is called ``quantizers``.
     """
 
     quantizers: nn.ModuleDict
+    captured: Captured
+    target: Target
+    recipe: Recipe
+    choices: Choices
+    placement: Placement
+    mode: Mode
+    sample: list[ModelInputs]  # a bounded part of the calibration data, kept for scoring
+    _shelf: dict[str, nn.Module]  # the quantizers of other choices of layers too, with what they saw
+    _keys: dict[str, str]  # from sites to quantizers
+    _in_use: dict[str, FakeQuantize]
+    _shifts: dict[str, BiasShift]
+    _names: dict[fx.Node, str]
+    _run: Callable[..., Any]
 
     #: The layers left in float on request.
     float_layers = Chosen()
@@ -82,29 +99,33 @@ class QuantizedModel(nn.Module):
         # The very tables of the captured root, so that a parameter replaced there (by .to(), say) is so here.
         root = captured.module
         self._parameters, self._buffers, self._modules = root._parameters, root._buffers, root._modules
-        if "quantizers" in self._modules:
+        if "quantizers" in {**self._parameters, **self._buffers, **self._modules}:
             raise ArgumentError(
-                "the model has a submodule called 'quantizers', the name halfstep needs; rename it"
+                "the model has a submodule or parameter called 'quantizers', the name halfstep needs; rename it"
             )
         self.captured, self.target, self.recipe = captured, target, recipe
-        self.quantizers = nn.ModuleDict()
-        # The quantizers of other choices of float layers too, with what they saw.
-        self._shelf: dict[str, nn.Module] = {}
-        self._keys: dict[str, str] = {}
-        self._in_use: dict[str, FakeQuantize] = {}
+        self._modules["quantizers"] = nn.ModuleDict()
+        self._shelf, self._keys, self._in_use = {}, {}, {}
         self.mode = Mode.FLOAT
-        self.sample: list[ModelInputs] = []  # a bounded part of the calibration data, kept for scoring
+        self.sample = []
         self._names = readable_names(self.graph)
         self.choices = Choices()
         self._build()
         recipe.check(self.layer_names)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What is declared here is a plain attribute, also where a layer or parameter of the user's is called so."""
+        if name in QuantizedModel.__annotations__ or hasattr(QuantizedModel, name):
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     # structure
 
     @property
     def graph(self) -> fx.Graph:
         """The float graph: captured, folded, without quantizers."""
-        return self.captured.module.graph
+        return self.captured.graph
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -142,15 +163,12 @@ class QuantizedModel(nn.Module):
 
     def _build(self) -> None:
         """Place the sites for the layers that are now quantized, and compile the forward pass."""
-        self.placement: Placement = place(self.graph, self.target, self.recipe, self.choices)
+        self.placement = place(self.graph, self.target, self.recipe, self.choices)
         self._shelf.update(self.quantizers.items())
         self.quantizers.clear()
         self._in_use = {site.name: self._quantizer(site) for site in self.placement.sites}
         self._shifts = {layer.name: self._bias_shift(layer) for layer in self.layers if _has_bias(layer)}
-        code = overwrite(self.simulation().graph).python_code("self")
-        namespace = dict(code.globals)
-        exec(compile(code.src, "<halfstep graph>", "exec"), namespace)
-        self._run: Callable[..., Any] = types.MethodType(namespace["forward"], self.captured.module)
+        self._run = bind(overwrite(self.simulation().graph), self.captured.module)
         self.set_mode(self.mode)
 
     def simulation(self) -> Inserted:
@@ -174,7 +192,7 @@ class QuantizedModel(nn.Module):
         assert bias is not None
         if key not in self._shelf:
             self._shelf[key] = BiasShift(len(self.weight(str(bias.target))))
-        self.quantizers[key] = found = self._shelf[key].to(self._device())
+        self.quantizers[key] = found = self._shelf[key].to(self.device)
         assert isinstance(found, BiasShift)
         return found
 
@@ -195,7 +213,7 @@ class QuantizedModel(nn.Module):
             sizes = tuple(size if isinstance(size, int) else 0 for size in shape)  # 0: the dynamic batch
             self._shelf[key] = make_quantizer(site, sizes)
         self._keys[site.name] = key
-        self.quantizers[key] = found = self._shelf[key].to(self._device())
+        self.quantizers[key] = found = self._shelf[key].to(self.device)
         assert isinstance(found, FakeQuantize)
         if site.wide and site.name not in self._in_use:
             usual = self._moved(replace(site, name=site.name.removesuffix(INT16)))
@@ -224,7 +242,9 @@ class QuantizedModel(nn.Module):
                     below.append(user)
                     yield user
 
-    def _device(self) -> torch.device:
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
         return next((tensor.device for tensor in self.parameters()), torch.device("cpu"))
 
     # what the sites do
@@ -262,7 +282,7 @@ class QuantizedModel(nn.Module):
             DataError: if the arguments have another structure than the example inputs.
         """
         flat = self.flatten(args, kwargs)
-        return pytree.tree_unflatten(self._run(*flat), self.captured.out_spec)
+        return self.captured.out_spec.restore(self._run(*flat))
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """The values of the graph's placeholders for the arguments of a call, checked.
@@ -335,7 +355,7 @@ class QuantizedModel(nn.Module):
         """A model of its own with the same parameters, ranges, statistics and float layers."""
         root = copy.deepcopy(self.captured.module, memo)
         root._modules.pop("quantizers", None)
-        captured = replace(self.captured, module=root)
+        captured = replace(self.captured, graph=copy.deepcopy(self.captured.graph), module=root)
         twin = QuantizedModel(captured, self.target, self.recipe)
         twin._shelf = {key: copy.deepcopy(module, memo) for key, module in self._shelf.items()}
         twin.quantizers.clear()

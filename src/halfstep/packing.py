@@ -10,6 +10,10 @@ from torch import Tensor
 
 from halfstep.errors import FormatError
 
+#: Codes that are packed or unpacked at once: what is made in between stays below some 10 MB. A multiple of 8, so that
+#: every block begins with a byte.
+BLOCK = 2**18
+
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack the low ``bits`` bits of each code into bytes.
@@ -36,16 +40,16 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     _check_bits(bits)
     if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
         raise FormatError(f"codes: got {codes.dtype}, needed integers")
-    flat = codes.reshape(-1).int()
-    lowest, highest = -(2 ** (bits - 1)), 2**bits - 1
-    if len(flat) and not lowest <= int(flat.amin()) <= int(flat.amax()) <= highest:
-        raise FormatError(
-            f"codes: got {int(flat.amin())} to {int(flat.amax())}, needed {lowest} to {highest} for {bits} bits"
-        )
-    places = torch.arange(bits, device=codes.device)
-    stream = ((flat.unsqueeze(1) >> places) & 1).reshape(-1)  # (codes * bits,)
-    stream = torch.nn.functional.pad(stream, (0, -len(stream) % 8)).reshape(-1, 8)
-    return (stream << torch.arange(8, device=codes.device)).sum(1).to(torch.uint8)
+    flat = codes.reshape(-1)
+    packed = torch.empty(-(-len(flat) * bits // 8), dtype=torch.uint8, device=codes.device)
+    places, byte = _places(bits, codes.device), _places(8, codes.device)
+    for start, block in zip(range(0, len(flat), BLOCK), flat.split(BLOCK), strict=False):
+        _check_codes(block.long(), bits)  # before they are narrowed
+        stream = ((block.to(torch.uint8).unsqueeze(1) >> places) & 1).reshape(-1)  # (codes * bits,)
+        stream = torch.nn.functional.pad(stream, (0, -len(stream) % 8)).reshape(-1, 8)
+        first = start * bits // 8
+        packed[first : first + len(stream)] = (stream << byte).sum(1, dtype=torch.uint8)
+    return packed
 
 
 def unpack(packed: Tensor, bits: int, shape: Sequence[int], signed: bool) -> Tensor:
@@ -74,12 +78,31 @@ def unpack(packed: Tensor, bits: int, shape: Sequence[int], signed: bool) -> Ten
             f"packed: got {packed.dtype} of shape {tuple(packed.shape)}, needed uint8 of shape ({needed},) for "
             f"{count} codes of {bits} bits"
         )
-    stream = (packed.int().unsqueeze(1) >> torch.arange(8, device=packed.device)) & 1  # (bytes, 8)
-    places = stream.reshape(-1)[: count * bits].reshape(count, bits)
-    codes = (places << torch.arange(bits, device=packed.device)).sum(1)
-    if signed:
-        codes = torch.where(codes >= 2 ** (bits - 1), codes - 2**bits, codes)
-    return codes.to(torch.int8 if signed else torch.uint8).reshape(tuple(shape))
+    codes = torch.empty(count, dtype=torch.int8 if signed else torch.uint8, device=packed.device)
+    places, byte = _places(bits, packed.device), _places(8, packed.device)
+    for start in range(0, count, BLOCK):
+        block = codes[start : start + BLOCK]
+        first = start * bits // 8
+        some = packed[first : first + -(-len(block) * bits // 8)]
+        stream = ((some.unsqueeze(1) >> byte) & 1).reshape(-1)[: len(block) * bits].reshape(-1, bits)
+        numbers = (stream << places).sum(1, dtype=torch.uint8)
+        if signed:  # the sign's bit is repeated above it
+            numbers = torch.where(numbers >= 2 ** (bits - 1), numbers | (256 - 2**bits), numbers)
+        block.copy_(numbers.view(codes.dtype))
+    return codes.reshape(tuple(shape))
+
+
+def _places(bits: int, device: torch.device) -> Tensor:
+    """Return how far each bit of a code is from the lowest."""
+    return torch.arange(bits, dtype=torch.uint8, device=device)
+
+
+def _check_codes(codes: Tensor, bits: int) -> None:
+    """Raise unless codes, int64, fit in so many bits, signed or unsigned."""
+    lowest, highest = -(2 ** (bits - 1)), 2**bits - 1
+    low, high = map(int, torch.aminmax(codes))
+    if not lowest <= low <= high <= highest:
+        raise FormatError(f"codes: got {low} to {high}, needed {lowest} to {highest} for {bits} bits")
 
 
 def _check_bits(bits: int) -> None:

@@ -1,6 +1,7 @@
 """Progress of long loops, told to whoever listens; nobody by default.
 
-The command line listens and draws bars. Library code only wraps its loops in :func:`track`.
+The command line listens and draws bars. Library code only wraps its loops in :func:`track`. The same loops ask before
+every step whether to go on, so that a bound on time can end any of them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,10 @@ from contextvars import ContextVar
 from typing import Any, Protocol, TypeVar
 
 Item = TypeVar("Item")
+
+
+class Interrupted(Exception):
+    """What ends a loop within :func:`interruptible`."""
 
 
 class Listener(Protocol):
@@ -30,6 +35,7 @@ class Listener(Protocol):
 
 
 _LISTENER: ContextVar[Listener | None] = ContextVar("listener", default=None)
+_ASKED: ContextVar[tuple[Callable[[], None], ...]] = ContextVar("asked", default=())
 
 
 @contextmanager
@@ -50,17 +56,55 @@ def say(sentence: str) -> None:
 
 
 @contextmanager
+def interruptible(ask: Callable[[], None]) -> Iterator[None]:
+    """Ask ``ask`` before every step of every loop in the block; it ends them by raising an :class:`Interrupted`.
+
+    Blocks within others ask all of them, the outermost first. Whoever loops leaves the model as it found it when such
+    an error passes.
+    """
+    token = _ASKED.set((*_ASKED.get(), ask))
+    try:
+        yield
+    finally:
+        _ASKED.reset(token)
+
+
+@contextmanager
+def protected() -> Iterator[None]:
+    """Let the block run to its end, whatever :func:`interruptible` blocks there are around it."""
+    token = _ASKED.set(())
+    try:
+        yield
+    finally:
+        _ASKED.reset(token)
+
+
+def may_go_on() -> None:
+    """Raise if the work is to end here; for loops that are too quick to be told of."""
+    for ask in _ASKED.get():
+        ask()
+
+
+@contextmanager
 def steps(what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
     """A loop called ``what``; call the value with the number of steps done."""
-    listener = _LISTENER.get()
-    if listener is None:
-        yield lambda _: None
-        return
-    task = listener.start(what, total)
+    may_go_on()
+    listener, done = _LISTENER.get(), 0
+    task = None if listener is None else listener.start(what, total)
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if listener is not None:
+            listener.advance(task, count)
+        if total is None or done < total:  # nothing is spared by stopping behind the last step
+            may_go_on()
+
     try:
-        yield lambda count: listener.advance(task, count)
+        yield advance
     finally:
-        listener.end(task)
+        if listener is not None:
+            listener.end(task)
 
 
 def track(items: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:

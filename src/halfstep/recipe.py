@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -73,7 +73,8 @@ class Recipe:
 
     Attributes:
         default: the spec of every layer that no pattern matches.
-        overrides: pairs of a shell-style pattern (``"blocks.*.conv1"``) and a spec, None for "always float".
+        overrides: pairs of a layer's name or a shell-style pattern (``"blocks.*.conv1"``) and a spec, None for "always
+            float".
         ends: the spec of the first and last layers (those with no other layer before or behind them) where no pattern
             matches; None: the default. A network that has no other layers gets the default throughout.
 
@@ -165,11 +166,11 @@ class Recipe:
         """
         found: LayerSpec | None = self.ends if end and self.ends is not None else self.default
         for pattern, spec in self.overrides:
-            if fnmatchcase(layer, pattern):
+            if layer == pattern or fnmatchcase(layer, pattern):
                 found = spec
         return found
 
-    def check(self, layers: Iterable[str]) -> None:
+    def check(self, layers: Collection[str]) -> None:
         """Raise if a pattern matches none of ``layers``.
 
         Raises:
@@ -214,12 +215,17 @@ def _check_groups(weights: TensorSpec | None, groups: PerGroup) -> None:
         )
 
 
-def match_layers(pattern: str, layers: Iterable[str]) -> list[str]:
-    """The names that a shell-style pattern matches.
+def match_layers(pattern: str, layers: Collection[str]) -> list[str]:
+    """The names that a shell-style pattern matches; a name matches itself alone, whatever it means as a pattern.
 
     Raises:
         RecipeError: if it matches none, with the nearest names.
+
+    >>> match_layers("a[0]", ["a[0]", "a0"]), match_layers("a?", ["a[0]", "a0"])
+    (['a[0]'], ['a0'])
     """
+    if pattern in layers:
+        return [pattern]
     names = list(layers)
     found = [name for name in names if fnmatchcase(name, pattern)]
     if not found:

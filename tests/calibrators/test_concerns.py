@@ -51,6 +51,19 @@ def test_too_few_samples_for_the_percentile_asked() -> None:
     assert concern.message == "percentile(99.99) of 20000 values rests on fewer than 10 of them: needs 100000"
 
 
+def test_a_percentile_that_leaves_out_most_of_what_is_not_zero() -> None:
+    x = torch.zeros(100_000)
+    x[:50] = 0.1
+    [concern] = data_concerns(observed(x), [Percentile(99.9), Percentile(99.99), Max()])
+    assert concern.kind == "sparse"
+    assert concern.message.startswith(
+        "only 50 of 100000 values are not zero, and percentile(99.9) leaves out 100 on a side"
+    )
+    assert concern.message.endswith("choose another calibrator, such as mse")
+    x[:201] = 0.1
+    assert data_concerns(observed(x), [Percentile(99.9)]) == []
+
+
 def test_calibrators_more_than_twofold_apart() -> None:
     histogram = observed(torch.cat([NORMAL, torch.tensor([100.0])]))
     calibrators = [Max(), Percentile(99.9), Entropy()]

@@ -149,6 +149,25 @@ def test_a_one_sided_percentile_leaves_zero_as_the_other_end() -> None:
     assert Percentile(99).range(observed(-torch.arange(1.0, 101.0)), AFFINE) == (-99.0, 0.0)
 
 
+@pytest.mark.parametrize("p", [50, 90, 99, 99.9])
+@pytest.mark.parametrize("format", [SCALE, AFFINE])
+def test_a_percentile_of_little_that_is_not_zero_is_the_percentile_of_that(p: float, format: Integer) -> None:
+    live = torch.randn(1000, generator=torch.Generator().manual_seed(0)).abs() + 0.1
+    histogram = observed(torch.cat([torch.zeros(1_000_000), live]))
+    assert Percentile(p).range(histogram, format) == Percentile(p).range(observed(live), format)
+
+
+@given(st.lists(st.sampled_from([0.0, 0.0, -2.0, -1.0, 1.0, 2.0]), min_size=1, max_size=40))
+def test_only_zeros_have_an_empty_range(numbers: list[float]) -> None:
+    histogram = observed(torch.tensor(numbers))
+    for p in (50, 75, 99.9, 100):
+        for format in (SCALE, AFFINE):
+            low, high = Percentile(p).range(histogram, format)
+            assert (low < high) == any(numbers)
+            assert min(0.0, *numbers) <= low or format.symmetric
+            assert high <= max(map(abs, numbers))
+
+
 @pytest.mark.parametrize("p", [49.9, 0, -1, 100.1, math.nan])
 def test_percent_out_of_range_is_refused(p: float) -> None:
     with pytest.raises(ArgumentError, match="needed percent from 50 to 100"):

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from torch import nn
 
 import halfstep as hs
 from halfstep.errors import MetricError
 from halfstep.evaluate import EarlyStopping, Score, early_stopping
-from halfstep.evaluate.order import Shuffled, can_shuffle
+from halfstep.evaluate.order import Shuffled, cannot_shuffle
 
 INPUTS = torch.randn(1000, 4, generator=torch.Generator().manual_seed(0))
 LABELS = INPUTS[:, :3].argmax(1)
@@ -41,10 +42,43 @@ def test_shuffling_draws_every_example_once_with_its_label():
 
 def test_dicts_of_tensors_can_be_shuffled_and_loaders_not():
     batches = [({"a": x, "b": x + 1}, y) for x, y in LABELLED]
-    assert can_shuffle(batches)
+    assert not cannot_shuffle(batches)
     drawn, _ = next(iter(Shuffled(batches).drawn()))
     assert torch.equal(drawn["a"] + 1, drawn["b"])
-    assert not can_shuffle(iter(LABELLED)) and not can_shuffle([]) and not can_shuffle([(INPUTS, [1, 2])])
+    for none in (iter(LABELLED), []):
+        assert cannot_shuffle(none) == "the data are no list of batches"
+    assert "something else than tensors" in cannot_shuffle([(INPUTS, [1, 2])])
+    assert "differ in their first dimension" in cannot_shuffle([(INPUTS, LABELS[1:])])
+
+
+@pytest.mark.parametrize(
+    "labels", [torch.zeros(64, 5), torch.zeros(64, dtype=torch.int32), (torch.zeros(64), torch.zeros(64))]
+)
+def test_examples_of_another_shape_or_dtype_cannot_be_put_into_one_batch(labels):
+    batches = [(INPUTS[:64], torch.zeros(64)), (INPUTS[64:128], torch.zeros(64)), (INPUTS[:64], labels)]
+    assert cannot_shuffle(batches[:2]) == ""
+    assert "batch 2 has examples of another shape or dtype than batch 0" in cannot_shuffle(batches)
+
+
+def test_labels_padded_batch_by_batch_are_scored_whole():
+    padded = [
+        (x, nn.functional.pad(y[:, None], (0, width)))
+        for (x, y), width in zip(LABELLED, range(16), strict=True)
+    ]
+    metric = hs.Metric(padded, lambda outputs, labels: outputs.argmax(1) == labels[:, 0], bounds=(0, 1))
+    reason = early_stopping(metric, metric.evaluate(Guess()))
+    assert "as padding batch by batch makes; give a list of batches" in reason
+
+
+def test_a_run_goes_on_from_the_scores_of_an_earlier_one():
+    early, model = stopping(), Guess(0.1)
+    scores, answer = early.run(model, max_drop=0.05, level=0.05)
+    asked = model.asked
+    assert answer == "above" and asked < 1000
+    assert early.run(model, 0.05, 0.05, seen=scores)[1] == "above" and model.asked == asked
+    more, answer = early.run(model, 0.05, 1e-6, seen=scores)
+    assert answer in ("above", None) and len(more) == model.asked > asked
+    assert torch.equal(more, early.run(Guess(0.1), 0.05, 1e-6)[0])  # as if it had not been stopped
 
 
 @pytest.mark.parametrize(("wrong", "side"), [(0.3, "above"), (0.0, "below")])
@@ -76,7 +110,9 @@ def test_a_loader_that_is_said_to_be_shuffled_is_taken_in_its_order():
     early = early_stopping(metric, metric.evaluate(Guess()))
     scores, answer = early.run(Guess(0.3), max_drop=0.05, level=0.05)
     assert answer == "above"
-    assert early.finish(Guess(0.3), scores).count == 1000
+    assert torch.equal(early.finish(Guess(0.3), scores).per_example, metric.evaluate(Guess(0.3)).per_example)
+    more = early.run(Guess(0.3), 0.05, 1e-9, seen=scores)[0]
+    assert len(more) > len(scores) and torch.equal(more, early.run(Guess(0.3), 0.05, 1e-9)[0])
     assert "order that may carry information" in early_stopping(
         hs.Accuracy(Loader()), Score.mean(torch.ones(3))
     )

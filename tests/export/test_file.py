@@ -1,14 +1,23 @@
 """The file itself: how tensors are stored, once and raw, beside the file where they are large, the same every time."""
 
+import os
+import types
+from contextlib import suppress
+from pathlib import Path
+
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
 
 import halfstep as hs
-from halfstep.export import build
+from halfstep.errors import ExportError
+from halfstep.export import build, replacing
+from halfstep.export.onnx import copy_file
 from halfstep.runtime.deployed import DeployedModel
+from halfstep.runtime.onnxruntime import OnnxRuntimeSession
 from halfstep.runtime.parity import compare
 from halfstep.runtime.size import file_size
 from tests.export.mixed_network import quantized
@@ -61,25 +70,128 @@ def test_what_the_file_says_of_itself(model, path):
     assert [(o.domain, o.version) for o in onnx.load(path).opset_import] == [("", 21), ("com.microsoft", 1)]
 
 
+def beside(folder):
+    """The files of weights in a folder."""
+    return [path for path in folder.iterdir() if path.suffix == ".data"]
+
+
 def test_large_weights_lie_beside_the_file(model, path, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "EXTERNAL_ABOVE", 1000)
     outside = hs.export_onnx(model, tmp_path / "large.onnx")
     again = hs.export_onnx(model, tmp_path / "again" / "large.onnx")
-    weights = tmp_path / "large.onnx.data"
+    (weights,) = beside(tmp_path)
+    assert weights.name.startswith("large.onnx.")
     assert weights.stat().st_size > 4096
     assert outside.stat().st_size < path.stat().st_size - 4096
     assert file_size(outside) == outside.stat().st_size + weights.stat().st_size
     assert outside.read_bytes() == again.read_bytes()
-    assert weights.read_bytes() == (tmp_path / "again" / "large.onnx.data").read_bytes()
+    assert weights.read_bytes() == (tmp_path / "again" / weights.name).read_bytes()
     assert compare(model, DeployedModel(outside), [X]).sqnr > 35
     stored = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(outside).graph.initializer}
     for tensor in onnx.load(path).graph.initializer:
         np.testing.assert_array_equal(stored[tensor.name], onnx.numpy_helper.to_array(tensor))
 
+    copied = copy_file(outside, tmp_path / "copied" / "large.onnx")
+    assert file_size(copied) == file_size(outside)
+    assert compare(DeployedModel(copied), DeployedModel(outside), [X]).sqnr == float("inf")
+
     monkeypatch.undo()  # a small file in the same place leaves no stale weights behind
     hs.export_onnx(model, outside)
-    assert not weights.exists()
+    assert not beside(tmp_path)
     assert file_size(outside) == outside.stat().st_size
+
+    (tmp_path / "copied" / weights.name).unlink()
+    with pytest.raises(
+        ExportError, match=r"large.onnx: its weights cannot be read: .*; copy them along with it"
+    ):
+        file_size(copied)
+
+
+class Killed(BaseException):
+    pass
+
+
+def adding(number):
+    """A file that adds ``number`` to each of 300 inputs, which is enough to lie beside it."""
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [300]) for name in "xy"]
+    weight = onnx.numpy_helper.from_array(np.full(300, number, np.float32), "w")
+    node = onnx.helper.make_node("Add", ["x", "w"], ["y"])
+    graph = onnx.helper.make_graph([node], "adding", ends[:1], ends[1:], [weight])
+    return ir.from_proto(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)]))
+
+
+def written(path, number):
+    with replacing.replacing(path, lambda file: build.save(adding(number), file)):
+        pass
+
+
+def only_until(monkeypatch, step):
+    """Let the process be killed at the change of that number to what is in the folder."""
+    done = []
+
+    def counted(change):
+        def changing(*arguments, **options):
+            if len(done) == step:
+                raise Killed
+            done.append(change)
+            return change(*arguments, **options)
+
+        return changing
+
+    monkeypatch.setattr(
+        replacing, "os", types.SimpleNamespace(**{**vars(os), "replace": counted(os.replace)})
+    )
+    monkeypatch.setattr(Path, "unlink", counted(Path.unlink))
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 0), (0, 10**9), (10**9, 0)])
+@pytest.mark.parametrize("step", range(4))
+def test_a_kill_leaves_the_old_file_or_the_new_one_whole(tmp_path, monkeypatch, before, after, step):
+    """At every rename and removal: weights beside the file or in it, before and after."""
+    path = tmp_path / "model.onnx"
+    monkeypatch.setattr(build, "EXTERNAL_ABOVE", before)
+    written(path, 1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "EXTERNAL_ABOVE", after)
+        only_until(patch, step)
+        with suppress(Killed):
+            written(path, 2.0)
+    (answer,) = OnnxRuntimeSession(path, 1).run([np.zeros(300, np.float32)])
+    assert answer[0] in (1.0, 2.0)
+    assert (answer == answer[0]).all()
+
+    monkeypatch.setattr(build, "EXTERNAL_ABOVE", 0)  # and the next call clears up
+    written(path, 3.0)
+    assert len(beside(tmp_path)) == 1
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_files_are_on_the_disk_before_they_get_their_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "EXTERNAL_ABOVE", 0)
+    done = []
+    sync, rename = replacing._sync, os.replace
+    monkeypatch.setattr(replacing, "_sync", lambda path: (done.append(("sync", path.suffix)), sync(path)))
+    recorded = {"replace": lambda old, new: (done.append(("rename", new.suffix)), rename(old, new))}
+    monkeypatch.setattr(replacing, "os", types.SimpleNamespace(**{**vars(os), **recorded}))
+    written(tmp_path / "large.onnx", 1.0)
+    assert done == [
+        ("sync", ".data"),
+        ("sync", ".onnx"),
+        ("rename", ".data"),
+        ("sync", ""),
+        ("rename", ".onnx"),
+        ("sync", ""),
+    ]
+
+
+def test_what_killed_calls_left_is_removed_and_what_others_write_is_not(tmp_path):
+    left, other = tmp_path / ".model.onnx.abcd", tmp_path / ".model.onnx.efgh"
+    for folder in (left, other):
+        folder.mkdir()
+        (folder / "model.onnx").write_bytes(b"half")
+    with replacing._locked(other):
+        written(tmp_path / "model.onnx", 1.0)
+    assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", other.name}
 
 
 def test_layers_on_packed_or_unpacked_weights_say_so(tmp_path):

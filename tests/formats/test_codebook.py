@@ -1,11 +1,15 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from halfstep.errors import FormatError
+from halfstep.fake_quantize import FakeQuantize
 from halfstep.formats import Codebook, Format
-from halfstep.functional import dequantize, fake_quantize, quantize
-from halfstep.granularity import PerChannel
+from halfstep.formats.codebook import increasing, midpoints
+from halfstep.functional import dequantize, fake_quantize, kmeans_codebook, lloyd_max_codebook, quantize
+from halfstep.granularity import PerChannel, PerTensor
 
 ONE = torch.ones(())
 
@@ -200,3 +204,67 @@ def test_tables_that_cannot_be(build, message):
 def test_codes_that_are_not_in_the_table():
     with pytest.raises(FormatError, match="codes: got -1 to 16, needed 0 to 15 for NF4 of 16"):
         dequantize(torch.tensor([-1, 16]), ONE, None, Codebook.nf4())
+
+
+# values next to each other
+
+LARGEST, SMALLEST = 0x7F7FFFFF, 0x00800000  # bits of float32
+
+
+@st.composite
+def crowds(draw):
+    """Float32 numbers that are equal, neighbours, or nearly so, around one or two numbers of any size."""
+    around = draw(st.lists(st.integers(0, LARGEST) | st.sampled_from([0, SMALLEST, LARGEST]), max_size=2))
+    places = [0x3F800001, *around]
+    magnitudes = draw(
+        st.lists(st.tuples(st.sampled_from(places), st.integers(-5, 5)), min_size=1, max_size=20)
+    )
+    bits = np.array([min(max(place + away, 0), LARGEST) for place, away in magnitudes], np.uint32)
+    signs = draw(st.lists(st.booleans(), min_size=len(bits), max_size=len(bits)))
+    return torch.from_numpy((bits | np.array(signs, np.uint32) << 31).view(np.float32).copy())
+
+
+def strictly_increase(numbers):
+    return bool((numbers.double().diff() > 0).all())
+
+
+@given(crowds())
+def test_thresholds_increase_wherever_values_do_and_a_value_is_its_own_nearest(numbers):
+    values = numbers.double().unique().float()  # in float32 hypothesis may flush subnormals
+    thresholds = midpoints(values)
+    assert strictly_increase(thresholds)
+    assert torch.equal(torch.bucketize(values.double(), thresholds.double()), torch.arange(len(values)))
+
+
+@given(crowds())
+def test_increasing_moves_only_what_it_must(numbers):
+    found, wanted = increasing(numbers), numbers.double().sort().values
+    assert strictly_increase(found)
+    assert bool(found.isfinite().all())
+    assert bool(((found == 0) | (found.abs() >= 2.0**-126)).all())
+    room = len(numbers) * torch.finfo(torch.float32).eps * wanted.abs() + 2 * 2.0**-126
+    assert bool(((found.double() - wanted).abs() <= room).all())
+
+
+@settings(deadline=None)  # the first example compiles
+@given(crowds(), st.integers(1, 4), st.sampled_from([kmeans_codebook, lloyd_max_codebook]))
+def test_a_codebook_is_fitted_to_numbers_next_to_each_other(numbers, bits, fit):
+    codebook = fit(numbers, bits)
+    assert codebook.values.shape == (2**bits,)
+    assert strictly_increase(codebook.values)
+    assert strictly_increase(codebook.thresholds)
+    normal = numbers[(numbers == 0) | (numbers.abs() >= 2.0**-126)]
+    if len(normal) == len(numbers) and len(numbers.unique()) <= 2**bits:
+        assert torch.equal(fake_quantize(numbers, ONE, None, codebook), numbers + 0.0)
+
+
+@given(crowds().filter(lambda numbers: len(numbers) > 1))
+def test_a_learned_codebook_stays_one_wherever_its_values_go(numbers):
+    site = FakeQuantize("fc", Codebook(torch.arange(float(len(numbers))), scaled=False), PerTensor(), (3,))
+    site.set_range(torch.tensor(0.0), torch.tensor(1.0))
+    site.learn(values=True)
+    site.values.data.copy_(numbers)
+    format = site.format
+    assert strictly_increase(format.values)
+    assert strictly_increase(format.thresholds)
+    assert site.range() == (format.lowest, format.highest)

@@ -36,6 +36,19 @@ def test_it_is_the_binary_search(codebook):
     assert np.array_equal(simulated[~x.isnan()].numpy(), codebook.values.numpy()[codes][~x.isnan().numpy()])
 
 
+def test_ties_at_zero_go_up_where_the_processor_flushes_subnormals():
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush")
+    try:
+        x = torch.zeros(lookup.WORTHWHILE)
+        x[1::2] = -0.0
+        assert bool((fake_quantize(x, ONE, None, Codebook.binary()) == 1).all())
+        rule = Codebook.rule([0, 1, 2], [0, 1], ties_up=True)
+        assert bool((fake_quantize(x, ONE, None, rule) == 1).all())
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def test_threads_share_the_work_without_gaps():
     x = torch.randn(3 * lookup.PIECE + 17)
     table = Codebook.nf4()

@@ -203,6 +203,26 @@ def test_the_sum_for_a_scale_is_right_to_a_part_in_ten_thousand(bits, layout):
     assert slopes[0] == pytest.approx(slopes[1], rel=1e-4)
 
 
+@pytest.mark.parametrize(("bits", "allowed"), [(4, 1e-3), (8, 0.05), (12, 1e-4), (16, 1e-4)])
+@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0)], ids=str)
+def test_the_sum_for_a_scale_is_no_noise_where_gradients_are(bits, allowed, granularity):
+    """Gradients that have nothing to do with their activations, none of them clipped: the sum is far smaller."""
+    format = Integer(bits, signed=False, symmetric=False)
+    generator = torch.Generator().manual_seed(bits)
+    x = torch.randn(2, 500_000, generator=generator).relu()
+    grad = torch.randn(x.shape, generator=generator)
+    scale, zero_point = format.parameters(*torch.tensor([[0.0], [6.0]]).expand(2, 2))
+    if isinstance(granularity, PerTensor):
+        scale, zero_point = scale[0], zero_point[0]
+    step = scale.clone().requires_grad_()
+    fake_quantize(x, step, zero_point, format, granularity).backward(grad)
+    round_off = fake_quantize(x, scale, zero_point, format, granularity).double() - x.double()
+    slopes = round_off * grad / granularity.expand(scale.double(), x.shape)
+    wanted = granularity.reduce(slopes, "sum") if step.dim() else slopes.sum()
+    spread = slopes.square().sum().div(step.numel()).sqrt()
+    assert float((step.grad - wanted).abs().max() / spread) < allowed
+
+
 @pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0)], ids=str)
 def test_the_element_that_set_the_range_still_gets_its_gradient(granularity):
     """float32 rounds alpha / 127, so alpha may lie an ulp or two outside 127 steps."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import halfstep as hs
 from halfstep.errors import CaptureError, DataError
 from halfstep.graph.capture import capture, relative_error
 
@@ -151,3 +152,108 @@ def test_examples_are_selected_by_what_was_captured_as_a_batch():
     chosen = captured.select((x, table), torch.tensor([0, 1, 0]))
     assert torch.equal(chosen[0], x[[0, 1, 0]])
     assert chosen[1] is table
+
+
+class Scaled(nn.Module):
+    """What happens to have the size of the batch: a table that is averaged, one of fixed size, one that is unused."""
+
+    def forward(self, x, table, fixed, unused):
+        return x + table.mean(0) + fixed.reshape(12)[:3]
+
+
+class Towers(nn.Module):
+    def forward(self, x, y):
+        return {"x": x * 2, "y": y + 1}
+
+
+def test_the_batch_is_what_varies_with_the_first_input_and_not_what_has_its_size_by_chance():
+    inputs = tuple(torch.randn(4, 3) for _ in range(4))
+    captured = capture(Scaled(), inputs)
+    assert captured.batched == (True, False, False, False)
+    chosen = captured.examples(inputs, 0, 2)
+    assert torch.equal(chosen[0], inputs[0][:2])
+    assert all(part is whole for part, whole in zip(chosen[1:], inputs[1:], strict=True))
+    wanted = Scaled()(*chosen)
+    assert torch.equal(captured(*chosen), wanted)
+    captured.check_inputs([torch.randn(9, 3), torch.randn(7, 3), inputs[2], torch.randn(9, 3)])
+    with pytest.raises(DataError, match=r"input 'fixed': got shape \(9, 3\), needed \(4, 3\)"):
+        captured.check_inputs([torch.randn(9, 3), inputs[1], torch.randn(9, 3), inputs[3]])
+
+
+def test_two_inputs_with_outputs_of_their_own_are_both_batched():
+    assert capture(Towers(), (torch.randn(4, 3), torch.randn(4, 5))).batched == (True, True)
+    assert capture(TwoInTwoOut(), {"a": torch.randn(2, 4), "b": torch.randn(2, 4)}).batched == (True, True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_parameters_of_other_types_are_refused_by_name(dtype):
+    model = Wrapper(nn.Linear(4, 4)).to(dtype)
+    with pytest.raises(
+        CaptureError, match=rf"'inner.weight' is {dtype}, needed torch.float32.*model\.float\(\)"
+    ):
+        capture(model, torch.randn(2, 4, dtype=dtype))
+
+
+def test_example_inputs_of_another_type_are_explained():
+    with pytest.raises(
+        CaptureError, match=r"example_inputs hold a torch.float64.*torch.float32.*x\.float\(\)"
+    ):
+        capture(nn.Linear(4, 4), torch.randn(2, 4).double())
+
+
+class Normalised(nn.Module):
+    """Computes in float64 in between, as codes of positions do."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.register_buffer("mean", torch.rand(4, dtype=torch.float64))
+
+    def forward(self, x):
+        y = (self.a(x).double() - self.mean) * self.mean.abs()
+        return self.b(y.float()), y
+
+
+def test_what_is_computed_in_float64_stays_so():
+    x = torch.randn(3, 4)
+    q = hs.prepare(Normalised(), x)
+    hs.observe(q, [x])
+    hs.calibrate(q)
+    assert q(x)[1].dtype is torch.float64
+    assert {layer.name: bool(layer.sites) for layer in q.layers} == {"a": True, "b": True}
+
+
+class Extras(nn.Module):
+    def forward(self, x):
+        return {"loss": None, "logits": x * 2, "kind": "linear", "rows": x.shape[0], "three": 3}
+
+
+def test_outputs_that_are_no_tensors_are_handed_back():
+    captured = capture(Extras(), torch.randn(2, 4))
+    x = torch.randn(5, 4)
+    got, wanted = captured(x), Extras()(x)
+    assert torch.equal(got.pop("logits"), wanted.pop("logits"))
+    assert got == wanted == {"loss": None, "kind": "linear", "rows": 5, "three": 3}
+    assert captured.out_spec.names() == ["logits", "rows"]
+
+
+class Conditional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = self.fc(x)
+        return torch.cond(y.sum() > 0, lambda z: z + 1, lambda z: z - 1, (y,))
+
+
+@torch.no_grad()
+def test_a_branch_of_torch_cond_is_part_of_the_graph():
+    model, x = Conditional().eval(), torch.randn(3, 4)
+    q = hs.prepare(model, x)
+    assert {name for name, _ in q.named_buffers()} == {
+        name for name in q.state_dict() if "quantizers." in name
+    }
+    for inputs in (x, x - 9, x + 9):
+        y = model.fc(inputs)
+        assert torch.equal(copy.deepcopy(q)(inputs), y + 1 if y.sum() > 0 else y - 1)

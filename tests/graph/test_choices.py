@@ -10,6 +10,10 @@ from torch.nn import functional as F
 import halfstep as hs
 from halfstep.errors import ExportError
 from halfstep.export.verify import layer_fates
+from halfstep.graph.choices import Choices
+from halfstep.ladder.groups import groups_of
+from halfstep.ladder.snapshot import Snapshot
+from halfstep.ladder.steps import STEPS, put
 from halfstep.runtime.deployed import DeployedModel
 from halfstep.runtime.kernels import inspect_kernels
 from halfstep.runtime.parity import compare
@@ -110,3 +114,48 @@ def test_tensorrt_refuses_16_bits(tmp_path):
     q.int16_layers = ["c"]
     with pytest.raises(ExportError, match="TensorRT stores codes as int8, int4, fp8 or fp4"):
         hs.export_onnx(q, tmp_path / "model.onnx")
+
+
+class Bracketed(nn.Module):
+    """Layers whose names are patterns too, of which one would match its neighbour."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("a[0]", "a0", "b*", "b", "c?")})
+
+    def forward(self, x):
+        for layer in self.rows.values():
+            x = layer(x).tanh()
+        return x
+
+
+def test_a_layer_whose_name_is_a_pattern_is_chosen_by_its_name():
+    x = torch.randn(4, 4)
+    q = hs.prepare(Bracketed(), x, hs.Recipe.int8().override("rows.c?", None))
+    hs.observe(q, [x])
+    hs.calibrate(q)
+    for name in ("rows.a[0]", "rows.b*", "rows.c?"):
+        q.float_layers = [name]
+        assert q.float_layers == {name}
+    assert next(layer for layer in q.layers if layer.name == "rows.c?").reason
+    q.float_layers = ["rows.b?*", "rows.a?"]
+    assert q.float_layers == {"rows.b*", "rows.a0"}
+
+
+def test_a_candidate_of_several_steps_is_placed_once(monkeypatch):
+    x = torch.randn(4, 4)
+    q = hs.prepare(Bracketed(), x)
+    hs.observe(q, [x])
+    hs.calibrate(q)
+    before = Snapshot.of(q)
+    built = []
+    build = hs.QuantizedModel._build
+    monkeypatch.setattr(
+        hs.QuantizedModel, "_build", lambda model: (built.append(model.choices), build(model))
+    )
+    first, second, third, *_ = groups_of(q)
+    put(q, {"float_layers": frozenset(first.layers)}, {second: STEPS["int16"], third: STEPS["dynamic"]})
+    wanted = Choices(*(frozenset(group.layers) for group in (first, second, third)))
+    assert built == [wanted]
+    before.restore()
+    assert built == [wanted, Choices()]

@@ -43,7 +43,7 @@ def quantized():
 
 def test_only_the_kinds_asked_for_are_split():
     captured = decompose(capture(Gates().eval(), torch.randn(2, 3, 16, 16)), {"silu"})
-    targets = [node.target for node in captured.module.graph.nodes]
+    targets = [node.target for node in captured.graph.nodes]
     assert torch.ops.aten.hardswish.default in targets
     assert torch.ops.aten.silu.default not in targets
 

@@ -31,11 +31,7 @@ CASES = {
 
 
 def batch_norms(captured):
-    return [
-        n
-        for n in captured.module.graph.nodes
-        if n.target is aten._native_batch_norm_legit_no_training.default
-    ]
+    return [n for n in captured.graph.nodes if n.target is aten._native_batch_norm_legit_no_training.default]
 
 
 @pytest.mark.parametrize("name", CASES)

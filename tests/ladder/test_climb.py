@@ -8,8 +8,9 @@ from climbing import climb, data
 from torch import nn
 
 import halfstep as hs
-from halfstep.errors import ArgumentError, TrainingError
+from halfstep.errors import ArgumentError, ExportError, RunError, TrainingError
 from halfstep.evaluate import Score
+from halfstep.fake_quantize import Mode
 from halfstep.ladder.aim import Aim
 from halfstep.ladder.doubts import doubts
 from halfstep.ladder.identity import Examples
@@ -38,7 +39,7 @@ def test_no_rung_ends_below_where_it_began(hopeless):
 
 
 def test_decisions_have_figures_and_the_estimate_comes_first(hopeless):
-    assert "evaluations (ptq 3, partial" in hopeless.decisions[0]
+    assert hopeless.decisions[0].startswith("Estimate, at most: ")
     assert all(any(c.isdigit() for c in sentence) for sentence in hopeless.decisions)
 
 
@@ -53,6 +54,43 @@ def test_a_budget_stops_the_search_with_the_best_so_far():
     assert [step.rung for step in outcome.path] == ["ptq"]
     assert outcome.path[0].note.startswith("the budget is spent: ")
     assert any("a larger budget goes on from here" in sentence for sentence in outcome.advice)
+
+
+def test_a_rung_that_fails_leaves_what_was_found_before_it():
+    inputs, labels = data(5)
+    bad = [(inputs, labels), (inputs[:, :5], labels)]
+    training = hs.Training(bad, torch.nn.functional.cross_entropy)
+    outcome = climb(None, max_drop=0.0, strict=True, rungs=("ptq", "qat"), training=training)
+    assert [step.rung for step in outcome.path] == ["ptq", "qat"]
+    assert outcome.deployed_score > 0.5
+    note = outcome.path[1].note
+    assert note.startswith(
+        "it failed: training batch 1: input 'input': got shape (128, 5), needed (batch, 6)"
+    )
+    assert f"Quantization-aware training ended early, {note}" in outcome.decisions
+    assert f"The search stopped early, {note}; the same call goes on from here" in outcome.advice
+
+
+@pytest.mark.parametrize("error", [RunError("the disk is full"), KeyboardInterrupt()])
+def test_what_leaves_nothing_to_go_on_with_ends_the_climb(error):
+    def loss(outputs, labels):
+        calls.append(labels)
+        if len(calls) > 1:  # the first is the look before the climb
+            raise error
+        return torch.nn.functional.cross_entropy(outputs, labels)
+
+    calls = []
+    with pytest.raises(type(error)):
+        climb(None, max_drop=0.0, strict=True, rungs=("ptq", "qat"), training=hs.Training([data(5)], loss))
+
+
+def test_a_failure_before_there_is_a_candidate_is_raised(monkeypatch):
+    def fail(*_):
+        raise ExportError("nothing was evaluated yet")
+
+    monkeypatch.setattr("halfstep.ladder.rungs.climb_ptq", fail)
+    with pytest.raises(ExportError, match="nothing was evaluated yet"):
+        climb(None)
 
 
 def test_without_training_the_last_rung_is_left_out_and_said_so():
@@ -107,6 +145,31 @@ def test_doubts_about_data():
     assert sentence.startswith("8 calibration examples are few")
     (sentence,) = doubts(examples((x[:1].expand(64, 3),)), examples())
     assert sentence.startswith("63 of 64 calibration examples are repetitions")
+
+
+@pytest.mark.parametrize("form", ["tuple", "dict"])
+def test_examples_are_counted_and_not_inputs(form):
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x, y):
+            return self.one(x) + self.other(y)
+
+    torch.manual_seed(0)
+    pairs = zip(*(tensor.split(50) for tensor in torch.randn(2, 200, 4)), strict=True)
+    batches = [(x, y) if form == "tuple" else {"x": x, "y": y} for x, y in pairs]
+
+    def float_only(model):
+        return float(isinstance(model, hs.QuantizedModel) and model.mode is Mode.FLOAT)
+
+    enough, few = (
+        hs.quantize(Pair(), batches[0], calibration, float_only, rungs=["ptq"], threads=1)
+        for calibration in (batches, batches[:1])
+    )
+    assert not enough.met and not any("calibration examples" in sentence for sentence in enough.advice)
+    assert "50 calibration examples are few; 128 or more give steadier ranges" in few.advice
 
 
 def test_examples_that_are_used_twice_are_warned_of():

@@ -52,11 +52,11 @@ def test_the_last_rungs_file_is_the_outcomes(monkeypatch):
 
 
 def test_a_tuned_file_that_misses_is_put_back(monkeypatch):
-    def leave_one_in_float(model, threads):
+    def leave_one_in_float(model, threads, among):
         model.float_layers = ["2"]
         return hs.Tuning(("2",), 1.0, 3)
 
-    monkeypatch.setattr("halfstep.ladder.speed.tune", leave_one_in_float)
+    monkeypatch.setattr("halfstep.ladder.measured.tune", leave_one_in_float)
 
     class Spoilt(DeployedModel):
         def forward(self, x):

@@ -9,6 +9,7 @@ from torch import nn
 import halfstep as hs
 from halfstep.demo import load_digits, train_digits
 from halfstep.errors import ArgumentError, DataError, MetricError, RunError
+from halfstep.ladder import calibration
 from halfstep.runtime.deployed import DeployedModel
 
 
@@ -76,6 +77,28 @@ def test_calibration_keeps_a_bounded_sample(digits, network):
     histograms = hs.observe(q, digits.train_images.split(100))
     assert [len(batch) for batch in q.sample] == [100, 100, 56]
     assert histograms["x"].count == 1197 * 64
+
+
+def test_large_inputs_are_kept_too_up_to_a_bound_that_is_said(monkeypatch):
+    """Examples of 4 KiB, where 16 KiB are kept as a rule."""
+    monkeypatch.setattr(calibration, "SAMPLE_BYTES", 2**14)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(1024, 3))
+
+    def kept(batches, most):
+        monkeypatch.setattr(calibration, "SAMPLE_MOST_BYTES", most)
+        q = hs.prepare(network, torch.randn(2, 1024))
+        hs.observe(q, batches)
+        return [len(batch) for batch in q.sample]
+
+    assert kept(torch.randn(60, 1024).split(6), 2**20) == [6, 6, 4]
+    assert kept(torch.randn(10, 1024).split(1), 2**20) == [1] * 10  # there are no more
+    with pytest.warns(
+        UserWarning, match=r"10 of 60 examples are kept to compare outputs on, since each takes 0 MiB"
+    ):
+        assert kept(torch.randn(60, 1024).split(6), 10 * 2**12) == [6, 4]
+    monkeypatch.setattr(calibration, "SAMPLE_BYTES", 0)
+    with pytest.warns(UserWarning, match=r"1 of 60 examples are kept .* 16 are wanted"):
+        assert kept(torch.randn(60, 1024).split(6), 0) == [1]
 
 
 LINEAR = nn.Linear(4, 3)
@@ -148,10 +171,13 @@ def test_a_directory_that_cannot_be_written_is_found_before_any_work(tmp_path):
 @pytest.mark.parametrize(
     ("asked", "needed"),
     [
-        (["partial"], "'partial', needed 'ptq' first, since the others start from .*: 'ptq', 'partial'"),
-        (["qat"], "'qat', needed 'ptq' first, .*: 'ptq', 'qat'"),
-        (["qat", "ptq"], "'qat', 'ptq', needed each once, from the bottom up: 'ptq', 'qat'"),
-        (["ptq", "ptq"], "'ptq', 'ptq', needed each once, from the bottom up: 'ptq'"),
+        (["partial"], r"'partial', needed 'ptq' first: .*; give rungs=\['ptq', 'partial'\]"),
+        (["qat"], r"'qat', needed 'ptq' first: .*; give rungs=\['ptq', 'qat'\]"),
+        (
+            ["qat", "ptq"],
+            r"'qat', 'ptq', needed each once and from the bottom up; give rungs=\['ptq', 'qat'\]",
+        ),
+        (["ptq", "ptq"], r"'ptq', 'ptq', needed each once and from the bottom up; give rungs=\['ptq'\]"),
     ],
 )
 def test_rungs_are_climbed_from_the_bottom_up(asked, needed):

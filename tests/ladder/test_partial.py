@@ -7,7 +7,7 @@ from torch import nn
 import halfstep as hs
 from halfstep.demo import DigitsNet
 from halfstep.errors import ArgumentError, MetricError, NotObservedError, RecipeError, RunError
-from halfstep.evaluate import EarlyStopping
+from halfstep.evaluate import EarlyStopping, Score, share_of_error
 from halfstep.ladder.costs import microseconds
 from halfstep.ladder.goal import Goal
 from halfstep.ladder.groups import groups_of
@@ -210,7 +210,7 @@ def test_a_step_is_taken_by_single_layers_where_it_does_not_do_for_all():
     assert result.met and result.put_back.get("fc", "dynamic") == "dynamic" and len(result.float_layers) > 1
 
 
-def race_by_size(model, choices):
+def race_by_size(model, choices, threads):
     """As if every float layer took a tenth of a millisecond more."""
     return [1000 + 100 * len(chosen.float_layers) for chosen in choices]
 
@@ -220,10 +220,13 @@ def clock(monkeypatch):
     """Times of groups in float by name, of whole files by the number of float layers; nothing is worth joining."""
     times = {"0": 0.0, "2": 500.0, "4": 10.0, "6": 10.0, "8": 10.0, "10": -3.0}
     monkeypatch.setattr(
-        "halfstep.ladder.partial.microseconds", lambda model, groups: [times[g.name] for g in groups]
+        "halfstep.ladder.measured.microseconds",
+        lambda model, groups, threads: [times[g.name] for g in groups],
     )
-    monkeypatch.setattr("halfstep.ladder.haste.race_choices", race_by_size)
-    monkeypatch.setattr("halfstep.ladder.haste.tune", lambda model, among: Tuning((), 0.0, len(among)))
+    monkeypatch.setattr("halfstep.ladder.measured.race_choices", race_by_size)
+    monkeypatch.setattr(
+        "halfstep.ladder.measured.tune", lambda model, threads, among: Tuning((), 0.0, len(among))
+    )
     return times
 
 
@@ -253,8 +256,10 @@ def test_the_faster_of_both_orders_is_taken(accuracy, clock, monkeypatch):
     model = weights_per_tensor()
     by_accuracy = set(hs.partial(weights_per_tensor(), accuracy, 0.015).float_layers)
     monkeypatch.setattr(
-        "halfstep.ladder.haste.race_choices",
-        lambda model, choices: [sum(times[name] for name in chosen.float_layers) for chosen in choices],
+        "halfstep.ladder.measured.race_choices",
+        lambda model, choices, threads: [
+            sum(times[name] for name in chosen.float_layers) for chosen in choices
+        ],
     )
     result = hs.partial(model, accuracy, 0.015, hs.Partial(order="latency"))
     assert result.met
@@ -264,12 +269,12 @@ def test_the_faster_of_both_orders_is_taken(accuracy, clock, monkeypatch):
 def test_layers_between_float_ones_join_them_where_that_is_faster(accuracy, clock, monkeypatch):
     offered = []
 
-    def joining(model, among):
+    def joining(model, threads, among):
         offered.extend(among)
         model.float_layers = model.float_layers | {"4"}
         return Tuning(("4",), 5.0, len(among))
 
-    monkeypatch.setattr("halfstep.ladder.haste.tune", joining)
+    monkeypatch.setattr("halfstep.ladder.measured.tune", joining)
     model = weights_per_tensor()
     result = hs.partial(model, accuracy, 0.06, hs.Partial(order="latency"))
     assert result.met and set(result.float_layers) == {*FAULTS, "4"} == set(model.float_layers)
@@ -279,11 +284,11 @@ def test_layers_between_float_ones_join_them_where_that_is_faster(accuracy, cloc
 
 
 def test_the_fastest_is_what_the_search_hands_on_even_with_more_layers_in_float(accuracy, clock, monkeypatch):
-    def joining(model, among):
+    def joining(model, threads, among):
         model.float_layers = model.float_layers | {"4"}
         return Tuning(("4",), 5.0, len(among))
 
-    monkeypatch.setattr("halfstep.ladder.haste.tune", joining)
+    monkeypatch.setattr("halfstep.ladder.measured.tune", joining)
     model = weights_per_tensor()
     score, made = float_evaluation(accuracy, model)
     search = Search(model, accuracy, Goal(0.06, score), made)
@@ -294,7 +299,7 @@ def test_the_fastest_is_what_the_search_hands_on_even_with_more_layers_in_float(
 
 def test_a_float_network_that_is_as_fast_is_said_to_be(accuracy, clock, monkeypatch):
     monkeypatch.setattr(
-        "halfstep.ladder.haste.race_choices", lambda model, choices: [1000.0 for _ in choices]
+        "halfstep.ladder.measured.race_choices", lambda model, choices, threads: [1000.0 for _ in choices]
     )
     result = hs.partial(weights_per_tensor(), accuracy, 0.06, hs.Partial(order="latency"))
     assert any("Float is as fast on this machine" in sentence for sentence in result.decisions)
@@ -405,6 +410,81 @@ def test_an_early_verdict_that_all_examples_overturn_is_not_the_end(model, accur
     found = climb_partial(search, hs.Partial(early=True))
     assert lies == ["above"] and search.goal.met(found)
     assert any("All examples overturn the early verdict" in sentence for sentence in search.decisions)
+
+
+def doubting(search, monkeypatch, refused):
+    """Early verdicts refuse these sets of float layers after 100 examples, unless the refusal is to be final."""
+    run, loose = search._stopper.run, pytest.approx(1 - search.goal.confidence)
+
+    def doubtful(candidate, max_drop, level, **options):
+        scores, side = run(candidate, max_drop, level, **options)
+        if level == loose and refused(candidate.float_layers):
+            return scores[:100], "above"
+        return scores, side
+
+    monkeypatch.setattr(search._stopper, "run", doubtful)
+
+
+def test_nothing_is_given_up_before_more_examples_confirm_that_it_does_not_hold(model, accuracy, monkeypatch):
+    score, made = float_evaluation(accuracy, model)
+    search = Search(model, accuracy, Goal(0.06, score), made)
+    doubting(search, monkeypatch, lambda layers: len(layers) > 0)
+    found = climb_partial(search)
+    assert search.goal.met(found) and set(FAULTS) <= model.float_layers
+    assert any("More examples overturn the early verdict on every group but" in s for s in search.decisions)
+
+
+def test_each_early_refusal_is_confirmed_where_everything_in_float_is_not_enough(
+    model, accuracy, monkeypatch
+):
+    score, made = float_evaluation(accuracy, model)
+    search = Search(model, accuracy, Goal(0.06, score), made)
+    doubting(search, monkeypatch, lambda layers: len(layers) > 0)
+    everything = 5  # of six layers
+    evaluate = search.scorer.evaluate
+    worst = Score.mean(torch.zeros(len(INPUTS), dtype=torch.float64))
+    monkeypatch.setattr(
+        search.scorer, "evaluate", lambda m: worst if len(m.float_layers) == everything else evaluate(m)
+    )
+    finish = search._stopper.finish
+    monkeypatch.setattr(
+        search._stopper,
+        "finish",
+        lambda m, scores: worst if len(m.float_layers) == everything else finish(m, scores),
+    )
+    found = climb_partial(search)
+    assert search.goal.met(found) and len(model.float_layers) < everything
+    assert any("More examples overturn the early verdict on the " in s for s in search.decisions)
+
+
+def test_refusing_clear_cases_for_good_takes_few_examples(model, accuracy):
+    score, made = float_evaluation(accuracy, model)
+    search = Search(model, accuracy, Goal(0.0, score), made)
+    start = search.full_evaluations
+    climb_partial(search)
+    assert "does not meet the target" in search.decisions[-1]
+    # The start and the most in float are scored whole; the refusals are clear cases, and confirmed with few examples.
+    assert 2 <= search.full_evaluations - start < 2.5
+
+
+def test_a_step_is_left_out_at_its_share_of_the_error(monkeypatch):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+    accuracy = hs.Accuracy(labelled(network))
+    model = calibrated(network, hs.Recipe.uniform(3, 8, ends=None))  # 16 bits do not help the weights
+    score, made = float_evaluation(accuracy, model)
+    search = Search(model, accuracy, Goal(0.02, score), made)
+    run, levels = EarlyStopping.run, {}
+
+    def noted(self, candidate, max_drop, level, **options):
+        levels.setdefault((frozenset(candidate.int16_layers), frozenset(candidate.float_layers)), level)
+        return run(self, candidate, max_drop, level, **options)
+
+    monkeypatch.setattr(EarlyStopping, "run", noted)
+    climb_partial(search, hs.Partial(steps=("int16", "float")))
+    assert not model.int16_layers and len(model.float_layers) > 0
+    asked = {layers: level for (layers, floats), level in levels.items() if layers and not floats}
+    assert asked == {frozenset(model.layer_names): pytest.approx(share_of_error(0.05, 2))}
 
 
 def test_nothing_is_scored_twice(model, accuracy):

@@ -15,7 +15,9 @@ from halfstep.ladder.best_of import BestOf
 from halfstep.ladder.goal import Goal
 from halfstep.ladder.repairs import PASSES, halves
 from halfstep.ladder.search import Search
+from halfstep.progress import listening
 from halfstep.repair.record import Repair, Treated
+from tests.ladder.clock import Clock
 from tests.repair.networks import Net, built, calibrated, conv, images, residual
 
 
@@ -92,15 +94,39 @@ def test_the_metric_has_the_last_word(q):
 
 def test_a_budget_that_is_used_up_leaves_the_rest_out(q, monkeypatch):
     def slow(model, batches):
+        done = hs.correct_bias(model, batches)
         clock[0] += 100.0
-        return hs.correct_bias(model, batches)
+        return done
 
     clock = [0.0]
     monkeypatch.setattr(repairs.time, "perf_counter", lambda: clock[0])
     found = hs.repair(q, [slow, hs.gptq], budget=50.0)
     assert [trial.repair.name for trial in found.trials] == ["bias correction"]
     assert found.left_out == ("gptq",)
-    assert "gptq was not tried: the budget is used up" in found.sentences()
+    assert "gptq was left out: the budget is used up" in found.sentences()
+
+
+def test_a_pass_that_time_cuts_short_is_judged_by_what_it_did(q, monkeypatch):
+    clock = Clock(during="GPTQ", after=2)
+    monkeypatch.setattr(repairs.time, "perf_counter", clock)
+    with listening(clock):
+        found = hs.repair(q, [hs.gptq, hs.learn_rounding], budget=1000.0)
+    layers = [layer.name for layer in q.layers if layer.operator.weight is not None]
+    treated = [done.name for done in found.trials[0].repair.treated]
+    assert treated == layers[:2] and len(layers) > 2
+    assert found.kept == ("GPTQ",) and found.left_out == ("learn_rounding",)
+    assert f"the time was up after {layers[1]}: the layers behind it are as they were" in found.sentences()
+    offsets = [q.sites[f"{name}.weight"].offset is not None for name in layers]
+    assert not any(offsets[2:]) and any(offsets[:2])
+
+
+def test_a_pass_that_time_leaves_nothing_of_is_left_out(q, monkeypatch):
+    before = outputs(q)
+    times = iter([0.0, 0.0])  # the start, and the look before the first pass
+    monkeypatch.setattr(repairs.time, "perf_counter", lambda: next(times, 100.0))
+    found = hs.repair(q, [hs.gptq, hs.equalize], budget=50.0)
+    assert found.trials == () and found.left_out == ("gptq", "equalize")
+    assert torch.equal(outputs(q), before)
 
 
 def test_a_pass_that_fails_leaves_the_model_as_it_was(q):
@@ -119,6 +145,15 @@ def test_the_halves_share_no_example(q):
     assert [len(x) for x in first] == [len(x) for x in second] == [4, 4]
     assert torch.equal(torch.cat([first[0], second[0]]), q.sample[0])
     assert [len(x) for part in halves(q, [images(1)]) for x in part] == [1, 1]
+
+
+def test_batches_of_one_are_dealt_out_by_turns(q):
+    singles = list(images(7).split(1))
+    first, second = halves(q, singles)
+    assert torch.equal(torch.cat(first), torch.cat(singles[1::2]))
+    assert torch.equal(torch.cat(second), torch.cat(singles[::2]))
+    first, second = halves(q, list(images(9).split(3)))
+    assert (sum(map(len, first)), sum(map(len, second))) == (4, 5)
 
 
 def test_outputs_that_are_no_classes_are_measured_by_signal_to_noise():

@@ -120,7 +120,7 @@ def test_what_is_to_be_said_of_the_data_is_said_by_the_run_that_goes_on(tmp_path
     options = {"rungs": ("ptq",), "training": None, "max_drop": 1.0}
     with pytest.raises(KeyboardInterrupt):
         climb(tmp_path, calibration=interrupted(), **options)
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning, match="calibration examples are few") as told:
         outcome = climb(tmp_path, calibration=[inputs[:16] * 5], **options)
     said = [str(warning.message) for warning in told]
     assert any("16 calibration examples are few" in sentence for sentence in said)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import halfstep as hs
+from halfstep.evaluate import EarlyStopping
 from halfstep.ladder.fingerprint import fingerprint
 from halfstep.ladder.goal import Goal
 from halfstep.ladder.search import Search, float_evaluation
@@ -98,8 +99,8 @@ def test_a_strict_goal_is_met_on_all_examples_only(model):
     metric = Counting(labelled(model))
     score, made = float_evaluation(metric, model)
     search = Search(model, metric, Goal(0.05, score, strict=True), made)
-    assert search.judge("all quantized") == search.memory[fingerprint(model)]
-    assert search.memory[fingerprint(model)].complete
+    verdict = search.judge("all quantized")
+    assert search.memory[fingerprint(model)] == [verdict] and verdict.complete
     with torch.no_grad():
         model.weight("2.bias").add_(torch.tensor([9.0, 0, 0]))
     verdict = search.judge("broken")
@@ -112,6 +113,28 @@ def test_without_early_stopping_every_verdict_is_complete(model):
     assert begin(model).never_early == ""
     plain = begin(model, metric=hs.CallableMetric(lambda m: 1.0))
     assert plain.judge("all quantized").complete and "no scores of single examples" in plain.never_early
+
+
+def test_where_an_example_s_score_depends_on_its_batch_no_verdict_is_early():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 3))
+    q = hs.prepare(network, INPUTS[:2], hs.Recipe.dynamic())
+    hs.observe(q, [INPUTS[:200]])
+    hs.calibrate(q)
+    loud = torch.where(torch.arange(len(INPUTS)) < 100, 30.0, 1.0)[:, None]  # one batch of other inputs
+    with torch.no_grad():
+        labels = network(INPUTS * loud).argmax(1)
+    metric = hs.Accuracy(list(zip((INPUTS * loud).split(100), labels.split(100), strict=True)))
+    shuffled = EarlyStopping(metric, metric.evaluate(network))
+    q.set_mode(hs.model.Mode.QUANTIZE)
+    whole = metric.evaluate(q)
+    assert not torch.equal(shuffled.finish(q, torch.zeros(0)).per_example, whole.per_example)  # why
+    search = begin(q, metric=metric)
+    verdict = search.judge("ranges at run time")
+    assert verdict.complete and torch.equal(verdict.score.per_example, whole.per_example)
+    assert search.never_early == "ranges per tensor at run time make an example's score depend on its batch"
+    q.float_layers = q.layer_names
+    assert search.never_early == "" and not search.judge("none quantized").complete
 
 
 def test_a_metric_that_gets_better_by_quantizing_is_asked_about(model):
@@ -162,8 +185,9 @@ def test_another_order_each_time_is_warned_of_and_never_paired(model):
 def test_early_verdicts_are_remembered_with_the_goal_that_they_were_given_against(model):
     """Held to less and then, as a run goes on, to the first goal again: nothing is scored twice for either."""
     search = begin(model, max_drop=0.3)
-    wide, tight = search.goal, Goal(0.1, search.goal.float_score)
-    assert search.judge("met by far").met and not search.evaluations[-1].share == 1
+    wide, tight = search.goal, Goal(0.03, search.goal.float_score)
+    before = search.scorer.asked
+    assert search.judge("met by far").met and search.evaluations[-1].share < 1
     asked = search.scorer.asked
     search.hold_to(tight)
     assert search.judge("met more narrowly").met
@@ -174,4 +198,4 @@ def test_early_verdicts_are_remembered_with_the_goal_that_they_were_given_agains
         assert search.judge("known").met
     assert search.scorer.asked == asked + more
     search.evaluate("whole")  # only what no verdict has seen
-    assert search.scorer.asked == asked + len(INPUTS)
+    assert search.scorer.asked == before + len(INPUTS)

@@ -10,8 +10,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import halfstep as hs
+from halfstep.errors import DataError
 from halfstep.fake_quantize import Mode
+from halfstep.repair import scaling
 from halfstep.repair.channels import find_channels
+from halfstep.repair.snapshot import Snapshot
 from tests.repair.networks import HOMOGENEOUS, Net, built, calibrated, chain, conv, images, ready, residual
 
 
@@ -185,3 +188,74 @@ def test_without_a_sample_there_is_nothing_to_work_on():
     q = hs.prepare(nn.Linear(4, 4), torch.randn(2, 4))
     with pytest.raises(hs.HalfstepError, match=r"keeps no calibration sample; run hs.observe"):
         hs.equalize(q)
+
+
+@pytest.mark.parametrize("repair", [hs.equalize, hs.migrate])
+def test_ranges_of_batches_are_kept_again_where_they_were(repair):
+    q = hs.prepare(built(chain), images()[:2], hs.Recipe.uniform(4, 8, ends=None))
+    hs.observe(q, images().split(4), batch_ranges=True)
+    hs.calibrate(q, hs.MovingAverage(0.5))
+    assert repair(q).treated
+    for name in ("relu", "leaky_relu"):
+        site = q.sites[name]
+        assert len(site.histogram.batch_ranges) == 4
+        low, high = site.observed_range(hs.MovingAverage(0.5))
+        assert torch.equal(site.scale, site.format.parameters(low, high)[0])
+
+
+@pytest.mark.parametrize("repair", [hs.equalize, hs.migrate])
+@pytest.mark.parametrize("error", [DataError, KeyboardInterrupt])
+def test_an_error_on_the_way_leaves_the_model_as_it_was(monkeypatch, repair, error):
+    q, x = ready(chain), images()
+    by = {name: site.calibrated_by for name, site in q.sites.items()}
+    statistics = {name: site.histogram for name, site in q.sites.items()}
+    state = {name: tensor.clone() for name, tensor in q.state_dict().items()}
+    with torch.no_grad():
+        before = q(x)
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(scaling, "calibrate_again", fail)
+    with pytest.raises(error):
+        repair(q)
+    assert {name: site.calibrated_by for name, site in q.sites.items()} == by
+    assert all(site.histogram is statistics[name] for name, site in q.sites.items())
+    for name, tensor in q.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+    with torch.no_grad():
+        assert torch.equal(q(x), before)
+
+
+def per_channel():
+    """A chain whose activations have a scale per channel, by the largest value; half its channels are far too large."""
+    model = built(chain)
+    with torch.no_grad():
+        for part in (model.a.weight, model.a.bias):
+            part[:4] *= 100
+        model.b.weight[:, :4] /= 100
+    recipe = hs.Recipe(hs.LayerSpec(hs.TensorSpec(4), hs.TensorSpec(8, hs.PerChannel(1))))
+    q = hs.prepare(model, images()[:2], recipe)
+    hs.observe(q, [images()])
+    hs.calibrate(q, hs.Max())
+    return q
+
+
+def test_extremes_of_channels_are_observed_again():
+    q = per_channel()
+    assert hs.equalize(q).treated
+    with q.using(Mode.FLOAT), torch.no_grad():
+        seen = []
+        handle = q.sites["relu"].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        q(images())
+        handle.remove()
+    torch.testing.assert_close(q.sites["relu"].range()[1], seen[0].amax((0, 2, 3)))
+
+
+def test_a_snapshot_brings_the_extremes_of_channels_back():
+    q = per_channel()
+    scale, snapshot = q.sites["relu"].scale.clone(), Snapshot.of(q)
+    hs.equalize(q)
+    snapshot.restore(q)
+    hs.calibrate(q, hs.Max())
+    assert torch.equal(q.sites["relu"].scale, scale)

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import halfstep as hs
+from halfstep.bias_shift import BiasShift
 from halfstep.fake_quantize import Mode
 from halfstep.repair import walk as walking
 from halfstep.repair.layer_weight import LayerWeight, unfit
@@ -50,7 +51,7 @@ def test_the_error_of_moments_is_that_of_the_layer(what):
     q = calibrated(built(lambda: Net(forward, a=layer)))
     (step,) = list(walk(q, q.sample, "test"))
     weight = LayerWeight.of(q, step.layer)
-    got = gather(weight.op, step.inputs, step.float_inputs).error(weight.rounded_rows(), weight.rows())
+    got = gather(weight.op, weight.rows(), step.inputs, step.float_inputs).error(weight.rounded_rows())
     axis = 1 if weight.op.kind == "conv" else -1
     errors = [
         (step.run(x) - step.run_float(y)).movedim(axis, 0).flatten(1)
@@ -124,6 +125,14 @@ def test_a_layer_put_back_to_float_has_its_own_bias_and_weight(q):
     q.float_layers = before.float_layers = ["a", "b", "c", "fc"]
     with torch.no_grad():
         assert torch.equal(q(x), before(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_shifted_bias_keeps_its_dtype(dtype):
+    shift = BiasShift(2)
+    shift.shift.copy_(torch.tensor([0.5, -1.0]))
+    shift.active = True
+    assert torch.equal(shift(torch.ones(2, dtype=dtype)), torch.tensor([1.5, 0.0], dtype=dtype))
 
 
 def test_a_layer_without_a_bias_is_left_alone():

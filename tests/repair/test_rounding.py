@@ -1,6 +1,7 @@
 """GPTQ and learned rounding: against slow references, and never worse than what was there."""
 
 import copy
+import weakref
 from itertools import product
 
 import pytest
@@ -9,12 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import halfstep as hs
 from halfstep.fake_quantize import Mode
 from halfstep.formats import Codebook
 from halfstep.granularity import PerGroup
 from halfstep.repair import gptq as gptq_file
+from halfstep.repair import moments as moments_file
 from halfstep.repair.gptq import gptq_rows
 from halfstep.repair.layer_weight import LayerWeight
 from halfstep.repair.moments import Moments
@@ -30,9 +34,9 @@ def problem(groups=1, outputs=3, inputs=6, bits=3, seed=0, noise=0.3):
     mix = torch.randn(groups, inputs, inputs, generator=g)
     x = torch.randn(groups, 200, inputs, generator=g) @ mix
     seen = x + noise * torch.randn(x.shape, generator=g)
-    a, b = seen.double(), x.double()
-    moments = Moments(a.mT @ a / 200, a.mT @ b / 200, b.mT @ b / 200, 200)
     rows = torch.randn(groups, outputs, inputs, generator=g)
+    a, y = seen.double(), x.double() @ rows.double().mT
+    moments = Moments(a.mT @ a / 200, y.mT @ a / 200, y.square().mean(1), 200)
     scale = rows.abs().amax(-1, keepdim=True).expand(rows.shape) / (2 ** (bits - 1) - 1)
     grid = Grid(scale, torch.zeros(rows.shape, dtype=torch.int32), hs.Integer(bits))
     nearest = torch.stack([grid.nearest(rows[..., j], j) for j in range(inputs)], -1).double()
@@ -100,10 +104,10 @@ def test_descent_comes_near_the_best_of_all():
 def test_the_form_is_the_damped_error_up_to_a_constant():
     moments, rows, grid, nearest = problem()
     form = Quadratic.of(moments, rows, damping=0.1)
-    amount = 0.1 * moments.quantized.diagonal(dim1=-2, dim2=-1).mean()
+    amount = 0.1 * moments.inputs.diagonal(dim1=-2, dim2=-1).mean()
     candidates = [nearest, rows.double(), torch.zeros_like(nearest), gptq_rows(form, grid, nearest)]
     constants = torch.stack(
-        [moments.error(v, rows) + amount * (v - rows).square().sum(-1) - form.value(v) for v in candidates]
+        [moments.error(v) + amount * (v - rows).square().sum(-1) - form.value(v) for v in candidates]
     )
     torch.testing.assert_close(constants, constants[:1].expand_as(constants), rtol=1e-9, atol=1e-9)
 
@@ -111,9 +115,55 @@ def test_the_form_is_the_damped_error_up_to_a_constant():
 def test_uncorrelated_inputs_make_the_nearest_the_best():
     eye = torch.eye(6, dtype=torch.float64)[None]
     _, rows, grid, nearest = problem()
-    form = Quadratic.of(Moments(eye, eye, eye, 1), rows)
+    weight = rows.double()
+    form = Quadratic.of(Moments(eye, weight, weight.square().sum(-1), 1), rows)
     torch.testing.assert_close(gptq_rows(form, grid, nearest), nearest)
     torch.testing.assert_close(descend(form, grid, nearest), nearest)
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that tensors made in the block took at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive = self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        given = {id(leaf) for leaf in pytree.tree_leaves((args, kwargs))}
+        for tensor in pytree.tree_leaves(made):
+            if isinstance(tensor, torch.Tensor) and not func.is_view and id(tensor) not in given:
+                self.alive += tensor.nbytes
+                weakref.finalize(tensor, self.free, tensor.nbytes)
+        self.most = max(self.most, self.alive)
+        return made
+
+    def free(self, size):
+        self.alive -= size
+
+
+@pytest.mark.parametrize("repair", [hs.weigh_ranges, hs.gptq, hs.learn_rounding])
+def test_memory_is_as_promised(repair):
+    size, out = 512, 64
+    net = built(lambda: Net(lambda m, x: m.a(x.flatten(1)), a=nn.Linear(size, out)))
+    x = torch.randn(8, 2, 16, 16)
+    q = hs.prepare(net, x, hs.Recipe.uniform(4, 8, ends=None))
+    hs.observe(q, [x])
+    hs.calibrate(q)
+    with Peak() as peak:
+        assert repair(q).treated
+    assert peak.most < 8 * (4 * size**2 + 10 * size * out)
+
+
+@pytest.mark.parametrize("repair", [hs.weigh_ranges, hs.gptq, hs.learn_rounding])
+def test_a_layer_whose_moments_need_too_much_memory_is_left_alone(repair, models, monkeypatch):
+    q = copy.deepcopy(models["residual"])  # a 3 -> 8, b 8 -> 6, c 6 -> 8: 3x3 convs; fc 8 -> 5
+    monkeypatch.setattr(moments_file, "MEMORY", 8 * (4 * 54**2 + 8 * 8 * 54))
+    record = repair(q)
+    assert [treated.name for treated in record.treated] == ["a", "c", "fc"]
+    monkeypatch.setattr(moments_file, "MEMORY", 2**17)
+    (_, why), *_ = repair(q).skipped
+    assert why == "the second moments of its 72 inputs would take 0.00018 GiB, more than the 0.00012 allowed"
 
 
 @pytest.fixture(scope="module")

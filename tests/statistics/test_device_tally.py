@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
+from halfstep.formats import Codebook
+from halfstep.functional import fake_quantize, kmeans_codebook
 from halfstep.statistics import Histogram, device
 
 
@@ -31,6 +37,28 @@ def test_the_tally_equals_the_compiled_count(
     assert tallied.nan_count == compiled.nan_count  # before anything else is handed over
     for name, tensor in compiled.state_dict().items():
         assert torch.equal(tallied.state_dict()[name], tensor), name
+
+
+def state_without_compiling() -> list[list[int]]:
+    """What is counted, rounded to a codebook and clustered; the same numbers whether numba compiles or not."""
+    histogram = Histogram(batch_ranges=True)
+    for batch in awkward(100_000).nan_to_num(nan=1.0, posinf=None, neginf=None).split(40_000):
+        histogram.update(batch)
+    assert histogram.max > 1e29
+    rounded = fake_quantize(awkward(2**16), torch.tensor(2.0), None, Codebook.nf4())
+    values = kmeans_codebook(torch.randn(60, generator=torch.Generator().manual_seed(1)), 2).values
+    numbers = [*histogram.state_dict().values(), rounded.view(torch.int32), values.view(torch.int32)]
+    return [tensor.flatten().tolist() for tensor in numbers]
+
+
+def test_it_counts_on_the_host_where_numba_may_not_compile() -> None:
+    code = "import json; from tests.statistics.test_device_tally import *; print(json.dumps(state_without_compiling()))"
+    environment = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, timeout=300, check=False
+    )
+    assert not done.returncode, done.stderr.decode()
+    assert json.loads(done.stdout) == state_without_compiling()
 
 
 @pytest.mark.gpu

@@ -15,6 +15,7 @@ from scipy import stats
 from halfstep.errors import ArgumentError, NotObservedError
 from halfstep.statistics import Histogram
 from halfstep.statistics.histogram import _flat
+from halfstep.statistics.tails import TAIL
 
 
 def observed(*batches: torch.Tensor) -> Histogram:
@@ -180,6 +181,23 @@ def test_quantiles_of_few_samples_are_exact(numbers: list[float], p: Fraction) -
     histogram = observed(torch.tensor(numbers))
     assert histogram.quantile(p) == sorted(numbers)[rank - 1]
     assert histogram.magnitude_quantile(p) == sorted(map(abs, numbers))[rank - 1]
+
+
+@unhurried
+@given(
+    st.integers(1, 2 * TAIL + 2) | st.integers(TAIL - 1, 2 * TAIL + 2),
+    st.fractions(0, 1),
+    st.sampled_from([(-1.0, 1.0), (0.0, 1.0), (-1.0, 0.0), (-0.25, 1.0), (-1.0, 0.25)]),
+    st.integers(0, 99),
+)
+def test_quantiles_are_exact_as_long_as_the_ends_hold_all_samples(count, p, ends, seed) -> None:
+    low, high = ends
+    x = torch.empty(count).uniform_(low, high, generator=torch.Generator().manual_seed(seed))
+    histogram, rank = observed(x), max(1, math.ceil(p * count))
+    if count <= 2 * TAIL or (count - rank < TAIL):
+        assert histogram.magnitude_quantile(p) == np.sort(np.abs(x.numpy()))[rank - 1]
+    if count <= 2 * TAIL or rank <= TAIL or count - rank < TAIL:
+        assert histogram.quantile(p) == np.sort(x.numpy())[rank - 1]
 
 
 @pytest.mark.parametrize("outliers", [False, True])

@@ -9,12 +9,13 @@ from torch.nn.functional import cross_entropy
 import halfstep as hs
 from halfstep.calibrators import MSE
 from halfstep.errors import FormatError, NotObservedError, TrainingError
-from halfstep.fake_quantize import FakeQuantize
+from halfstep.fake_quantize import FakeQuantize, Mode
 from halfstep.formats import Codebook, Integer
 from halfstep.functional import CLIPPED_STE, LSQ, PACT, binary_scale
 from halfstep.granularity import PerChannel, PerTensor
 from halfstep.runtime.deployed import DeployedModel
 from halfstep.runtime.parity import compare
+from halfstep.training.fit import Verdict, fit
 from halfstep.training.oscillation import BITS, Damping, Freezing
 from halfstep.training.ranges import MovingRanges, Ranges
 from tests.training.networks import calibrated, task, trained_net
@@ -153,6 +154,54 @@ def test_learned_ranges_move_only_after_their_share_of_the_steps(low):
     hs.train(low, options(epochs=0.5, ranges=Ranges(after=0.5)))
     assert not any(torch.equal(module.scale, before[name]) for name, module in low.sites.items())
     assert not any(name.startswith("quantizers.") for name, _ in low.named_parameters())
+
+
+def test_what_is_settled_for_a_score_is_restored_to_the_bit(net):
+    net = copy.deepcopy(net)
+    with torch.no_grad():
+        net.conv2.weight[2], net.conv2.bias[2] = 1e-12, 0.5
+    q = calibrated(net, recipe=hs.Recipe.uniform(4, AFFINE))
+    ranges = MovingRanges(q, Ranges(offsets=True))
+    ranges.move(True)
+    with torch.no_grad():
+        for parameter in ranges.parameters:
+            parameter.sub_(0.3)
+    before = {name: tensor.clone() for name, tensor in q.state_dict().items()}
+    site = q.sites["conv2.weight"]
+    scale, parameters = site.scale.detach().clone(), list(ranges.parameters)
+    with ranges.settled():
+        assert float(site.scale[2]) > float(scale[2])  # room for the bias
+        assert torch.equal(site.scale[3], scale[3])
+        assert not any(module.growth is not None for module in q.sites.values())
+    assert before.keys() == q.state_dict().keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in q.state_dict().items())
+    now = {id(parameter) for parameter in q.parameters()}
+    assert {id(parameter) for parameter in parameters} <= now
+    assert all(parameter.requires_grad for parameter in parameters)
+
+
+@pytest.mark.parametrize("ranges", [Ranges(after=0), Ranges("follow", after=0, offsets=True)])
+def test_how_often_a_training_is_scored_does_not_change_its_course(low, ranges):
+    class Shuffled:
+        def __iter__(self):
+            for index in torch.randperm(8).tolist():
+                images, labels = task()[index]
+                yield images + 0.1 * torch.randn_like(images), labels
+
+    def trained(judge, every):
+        q = copy.deepcopy(low)
+        q.set_mode(Mode.QUANTIZE)
+        found = fit(q, options(labelled=Shuffled(), ranges=ranges, evaluate_every=every), judge)
+        return found, q.state_dict()
+
+    def judge(step):
+        return Verdict(float(torch.randn(1)), -step, False)  # draws numbers; the last one is the best
+
+    never, state = trained(None, 1.0)
+    often, other = trained(judge, 0.125)
+    assert len(often.marks) == 9
+    assert never.losses == often.losses
+    assert all(torch.equal(tensor, other[name]) for name, tensor in state.items())
 
 
 def test_ranges_that_follow_keep_their_proportion_to_the_weights(low):

@@ -160,7 +160,8 @@ def test_distillation_alone_needs_no_labels(low):
             return float((torch.cat([q(images) for images, _ in task(64)]) - wanted).square().mean())
 
     before = distance(low)
-    hs.train(low, options(labelled=[(images, None) for images, _ in task()], loss=None))
+    classes = hs.Distillation(axis=1)
+    hs.train(low, options(labelled=[(images, None) for images, _ in task()], loss=None, distillation=classes))
     assert distance(low) < 0.75 * before
 
 
@@ -177,6 +178,43 @@ def test_the_float_control_is_trained_in_the_same_way(net, low):
 def test_other_options_train_too(low, changes):
     trained = hs.train(low, options(**changes))
     assert sum(trained.losses[-4:]) < sum(trained.losses[:4])
+
+
+def scaled(factor):
+    return lambda outputs, labels: factor * cross_entropy(outputs, labels)
+
+
+def test_gradients_that_float16_cannot_hold_train_all_the_same(net):
+    def moved(autocast):
+        q = calibrated(net, 4, 4)
+        before = q.weight("conv1.weight").detach().clone()
+        # Its gradients are around 1e-9; float16 ends at 6e-8.
+        changes = {"loss": scaled(1e-6), "distillation": None, "optimizer": "sgd", "learning_rate": 1e4}
+        trained = hs.train(q, options(**changes, autocast=autocast, epochs=0.5))
+        assert trained.skipped == 0
+        return (q.weight("conv1.weight").detach() - before).flatten()
+
+    wanted = moved(None)
+    assert float(wanted.norm()) > 0
+    assert float(torch.cosine_similarity(moved(torch.float16), wanted, dim=0)) > 0.99
+
+
+def test_steps_beyond_float16_are_skipped_until_the_loss_fits(low):
+    trained = hs.train(low, options(autocast=torch.float16, loss=scaled(30.0), clip_norm=1.0))
+    assert 0 < trained.skipped < 8
+    assert trained.steps == len(trained.losses) == 16
+    assert len(set(trained.losses)) > 8
+    assert trained.to_dict()["skipped"] == trained.skipped
+    assert all(bool(tensor.isfinite().all()) for tensor in low.parameters())
+
+
+def test_a_gradient_that_is_never_finite_ends_a_training_in_float16_too(low):
+    def loss(outputs, labels):
+        return cross_entropy(outputs, labels) + (outputs.sum() * 0).sqrt()
+
+    message = r"step 17 of 32: .* the gradient of 'fc\..*' went first\..* try autocast=torch.bfloat16, which has room"
+    with pytest.raises(DivergedError, match=message):
+        hs.train(low, options(loss=loss, autocast=torch.float16, epochs=4))
 
 
 class Augmented:
@@ -211,11 +249,17 @@ class Killing:
         return cross_entropy(outputs, labels)
 
 
-@pytest.mark.parametrize("killed_at", [2, 5, 11, 15])
-def test_a_killed_run_goes_on_with_the_same_result(low, tmp_path, killed_at):
+#: Its gradients overflow until the loss is scaled less.
+OVERFLOWING = {"autocast": torch.float16, "distillation": hs.Distillation(weight=50.0), "clip_norm": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("killed_at", "changes"), [(2, {}), (5, {}), (11, {}), (15, {}), (4, OVERFLOWING), (13, OVERFLOWING)]
+)
+def test_a_killed_run_goes_on_with_the_same_result(low, tmp_path, killed_at, changes):
     def run(loss, directory):
         q = copy.deepcopy(low)
-        training = options(labelled=Augmented(), loss=loss, checkpoint_every=3)
+        training = options(labelled=Augmented(), loss=loss, checkpoint_every=3, **changes)
         try:
             return q, hs.train(q, training, HELD_OUT, directory=directory)
         except KeyboardInterrupt:
@@ -227,6 +271,8 @@ def test_a_killed_run_goes_on_with_the_same_result(low, tmp_path, killed_at):
     resumed, again = run(Killing(), tmp_path / "broken")
     assert equal(state(resumed), state(whole))
     assert again.losses == trained.losses
+    assert again.skipped == trained.skipped
+    assert (trained.skipped > 0) == bool(changes)
     assert [mark.score for mark in again.marks] == [mark.score for mark in trained.marks]
     assert again.resumed_at == killed_at // 3 * 3
 

@@ -20,7 +20,9 @@ FAR = 0.1  # distance of the evaluation's values from the calibration's that is 
 STEADY = 1.25  # ranges of two halves of the data that differ by more than this factor rest on too few of them
 BULK = Percentile(99.9)  # whose range outliers hardly move, so that it shows how steady the data are
 
-Kind = Literal["unobserved", "not finite", "only zeros", "few samples", "disagreement", "unlike", "unsteady"]
+Kind = Literal[
+    "unobserved", "not finite", "only zeros", "few samples", "sparse", "disagreement", "unlike", "unsteady"
+]
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ def data_concerns(histogram: Histogram, calibrators: Sequence[Calibrator] = ()) 
 
     Args:
         histogram: what was seen.
-        calibrators: those to be asked; a percentile needs enough samples to leave some out.
+        calibrators: those to be asked; a percentile needs enough samples to leave some out, and enough that are not
+            zero to have some left.
 
     >>> histogram = Histogram()
     >>> histogram.update(torch.zeros(100))
@@ -74,6 +77,14 @@ def data_concerns(histogram: Histogram, calibrators: Sequence[Calibrator] = ()) 
             if histogram.count < needed:
                 few = f"{calibrator} of {histogram.count} values rests on fewer than {BEYOND} of them: needs {needed}"
                 found.append(Concern("few samples", few))
+            live, left_out = histogram.count - histogram.zero_count, calibrator.left_out(histogram.count)
+            if 2 * left_out >= live:
+                sparse = (
+                    f"only {live} of {histogram.count} values are not zero, and {calibrator} leaves out {left_out} on "
+                    "a side (if that leaves only zero, its share of those that are not): choose another calibrator, "
+                    "such as mse"
+                )
+                found.append(Concern("sparse", sparse))
     return found
 
 

@@ -18,6 +18,9 @@ class Percentile:
 
     A symmetric format gets the percentile of the absolute values; an affine one the percentile of the values as its
     upper end, and of their negatives as its lower end. 100 is the range of the data.
+
+    Where so few values differ from zero that such a range holds only zero, it holds ``p`` percent of the values that
+    are not zero instead: outliers among them are still left out, and zeros are represented whatever the range.
     Exact where at most 1024 values are left out on a side, otherwise right to 2^-7 of itself.
 
     Args:
@@ -49,12 +52,25 @@ class Percentile:
         Raises:
             NotObservedError: the histogram is empty.
         """
-        if format.symmetric:
-            high = histogram.magnitude_quantile(self.share)
-            return -high, high
-        high = histogram.quantile(self.share)
-        left_out = histogram.count - ceil(self.share * histogram.count)
-        return cover(histogram.nth(1 + left_out), high, format)
+        live = histogram.count - histogram.zero_count
+        for left_out in (self.left_out(histogram.count), self.left_out(live), 0):
+            low, high = _leaving_out(histogram, format, left_out)
+            if low < high:
+                break
+        return low, high
+
+    def left_out(self, count: int) -> int:
+        """How many of so many values are beyond the range, on each side."""
+        return count - ceil(self.share * count)
 
     def __str__(self) -> str:
         return f"percentile({self.p:g})" if float(f"{self.p:g}") == self.p else f"percentile({self.p})"
+
+
+def _leaving_out(histogram: Histogram, format: Format, left_out: int) -> tuple[float, float]:
+    """The range without so many of the largest magnitudes, or without so many values on each side."""
+    count = histogram.count
+    if format.symmetric:
+        high = histogram.magnitude_quantile(Fraction(count - left_out, max(count, 1)))
+        return -high, high
+    return cover(histogram.nth(1 + left_out), histogram.nth(count - left_out), format)

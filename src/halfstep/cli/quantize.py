@@ -64,7 +64,9 @@ def quantize(
     ] = None,
     strict: Annotated[
         bool | None,
-        typer.Option("--strict", help="Demand that the drop's whole interval keeps to the target."),
+        typer.Option(
+            "--strict", help="Demand that the upper end of the drop's interval keeps to the target."
+        ),
     ] = None,
     tune: Annotated[
         bool | None,

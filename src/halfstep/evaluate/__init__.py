@@ -2,7 +2,7 @@
 
 from halfstep.evaluate.early import EarlyStopping, early_stopping
 from halfstep.evaluate.metric import Accuracy, CallableMetric, Metric, as_scorer, logits_of
-from halfstep.evaluate.paired import Drop, paired_drop
+from halfstep.evaluate.paired import Drop, paired_drop, percent, share_of_error
 from halfstep.evaluate.score import Score, Scorer
 from halfstep.evaluate.sequential import SequentialTest
 from halfstep.evaluate.several import Several, as_scorers, classifies, labelled_data, parts
@@ -25,4 +25,6 @@ __all__ = [
     "logits_of",
     "paired_drop",
     "parts",
+    "percent",
+    "share_of_error",
 ]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from halfstep.evaluate.metric import Metric
-from halfstep.evaluate.order import Shuffled, can_shuffle
+from halfstep.evaluate.order import Shuffled, cannot_shuffle
 from halfstep.evaluate.score import Score, Scorer
 from halfstep.evaluate.sequential import SequentialTest, Side
 from halfstep.evaluate.several import Several
@@ -37,9 +38,18 @@ class EarlyStopping:
         return self._shuffled is not None
 
     def scores(self, model: Callable[..., Any], seen: int = 0) -> Iterator[torch.Tensor]:
-        """Scores of the examples after the first ``seen``, batch by batch, in the order drawn."""
-        drawn = None if self._shuffled is None else self._shuffled.drawn(seen)
-        yield from self.metric.stream(model, drawn)
+        """Scores of the examples after the first ``seen``, batch by batch, in the order drawn.
+
+        Those come around again where examples cannot be picked, and are dropped.
+        """
+        if self._shuffled is not None:
+            yield from self.metric.stream(model, self._shuffled.drawn(seen))
+            return
+        for batch in self.metric.stream(model):
+            rest = batch[seen:]
+            seen -= len(batch) - len(rest)
+            if len(rest):
+                yield rest
 
     def run(
         self,
@@ -48,6 +58,7 @@ class EarlyStopping:
         level: float,
         accept: bool = True,
         progress: Callable[[int], None] | None = None,
+        seen: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Side | None]:
         """Score ``model`` until its drop is surely above or below ``max_drop``, or to the end.
 
@@ -57,6 +68,7 @@ class EarlyStopping:
             level: the largest probability that a full evaluation would say otherwise.
             accept: whether to stop for a candidate that is surely good, too.
             progress: called with the number of examples after each batch.
+            seen: the scores of an earlier run, which goes on from there: nothing is scored where they suffice.
 
         Returns:
             The scores of the examples seen, in the order drawn; and the verdict, None if all were seen without one.
@@ -64,7 +76,8 @@ class EarlyStopping:
         test = SequentialTest(max_drop, -self._widest, self._widest, level, self.total)
         sign = 1 if self.metric.higher_is_better else -1
         taken: list[torch.Tensor] = []
-        for batch in self.scores(model):
+        known = [] if seen is None else [seen]
+        for batch in itertools.chain(known, self.scores(model, sum(map(len, known)))):
             start = test.seen
             taken.append(batch)
             side = test.update(sign * (self._reference[start : start + len(batch)] - batch))
@@ -87,8 +100,7 @@ class EarlyStopping:
         Only the rest are scored where the examples can be picked; a loader is iterated anew.
         """
         if len(scores) < self.total:
-            kept = scores if self.picks else scores[:0]
-            scores = torch.cat([kept, *self.scores(model, len(kept))])
+            scores = torch.cat([scores, *self.scores(model, len(scores))])
         restored = torch.empty_like(scores)
         restored[self.order] = scores
         return Score.mean(restored)
@@ -104,10 +116,10 @@ def early_stopping(scorer: Scorer, reference: Score) -> EarlyStopping | str:
         return "the scores have no known bounds (hs.Metric(..., bounds=(0, 1)) says so)"
     if scorer.shuffled:
         return EarlyStopping(scorer, reference)
-    if not can_shuffle(scorer.labelled):
+    if why := cannot_shuffle(scorer.labelled):
         return (
-            "the examples come in an order that may carry information; give a list of batches of tensors, or say "
-            "shuffled=True if it does not"
+            f"the examples come in an order that may carry information, and cannot be put into another: {why}; give a "
+            "list of batches of tensors, or say shuffled=True if their order carries none"
         )
     if Shuffled(scorer.labelled).count != len(reference.per_example):  # type: ignore[arg-type]
         return "the score gives another number of scores than there are examples"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from halfstep.errors import HalfstepError, MetricError
+from halfstep.errors import HalfstepError, MetricError, named
 from halfstep.evaluate.score import Score, Scorer
 from halfstep.graph.inputs import ModelInputs, call_arguments
 
@@ -135,6 +135,8 @@ class Metric:
 class Accuracy(Metric):
     """The share of examples whose largest logit is the label's: the usual top-1 accuracy, 0 to 1.
 
+    Of equal logits the first counts as the larger one, as for ``argmax``. Logits with a NaN predict nothing: a miss.
+
     Args:
         labelled: iterable of ``(inputs, labels)``; labels are class indices of shape (batch,). Outputs are logits
             (batch, classes), or a tuple or record whose first tensor they are.
@@ -161,8 +163,15 @@ class Accuracy(Metric):
                 f"Accuracy: labels go from {int(labels.min())} to {int(labels.max())}, but the model has "
                 f"{logits.shape[1]} classes (0 to {logits.shape[1] - 1})"
             )
-        best = logits.topk(self.top, dim=1).indices
-        hits: torch.Tensor = (best == labels[:, None]).any(dim=1)
+        if self.top > logits.shape[1]:
+            raise MetricError(f"Accuracy: top is {self.top}, but the model has {logits.shape[1]} classes")
+        places = labels.long()[:, None]
+        if not torch.equal(places[:, 0].to(labels.dtype), labels):
+            raise MetricError(f"Accuracy: got labels of {labels.dtype} with fractions, needed class indices")
+        right = logits.gather(1, places)  # (batch, 1)
+        before = torch.arange(logits.shape[1], device=logits.device) < places
+        ahead = (logits > right) | ((logits == right) & before)
+        hits: torch.Tensor = (ahead.sum(dim=1) < self.top) & ~logits.isnan().any(dim=1)
         return hits
 
 
@@ -203,6 +212,7 @@ def answers(model: Callable[..., Any], labelled: Labelled) -> Iterator[tuple[Any
 
     Raises:
         MetricError: if a batch is no pair (inputs, labels).
+        DataError: naming the batch, if its inputs are not what the model takes.
     """
     for index, item in enumerate(labelled):
         if not (isinstance(item, (tuple, list)) and len(item) == 2):
@@ -211,7 +221,7 @@ def answers(model: Callable[..., Any], labelled: Labelled) -> Iterator[tuple[Any
             )
         inputs, labels = item
         args, kwargs = call_arguments(inputs)
-        with torch.no_grad():
+        with named(f"metric: batch {index}"), torch.no_grad():
             outputs = model(*args, **kwargs)
         yield outputs, labels
 

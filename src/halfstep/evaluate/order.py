@@ -45,16 +45,22 @@ class Shuffled:
             )
 
 
-def can_shuffle(labelled: object) -> bool:
-    """Whether ``labelled`` is a list of batches whose examples can be picked one by one."""
+def cannot_shuffle(labelled: object) -> str:
+    """Why the examples of ``labelled`` cannot be picked one by one and put together anew; empty if they can.
+
+    They can in a list of batches of tensors that differ in nothing but how many examples they hold.
+    """
     if not isinstance(labelled, (list, tuple)) or not labelled:
-        return False
-    structures = set()
+        return "the data are no list of batches"
+    kinds = []
     for batch in labelled:
         leaves, structure = pytree.tree_flatten(batch)
         if not leaves or not all(isinstance(leaf, torch.Tensor) and leaf.dim() for leaf in leaves):
-            return False
+            return "the batches hold something else than tensors of examples"
         if len({len(leaf) for leaf in leaves}) > 1:
-            return False
-        structures.add(str(structure))
-    return len(structures) == 1
+            return "the tensors of a batch differ in their first dimension"
+        kinds.append((structure, [(leaf.dtype, tuple(leaf.shape[1:])) for leaf in leaves]))
+    for index, kind in enumerate(kinds):
+        if kind != kinds[0]:
+            return f"batch {index} has examples of another shape or dtype than batch 0, as padding batch by batch makes"
+    return ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -18,16 +18,24 @@ class Score:
         per_example: float64 scores of the single examples whose mean ``value`` is; None where the metric is not a
             mean over examples.
         others: of several metrics, the scores of those after the first, by name.
+        examined: how many candidates of a search had been looked at on the same examples by then, this one included;
+            1 for a model by itself. What is said of its drop is corrected for them.
     """
 
     value: float
     per_example: torch.Tensor | None = None
     others: Mapping[str, Score] = field(default_factory=dict)
+    examined: int = 1
 
     @classmethod
     def mean(cls, per_example: torch.Tensor) -> Score:
         """The score whose value is the mean of ``per_example``, (n,)."""
         return cls(float(per_example.mean()), per_example)
+
+    def numbered(self, examined: int) -> Score:
+        """The same score, as that of the ``examined``-th candidate of a search."""
+        others = {name: part.numbered(examined) for name, part in self.others.items()}
+        return replace(self, examined=examined, others=others)
 
     @property
     def count(self) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +12,7 @@ import onnx_ir as ir
 import torch
 
 from halfstep.errors import ExportError
-from halfstep.export.editing import drop_unused, share_equal
+from halfstep.export.editing import drop_unused, share_equal, unique_names
 from halfstep.export.lower import lower, pool_globally, rename
 from halfstep.export.trace import DOMAIN, trace
 from halfstep.model import QuantizedModel
@@ -25,6 +26,7 @@ def build_quantized(model: QuantizedModel, metadata: Mapping[str, str]) -> ir.Mo
     onnx_model = trace(model, quantized=True)
     lower(onnx_model, model)
     share_equal(onnx_model.graph)
+    unique_names(onnx_model.graph)
     onnx_model.producer_name, onnx_model.producer_version = "halfstep", version("halfstep")
     onnx_model.opset_imports.pop(DOMAIN, None)
     onnx_model.metadata_props.clear()
@@ -48,6 +50,7 @@ def build_float(model: QuantizedModel) -> ir.Model:
     pool_globally(onnx_model.graph)
     drop_unused(onnx_model.graph)
     share_equal(onnx_model.graph)
+    unique_names(onnx_model.graph)
     return onnx_model
 
 
@@ -59,7 +62,15 @@ def save(onnx_model: ir.Model, path: Path) -> None:
     """
     tensors = [value.const_value for value in onnx_model.graph.initializers.values()]
     size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
-    ir.save(onnx_model, path, external_data=f"{path.name}.data" if size > EXTERNAL_ABOVE else None)
+    weights = None
+    if size > EXTERNAL_ABOVE:  # called after their content, so that no other file can mean them by accident
+        digest = hashlib.blake2b(digest_size=8)
+        for tensor in tensors:
+            if tensor is not None:
+                digest.update(f"{tensor.name} {tensor.dtype} {tensor.shape}".encode())
+                digest.update(tensor.tobytes())
+        weights = f"{path.name}.{digest.hexdigest()}.data"
+    ir.save(onnx_model, path, external_data=weights)
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:

@@ -66,7 +66,12 @@ def constant(value: ir.Value | None) -> np.ndarray | None:
 
 
 def initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    """The initializer called ``name``, made when first asked for."""
+    """The initializer called ``name``, made when first asked for.
+
+    It gets another name where a parameter of the user's is called so.
+    """
+    while (found := constant(graph.initializers.get(name))) is not None and not _equal(found, array):
+        name = f"{name}:2"
     if name not in graph.initializers:
         tensor = ir.tensor(np.array(array, order="C"), name=name)
         graph.register_initializer(
@@ -75,6 +80,26 @@ def initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
             )
         )
     return graph.initializers[name]
+
+
+def _equal(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+def unique_names(graph: ir.Graph) -> None:
+    """Give every tensor a name of its own; inputs and outputs, which users ask for, keep theirs."""
+    kept = (*graph.inputs, *graph.outputs)
+    taken, known = {value.name for value in kept}, {id(value) for value in kept}
+    for value in [*graph.initializers.values(), *(value for node in graph for value in node.outputs)]:
+        if id(value) in known:
+            continue
+        name, count = value.name, 1
+        while name in taken or (count > 1 and name in graph.initializers):
+            count += 1
+            name = f"{value.name}:{count}"
+        if count > 1:
+            value.name = name
+        taken.add(name)
 
 
 def replace(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:

@@ -57,7 +57,7 @@ def lower(onnx_model: ir.Model, model: QuantizedModel) -> None:
 def rename(graph: ir.Graph) -> None:
     """Name nodes and their results after the user's modules, and drop the exporter's metadata."""
     used: dict[str, int] = {}
-    outputs = {value.name for value in graph.outputs}
+    outputs = {id(value) for value in graph.outputs}
     for node in graph:
         scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]")
         node.metadata_props.clear()
@@ -68,7 +68,7 @@ def rename(graph: ir.Graph) -> None:
         node.name = name if used[name] == 1 else f"{name}:{used[name]}"
         for index, value in enumerate(node.outputs):
             value.metadata_props.clear()
-            if value.name not in outputs:
+            if id(value) not in outputs:
                 value.name = node.name if len(node.outputs) == 1 else f"{node.name}.{index}"
 
 

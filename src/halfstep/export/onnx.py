@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 from halfstep.errors import ExportError
+from halfstep.export.replacing import replacing
 from halfstep.fake_quantize import Mode
+from halfstep.graph.inputs import batch_size
 from halfstep.model import QuantizedModel
 from halfstep.runtime.deployed import DeployedModel
-from halfstep.runtime.parity import MINIMUM_EQUAL, MINIMUM_SQNR, compare
+from halfstep.runtime.parity import MINIMUM_EQUAL, MINIMUM_SQNR, Parity, compare
 from halfstep.runtime.rules import lint
 from halfstep.runtime.runtimes import RULES
+
+#: The float network's file rounds like the network does, in another order: dB of the outputs that it keeps to at least.
+FLOAT_SQNR = 40.0
 
 
 def export_onnx(
@@ -43,50 +48,47 @@ def export_onnx(
         )
     from halfstep.export.build import build_quantized, save  # onnx loads when it is needed
 
-    with _written(Path(path), lambda file: save(build_quantized(model, metadata or {}), file)) as temporary:
+    with replacing(Path(path), lambda file: save(build_quantized(model, metadata or {}), file)) as temporary:
         _check_rules(model, temporary)
         if check:
             _check_parity(model, temporary)
     return Path(path)
 
 
-def export_float(model: QuantizedModel, path: str | Path) -> Path:
+def export_float(model: QuantizedModel, path: str | Path, check: bool = True) -> Path:
     """Write the float network (captured, batch norms folded) as ONNX: what the quantized file is compared with.
 
+    Args:
+        model: in whatever mode.
+        path: where to.
+        check: run the file on the target's runtime, on the example and on a batch one larger, first.
+
     Raises:
-        ExportError: as :func:`export_onnx`.
+        ExportError: if an operator cannot be translated, the checker or the runtime refuses the file, or the file
+            answers otherwise than the model.
     """
     from halfstep.export.build import build_float, save
 
-    with _written(Path(path), lambda file: save(build_float(model), file)):
-        return Path(path)
+    with replacing(Path(path), lambda file: save(build_float(model), file)) as temporary:
+        if check:
+            _check_float(model, temporary)
+    return Path(path)
 
 
-@contextmanager
-def _written(path: Path, write: Callable[[Path], None]) -> Iterator[Path]:
-    """The file under a temporary name beside ``path``; renamed when the block ends well, removed when it does not."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        directory = tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise ExportError(
-            f"cannot write to {path.parent}: {error.strerror}; choose a directory you own"
-        ) from error
-    with directory as name:
-        temporary = Path(name) / path.name
-        try:
-            write(temporary)
-        except OSError as error:
-            raise ExportError(f"cannot write {path}: {error.strerror}") from error
-        yield temporary
-        try:
-            weights = Path(name) / f"{path.name}.data"
-            if not weights.exists():  # those of a larger file that was here before
-                (path.parent / weights.name).unlink(missing_ok=True)
-            for file in Path(name).iterdir():  # the model, and its weights where they lie beside it
-                os.replace(file, path.parent / file.name)
-        except OSError as error:
-            raise ExportError(f"cannot write {path}: {error.strerror}") from error
+def copy_file(file: Path, path: Path) -> Path:
+    """Copy an ONNX file, with the weights that lie beside it, to a place of the same file name.
+
+    Raises:
+        ExportError: if it cannot be written.
+    """
+    from halfstep.runtime.size import parts
+
+    def write(temporary: Path) -> None:
+        for part in parts(file):
+            shutil.copyfile(part, temporary.with_name(part.name))
+
+    with replacing(path, write):
+        return path
 
 
 def _check_rules(model: QuantizedModel, path: Path) -> None:
@@ -99,6 +101,23 @@ def _check_rules(model: QuantizedModel, path: Path) -> None:
         )
 
 
+def _check_float(model: QuantizedModel, path: Path) -> None:
+    """Hold the file to the float network, so that what no runtime can do is known before anything is calibrated."""
+    captured = model.captured
+    args, kwargs = captured.example_inputs
+    count = batch_size(kwargs or args)
+    longer = captured.select(kwargs or args, torch.tensor([*range(count), 0]))
+    file = DeployedModel(path, captured.in_spec, captured.out_spec, runtime=model.target.runtime)
+    with model.using(Mode.FLOAT):
+        parity = compare(model, file, [kwargs or args, longer])
+    if not parity.reaches(FLOAT_SQNR):
+        raise ExportError(
+            f"the float network's file, on {model.target.runtime}, answers otherwise than the network: "
+            f"{_shortfall(parity, FLOAT_SQNR)}; look for NaN or infinite outputs, random numbers, and "
+            "operators whose result is not defined (the order of equal values, say)"
+        )
+
+
 def _check_parity(model: QuantizedModel, path: Path) -> None:
     args, kwargs = model.captured.example_inputs
     deployed = DeployedModel(path, model.captured.in_spec, model.captured.out_spec)
@@ -107,13 +126,15 @@ def _check_parity(model: QuantizedModel, path: Path) -> None:
     if not parity.reaches():
         from halfstep.export.parting import explain_parting
 
-        found = (
-            f"{parity.top1:.0%} of the integers are equal, needed {MINIMUM_EQUAL:.0%}"
-            if parity.sqnr is None
-            else f"{parity.sqnr:.1f} dB, needed {MINIMUM_SQNR:.0f} dB"
-        )
         raise ExportError(
-            f"the file's outputs differ from the simulation's: {found}; "
+            f"the file's outputs differ from the simulation's: {_shortfall(parity, MINIMUM_SQNR)}; "
             f"{explain_parting(model, path, kwargs or args, MINIMUM_SQNR)}. Nothing was written under the final name; "
             "calibrate on more data, or leave the layer before that site in float"
         )
+
+
+def _shortfall(parity: Parity, least: float) -> str:
+    """What was found and what was needed."""
+    if parity.sqnr is None:
+        return f"{parity.top1:.0%} of the integers are equal, needed {MINIMUM_EQUAL:.0%}"
+    return f"{parity.sqnr:.1f} dB, needed {least:.0f} dB"

@@ -6,6 +6,8 @@ is the only one that speaks to torch's exporter.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -16,10 +18,11 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from halfstep.errors import ExportError
-from halfstep.graph.capture import quiet
+from halfstep.graph.capture import quiet, varies
 from halfstep.graph.insert import insert
 from halfstep.graph.names import readable_names
 from halfstep.graph.placement import Placement, Position, Site
+from halfstep.graph.rooted import PREFIX, rooted
 from halfstep.model import QuantizedModel
 
 OPSET = 21
@@ -86,14 +89,16 @@ def trace(model: QuantizedModel, quantized: bool) -> ir.Model:
     for original, name in readable_names(model.graph).items():
         # The exporter writes this stack into the metadata of every node that it makes.
         inserted.copies[original].meta["nn_module_stack"] = {"": (name, "halfstep.Layer")}
-    module = fx.GraphModule(model.captured.module, inserted.graph).eval()
+    module = rooted(inserted.graph, model.captured.module).eval()
     if quantized:
         _correct_biases(module, model, inserted.copies)
     args, kwargs = model.captured.example_inputs
     flat, _ = pytree.tree_flatten((args, kwargs))
     tensors = [x.detach().cpu() if isinstance(x, torch.Tensor) else x for x in flat]
-    shapes = [{0: torch.export.Dim.DYNAMIC} if batched else None for batched in model.captured.batched]
-    names = [node.name for node in model.graph.nodes if node.op == "placeholder"]
+    inputs = [node for node in model.graph.nodes if node.op == "placeholder"]
+    values = [node.meta.get("val") for node in inputs]
+    dynamic = [isinstance(value, torch.Tensor) and value.dim() and varies(value.shape[0]) for value in values]
+    shapes = [{0: torch.export.Dim.DYNAMIC} if each else None for each in dynamic]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     try:
         with quiet():
@@ -104,18 +109,29 @@ def trace(model: QuantizedModel, quantized: bool) -> ir.Model:
                 dynamo=True,
                 opset_version=OPSET,
                 dynamic_shapes=tuple(shapes),
-                input_names=names,
-                output_names=output_names(model),
                 custom_translation_table={torch.ops.halfstep.site.default: _marker()},
                 verbose=False,
                 optimize=True,
             )
     except Exception as error:
-        raise ExportError(f"torch cannot translate the network to ONNX: {_cause(error)}") from error
+        raise ExportError(f"torch cannot translate the network to ONNX: {_cause(error, model)}") from error
     finally:
         module.to(device)
     assert program is not None
+    names = [str(node.target) for node in inputs if isinstance(node.meta.get("val"), torch.Tensor)]
+    _name(program.model.graph, names, model.captured.out_spec.names(names))
     return program.model
+
+
+def _name(graph: ir.Graph, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    """Name the inputs and outputs, and the parameters as the user's model does."""
+    for values, names in ((graph.inputs, inputs), (graph.outputs, outputs)):
+        for value, name in zip(values, names, strict=True):
+            value.name = name
+    for name, value in list(graph.initializers.items()):
+        own = name.removeprefix(PREFIX)
+        if own not in graph.initializers:
+            value.name = own
 
 
 def _correct_biases(module: fx.GraphModule, model: QuantizedModel, copies: dict[fx.Node, fx.Node]) -> None:
@@ -127,9 +143,10 @@ def _correct_biases(module: fx.GraphModule, model: QuantizedModel, copies: dict[
         node = copies[layer.operator.node]
         old = node.args[2]
         assert isinstance(old, fx.Node)
+        assert layer.operator.bias is not None
         owner, _, leaf = str(old.target).rpartition(".")
         name = f"{leaf}_of_{layer.name.replace('.', '_').replace(':', '_')}"
-        corrected = model.weight(str(old.target)).detach() + shift.shift
+        corrected = model.weight(str(layer.operator.bias.target)).detach() + shift.shift
         module.get_submodule(owner).register_buffer(name, corrected)
         with module.graph.inserting_before(node):
             new = module.graph.get_attr(f"{owner}.{name}" if owner else name)
@@ -139,21 +156,18 @@ def _correct_biases(module: fx.GraphModule, model: QuantizedModel, copies: dict[
     module.recompile()
 
 
-def output_names(model: QuantizedModel) -> list[str]:
-    """Names for the graph's tensor outputs: ``output``, the keys of a dict or record, or ``output_0`` and so on."""
-    (end,) = (node for node in model.graph.nodes if node.op == "output")
-    count = len(end.args[0])
-    if count == 1:
-        return ["output"]
-    leaves = pytree.tree_unflatten(list(range(count)), model.captured.out_spec)
-    paths = pytree.tree_flatten_with_path(leaves)[0]
-    names = [
-        "_".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path) for path, _ in paths
-    ]
-    return [name if not name[:1].isdigit() else f"output_{name}" for name in names]
-
-
-def _cause(error: BaseException) -> str:
+def _cause(error: BaseException, model: QuantizedModel) -> str:
+    """What stopped the translation; for an operator that ONNX has not, where it is and what to do."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    operator = re.search(r"No ONNX function found for <OpOverload\(op='(\w+)\.(\w+)'", text)
+    if operator is None:
+        return text
+    names = readable_names(model.graph).items()
+    places = [name for node, name in names if operator[2] in str(node.target)]
+    where = f" (at {', '.join(map(repr, places[:3]))})" if places else ""
+    return (
+        f"ONNX has no operator for {operator[1]}.{operator[2]}{where}; compute it from other operators, or quantize "
+        "the part of the network without it"
+    )

@@ -14,14 +14,41 @@ from halfstep.errors import FormatError
 from halfstep.formats import tables
 from halfstep.formats.format import checked_range, storable
 
+#: Bits of float32: all but the sign, those of the largest subnormal number, and those of the largest one.
+_MAGNITUDE, _SUBNORMAL, _LARGEST = 0x7FFFFFFF, 0x007FFFFF, 0x7F7FFFFF
+
 
 def midpoints(values: Tensor) -> Tensor:
     """Return the thresholds halfway between neighbouring values: shape (..., n) -> (..., n - 1).
 
+    Between two neighbouring floats there is none: the lower one is the threshold then, and what lies above it is the
+    upper one. So thresholds strictly increase where values do.
+
     >>> midpoints(torch.tensor([-1.0, 0.0, 0.5]))
     tensor([-0.5000,  0.2500])
     """
-    return ((values[..., :-1].double() + values[..., 1:].double()) / 2).to(values.dtype)
+    lower, upper = values[..., :-1], values[..., 1:]
+    halfway = ((lower.double() + upper.double()) / 2).to(values.dtype)
+    return torch.where(halfway < upper, halfway, lower)
+
+
+def increasing(values: Tensor) -> Tensor:
+    """Return finite numbers as sorted float32 that strictly increase along the last axis.
+
+    Equal ones, which k-means and training can give, are moved up to the next free floats (down at the very top).
+    Subnormal numbers become zero: a processor may take them for it.
+
+    >>> increasing(torch.tensor([2.0, 1.0, 2.0, 0.0])).diff() > 0
+    tensor([True, True, True])
+    """
+    bits = values.detach().float().sort(dim=-1).values.view(torch.int32).long()
+    # Every float32 that is not subnormal has a rank, 0 being zero's.
+    ranks = (bits & _MAGNITUDE).sub(_SUBNORMAL).clamp(min=0) * torch.where(bits < 0, -1, 1)
+    places = torch.arange(ranks.shape[-1], device=ranks.device)
+    ranks = (ranks - places).cummax(dim=-1).values + places
+    ranks = torch.minimum(ranks, places - places[-1] + _LARGEST - _SUBNORMAL)
+    magnitudes = torch.where(ranks == 0, 0, ranks.abs() + _SUBNORMAL).int().view(torch.float32)
+    return magnitudes * ranks.sign()
 
 
 @dataclass(frozen=True, eq=False, repr=False)

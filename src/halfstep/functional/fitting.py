@@ -10,12 +10,10 @@ from torch import Tensor
 
 from halfstep.errors import DataError, FormatError
 from halfstep.formats import Codebook
+from halfstep.formats.codebook import increasing
 from halfstep.formats.format import SMALLEST_SCALE, storable
 from halfstep.formats.kmeans import Numbers, exact_kmeans, lloyd_max
 from halfstep.granularity import Granularity, PerTensor
-
-#: Unused values of a table are put above its largest one at this relative distance: they must still increase.
-_SPACING = 2.0**-20
 
 
 def kmeans_codebook(
@@ -86,16 +84,11 @@ def _fitted(
     rows = granularity.rows(samples.detach().double().cpu(), 0.0).numpy()
     row_weights = granularity.rows(weights.detach().double().cpu(), 0.0).numpy()
     levels: int = 2**bits
-    tables = [_filled(solve(r, w, levels), levels) for r, w in zip(rows, row_weights, strict=True)]
-    return Codebook(torch.tensor(np.stack(tables)).float().reshape(*shape, levels), scaled=False, name=name)
-
-
-def _filled(values: Numbers, levels: int) -> Numbers:
-    """Return ``levels`` values that increase in float32, unused ones standing above the largest."""
-    values = np.unique(values.astype(np.float32)).astype(np.float64)
-    spacing = _SPACING * max(abs(float(values[-1])), SMALLEST_SCALE / _SPACING)
-    spare = values[-1] + spacing * np.arange(1, levels - len(values) + 1)
-    return np.concatenate((values, spare))
+    found = [
+        np.unique(solve(r, w, levels).astype(np.float32)) for r, w in zip(rows, row_weights, strict=True)
+    ]
+    tables = np.stack([np.pad(values, (0, levels - len(values)), "edge") for values in found])
+    return Codebook(increasing(torch.from_numpy(tables)).reshape(*shape, levels), scaled=False, name=name)
 
 
 def binary_scale(x: Tensor, granularity: Granularity) -> Tensor:

@@ -102,8 +102,11 @@ class _FakeQuantizeLearned(torch.autograd.Function):
             tables = codebook.table(values, numbers, granularity)
             result = codebook.replace(numbers, tables, midpoints(tables), False, granularity)
             result.mul_(granularity.expand(scale, x.shape))
-            balance = gradients.balance(x, 1.0, granularity, gradient)  # values are in units of the scale
-            grad_scale = balance * gradients.of_scale(grad, kept, x, result, scale, granularity, gradient)
+            reach = 1.0  # values are in units of the scale
+            balance = gradients.balance(x, reach, granularity, gradient)
+            grad_scale = balance * gradients.of_scale(
+                grad, kept, x, result, scale, reach, granularity, gradient
+            )
         return grad_x, grad_values, grad_scale, None, None
 
 

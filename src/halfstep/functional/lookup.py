@@ -25,7 +25,10 @@ PIECE = 2**19
 
 
 def serves(x: Tensor, thresholds: Tensor) -> bool:
-    """Whether the lookup can be used: one table, float32 in the host's memory, many elements, not being compiled."""
+    """Whether the lookup can be used: one table, float32 in the host's memory, many elements, not being compiled.
+
+    And numba compiles: with NUMBA_DISABLE_JIT the loops would take a thousand times as long.
+    """
     return (
         thresholds.dim() == 1
         and len(thresholds) < 2**16
@@ -33,7 +36,14 @@ def serves(x: Tensor, thresholds: Tensor) -> bool:
         and x.device.type == "cpu"
         and x.numel() >= WORTHWHILE
         and not torch.compiler.is_compiling()
+        and _compiles()
     )
+
+
+def _compiles() -> bool:
+    import numba
+
+    return not numba.config.DISABLE_JIT  # type: ignore[attr-defined]
 
 
 def replace(x: Tensor, values: Tensor, thresholds: Tensor, ties_up: bool) -> None:
@@ -45,11 +55,12 @@ def replace(x: Tensor, values: Tensor, thresholds: Tensor, ties_up: bool) -> Non
         thresholds: (n - 1,) float32.
         ties_up: whether an element equal to a threshold gets the upper value.
     """
-    flat, (bounds, starts) = _flat(x), _cells(thresholds, ties_up)
+    flat, (bounds, starts) = _flat(x), _cells(thresholds)
+    fill = _compiled().replace_ties_up if ties_up else _compiled().replace
     table = values.detach().numpy()  # learned values: other threads do not know that no gradient is wanted
 
     def work(piece: NDArray[np.float32]) -> None:
-        _compiled().replace(piece, piece.view(np.uint32), table, bounds, starts)
+        fill(piece, piece.view(np.uint32), table, bounds, starts)
 
     # Plain threads rather than numba's parallel loops, whose waiting threads spin: beside torch's own they
     # took ten times as long on a busy machine.
@@ -68,7 +79,7 @@ def totals(x: Tensor, amounts: Tensor, thresholds: Tensor) -> Tensor:
     Returns:
         (n,) float32.
     """
-    bounds, starts = _cells(thresholds, ties_up=False)
+    bounds, starts = _cells(thresholds)
     flat, weights = x.reshape(-1).numpy(), amounts.reshape(-1).numpy()
     return torch.from_numpy(_compiled().totals(flat, flat.view(np.uint32), weights, bounds, starts)).float()
 
@@ -79,13 +90,10 @@ def _flat(x: Tensor) -> NDArray[np.float32]:
     return view
 
 
-def _cells(thresholds: Tensor, ties_up: bool) -> tuple[NDArray[np.float32], NDArray[np.uint16]]:
+def _cells(thresholds: Tensor) -> tuple[NDArray[np.float32], NDArray[np.uint16]]:
     """Return what the loops compare with, and the table of where to start."""
     bounds = thresholds.detach().numpy()
-    if ties_up:
-        bounds = np.nextafter(bounds, np.float32(-np.inf))  # at or above a threshold is above its predecessor
-    starts = _starts(bounds.tobytes())
-    return np.append(bounds, np.float32(np.nan)), starts  # nothing is above NaN: a search stops there
+    return np.append(bounds, np.float32(np.nan)), _starts(bounds.tobytes())  # no search goes beyond NaN
 
 
 def _together(work: Callable[[NDArray[np.float32]], None], pieces: list[NDArray[np.float32]]) -> None:
@@ -108,6 +116,7 @@ def _starts(thresholds: bytes) -> NDArray[np.uint16]:
 
 class _Loops(NamedTuple):
     replace: Callable[..., None]
+    replace_ties_up: Callable[..., None]
     totals: Callable[..., NDArray[np.float64]]
 
 
@@ -116,14 +125,27 @@ def _compiled() -> _Loops:
     """Compile the loops; numba is loaded here, where it is first needed."""
     from numba import njit
 
+    # Not by moving the thresholds down by a bit: below zero that is a subnormal number, which a processor may take for
+    # zero itself.
     @njit(nogil=True)
-    def replace(x: Any, bits: Any, values: Any, bounds: Any, starts: Any) -> None:
-        for i in range(x.size):
-            number = x[i]
-            code = starts[bits[i] >> 16]
-            while number > bounds[code]:
-                code += 1
-            x[i] = values[code] if number == number else number  # NaN stays NaN
+    def above(number: Any, bound: Any) -> Any:
+        return number > bound
+
+    @njit(nogil=True)
+    def at_or_above(number: Any, bound: Any) -> Any:
+        return number >= bound
+
+    def replacing(passes: Callable[[Any, Any], Any]) -> Callable[..., None]:
+        @njit(nogil=True)
+        def replace(x: Any, bits: Any, values: Any, bounds: Any, starts: Any) -> None:
+            for i in range(x.size):
+                number = x[i]
+                code = starts[bits[i] >> 16]
+                while passes(number, bounds[code]):
+                    code += 1
+                x[i] = values[code] if number == number else number  # NaN stays NaN
+
+        return replace
 
     @njit(nogil=True)
     def totals(x: Any, bits: Any, amounts: Any, bounds: Any, starts: Any) -> Any:
@@ -136,4 +158,4 @@ def _compiled() -> _Loops:
             sums[i & 3, code] += amounts[i] if number == number else 0.0
         return sums.sum(0)
 
-    return _Loops(replace, totals)
+    return _Loops(replacing(above), replacing(at_or_above), totals)

@@ -98,7 +98,10 @@ class _FakeQuantize(torch.autograd.Function):
                 result = arithmetic(ctx.format).fake_quantize(
                     wide, scale, zero_point, ctx.format, granularity
                 )
-            grad_scale = balance * gradients.of_scale(grad, kept, x, result, scale, granularity, gradient)
+            reach = ctx.format.reach
+            grad_scale = balance * gradients.of_scale(
+                grad, kept, x, result, scale, reach, granularity, gradient
+            )
         if ctx.needs_input_grad[2]:
             grad_zero_point = balance * gradients.of_zero_point(grad, kept, scale, granularity)
         return grad_x, grad_scale, grad_zero_point, None, None, None

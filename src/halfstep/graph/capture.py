@@ -20,6 +20,8 @@ from torch.utils import _pytree as pytree
 
 from halfstep.errors import CaptureError, DataError
 from halfstep.graph.inputs import ModelInputs, batch_size, call_arguments
+from halfstep.graph.outputs import Outputs
+from halfstep.graph.rooted import PREFIX, Rooted, bind, unrooted
 from halfstep.graph.unfold import FoldedNorm, tensors
 from halfstep.identity import Identity
 
@@ -36,10 +38,11 @@ class Captured:
     """A network as one functional ATen graph.
 
     Attributes:
-        module: graph module over flat tensors: takes the placeholders, returns a tuple. Its parameters carry
-            the names they have in the user's model, and each node's ``meta["nn_module_stack"]`` its module path.
+        graph: over flat values: takes the placeholders, returns a tuple. Each node's ``meta["nn_module_stack"]`` has
+            its module path in the user's model.
+        module: the parameters and buffers that the graph reads, under the names they have in the user's model.
         in_spec: how ``(args, kwargs)`` flatten to the placeholders.
-        out_spec: how the tuple of outputs is put together to what the user's model returns.
+        out_spec: how the tuple of the graph's values is put together to what the user's model returns.
         example_inputs: ``(args, kwargs)`` that the graph was traced with, batch of at least 2.
         batched: for each placeholder, whether its first dimension is the (dynamic) batch.
         folded: the batch norms that are no longer in the graph, one record for each layer they were folded into.
@@ -49,9 +52,10 @@ class Captured:
         content: a digest of the network as it was captured: its graph, and every parameter, buffer and constant.
     """
 
-    module: fx.GraphModule
+    graph: fx.Graph
+    module: nn.Module
     in_spec: pytree.TreeSpec
-    out_spec: pytree.TreeSpec
+    out_spec: Outputs
     example_inputs: tuple[tuple[Any, ...], dict[str, Any]]
     batched: tuple[bool, ...]
     notes: list[str] = field(default_factory=list)
@@ -61,25 +65,29 @@ class Captured:
     content: str = ""
 
     def check_inputs(self, flat: Sequence[Any]) -> None:
-        """Raise unless ``flat`` are tensors of the example's types and shapes, but for the batch's size.
+        """Raise unless ``flat`` are tensors of the example's types and shapes, but for sizes that may vary.
 
         Raises:
             DataError: naming the input, what was got and what is needed.
         """
-        placeholders = [node for node in self.module.graph.nodes if node.op == "placeholder"]
-        for node, value, batched in zip(placeholders, flat, self.batched, strict=True):
+        placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
+        for node, value in zip(placeholders, flat, strict=True):
             wanted = node.meta.get("val")
             if not isinstance(wanted, torch.Tensor):
                 continue
             if not isinstance(value, torch.Tensor):
                 raise DataError(f"input {node.target!r}: got {type(value).__name__}, needed a tensor")
             got, needed = list(value.shape), list(wanted.shape)
-            fixed = slice(1, None) if batched else slice(None)
-            if len(got) != len(needed) or any(a != b for a, b in zip(got[fixed], needed[fixed], strict=True)):
-                sizes = ["batch" if batched else str(needed[0]), *map(str, needed[1:])] if needed else []
+            if len(got) != len(needed) or any(
+                not varies(size) and size != given for given, size in zip(got, needed, strict=True)
+            ):
+                sizes = ["batch" if varies(size) else str(size) for size in needed]
                 raise DataError(f"input {node.target!r}: got shape {tuple(got)}, needed ({', '.join(sizes)})")
             if value.dtype != wanted.dtype:
-                raise DataError(f"input {node.target!r}: got {value.dtype}, needed {wanted.dtype}")
+                raise DataError(
+                    f"input {node.target!r}: got {value.dtype}, needed {wanted.dtype} as in example_inputs; convert it "
+                    f"with .to({wanted.dtype})"
+                )
 
     def examples(self, inputs: ModelInputs, start: int, stop: int) -> ModelInputs:
         """Examples ``start`` to ``stop`` of a batch of model inputs, as views; what has no batch stays whole."""
@@ -100,7 +108,7 @@ class Captured:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph as the user's model would be run."""
         flat, _ = pytree.tree_flatten((args, kwargs))
-        return pytree.tree_unflatten(self.module(*flat), self.out_spec)
+        return self.out_spec.restore(bind(self.graph, self.module)(*flat))
 
 
 def capture(model: nn.Module, example_inputs: ModelInputs) -> Captured:
@@ -111,15 +119,16 @@ def capture(model: nn.Module, example_inputs: ModelInputs) -> Captured:
 
     Args:
         model: any module that :func:`torch.export.export` can trace.
-        example_inputs: a tensor, a tuple or a dict of inputs with a batch of at least 2. Every tensor whose first
-            dimension has the batch's size is taken as batched.
+        example_inputs: a tensor, a tuple or a dict of inputs with a batch of at least 2. The first dimension of the
+            first tensor is the batch. That of another one is if it has the same size and always the same size (as
+            far as the tracing shows), or is the first dimension of an output.
 
     Raises:
-        CaptureError: if a parameter is not finite, the batch is smaller than 2, the model cannot be traced (the
-            message names the module and line at fault), keeps state between calls, or answers differently from
-            its own graph.
+        CaptureError: if a parameter is not finite or no float32, the batch is smaller than 2, the model cannot be
+            traced (the message names the module and line at fault), keeps state between calls, or answers
+            differently from its own graph.
     """
-    _check_finite(model)
+    _check_parameters(model)
     size = batch_size(example_inputs)
     if size < 2:
         raise CaptureError(
@@ -136,27 +145,27 @@ def capture(model: nn.Module, example_inputs: ModelInputs) -> Captured:
 
     args, kwargs = call_arguments(example_inputs)
     flat, in_spec = pytree.tree_flatten((args, kwargs))
-    batched = tuple(isinstance(x, torch.Tensor) and x.dim() > 0 and x.shape[0] == size for x in flat)
-    program = _export(own, args, kwargs, in_spec, batched)
+    varying = tuple(isinstance(x, torch.Tensor) and x.dim() > 0 and x.shape[0] == size for x in flat)
+    program = _export(own, args, kwargs, in_spec, varying)
     if program.graph_signature.buffers_to_mutate:
-        names = ", ".join(map(repr, program.graph_signature.buffers_to_mutate.values()))
+        changed = (name.removeprefix(PREFIX) for name in program.graph_signature.buffers_to_mutate.values())
+        names = ", ".join(map(repr, changed))
         raise CaptureError(
             f"model {type(model).__name__} changes its buffers {names} in evaluation mode; a quantized graph keeps "
             "no state between calls: return the state as an output and pass it as an input"
         )
-    module = program.module(check_guards=False)
+    traced = program.module(check_guards=False)
     out_spec = program.call_spec.out_spec
-    assert isinstance(module, fx.GraphModule) and out_spec is not None
-    module.graph.set_codegen(fx.graph.CodeGen())
-    module = fx.GraphModule(
-        module, module.graph
-    )  # without torch's hooks, which check for the user's signature
+    assert isinstance(traced, fx.GraphModule) and out_spec is not None
+    graph, module, fixed = unrooted(traced)
     originals, graph_names = _not_in_graph(own, module)
-    content = Identity(str(module.graph), sorted(tensors(module).items())).digest
+    content = Identity(str(graph), sorted(tensors(module).items())).digest
+    batched = _batched(graph)
     captured = Captured(
+        graph,
         module,
         in_spec,
-        out_spec,
+        Outputs(out_spec, fixed),
         (args, kwargs),
         batched,
         originals=originals,
@@ -167,7 +176,31 @@ def capture(model: nn.Module, example_inputs: ModelInputs) -> Captured:
     return captured
 
 
-def _not_in_graph(model: nn.Module, graph: fx.GraphModule) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def varies(size: int | torch.SymInt) -> bool:
+    """Whether a dimension of a traced tensor may have any size."""
+    return not isinstance(size, int) and size.node.maybe_as_int() is None
+
+
+def _batched(graph: fx.Graph) -> tuple[bool, ...]:
+    """For each placeholder, whether its first dimension is the batch, by what the tracing found to vary together.
+
+    Sizes that vary apart are symbols of their own: that of a table of which the code takes the mean, say. Where such
+    a size comes out as the first dimension of an output, it is taken as a batch too (of two towers side by side).
+    """
+
+    def first_size(node: Any) -> str:
+        value = node.meta.get("val") if isinstance(node, fx.Node) else None
+        if not isinstance(value, torch.Tensor) or not value.dim() or not varies(value.shape[0]):
+            return ""
+        return str(value.shape[0])
+
+    sizes = [first_size(node) for node in graph.nodes if node.op == "placeholder"]
+    (end,) = (node for node in graph.nodes if node.op == "output")
+    batches = {next(filter(None, sizes), ""), *map(first_size, end.args[0])}
+    return tuple(bool(size) and size in batches for size in sizes)
+
+
+def _not_in_graph(model: nn.Module, graph: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """What the model's state dict has and the graph has not, and which of the graph's names stands for each name.
 
     A tensor with several names in the model has one in the graph.
@@ -195,7 +228,10 @@ def check_equal(captured: Captured, model: nn.Module) -> None:
     for leaves in (flat, longer):
         call_args, call_kwargs = pytree.tree_unflatten(leaves, spec)
         with torch.no_grad():
-            wanted = _float_outputs(model(*call_args, **call_kwargs))
+            try:
+                wanted = _float_outputs(model(*call_args, **call_kwargs))
+            except Exception as failure:
+                raise CaptureError(_explain(model, failure, leaves)) from failure
             got = _float_outputs(captured(*call_args, **call_kwargs))
             for index, (a, b) in enumerate(zip(got, wanted, strict=True)):
                 error = relative_error(a, b)
@@ -249,8 +285,13 @@ def _float_outputs(outputs: Any) -> list[torch.Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
 
 
-def _check_finite(model: nn.Module) -> None:
+def _check_parameters(model: nn.Module) -> None:
     for name, tensor in model.named_parameters():
+        if tensor.is_floating_point() and tensor.dtype is not torch.float32:
+            raise CaptureError(
+                f"parameter {name!r} is {tensor.dtype}, needed torch.float32: scores of the float network, ranges and "
+                "training are computed in it; convert the model with model.float(), and its inputs with x.float()"
+            )
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
             raise CaptureError(
@@ -264,20 +305,26 @@ def _export(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     in_spec: pytree.TreeSpec,
-    batched: tuple[bool, ...],
+    varying: tuple[bool, ...],
 ) -> torch.export.ExportedProgram:
-    dynamic = [{0: torch.export.Dim.DYNAMIC} if b else None for b in batched]
+    # The batch must vary; what only happens to have its size may turn out to be fixed.
+    hints = [
+        torch.export.Dim.DYNAMIC if True not in varying[:i] else torch.export.Dim.AUTO
+        for i in range(len(varying))
+    ]
+    dynamic = [{0: hint} if varies else None for hint, varies in zip(hints, varying, strict=True)]
     shapes_args, shapes_kwargs = pytree.tree_unflatten(dynamic, in_spec)
     # torch wants one tree; keyword arguments go by their names, positional ones by the signature's.
     shapes = _by_name(model, shapes_args, shapes_kwargs)
     try:
         with quiet():
-            program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
+            program = torch.export.export(Rooted(model), args, kwargs, dynamic_shapes=shapes)
             # An empty table functionalises and keeps conv, linear, softmax ... whole.
             functional: torch.export.ExportedProgram = program.run_decompositions({})
             return functional
     except Exception as error:
-        raise CaptureError(_explain(model, error)) from error
+        leaves = pytree.tree_leaves((args, kwargs))
+        raise CaptureError(_explain(model, error, leaves)) from error
 
 
 @contextmanager
@@ -321,7 +368,7 @@ def _by_name(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> dict[str, A
     return shapes
 
 
-def _explain(model: nn.Module, error: Exception) -> str:
+def _explain(model: nn.Module, error: Exception, inputs: Sequence[Any]) -> str:
     """Which module and line stopped the tracing, in one sentence, and what to try."""
     paths = {id(module): name or type(model).__name__ for name, module in model.named_modules()}
     where = ""
@@ -334,7 +381,11 @@ def _explain(model: nn.Module, error: Exception) -> str:
     kind = type(error).__name__
     text = str(error).strip().splitlines()
     first = text[0] if text else kind
-    if "DataDependent" in kind or "data-dependent" in str(error):
+    odd = [x.dtype for x in inputs if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    odd = [dtype for dtype in odd if dtype is not torch.float32]
+    if odd and "dtype" in str(error):
+        advice = f"example_inputs hold a {odd[0]}, the model's parameters are torch.float32: convert it with x.float()"
+    elif "DataDependent" in kind or "data-dependent" in str(error):
         advice = (
             "the path taken depends on the values of a tensor, which a fixed graph cannot express: replace the "
             "`if`/`while` by torch.where or masking, or capture the submodule without it"

@@ -5,18 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
+from halfstep.graph.capture import Captured
 from halfstep.graph.operators import WEIGHTED, describe
 from halfstep.graph.parameters import parameter, store
 
 
-def fold_weights(module: fx.GraphModule) -> None:
+def fold_weights(captured: Captured) -> None:
     """A weight or bias that is computed from parameters alone (weight norm, say) becomes a parameter of its own.
 
     It is called after the layer that reads it: ``conv.weight`` for the conv at ``conv``.
     """
-    for node in list(module.graph.nodes):
+    for node in list(captured.graph.nodes):
         op = describe(node)
         if op is None or op.kind not in WEIGHTED:
             continue
@@ -26,10 +27,10 @@ def fold_weights(module: fx.GraphModule) -> None:
                 continue
             stack = list(node.meta.get("nn_module_stack", {}).values())
             path = stack[-1][0].split("@")[0] if stack else ""
-            with torch.no_grad(), module.graph.inserting_before(node):
-                value = _value(module, source)
+            with torch.no_grad(), captured.graph.inserting_before(node):
+                value = _value(captured.module, source)
                 assert isinstance(value, torch.Tensor)
-                folded = store(module, f"{path}.{leaf}" if path else leaf, value, None)
+                folded = store(captured, f"{path}.{leaf}" if path else leaf, value, None)
             node.args = (*node.args[:index], folded, *node.args[index + 1 :])
 
 
@@ -40,7 +41,7 @@ def _constant(node: fx.Node) -> bool:
     )
 
 
-def _value(module: fx.GraphModule, node: fx.Node) -> Any:
+def _value(module: nn.Module, node: fx.Node) -> Any:
     if node.op == "get_attr":
         return parameter(module, node)
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: _value(module, source))

@@ -24,7 +24,7 @@ def decompose(captured: Captured, kinds: Collection[str]) -> Captured:
         captured: a captured, folded graph.
         kinds: which of :data:`GATES` to split; others are left alone.
     """
-    graph = captured.module.graph
+    graph = captured.graph
     found = [(node, op) for node in graph.nodes if (op := describe(node)) is not None]
     split = [(node, op) for node, op in found if op.kind in kinds and op.kind in GATES]
     if not split:
@@ -42,5 +42,4 @@ def decompose(captured: Captured, kinds: Collection[str]) -> Captured:
             node.replace_all_uses_with(product)
             graph.erase_node(node)
         graph.lint()
-        captured.module.recompile()
     return captured

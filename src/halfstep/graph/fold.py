@@ -66,13 +66,13 @@ def fold(captured: Captured) -> Captured:
     :data:`halfstep.graph.capture.TOLERANCE`).
     """
     with unchanged(captured, "folding batch norm"):
-        remove_identities(captured.module)
-        merge_repeated(captured.module.graph)
-        fold_weights(captured.module)
-        keep_pooled_axes(captured.module)
+        remove_identities(captured.graph)
+        merge_repeated(captured.graph)
+        fold_weights(captured)
+        keep_pooled_axes(captured.graph)
         before = tensors(captured.module)
-        captured.folded += fold_batch_norm(captured.module)
-        clean(captured.module)
+        captured.folded += fold_batch_norm(captured)
+        clean(captured)
     after, weights = tensors(captured.module), {norm.source_weight for norm in captured.folded}
     for name, tensor in before.items():
         if after.get(name) is not tensor and name not in weights:
@@ -80,27 +80,27 @@ def fold(captured: Captured) -> Captured:
     return captured
 
 
-def remove_identities(module: fx.GraphModule) -> None:
+def remove_identities(graph: fx.Graph) -> None:
     """Bypass :data:`IDENTITIES`, no-op dtype casts and :data:`ASSERTIONS`.
 
     A copy may be what made its input contiguous, so views of it become reshapes, which do not care.
     """
-    for node in list(module.graph.nodes):
+    for node in list(graph.nodes):
         if node.target in VIEWS:
             node.target = aten.reshape.default
         if node.target in ASSERTIONS:
-            module.graph.erase_node(node)
+            graph.erase_node(node)
         elif node.target in IDENTITIES or _is_noop_cast(node):
             node.replace_all_uses_with(node.args[0])
-            module.graph.erase_node(node)
+            graph.erase_node(node)
 
 
-def keep_pooled_axes(module: fx.GraphModule) -> None:
+def keep_pooled_axes(graph: fx.Graph) -> None:
     """A mean over the spatial axes becomes a mean that keeps them, and a flatten.
 
     The mean alone is a global pool, which runtimes have integer kernels for; the flatten only moves codes about.
     """
-    for node in list(module.graph.nodes):
+    for node in list(graph.nodes):
         if (
             node.target is not aten.mean.dim
             or not is_spatial_mean(node)
@@ -108,15 +108,15 @@ def keep_pooled_axes(module: fx.GraphModule) -> None:
         ):
             continue
         source, axes = node.args[:2]
-        with module.graph.inserting_before(node):
-            pooled = module.graph.call_function(aten.mean.dim, (source, axes, True), dict(node.kwargs))
-            flat = module.graph.call_function(aten.flatten.using_ints, (pooled, 1))
+        with graph.inserting_before(node):
+            pooled = graph.call_function(aten.mean.dim, (source, axes, True), dict(node.kwargs))
+            flat = graph.call_function(aten.flatten.using_ints, (pooled, 1))
         value = node.meta["val"]
         kept = value.reshape(*value.shape, *[1] * len(axes))
         pooled.meta = {**node.meta, "val": kept}
         flat.meta = dict(node.meta)
         node.replace_all_uses_with(flat)
-        module.graph.erase_node(node)
+        graph.erase_node(node)
 
 
 def _is_noop_cast(node: fx.Node) -> bool:
@@ -129,7 +129,7 @@ def _is_noop_cast(node: fx.Node) -> bool:
     return before.dtype == value.dtype and before.device == value.device
 
 
-def fold_batch_norm(module: fx.GraphModule) -> list[FoldedNorm]:
+def fold_batch_norm(captured: Captured) -> list[FoldedNorm]:
     """Fold batch norms into the conv or linear before them, in float64.
 
     ``W' = W * g / sqrt(var + eps)`` per output channel, ``b' = beta + (b - mean) * g / sqrt(var + eps)``; with no
@@ -141,13 +141,13 @@ def fold_batch_norm(module: fx.GraphModule) -> list[FoldedNorm]:
     """
     records: list[FoldedNorm] = []
     folded: dict[tuple[str, ...], tuple[fx.Node, fx.Node]] = {}
-    for node in list(module.graph.nodes):
+    for node in list(captured.graph.nodes):
         if node.target is not aten._native_batch_norm_legit_no_training.default:
             continue
         source = node.args[0]
         if not _can_fold(source) or set(node.users) - {u for u in node.users if _is_first_item(u)}:
             continue
-        record = _fold_one(module, source, node, folded)
+        record = _fold_one(captured, source, node, folded)
         records += [record] if record else []
     return records
 
@@ -180,7 +180,7 @@ def _is_first_item(user: fx.Node) -> bool:
 
 
 def _fold_one(
-    module: fx.GraphModule,
+    captured: Captured,
     source: fx.Node,
     norm: fx.Node,
     folded: dict[tuple[str, ...], tuple[fx.Node, fx.Node]],
@@ -188,6 +188,7 @@ def _fold_one(
     """Fold ``norm`` into ``source``; None if the same two were folded before, for another use of them."""
     gain, shift, mean_node, variance = (_node(argument) for argument in norm.args[1:5])
     epsilon = norm.args[6]
+    graph, module = captured.graph, captured.module
     weight_node, bias_node = _node(source.args[1]), _node(source.args[2]) if len(source.args) > 2 else None
     assert weight_node is not None
     assert isinstance(epsilon, float)
@@ -217,17 +218,17 @@ def _fold_one(
             new_bias = new_bias + b
         stem = str(weight_node.target).rpartition(".")[0]
         new_weight = (weight.double() * scale).to(weight.dtype)
-        with module.graph.inserting_before(source):
+        with graph.inserting_before(source):
             folded[key] = (
                 store(
-                    module,
+                    captured,
                     str(weight_node.target),
                     new_weight,
                     weight_node,
                     requires_grad=trainable(module, weight_node),
                 ),
                 store(
-                    module,
+                    captured,
                     f"{stem}.bias" if stem else "bias",
                     new_bias.to(weight.dtype),
                     bias_node,
@@ -249,15 +250,16 @@ def _fold_one(
     source.args = (source.args[0], new_weight_node, new_bias_node, *source.args[3:])
     for user in list(norm.users):
         user.replace_all_uses_with(source)
-        module.graph.erase_node(user)
-    module.graph.erase_node(norm)
+        graph.erase_node(user)
+    graph.erase_node(norm)
     return record
 
 
-def clean(module: fx.GraphModule) -> None:
+def clean(captured: Captured) -> None:
     """Drop dead nodes and the parameters, buffers and submodules that nothing reads any more."""
-    module.graph.eliminate_dead_code()
-    used = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+    graph, module = captured.graph, captured.module
+    graph.eliminate_dead_code()
+    used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     for name, owner in list(module.named_modules()):
         prefix = f"{name}." if name else ""
         for table in (owner._parameters, owner._buffers):
@@ -265,12 +267,13 @@ def clean(module: fx.GraphModule) -> None:
                 if prefix + key not in used:
                     del table[key]
     _drop_empty(module)
-    module.graph.lint()
-    module.recompile()
+    graph.lint()
 
 
 def _drop_empty(module: nn.Module) -> bool:
     for name, child in list(module._modules.items()):
+        if isinstance(child, fx.GraphModule):  # the body of a branch
+            continue
         if child is None or _drop_empty(child):
             del module._modules[name]
     return not (module._modules or module._parameters or module._buffers)

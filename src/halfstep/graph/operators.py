@@ -160,10 +160,11 @@ def is_spatial_mean(node: fx.Node) -> bool:
 
 
 def _is_float(node: fx.Node) -> bool:
+    """Whether a node makes float32, which is what is quantized; other float types stay as the code has them."""
     value = node.meta.get("val")
     if isinstance(value, (list, tuple)):
         value = value[0] if value else None
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
+    return isinstance(value, torch.Tensor) and value.dtype is torch.float32
 
 
 def _constant(argument: object) -> fx.Node | None:

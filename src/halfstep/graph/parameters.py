@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import fx, nn
 
+from halfstep.graph.capture import Captured
+
 
 def parameter(module: nn.Module, node: fx.Node) -> torch.Tensor:
     """The tensor that a ``get_attr`` node reads, detached."""
@@ -21,14 +23,15 @@ def trainable(module: nn.Module, node: fx.Node) -> bool:
 
 
 def store(
-    module: fx.GraphModule, wanted: str, value: torch.Tensor, old: fx.Node | None, requires_grad: bool = True
+    captured: Captured, wanted: str, value: torch.Tensor, old: fx.Node | None, requires_grad: bool = True
 ) -> fx.Node:
     """Store ``value`` under ``wanted`` and return a new ``get_attr`` node for it, at the graph's insertion point.
 
     Where ``wanted`` is read by any node but ``old`` with its one user, a number is appended instead: what another
     layer reads is never overwritten.
     """
-    readers: list[fx.Node] = [n for n in module.graph.nodes if n.op == "get_attr" and n.target == wanted]
+    graph, module = captured.graph, captured.module
+    readers: list[fx.Node] = [n for n in graph.nodes if n.op == "get_attr" and n.target == wanted]
     taken = any(node is not old or len(node.users) > 1 for node in readers)
     name, count = wanted, 1
     while taken or (name != wanted and _exists(module, name)):
@@ -41,7 +44,7 @@ def store(
     if hasattr(owner, leaf):  # a plain attribute, such as ``bias = None``
         delattr(owner, leaf)
     owner.register_parameter(leaf, nn.Parameter(value.contiguous(), requires_grad=requires_grad))
-    node = module.graph.get_attr(name)
+    node = graph.get_attr(name)
     node.meta["val"] = value
     return node
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import fx
+from torch import fx, nn
 
 from halfstep.formats import Format
 from halfstep.granularity import Granularity
 from halfstep.graph.operators import Operator
+
+_TAKEN = frozenset(dir(nn.ModuleDict()))
 
 #: Ends the name of a site of 16 bits on request, to set it apart from the usual one on the same tensor.
 INT16 = ":int16"
@@ -51,8 +53,9 @@ class Site:
 
     @property
     def key(self) -> str:
-        """The site's name where dots are not allowed (module attributes)."""
-        return self.name.replace(".", "/")
+        """The site's name as a name among modules: without dots, and none of the attributes that modules have."""
+        key = self.name.replace(".", "/")
+        return f"{key}/" if key in _TAKEN else key
 
 
 @dataclass(frozen=True)

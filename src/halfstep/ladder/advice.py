@@ -24,7 +24,8 @@ def advise(search: Search, path: Sequence[Reached], deployed: Score) -> tuple[st
             "a slightly smaller max_drop makes the search keep clear of the edge"
         )
     if note := next((step.note for step in path if step.note), ""):
-        advice.append(f"The search stopped early, {note}; a larger budget goes on from here")
+        cure = "the same call" if note.startswith("it failed") else "a larger budget"
+        advice.append(f"The search stopped early, {note}; {cure} goes on from here")
     climbed = {step.rung for step in path}
     if "partial" not in climbed and not note:
         advice.append("Partial quantization was not tried: add 'partial' to rungs")
@@ -36,12 +37,15 @@ def advise(search: Search, path: Sequence[Reached], deployed: Score) -> tuple[st
     bits = [site.format.bits for site in search.model.sites.values()]
     if bits and min(bits) < 8:
         advice.append(f"{min(bits)} bits are few: 8 bits for the side that loses more")
-    kept = sum(len(batch) for batch in search.model.sample if hasattr(batch, "__len__"))
-    if 0 < kept < FEW:
-        advice.append(f"{kept} calibration examples are few; {FEW} or more give steadier ranges")
+    if 0 < search.calibrated < FEW:
+        advice.append(f"{search.calibrated} calibration examples are few; {FEW} or more give steadier ranges")
     for part in goal.standings(deployed):
-        if not part.met:
-            of = f" for {part.metric}" if part.metric else ""
-            needed = part.high if goal.strict and part.high is not None else part.drop
-            advice.append(f"A max_drop of {needed:.4g}{of} would be met by what was found")
+        if part.met:
+            continue
+        of = f" for {part.metric}" if part.metric else ""
+        if goal.strict and part.high is None:
+            advice.append(f"A strict target{of} cannot be met without an interval: {part.unsure}")
+            continue
+        needed = part.high if goal.strict else part.drop
+        advice.append(f"A max_drop of {needed:.4g}{of} would be met by what was found")
     return tuple(advice)

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 from halfstep.errors import ArgumentError, named
-from halfstep.evaluate import Score, Scorer, parts
+from halfstep.evaluate import Metric, Score, Scorer, parts
 from halfstep.ladder.goal import Goal
 
 #: Asked where nothing is said: one point of an accuracy from 0 to 1.
@@ -28,8 +28,8 @@ class Aim:
         relative_drop: largest drop as a share of the float score.
         floor: the worst score allowed, whatever the float model's is. In a strict target the float model's score on
             these examples is taken as it is: the interval is that of the drop from there.
-        confidence: of the intervals.
-        strict: the drop's interval must keep to the target, not only its point estimate.
+        confidence: of the intervals, for all candidates together; see :class:`.Goal`, which says what it guarantees.
+        strict: the upper end of the drop's interval must keep to the target, not only the drop that was measured.
 
     Raises:
         ArgumentError: if more than one target is given for a metric.
@@ -83,7 +83,10 @@ class Aim:
         target, asked = self._target(name)
         with named(f"metric {name!r}") if name else nullcontext():
             max_drop = TARGETS[target](asked, float_score.value, scorer.higher_is_better)
-            return Goal(max_drop, float_score, scorer.higher_is_better, self.confidence, self.strict, name)
+            bounds = scorer.bounds if isinstance(scorer, Metric) else None
+            return Goal(
+                max_drop, float_score, scorer.higher_is_better, self.confidence, self.strict, bounds, name
+            )
 
     def _target(self, name: str) -> tuple[str, float]:
         """The one target of a metric: what is asked of its name, or else of all."""

@@ -6,14 +6,20 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 
-from halfstep.errors import ArgumentError
+import torch
+
+from halfstep.errors import HalfstepError, RunError
 from halfstep.evaluate import Score
+from halfstep.fake_quantize import Mode
+from halfstep.graph.inputs import batch_size
 from halfstep.identity import Identity
 from halfstep.ladder.budget import BudgetSpent
 from halfstep.ladder.fingerprint import fingerprint
 from halfstep.ladder.rung import Means, Reached, Rung
 from halfstep.ladder.search import Candidate, Search
 from halfstep.ladder.snapshot import Snapshot
+from halfstep.model import run
+from halfstep.progress import interruptible
 
 #: A simulated evaluation takes about so many times as long as a float one.
 SLOWER = 3
@@ -46,8 +52,6 @@ def ascend(
         if missing := rung.missing(means):
             search.decide(f"{rung.title} is left out: it needs {missing}")
     ladder = [rung for rung in ladder if not rung.missing(means)]
-    if not ladder:
-        raise ArgumentError("rungs: none of those asked for can be climbed with what was given")
     search.decide(estimate(search, ladder, means))
     path: list[Reached] = []
     spare: Candidate | None = None
@@ -86,16 +90,50 @@ def ascend(
 
 
 def estimate(search: Search, ladder: Sequence[Rung], means: Means) -> str:
-    """What the climb may cost, in a sentence."""
-    counts = {rung.name: rung.evaluations(search, means) for rung in ladder}
-    total = sum(counts.values()) + len(ladder)
-    float_seconds = [made.seconds / made.share for made in search.evaluations if made.rung == "float"]
-    each = min(float_seconds, default=0.0)  # the first one also pays for what is loaded and compiled
-    parts = ", ".join(f"{name} {count}" for name, count in counts.items())
-    return (
-        f"Estimate: up to {total} evaluations ({parts}, deployed files {len(ladder)}) on top of float's, of about "
-        f"{_roughly(SLOWER * each)} s each: {_roughly(SLOWER * each * total / 60)} min at most, training not counted"
-    )
+    """What the climb costs at most, in a sentence: counts are bounds, and seconds what these take by what was timed."""
+    costs = {rung.name: rung.cost(search, means) for rung in ladder}
+    counts = {name: cost.evaluations for name, cost in costs.items()}
+    if means.tune:
+        counts["tune"] = 1
+    counts["deployed files"] = len(ladder) + means.tune
+    total, examples = sum(counts.values()), sum(cost.examples for cost in costs.values())
+    repairs = sum(cost.seconds for cost in costs.values())
+    floats = [made for made in search.evaluations if made.rung == "float"]
+    # The first one also pays for what is loaded and compiled.
+    each = SLOWER * min((made.seconds / made.share for made in floats), default=0.0)
+    each_example = SLOWER * _example_seconds(search)
+    seconds = total * each + examples * each_example + repairs
+    parts = [
+        f"{total} evaluations of the metric ({', '.join(f'{name} {count}' for name, count in counts.items())}) after "
+        f"{len(floats)} of the float network (again for the metric's noise), about {_roughly(each)} s each"
+    ]
+    if examples:
+        parts.append(
+            f"{examples:,} examples through the network to compare calibrators and rank layers, about "
+            f"{_roughly(examples * each_example)} s"
+        )
+    if repairs:
+        parts.append(f"{_roughly(repairs)} s of repairs")
+    not_counted = ["training"] * (means.training is not None) + ["timing files"] * _times_files(means)
+    left_out = f"; {' and '.join(not_counted)} not counted" if not_counted else ""
+    ends = search.budget.spent(total + len(floats), seconds)
+    budget = f". The budget of {search.budget} may end it before" if ends else ""
+    return f"Estimate, at most: {', '.join(parts)}; together about {_roughly(seconds / 60)} min{left_out}{budget}"
+
+
+def _times_files(means: Means) -> bool:
+    return means.tune or (means.partial is not None and means.partial.order == "latency")
+
+
+def _example_seconds(search: Search) -> float:
+    """What the float network takes for an example: the best of three runs over the first batch that was kept."""
+    batch, took = search.model.sample[0], []
+    with search.model.using(Mode.FLOAT), torch.no_grad():
+        for _ in range(3):
+            start = time.perf_counter()
+            run(search.model, batch)
+            took.append(time.perf_counter() - start)
+    return min(took) / batch_size(batch)
 
 
 def _roughly(x: float) -> str:
@@ -130,9 +168,16 @@ def _climb(search: Search, rung: Rung, means: Means) -> Reached:
     if (restored := _restored(search, rung, key)) is not None:
         return restored
     try:
-        rung.climb(search, means)
+        search.check_time()
+        with interruptible(search.check_time):
+            rung.climb(search, means)
     except BudgetSpent as spent:
         note = f"the budget is spent: {spent}"
+        search.decide(f"{rung.title} ended early, {note}")
+    except HalfstepError as error:
+        if search.best is None or isinstance(error, RunError):  # nothing to hand back, or nowhere to keep it
+            raise
+        note = f"it failed: {error}"
         search.decide(f"{rung.title} ended early, {note}")
     best = search.best
     assert best is not None
@@ -157,6 +202,7 @@ def _climb(search: Search, rung: Rung, means: Means) -> Reached:
         note=note,
         key=key,
         candidate=best.key,
+        examined=drop.examined,
     )
     search.reached[rung.name] = best
     return reached

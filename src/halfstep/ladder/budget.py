@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass
 
 from halfstep.errors import ArgumentError
+from halfstep.progress import Interrupted
 
 
-class BudgetSpent(Exception):
+class BudgetSpent(Interrupted):
     """Stops a rung where it is; the climb goes on with the best candidate so far."""
 
 

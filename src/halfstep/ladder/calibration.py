@@ -26,6 +26,10 @@ from halfstep.statistics import Histogram
 #: The calibration inputs that a model keeps for scoring without labels: at most so many examples and bytes.
 SAMPLE_EXAMPLES = 256
 SAMPLE_BYTES = 32 * 2**20
+#: Repairs are fitted on one half of them and judged on the other. So that neither is a matter of luck, as many examples
+#: as this are kept even where they are larger, up to so many bytes.
+SAMPLE_LEAST = 16
+SAMPLE_MOST_BYTES = 512 * 2**20
 
 
 def observe(
@@ -33,8 +37,9 @@ def observe(
 ) -> dict[str, Histogram]:
     """Run the float network once over ``batches``; every activation's site fills its histogram.
 
-    Observing again adds to what is there. The first examples are kept in ``model.sample``, at most
-    :data:`SAMPLE_EXAMPLES` and :data:`SAMPLE_BYTES`, for scoring without labels.
+    Observing again adds to what is there. The first examples are kept in ``model.sample`` for scoring without labels
+    and for repairs: at most :data:`SAMPLE_EXAMPLES` and :data:`SAMPLE_BYTES`, but :data:`SAMPLE_LEAST` of them even so,
+    if :data:`SAMPLE_MOST_BYTES` have room. Warns where they have not.
 
     Args:
         model: its mode is the same afterwards.
@@ -62,6 +67,16 @@ def observe(
         raise DataError(
             "calibration data: got no batch, needed at least one (a generator can be used only once)"
         )
+    kept = kept_examples(model)
+    if kept < min(SAMPLE_LEAST, seen):
+        each = sum(tensor.nbytes for batch in model.sample for tensor in tensors_of(batch)) / kept
+        warnings.warn(
+            f"calibration data: {kept} of {seen:,} examples are kept to compare outputs on, since each takes "
+            f"{each / 2**20:.0f} MiB and {SAMPLE_MOST_BYTES / 2**20:.0f} are set aside; repairs and the choice of "
+            f"calibrators rest on them, and {SAMPLE_LEAST} are wanted: give smaller inputs, or hs.repair(model, "
+            "batches=...) more of them",
+            stacklevel=2,
+        )
     return {name: module.histogram for name, module in activation_sites(model).items()}
 
 
@@ -78,14 +93,20 @@ def _keep_batch_ranges(model: QuantizedModel) -> None:
 
 def _keep(model: QuantizedModel, inputs: ModelInputs) -> None:
     """Add a copy of the first examples to the model's sample, up to its bounds."""
-    size = batch_size(inputs)
-    wanted = SAMPLE_EXAMPLES - sum(map(batch_size, model.sample))
-    left = SAMPLE_BYTES - sum(tensor.nbytes for batch in model.sample for tensor in tensors_of(batch))
-    each = sum(tensor.nbytes for tensor in tensors_of(inputs)) / max(size, 1)
-    count = min(size, wanted, max(int(left // max(each, 1)), not model.sample))
+    size, kept = batch_size(inputs), kept_examples(model)
+    used = sum(tensor.nbytes for batch in model.sample for tensor in tensors_of(batch))
+    each = max(1, sum(tensor.nbytes for tensor in tensors_of(inputs)) / max(size, 1))
+    fitting = int((SAMPLE_BYTES - used) // each)
+    least = min(SAMPLE_LEAST - kept, int((SAMPLE_MOST_BYTES - used) // each))
+    count = min(size, SAMPLE_EXAMPLES - kept, max(fitting, least, not model.sample))
     if count > 0:
         part = model.captured.examples(inputs, 0, count)
         model.sample.append(pytree.tree_map_only(torch.Tensor, torch.clone, part))
+
+
+def kept_examples(model: QuantizedModel) -> int:
+    """How many examples :func:`observe` has kept."""
+    return sum(map(batch_size, model.sample))
 
 
 @overload
@@ -110,7 +131,8 @@ def calibrate(
     No data are needed: the histograms of :func:`observe` answer any calibrator and any number format, and
     :func:`best_of` compares outputs on the examples that it kept.
 
-    Warns of sites that saw only zeros or infinities, and of a percentile that rests on too few values.
+    Warns of sites that saw only zeros or infinities, and of a percentile that rests on too few values or leaves out
+    most of those that are not zero.
 
     Args:
         model: observed.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
+import time
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from torch import nn
 
 from halfstep.errors import ArgumentError
 from halfstep.evaluate import Scorer, as_scorers, parts
+from halfstep.export.onnx import export_float
 from halfstep.graph.capture import capture
 from halfstep.graph.decompose import decompose
 from halfstep.graph.fold import fold
@@ -29,6 +31,7 @@ from halfstep.ladder.identity import Claimed, Examples, claim
 from halfstep.ladder.journal import Journal
 from halfstep.ladder.outcome import Outcome
 from halfstep.ladder.partial import Partial
+from halfstep.ladder.pins import pinned
 from halfstep.ladder.rung import Means, Rung
 from halfstep.ladder.rungs import RUNGS, find_rungs
 from halfstep.ladder.search import Search, float_evaluation
@@ -38,6 +41,7 @@ from halfstep.progress import steps
 from halfstep.recipe import Recipe
 from halfstep.statistics import Histogram
 from halfstep.targets import Target, find_target
+from halfstep.training.check import check_trainable
 from halfstep.training.options import Training, check_training
 
 
@@ -115,8 +119,13 @@ def quantize(
         training: for quantization-aware training; without it that rung is left out, and the outcome says so.
         relative_drop: instead of ``max_drop``: a share of the float score.
         floor: instead of ``max_drop``: the worst score allowed.
-        confidence: of the drop's intervals, 0.95 for 95%.
-        strict: demand that the interval keeps to the target, not only the drop itself.
+        confidence: of the drops' intervals, 0.95 for 95%: with it the upper ends of all candidates hold together, and
+            so the lower ends. Each is widened for the candidates examined on the same examples before.
+        strict: demand that the upper end of the interval keeps to the target, not only the drop that was measured. If
+            the labelled examples are a random sample, a network that drops by more than the target on all such data is
+            then accepted with a probability of at most 1 - confidence, however many candidates are tried; about, where
+            they build on the luckiest before them, see :class:`.Goal`. Not strict, nothing of the kind is promised: of
+            many candidates the first that passes is likely to be worse than it looks.
         rungs: which to climb, from the bottom up: ``"ptq"`` always.
         budget: what the search may cost; None for no bound.
         partial: how to look for layers to put back to float.
@@ -130,6 +139,7 @@ def quantize(
     Raises:
         HalfstepError: a subclass that says what was wrong with the model, the data, the metric or the directory.
     """
+    started = time.perf_counter()
     ladder = find_rungs(tuple(rungs))
     if not 0 <= max_float <= 1:
         raise ArgumentError(f"max_float: got {max_float}, needed a share of the layers, 0 to 1")
@@ -142,14 +152,22 @@ def quantize(
         scorer = as_scorers(metric)
         aim.check(scorer)
         prepared = prepare(model, example_inputs, recipe, found)
+        names = [rung.name for rung in ladder]
+        if partial is not None and "partial" in names:
+            pinned(prepared, partial.keep_float, partial.keep_quantized)
+        if training is not None and "qat" in names:
+            check_trainable(prepared, training)
+        with steps("exporting the float network"):  # what cannot be deployed is known now
+            float_file = export_float(prepared, temporary / "float.onnx")
         claimed = claim(journal, prepared, scorer, aim, training)
         search = _begin(journal, prepared, scorer, aim, calibration, budget or Budget(), claimed)
+        search.started = started
         _settle(search, ladder, aim, command)
         score_file = functools.partial(file_score, search, temporary / "model.onnx", threads)
-        path = ascend(search, ladder, Means(training, partial), max_float, score_file)
+        path = ascend(search, ladder, Means(training, partial, threads, tune), max_float, score_file)
         if tune:
             favour_speed(search, threads, score_file)
-        return deploy(search, path, journal.folder or temporary, threads)
+        return deploy(search, path, journal.folder or temporary, float_file, threads)
 
 
 def _begin(
@@ -179,6 +197,7 @@ def _begin(
             warnings.warn(sentence, stacklevel=3)
     else:
         said, examples = kept
+        search.calibrated = len(examples)
         said = [*said, *_compare(calibration, examples, journal)]
     for sentence in said:
         search.decide(sentence, aloud=False)  # a warning is heard anyway
@@ -196,6 +215,7 @@ def _observe(
     said = [*doubts(calibrated, judged), *sentences([*unlike_sites(model, seen), *unsteady])]
     if isinstance(calibration, (list, tuple)):
         search.journal.claim("calibration data", calibrated.contents())
+    search.calibrated = len(calibrated.seen)
     search.checkpoints.keep_statistics(said, calibrated.seen)
     return said
 

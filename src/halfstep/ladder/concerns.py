@@ -48,8 +48,8 @@ def concerns(
 ) -> tuple[SiteConcern, ...]:
     """What the statistics of each activation say against trusting ranges that are taken from them.
 
-    A site that was never reached or saw only zeros, values that are not finite, a percentile of too few values,
-    calibrators more than twofold apart, and values distributed unlike those of other data.
+    A site that was never reached or saw only zeros, values that are not finite, a percentile of too few values or of
+    a site that is mostly zero, calibrators more than twofold apart, and values distributed unlike those of other data.
 
     Args:
         model: observed.

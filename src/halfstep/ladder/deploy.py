@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from halfstep.evaluate import Score, classifies
-from halfstep.export.onnx import export_float, export_onnx
+from halfstep.export.onnx import copy_file, export_onnx
 from halfstep.export.verify import verify
 from halfstep.ladder.advice import advise
 from halfstep.ladder.environment import runtime_identity
@@ -26,23 +26,27 @@ from halfstep.runtime.deployed import DeployedModel
 OUTCOME = "outcome"
 
 
-def deploy(search: Search, path: Sequence[Reached], place: Path, threads: int | None) -> Outcome:
+def deploy(
+    search: Search, path: Sequence[Reached], place: Path, float_file: Path, threads: int | None
+) -> Outcome:
     """Export the best candidate to ``place``, verify the file, and score it on its runtime.
 
     Args:
         search: its model is the best candidate.
         path: the rungs climbed.
         place: a directory.
+        float_file: the float network's, for comparison; copied to ``place``.
         threads: of the runtime.
     """
     model, best = search.model, search.best
     assert best is not None
     file = place / "model.onnx"
     _, score = file_score(search, file, threads)
-    with steps("exporting"):
-        float_file = export_float(model, place / "float.onnx")
+    if float_file.parent != place:
+        float_file = copy_file(float_file, place / float_file.name)
     with steps("verifying on the runtime"):
         proof = verify(file, model, model.sample, float_file, threads, classes=classifies(search.scorer))
+    files = measure_files(search, proof, score.value, float_file, threads)
     outcome = Outcome(
         met=search.asked.met(score),
         rung=_rung_of(search, best),
@@ -61,13 +65,12 @@ def deploy(search: Search, path: Sequence[Reached], place: Path, threads: int | 
         advice=advise(search, path, score),
         metrics=search.asked.standings(score),
     )
-    with steps("measuring the rungs' files"):
-        files = measure_files(search, proof, score.value, float_file, threads)
     _write_down(search, outcome, files)
-    outcome = replace(outcome, entries=tuple(search.journal.entries))
     if search.journal.folder is not None:
         outcome.save(search.journal.folder / "outcome.json")
-    return outcome
+    # Last: pictures of a large network may find no memory, and the outcome is to be there then.
+    _portray(search)
+    return replace(outcome, entries=tuple(search.journal.entries))
 
 
 def file_score(search: Search, file: Path, threads: int | None) -> tuple[str, Score]:
@@ -97,8 +100,10 @@ def file_score(search: Search, file: Path, threads: int | None) -> tuple[str, Sc
         return key, known.score
     deployed = DeployedModel(file, model.captured.in_spec, model.captured.out_spec, threads)
     score, made = timed_evaluation(search.scorer, deployed, "the deployed file")
+    # The same network but for rounding, so its file is no candidate of its own, and held to the same error.
+    score = score.numbered(best.score.examined)
     verdict = Verdict(search.asked.met(score), score, complete=True)
-    search.record(replace(made, key=key, rung="deployed"), verdict)
+    search.record(replace(made, key=key, rung="deployed", examined=score.examined), verdict)
     return key, score
 
 
@@ -108,16 +113,12 @@ def _rung_of(search: Search, best: Candidate) -> str:
 
 
 def _write_down(search: Search, outcome: Outcome, files: list[dict[str, Any]]) -> None:
-    """What the report needs beside what the journal holds already, and the network itself, to export it again.
+    """The end of the journal, and the network itself, to export it again.
 
     The entry says which call of the directory it ends: how many have asked for something else than the one before.
     """
     best = search.best
     assert best is not None
-    search.journal.write("sites", sites=portray_sites(outcome.model))
-    picture = portray_input(outcome.model)
-    if picture is not None:
-        search.journal.write("picture", **picture)
     known_by_now = ("history", "decisions", "path", "latency_ms", "microseconds")
     record = {name: value for name, value in outcome.to_dict().items() if name not in known_by_now}
     latency = {name: asdict(value) for name, value in outcome.verification.latency.items()}
@@ -133,3 +134,11 @@ def _write_down(search: Search, outcome: Outcome, files: list[dict[str, Any]]) -
         call=len(search.journal.of("settings")),
         measured=measured,
     )
+
+
+def _portray(search: Search) -> None:
+    """What pictures in the report are made of."""
+    search.journal.write("sites", **portray_sites(search.model))
+    picture = portray_input(search.model)
+    if picture is not None:
+        search.journal.write("picture", **picture)

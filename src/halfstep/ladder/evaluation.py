@@ -26,6 +26,8 @@ class Evaluation:
         total: how many there are.
         key: the candidate's fingerprint.
         rung: that asked for it; ``"float"`` for the baseline, ``"deployed"`` for a file.
+        examined: which candidate this is, in the order in which they were first looked at, from 1; a file has its
+            candidate's. None for what no search can accept, such as the float model.
     """
 
     what: str
@@ -35,6 +37,7 @@ class Evaluation:
     total: int | None = None
     key: str = ""
     rung: str = ""
+    examined: int | None = None
 
     @property
     def share(self) -> float:
@@ -49,7 +52,7 @@ class Verdict:
     Attributes:
         met: whether it does.
         score: over the examples seen; its ``per_example`` is in the data's own order only if ``complete``.
-        complete: whether all examples were seen, or the verdict was given early, at the goal's confidence.
+        complete: whether all examples were seen, or the verdict was given early.
         allowed: the drop that an early verdict was given against.
     """
 
@@ -71,6 +74,7 @@ def keep(journal: Journal, made: Evaluation, verdict: Verdict) -> None:
         rung=made.rung,
         what=made.what,
         key=made.key,
+        examined=made.examined,
         examples=made.examples,
         total=made.total,
         met=verdict.met,
@@ -84,8 +88,8 @@ def keep(journal: Journal, made: Evaluation, verdict: Verdict) -> None:
 def kept(entry: Entry) -> tuple[Evaluation, Verdict]:
     """What :func:`keep` wrote."""
     data = entry.data
-    score = _unpack(data["score"])
-    names = ("examples", "total", "key", "rung")
+    score = _unpack(data["score"]).numbered(data["examined"] or 1)
+    names = ("examples", "total", "key", "rung", "examined")
     evaluation = Evaluation(
         data["what"], score.value, data["measured"]["seconds"], *(data[name] for name in names)
     )

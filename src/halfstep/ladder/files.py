@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import functools
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from halfstep.export.onnx import export_onnx
 from halfstep.export.verify import Verification
 from halfstep.graph.inputs import tensors_of
-from halfstep.ladder.search import Search
+from halfstep.ladder.budget import BudgetSpent
+from halfstep.ladder.search import Candidate, Search
+from halfstep.progress import interruptible, track
 from halfstep.runtime.deployed import DeployedModel
 from halfstep.runtime.latency import race
+from halfstep.runtime.size import file_size
 
 
 def measure_files(
     search: Search, proof: Verification, final: float, float_file: Path, threads: int | None
 ) -> list[dict[str, Any]]:
     """The float file, the best of each rung below the last one, and the final file.
+
+    Those of the rungs below are left out where the budget's minutes are used up; a decision says so.
 
     The model is the best candidate again afterwards.
 
@@ -38,23 +44,37 @@ def measure_files(
         _point("float", search.goal.float_score.value, proof.float_size, speeds["float"]),
         _point("final file", final, proof.size, speeds["quantized"]),
     ]
-    best = search.best
-    below = {name: candidate for name, candidate in search.reached.items() if candidate is not best}
-    if best is None or not below:
+    below = {name: candidate for name, candidate in search.reached.items() if candidate is not search.best}
+    try:
+        with interruptible(search.check_time):
+            return points + (_race(search, below, float_file, threads) if below else [])
+    except BudgetSpent as spent:
+        search.decide(f"size and speed of what came before were not measured, the budget is spent: {spent}")
         return points
+
+
+def _race(
+    search: Search, below: Mapping[str, Candidate], float_file: Path, threads: int | None
+) -> list[dict[str, Any]]:
+    """Write, run and compare the candidates' files; the model is the best one again afterwards."""
+    best = search.best
+    assert best is not None
     captured, inputs = search.model.captured, tensors_of(search.model.sample[0])
     specs = captured.in_spec, captured.out_spec
     runtime = search.model.target.runtime
     with tempfile.TemporaryDirectory() as directory:
         models = {"float": DeployedModel(float_file, *specs, threads, runtime)}
         sizes = {}
-        for name, candidate in below.items():
-            file = export_onnx(candidate.snapshot.restore(), Path(directory) / f"{name}.onnx", check=False)
-            models[name] = DeployedModel(file, *specs, threads, runtime)
-            sizes[name] = file.stat().st_size
-        best.snapshot.restore()
+        try:
+            for name, candidate in track(below.items(), "files of the rungs", len(below)):
+                path = Path(directory) / f"{name}.onnx"
+                file = export_onnx(candidate.snapshot.restore(), path, check=False)
+                models[name] = DeployedModel(file, *specs, threads, runtime)
+                sizes[name] = file_size(file)
+        finally:
+            best.snapshot.restore()
         latency = race({name: functools.partial(model, *inputs) for name, model in models.items()})
-    return points + [
+    return [
         _point(name, candidate.score.value, sizes[name], latency[name]) for name, candidate in below.items()
     ]
 

@@ -6,20 +6,23 @@ from collections.abc import Mapping, Sequence
 
 from halfstep.evaluate import Score
 from halfstep.graph.choices import Choices
-from halfstep.ladder.costs import race_choices
 from halfstep.ladder.fingerprint import fingerprint
 from halfstep.ladder.groups import Group, names_of
+from halfstep.ladder.measured import file_times, tuned
 from halfstep.ladder.search import Candidate, Search
 from halfstep.ladder.snapshot import Snapshot
 from halfstep.ladder.steps import STEPS, Assignment, put
-from halfstep.ladder.tune import tune
 
 #: An assignment that meets the goal, and its score.
 Settled = tuple[Assignment, Score]
 
 
 def hasten(
-    search: Search, base: Mapping[str, frozenset[str]], found: Sequence[Settled], free: Sequence[Group]
+    search: Search,
+    base: Mapping[str, frozenset[str]],
+    found: Sequence[Settled],
+    free: Sequence[Group],
+    threads: int | None = None,
 ) -> Settled:
     """The fastest of what meets the goal, with its float layers joined where that is faster still.
 
@@ -33,6 +36,7 @@ def hasten(
         base: the layers that are put back from the start.
         found: at least one.
         free: the groups that may be in float together.
+        threads: of the runtime, for one operator; None for all cores.
     """
     model = search.model
     put(model, base, {})
@@ -41,12 +45,12 @@ def hasten(
     for assignment, _ in found:
         put(model, base, assignment)
         states.append(model.choices)
-    times = race_choices(model, states) if len(states) > 1 else [0.0]
+    times = file_times(search, states, threads) if len(states) > 1 else [0.0]
     assignment, score = found[times.index(min(times))]
     put(model, base, assignment)
-    assignment, score = _joined(search, base, (assignment, score), free)
+    assignment, score = _joined(search, base, (assignment, score), free, threads)
     everything = Choices(float_layers=frozenset(model.layer_names))
-    ours, integers, floats = race_choices(model, [model.choices, quantized, everything])
+    ours, integers, floats = file_times(search, [model.choices, quantized, everything], threads)
     verdict = (
         f"A batch takes {ours:.0f} us so, {integers:.0f} us quantized throughout, {floats:.0f} us in float."
     )
@@ -61,12 +65,16 @@ def hasten(
 
 
 def _joined(
-    search: Search, base: Mapping[str, frozenset[str]], settled: Settled, free: Sequence[Group]
+    search: Search,
+    base: Mapping[str, frozenset[str]],
+    settled: Settled,
+    free: Sequence[Group],
+    threads: int | None,
 ) -> Settled:
     assignment, _ = settled
     to_float = STEPS["float"]
     rest = [group for group in free if assignment.get(group) is not to_float]
-    tuning = tune(search.model, among=names_of(rest))
+    tuning = tuned(search, threads, among=names_of(rest))
     if not tuning.float_layers:
         return settled
     joined = [group for group in rest if set(group.layers) <= search.model.float_layers]

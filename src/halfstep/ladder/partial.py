@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -10,17 +11,21 @@ from typing import Literal
 from halfstep.errors import ArgumentError
 from halfstep.evaluate import Score
 from halfstep.fake_quantize import Mode
-from halfstep.ladder.costs import microseconds
-from halfstep.ladder.groups import Group, names_of
+from halfstep.ladder.calibration import SAMPLE_EXAMPLES, kept_examples
+from halfstep.ladder.groups import Group, groups_of, names_of
 from halfstep.ladder.halves import where_is_the_loss
 from halfstep.ladder.haste import Settled, hasten
 from halfstep.ladder.journal import exact
-from halfstep.ladder.methods import Method
+from halfstep.ladder.measured import group_times
+from halfstep.ladder.methods import Method, find_method
 from halfstep.ladder.pins import pinned
-from halfstep.ladder.prefix import WALKS, without_needless
+from halfstep.ladder.prefix import QUESTIONS, WALKS, without_needless
 from halfstep.ladder.search import Search
 from halfstep.ladder.sensitivity import LayerSensitivity, Sensitivity, rank
 from halfstep.ladder.steps import STEPS, Assignment, Step, find_steps, put
+
+#: Groups times examples of a ranking, and examples at least: 32 groups are ranked on all kept examples.
+RANKED, LEAST_RANKED = 32 * SAMPLE_EXAMPLES, 32
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Partial:
         walk: how far to go down the sorted list: ``"gallop"`` (and bisect), or ``"one_by_one"``.
         keep_float: patterns of layers that stay in float whatever comes.
         keep_quantized: patterns of layers that are never put back.
-        prune: try at the end to do without each layer put back.
+        prune: try at the end to do without layers put back, for as many evaluations as :func:`pruning` says.
         measured: groups whose drop is measured beside their score, for Kendall's tau.
         early: whether verdicts may be given before all examples are seen.
     """
@@ -58,23 +63,30 @@ class Partial:
         if self.order not in ("accuracy", "latency"):
             raise ArgumentError(f"order: got {self.order!r}, needed 'accuracy' or 'latency'")
         find_steps(self.steps)
+        if self.method is not None:
+            find_method(self.method)
 
 
-def climb_partial(search: Search, options: Partial | None = None) -> Score:
+def climb_partial(search: Search, options: Partial | None = None, threads: int | None = None) -> Score:
     """Put back the fewest layers that meet the goal; the model is left with them, or as near as it came.
 
     1. Judge weights only and activations only: where is the loss?
     2. Rank the groups of layers by what quantizing them loses.
     3. For each step, cheapest first: if putting every group to it would do, gallop and bisect for the fewest.
-    4. Try to put each of them to something cheaper, least sensitive first.
-    5. Evaluate the result on all examples. Should that overturn an early verdict, go back to 3, where everything
-       that was judged is remembered.
+    4. Try to put them to something cheaper, least sensitive first.
+    5. Evaluate the result on all examples. Should that overturn an early verdict, go back to 3, and judge everything
+       on all examples.
+    6. Where nothing was found, see whether an early verdict was to blame: the most that may be put back is evaluated
+       on all examples, and everything else that was refused early is judged on more of them. Should one hold, go back
+       to 3 likewise. So "the target is not met" is the answer all examples would give with the goal's confidence, while
+       each layer put back rests on an early verdict of its own: one in many may be needless.
 
     At least one layer stays quantized: with every layer in float any target is met, by the float model.
 
     Args:
         search: its model calibrated.
         options: how to look for them.
+        threads: of the runtime, for one operator, where times are measured; None for all cores.
 
     Returns:
         The score on all examples.
@@ -94,13 +106,57 @@ def climb_partial(search: Search, options: Partial | None = None) -> Score:
         return start
     search.early = early and options.early
     try:
-        walk = _Walk(search, options, base, groups)
+        walk = _Walk(search, options, base, groups, threads)
         found = walk.settle()
         if found and options.order == "latency":
-            found = [hasten(search, base, found, walk.able.get(STEPS["float"], []))]
+            found = [hasten(search, base, found, walk.able.get(STEPS["float"], []), threads)]
         return walk.report(*found[0]) if found else walk.best_effort(start)
     finally:
         search.early = early
+
+
+def pruning(groups: int) -> int:
+    """How many evaluations may go into doing without layers that were put back; an early verdict is a part of one.
+
+    Four each time that the groups double: up to 16 groups each can be asked about. Where the groups' losses add up and
+    their order is roughly known, that ends at most one group above asking about all (540 random cases each of up to
+    200 groups).
+    """
+    return 4 * math.ceil(math.log2(max(2, groups)))
+
+
+def ranking_examples(groups: int) -> int:
+    """On how many of the kept examples groups are ranked: fewer where there are many, as each costs a pass over them.
+
+    :data:`RANKED` example-groups in all, but at least :data:`LEAST_RANKED` examples each.
+    """
+    return min(SAMPLE_EXAMPLES, max(LEAST_RANKED, RANKED // max(1, groups)))
+
+
+def evaluations_at_most(search: Search, options: Partial | None = None) -> int:
+    """A bound on the full evaluations of :func:`climb_partial`, whatever the metric answers."""
+    options = options or Partial()
+    count, steps = len(groups_of(search.model)), len(find_steps(options.steps))
+    method = None if options.method is None else find_method(options.method)
+    start = 1 + 2  # and the two halves
+    ranking = count + 1 if method is not None and method.by == "metric" else 0
+    walk = steps - 1 + QUESTIONS[options.walk](count)
+    if options.early and not search.never_early:
+        # Again on all examples after an overturned verdict, what was refused too; and the results, and everything.
+        walk = (2 if search.picks else 3) * walk + 3
+    prune = pruning(count) if options.prune else 0
+    both = options.order == "latency"  # orders, and then layers may join those in float
+    return start + ranking + min(options.measured, count) + (1 + both) * (walk + prune) + both
+
+
+def ranked_at_most(search: Search, options: Partial | None = None) -> int:
+    """A bound on the examples that the ranking of :func:`climb_partial` sends through the network."""
+    method = (options or Partial()).method
+    if method is not None and find_method(method).by == "metric":
+        return 0
+    count = len(groups_of(search.model))
+    float_and_base = 4  # one more to see what the outputs look like, and one where each group is spared
+    return (count + float_and_base) * min(kept_examples(search.model), ranking_examples(count))
 
 
 class _Walk:
@@ -112,9 +168,11 @@ class _Walk:
         options: Partial,
         base: Mapping[str, frozenset[str]],
         groups: tuple[Group, ...],
+        threads: int | None,
     ) -> None:
         self.search, self.options, self.base = search, options, base
         self.steps = find_steps(options.steps)
+        self.left = 0.0  # evaluations that may go into pruning
         model = search.model
         if (halves := where_is_the_loss(search)) is not None:
             search.found["halves"] = halves
@@ -122,6 +180,8 @@ class _Walk:
         put(model, base, {})
         free = names_of(groups)
         self.all_free = all(layer.reason or layer.name in free for layer in model.layers)
+        #: What early verdicts refused, in words.
+        self.refused: dict[frozenset[tuple[Group, Step]], str] = {}
         self.fitting = {step: {group for group in groups if step.fits(model, group)} for step in self.steps}
         for step in self.steps:
             if not self.fitting[step]:
@@ -130,7 +190,7 @@ class _Walk:
                 )
         table = _ranked(search, groups, options)
         if options.order == "latency":
-            table = _by_time(search, table)
+            table = _by_time(search, table, threads)
         search.found["sensitivity"] = table
         self.ranked = [row.group for row in table.rows]
         self.by_accuracy = [row.group for row in sorted(table.rows, key=lambda row: -row.score)]
@@ -143,24 +203,35 @@ class _Walk:
         )
 
     def settle(self) -> list[Settled]:
-        """What meets the goal on all examples: of each order, if there is any.
+        """What meets the goal on all examples: of each order, if there is any, whatever early verdicts said.
 
         In the order of time a layer that costs much comes last even where nothing holds without it; so that of
         accuracy is tried as well.
         """
         orders = [self.ranked] if self.ranked == self.by_accuracy else [self.ranked, self.by_accuracy]
-        found = []
-        for order in orders:
-            self.ranked = order
-            while (assignment := self.find()) is not None:
-                put(self.search.model, self.base, assignment)
-                what = f"{_many(len(assignment))} put back"
-                score = self.search.evaluate(f"{what}, on all examples")
-                if self.search.goal.met(score):
-                    found.append((assignment, score))
-                    break
-                self.search.decide(f"All examples overturn the early verdict on {what}; the search goes on.")
-        return found
+        return [settled for order in orders if (settled := self._settle(order)) is not None]
+
+    def _settle(self, order: list[Group]) -> Settled | None:
+        """First by early verdicts; should one turn out to be wrong, by all examples."""
+        search, early = self.search, self.search.early
+        self.ranked, self.left, self.refused = order, pruning(len(order)), {}
+        try:
+            for search.early in dict.fromkeys((early, False)):
+                seen = "More"
+                if (assignment := self.find()) is not None:
+                    put(search.model, self.base, assignment)
+                    wrong = f"{_many(len(assignment))} put back"
+                    seen, score = "All", search.evaluate(f"{wrong}, on all examples")
+                    if search.goal.met(score):
+                        return assignment, score
+                elif not (wrong := self._overturned()):
+                    return None
+                search.decide(
+                    f"{seen} examples overturn the early verdict on {wrong}; the search goes on, and judges on all."
+                )
+        finally:
+            search.early = early
+        return None
 
     @property
     def able(self) -> dict[Step, list[Group]]:
@@ -171,41 +242,76 @@ class _Walk:
                 able.pop()
         return found
 
-    def holds(self, assignment: Assignment, what: str) -> bool:
-        """Whether the goal is met with groups put to their steps."""
+    def holds(self, assignment: Assignment, what: str, final: bool = False) -> bool:
+        """Whether the goal is met with groups put to their steps; ``final`` as for :meth:`.Search.judge`."""
         put(self.search.model, self.base, assignment)
-        return self.search.judge(what).met
+        verdict = self.search.judge(what, final)
+        if not (verdict.met or verdict.complete):
+            self.refused[frozenset(assignment.items())] = what
+        return verdict.met
+
+    def _still_holds(self, assignment: Assignment, what: str) -> bool:
+        """:meth:`holds`, at the cost of what may go into pruning."""
+        spent = self.search.full_evaluations
+        holds = self.holds(assignment, what)
+        self.left -= self.search.full_evaluations - spent
+        return holds
+
+    def _may_prune(self) -> bool:
+        return self.left >= 1
+
+    def _overturned(self) -> str:
+        """What an early verdict refused and holds after all, with what it takes to give up on it; empty if nothing.
+
+        The most that may be put back is evaluated on all examples, which its score is needed for anyway.
+        """
+        if self.refused and (able := self.able[self.steps[-1]]):
+            put(self.search.model, self.base, dict.fromkeys(able, self.steps[-1]))
+            if self.search.goal.met(self.search.evaluate(self._everything(able))):
+                return self._everything(able)
+        refused, self.refused = self.refused, {}
+        for assignment, what in refused.items():
+            if self.holds(dict(assignment), what, final=True):
+                return what
+        return ""
+
+    def _everything(self, able: list[Group]) -> str:
+        """The most that may be put to the last step, in words."""
+        rest = [group.name for group in self.ranked if group not in able]
+        return f"every group{' but ' + ', '.join(rest) if rest else ''} {self.steps[-1].words}"
 
     def find(self) -> Assignment | None:
         """An assignment that holds and from which nothing can be taken, by the verdicts so far; or None."""
         for step in self.steps:
             able = self.able[step]
             cheaper = step is not self.steps[-1]
-            if not able or (cheaper and not self._first_hold(able, step, len(able))):
+            if not able or (cheaper and not self._first_hold(able, step, len(able), final=True)):
                 continue
             count = WALKS[self.options.walk](len(able), functools.partial(self._first_hold, able, step))
             if count is not None:
                 return self._cheaper(dict.fromkeys(able[:count], step), step)
         return None
 
-    def _first_hold(self, able: list[Group], step: Step, count: int) -> bool:
+    def _first_hold(self, able: list[Group], step: Step, count: int, final: bool = False) -> bool:
         what = f"the {_many(count)} down to {able[count - 1].name} {step.words}"
-        return self.holds(dict.fromkeys(able[:count], step), what)
+        return self.holds(dict.fromkeys(able[:count], step), what, final)
 
     def _cheaper(self, found: dict[Group, Step], step: Step) -> Assignment:
-        """Put each group to the cheapest step that does, the least sensitive first."""
+        """Put groups to the cheapest step that does, the least sensitive first, as far as evaluations go."""
         if not self.options.prune:
             return found
-        kept = without_needless(
-            list(found),
-            lambda groups, left_out: self.holds(
-                dict.fromkeys(groups, step), f"{left_out.name} quantized again"
-            ),
-        )
+
+        def without(groups: list[Group], left_out: list[Group]) -> bool:
+            more = f" and {_many(len(left_out) - 1)} more" if len(left_out) > 1 else ""
+            return self._still_holds(dict.fromkeys(groups, step), f"{left_out[0].name}{more} quantized again")
+
+        kept = without_needless(list(found), without, self._may_prune)
         assignment = dict.fromkeys(kept, step)
         for group in reversed(kept):
             for other in self.steps[: self.steps.index(step)]:
-                if group in self.able[other] and self.holds(
+                if not self._may_prune():
+                    return assignment
+                if group in self.able[other] and self._still_holds(
                     {**assignment, group: other}, f"{group.name} only {other.words}"
                 ):
                     assignment[group] = other
@@ -232,7 +338,8 @@ class _Walk:
                 "finer ranges or training would leave more of them quantized."
             )
         saved = f", {search.saved:,} examples spared by early verdicts" if search.saved else ""
-        why = f" No verdict was early: {search.never_early}." if search.never_early else ""
+        why = search.never_early
+        why = f" No verdict was early: {why}." if why and not search.saved else ""
         search.decide(f"The search so far took {search.full_evaluations:.1f} full evaluations{saved}.{why}")
         return score
 
@@ -242,8 +349,7 @@ class _Walk:
         able, score = self.able[step], start
         missed = "Partial quantization does not meet the target."
         if able:
-            rest = [group.name for group in self.ranked if group not in able]
-            everything = f"every group{' but ' + ', '.join(rest) if rest else ''} {step.words}"
+            everything = self._everything(able)
             put(search.model, self.base, dict.fromkeys(able, step))
             score = search.evaluate(everything)
             missed += (
@@ -264,25 +370,19 @@ class _Walk:
 
 def _ranked(search: Search, groups: tuple[Group, ...], options: Partial) -> Sensitivity:
     """The ranking of the groups: an interrupted run's of this very network, or a new one."""
-    key = search.checkpoints.key_of(groups, options.method, options.measured)
+    examples = ranking_examples(len(groups))
+    key = search.checkpoints.key_of(groups, options.method, options.measured, examples)
     for entry in search.journal.of("ranking"):
         if entry.data["key"] == key:
             return Sensitivity.of(entry.data["measured"]["table"])
-    table = rank(search.model, search, groups, options.method, options.measured)
+    table = rank(search.model, search, groups, options.method, options.measured, examples)
     search.journal.write("ranking", key=key, measured={"table": exact(table.to_dict())})
     return table
 
 
-def _by_time(search: Search, table: Sensitivity) -> Sensitivity:
-    """The table in the order of what is regained for a microsecond; a resumed run goes by what was measured first."""
-    names = [row.group.name for row in table.rows]
-    known = [
-        entry.data["measured"]["times"]
-        for entry in search.journal.of("costs")
-        if entry.data["groups"] == names
-    ]
-    times = known[0] if known else microseconds(search.model, [row.group for row in table.rows])
-    search.journal.write("costs", groups=names, measured={"times": times})
+def _by_time(search: Search, table: Sensitivity, threads: int | None) -> Sensitivity:
+    """The table in the order of what is regained for a microsecond."""
+    times = group_times(search, [row.group for row in table.rows], threads)
     rows = [replace(row, microseconds=time) for row, time in zip(table.rows, times, strict=True)]
     return replace(table, rows=tuple(sorted(rows, key=_regained_per_microsecond, reverse=True)))
 

@@ -32,7 +32,7 @@ class PartialResult:
         met: whether the goal is met, by its own rule.
         float_score: of the float model.
         score: of the model with the layers put back, on all examples.
-        drop: from the one to the other, with its interval.
+        drop: from the one to the other, with its interval, corrected for the candidates examined.
         put_back: the step that each layer was put to, by the layer's name.
         halves: which half loses the accuracy; None if the model met the goal as it was, or has one half only.
         sensitivity: the ranking; None if none was needed.
@@ -85,8 +85,11 @@ def partial(
         max_drop: in the metric's unit, against the float model on the same examples; 0.01 unless another target is
             given.
         options: how to look for them.
-        confidence: of intervals and early verdicts.
-        strict: whether the drop's interval must keep to the target, or its point estimate.
+        confidence: of the drops' intervals, all candidates together; and that all examples say so too where the target
+            is said to be missed. Every early verdict on the way has it by itself, so that of many one may be wrong:
+            that costs a layer put back needlessly, and nothing is accepted before all examples are seen.
+        strict: whether the upper end of the drop's interval must keep to the target, as for
+            :func:`halfstep.quantize`, or the drop that was measured.
         relative_drop: instead of ``max_drop``: a share of the float score.
         floor: instead of ``max_drop``: the worst score allowed.
         directory: for a journal of every evaluation: the same call again goes on where it was interrupted. None

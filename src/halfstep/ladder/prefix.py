@@ -1,7 +1,11 @@
-"""The fewest items of a sorted list that are enough: three small searches that only ask "does this set hold?"."""
+"""The fewest items of a sorted list that are enough: small searches that only ask "does this set hold?".
+
+Each has a bound on its questions that holds whatever the answers are.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -14,8 +18,8 @@ Holds = Callable[[int], bool]
 def gallop(count: int, holds: Holds) -> int | None:
     """Ask for 1, 2, 4, ... items until one holds, then bisect between it and the last that did not.
 
-    About 2 log2(k) + 2 questions. The answer k always holds and k - 1 does not, whatever ``holds`` is like; it is the
-    smallest such k where more items never hurt.
+    About 2 log2(k) + 2 questions, and never more than :data:`QUESTIONS` says. The answer k always holds and k - 1 does
+    not, whatever ``holds`` is like; it is the smallest such k where more items never hurt.
 
     Returns:
         k, from 1 to ``count``; None if not even all of them hold.
@@ -50,22 +54,41 @@ def one_by_one(count: int, holds: Holds) -> int | None:
 
 WALKS: dict[str, Callable[[int, Holds], int | None]] = {"gallop": gallop, "one_by_one": one_by_one}
 
+#: How many questions each walk asks at most of so many items.
+QUESTIONS: dict[str, Callable[[int], int]] = {
+    "gallop": lambda count: max(1, 2 * math.ceil(math.log2(count))) if count else 0,
+    "one_by_one": lambda count: count,
+}
 
-def without_needless(items: Sequence[Item], holds: Callable[[list[Item], Item], bool]) -> list[Item]:
-    """Try to do without each item, the last first; what remains holds, and would not without any one of them.
 
-    The latter where taking an item away never helps.
+def without_needless(
+    items: Sequence[Item],
+    holds: Callable[[list[Item], list[Item]], bool],
+    may_ask: Callable[[], bool] = lambda: True,
+) -> list[Item]:
+    """Try to do without items, the last first: one, and twice as many each time that it holds without them.
+
+    What remains holds. Where it was always allowed to ask, and taking an item away never helps, it would not without
+    any one of them. That takes at most two questions an item, few where most are needless, and one an item where none
+    is. Where questions run out, those that come first in the list were not asked about.
 
     Args:
         items: which hold together.
-        holds: whether a part of them does; it is told which item was left out.
+        holds: whether a part of them does; it is told which items were left out.
+        may_ask: whether another question is allowed.
 
     >>> without_needless([1, 2, 3, 4], lambda kept, left_out: {1, 3} <= set(kept))
     [1, 3]
     """
-    kept = list(items)
-    for item in reversed(items):
-        fewer = [other for other in kept if other is not item]
-        if holds(fewer, item):
-            kept = fewer
-    return kept
+    needed: list[Item] = []
+    rest, size = list(items), 1
+    while rest and may_ask():
+        size = min(size, len(rest))
+        first, block = rest[:-size], rest[-size:]
+        if holds([*first, *needed], block):
+            rest, size = first, 2 * size
+        elif size == 1:
+            rest, needed = first, [*block, *needed]
+        else:
+            size //= 2
+    return [*rest, *needed]

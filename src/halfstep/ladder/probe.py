@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -17,7 +18,7 @@ from halfstep.ladder.fidelity import divergences
 from halfstep.ladder.replay import FLOAT, Replay, Wiring, quantizing, wiring
 from halfstep.ladder.search import Search
 from halfstep.model import QuantizedModel
-from halfstep.progress import steps
+from halfstep.progress import steps, track
 from halfstep.runtime.parity import compared, error_power, float_tensors, power
 
 Loss = Literal["kl", "sqnr"]
@@ -69,13 +70,13 @@ class Probe:
 
     def wirings(self, float_layers: Iterable[frozenset[str]]) -> list[Wiring]:
         """The wiring of the model with each set of layers in float; the model is as before afterwards."""
-        before, found = self.model.float_layers, []
+        before, found = self.model.choices, []
         try:
-            for names in float_layers:
-                self.model.float_layers = names
+            for names in track(float_layers, "placing quantizers"):
+                self.model.choose(replace(self.model.choices, float_layers=names))
                 found.append(wiring(self.model))
         finally:
-            self.model.float_layers = before
+            self.model.choose(before)
         return found
 
     def losses(
@@ -101,8 +102,9 @@ class Probe:
         """
         totals = torch.zeros(len(candidates), dtype=torch.float64)
         weight = 0.0
-        with quantizing([base, *candidates]), steps(what or "comparing outputs", len(candidates)) as advance:
-            for number, inputs in enumerate(self.batches):
+        total = len(self.batches) * len(candidates)
+        with quantizing([base, *candidates]), steps(what or "comparing outputs", total) as advance:
+            for inputs in self.batches:
                 values = self.replay.run(inputs)
                 wanted = self.replay.outputs(values)
                 if base:
@@ -114,8 +116,7 @@ class Probe:
                     totals[index] += _loss(wanted, self.replay.outputs({**values, **changed}), by)
                     redone = sum(node in self._weighted for node in changed)
                     self.passes += batch_size(inputs) * redone / max(len(self._weighted), 1)
-                    if number == len(self.batches) - 1:
-                        advance(1)
+                    advance(1)
         return [math.inf if math.isnan(loss) else loss for loss in (totals / weight).tolist()]
 
 

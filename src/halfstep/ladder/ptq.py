@@ -17,7 +17,7 @@ from halfstep.ladder.search import Search
 from halfstep.ladder.sweep import judge, sweep
 from halfstep.repair.snapshot import Snapshot
 
-#: No repair is begun after so many seconds of repairing.
+#: Repairs end after so many seconds.
 REPAIR_SECONDS = 600.0
 
 
@@ -75,6 +75,8 @@ def _kept(search: Search, each: Pass, compute: Callable[[], Trial]) -> Trial:
             search.model.load_state_dict(search.checkpoints.network(saved), strict=False)
         return trial
     trial = compute()
+    if trial.repair.cut_short:  # with more time it does more
+        return trial
     state = search.model.state_dict() if trial.kept else {}
     search.checkpoints.keep_network(f"repair-{name}", key, state, exact(asdict(trial)))
     return trial
@@ -87,13 +89,13 @@ def _repaired(search: Search, score: Score) -> Score:
     if seconds <= 0:
         return score
     before = Snapshot.of(search.model)
-    found = repair(search.model, budget=seconds, keeper=functools.partial(_kept, search))
-    for sentence in dict.fromkeys(found.sentences()):  # two repairs may say the same of a layer
-        search.decide(sentence)
-    if not found.kept:
-        return score
-    words = f"PTQ, repaired by {', '.join(found.kept)}"
     try:
+        found = repair(search.model, budget=seconds, keeper=functools.partial(_kept, search))
+        for sentence in dict.fromkeys(found.sentences()):  # two repairs may say the same of a layer
+            search.decide(sentence)
+        if not found.kept:
+            return score
+        words = f"PTQ, repaired by {', '.join(found.kept)}"
         repaired = search.evaluate(words)
     except BaseException:
         before.restore(search.model)

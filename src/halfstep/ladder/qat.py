@@ -110,9 +110,14 @@ def climb_qat(search: Search, training: Training, directory: Path | None = None)
     kept = f"step {trained.best_step}" if trained.best_step else "the start"
     # It is in memory, but for a run that went on: then it is the best again.
     score = search.evaluate(f"QAT, {kept}", paid=True)
+    if trained.distilled:
+        search.decide(f"distillation from the float model: {trained.distilled}")
+    skipped = (
+        f", {trained.skipped} of which overflowed float16 and changed nothing" if trained.skipped else ""
+    )
     search.decide(
         f"QAT scores {search.goal.words(score)}, after {trained.steps} of {trained.planned} steps "
-        f"from a learning rate of {trained.learning_rate:g}; {kept} was kept"
+        f"from a learning rate of {trained.learning_rate:g}{skipped}; {kept} was kept"
     )
     if trained.steps < trained.planned and not search.goal.met(score):
         search.check_budget()

@@ -13,9 +13,10 @@ from halfstep.errors import ArgumentError
 from halfstep.evaluate import as_scorer
 from halfstep.fake_quantize import Mode
 from halfstep.graph.inputs import ModelInputs, batch_size
+from halfstep.ladder.budget import BudgetSpent
 from halfstep.ladder.fidelity import Fidelity, Measure, Reference
 from halfstep.model import QuantizedModel
-from halfstep.progress import track
+from halfstep.progress import interruptible, may_go_on, protected, track
 from halfstep.repair.bias import correct_bias
 from halfstep.repair.equalize import equalize
 from halfstep.repair.gptq import gptq
@@ -84,7 +85,7 @@ class Repairs:
         fitted: examples that the repairs worked on.
         examples: other examples that they were measured on.
         seconds: of wall time, for everything.
-        left_out: repairs that the budget left no time for.
+        left_out: repairs that the budget left no time to begin or to finish.
         score_before: the metric before; None without one.
         score_after: the metric with all that was kept.
         put_back: the metric fell, and everything was put back.
@@ -109,7 +110,7 @@ class Repairs:
         """What each repair brought, or why it was put back; the same in every run, so without the seconds."""
         lines = [str(trial) for trial in self.trials]
         lines += [note for trial in self.trials if trial.kept for note in trial.repair.notes]
-        lines += [f"{name} was not tried: the budget is used up" for name in self.left_out]
+        lines += [f"{name} was left out: the budget is used up" for name in self.left_out]
         if self.score_before is not None and self.score_after is not None:
             verdict = "everything was put back" if self.put_back else "kept"
             lines.append(f"all together: metric {self.score_before:.4f} to {self.score_after:.4f}, {verdict}")
@@ -142,7 +143,8 @@ def repair(
         passes: what to try, in order.
         batches: model inputs; the sample that :func:`~halfstep.observe` kept if None.
         metric: has the last word: where it falls, everything is put back. None for none.
-        budget: seconds after which no further repair is begun; None for no bound.
+        budget: seconds after which repairs end, within a layer's time: what was done of one by then is measured and
+            kept or put back like the others; None for no bound.
         keeper: knows what repairs brought in a run that was interrupted; None for nothing.
 
     Raises:
@@ -163,12 +165,20 @@ def repair(
     trials: list[Trial] = []
     left_out: list[str] = []
     now = reference.compare(model, "measuring")
-    for each in track(passes, "repairing"):
+
+    def look_at_the_clock() -> None:
         if budget is not None and time.perf_counter() - start > budget:
+            raise BudgetSpent(f"{budget:g} s")
+
+    for each in track(passes, "repairing"):
+        try:
+            with interruptible(look_at_the_clock):
+                may_go_on()
+                compute = functools.partial(_try, model, each, fitted, reference, now, by)
+                trial = compute() if keeper is None else keeper(each, compute)
+        except BudgetSpent:
             left_out.append(getattr(each, "__name__", repr(each)))
             continue
-        compute = functools.partial(_try, model, each, fitted, reference, now, by)
-        trial = compute() if keeper is None else keeper(each, compute)
         now = trial.after if trial.kept else now
         trials.append(trial)
     score_after, put_back = score_before, False
@@ -194,14 +204,19 @@ def repair(
 def halves(
     model: QuantizedModel, batches: Sequence[ModelInputs]
 ) -> tuple[list[ModelInputs], list[ModelInputs]]:
-    """The first and the second half of every batch; a single example is in both."""
-    first, second = [], []
+    """The first and the second half of every batch; a single example is in both.
+
+    The odd one of a batch goes to the half that has fewer: of batches of one every second.
+    """
+    first, second, ahead = [], [], 0  # by how many the second has more
     for batch in batches:
         size = batch_size(batch)
-        middle = size // 2
+        middle = (size + ahead) // 2
+        ahead += size - 2 * middle
         if middle:
             first.append(model.captured.examples(batch, 0, middle))
-        second.append(model.captured.examples(batch, middle, size))
+        if middle < size:
+            second.append(model.captured.examples(batch, middle, size))
     return first or second, second
 
 
@@ -219,7 +234,8 @@ def _try(
         done = each(model, fitted)
         if not done.treated:
             return Trial(done, before, before, kept=False)
-        after = reference.compare(model, "measuring")
+        with protected():  # of a pass that time cut short too
+            after = reference.compare(model, "measuring")
     except BaseException:
         snapshot.restore(model)
         raise

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from halfstep.bias_shift import BiasShift
 from halfstep.fake_quantize import FakeQuantize, Mode
@@ -112,7 +111,7 @@ class Replay:
 
     def outputs(self, values: Values) -> Any:
         """What the model returns, from the output node's value."""
-        return pytree.tree_unflatten(list(values[self.nodes[-1]]), self.model.captured.out_spec)
+        return self.model.captured.out_spec.restore(values[self.nodes[-1]])
 
     def _parameter(self, node: fx.Node) -> Any:
         found: Any = self.model.captured.module

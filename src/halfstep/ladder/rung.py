@@ -19,10 +19,29 @@ class Means:
     Attributes:
         training: for QAT, which is skipped without it.
         partial: how to look for layers to put back; None for the usual way.
+        threads: of the runtime, for one operator; None for all cores.
+        tune: whether layers that integers slow down are looked for at the end.
     """
 
     training: Training | None = None
     partial: Partial | None = None
+    threads: int | None = None
+    tune: bool = False
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a rung costs at most, whatever the model and the metric answer.
+
+    Attributes:
+        evaluations: of the metric on all examples; parts of one count as parts.
+        examples: that are sent through the network without labels, to compare calibrators or to rank layers.
+        seconds: of work that is ended when they are over.
+    """
+
+    evaluations: int
+    examples: int = 0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -33,7 +52,7 @@ class Rung:
         name: ``"ptq"``, ``"partial"``, ``"qat"``.
         title: in words.
         climb: starts from ``search.model`` and evaluates candidates; the search keeps the best.
-        evaluations: how many full evaluations it usually takes at most, for the estimate.
+        cost: what that takes at most, for the estimate.
         missing: what is needed and not there, in words; empty if nothing.
         options: what decides about its result beside the search, so that only a result with the same is taken again.
     """
@@ -41,7 +60,7 @@ class Rung:
     name: str
     title: str
     climb: Callable[[Search, Means], object]
-    evaluations: Callable[[Search, Means], int]
+    cost: Callable[[Search, Means], Cost]
     missing: Callable[[Means], str] = lambda means: ""
     options: Callable[[Means], str] = lambda means: ""
 
@@ -55,7 +74,7 @@ class Reached:
         met: the simulation meets the target now.
         score: of the best candidate so far, simulated.
         drop: against float, in the metric's unit.
-        low: lower end of the drop's confidence interval; None where the metric has none.
+        low: lower end of the drop's confidence interval, corrected for the candidates examined; None without one.
         high: its upper end.
         metrics: how every metric stands, the leading one (whose figures these are) first.
         what: the candidate, in words.
@@ -68,6 +87,7 @@ class Reached:
         file_key: what the file's evaluation is remembered by.
         key: a digest of what the rung started from and was asked for.
         candidate: the fingerprint of the best candidate.
+        examined: candidates that had been looked at on the same examples when this one was, itself included.
     """
 
     rung: str
@@ -84,6 +104,7 @@ class Reached:
     note: str = ""
     file_score: float | None = None
     file_met: bool | None = None
+    examined: int = 1
     file_key: str = ""
     key: str = ""
     candidate: str = ""

@@ -4,32 +4,48 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 
 from halfstep.errors import ArgumentError
 from halfstep.evaluate import Score
 from halfstep.ladder.best_of import FINALISTS
-from halfstep.ladder.partial import Partial, climb_partial
-from halfstep.ladder.ptq import climb_ptq
+from halfstep.ladder.calibration import kept_examples
+from halfstep.ladder.partial import Partial, climb_partial, evaluations_at_most, ranked_at_most
+from halfstep.ladder.ptq import REPAIR_SECONDS, climb_ptq
 from halfstep.ladder.qat import climb_qat
-from halfstep.ladder.rung import Means, Rung
+from halfstep.ladder.rung import Cost, Means, Rung
 from halfstep.ladder.search import Search
+from halfstep.ladder.sweep import passes_at_most
+from halfstep.progress import protected
 
 
-def _partial_evaluations(search: Search, means: Means) -> int:
-    """Two halves, gallop and bisection over the groups, the backward pass, and all examples for the result."""
-    return 2 * math.ceil(math.log2(max(2, len(search.model.layers)))) + 8
+def _ptq_cost(search: Search, means: Means) -> Cost:
+    """The finalists and what repairs made of the best; every calibrator on the kept examples."""
+    left = search.seconds_left()
+    seconds = REPAIR_SECONDS if left is None else min(REPAIR_SECONDS, left)
+    return Cost(FINALISTS + 1, passes_at_most() * kept_examples(search.model), seconds)
+
+
+def _partial_cost(search: Search, means: Means) -> Cost:
+    return Cost(evaluations_at_most(search, means.partial), ranked_at_most(search, means.partial))
 
 
 def _climb_qat(search: Search, means: Means) -> Score:
     assert means.training is not None  # find_rungs leaves the rung out
-    return climb_qat(search, means.training)
+    with protected():  # steps that are trained are not thrown away: training looks at the budget by itself
+        return climb_qat(search, means.training)
 
 
-def _qat_evaluations(search: Search, means: Means) -> int:
-    """The start, one every so many epochs, the end."""
+def _qat_cost(search: Search, means: Means) -> Cost:
+    """The float control, the start, one every so many epochs, the end, and the last good state of what diverged."""
     training = means.training
-    return 0 if training is None else 2 + math.ceil(training.epochs / training.evaluate_every)
+    if training is None:
+        return Cost(0)
+    marks = training.epochs / training.evaluate_every
+    if isinstance(training.labelled, Sized):  # marks lie at whole steps
+        steps = len(training.labelled)
+        marks = max(1, round(training.epochs * steps)) / max(1, round(training.evaluate_every * steps))
+    return Cost(training.control + 3 + math.ceil(marks))
 
 
 def _qat_missing(means: Means) -> str:
@@ -39,19 +55,19 @@ def _qat_missing(means: Means) -> str:
 RUNGS: dict[str, Rung] = {
     rung.name: rung
     for rung in (
-        Rung("ptq", "Post-training quantization", lambda search, _: climb_ptq(search), lambda *_: FINALISTS),
+        Rung("ptq", "Post-training quantization", lambda search, _: climb_ptq(search), _ptq_cost),
         Rung(
             "partial",
             "Partial quantization",
-            lambda search, means: climb_partial(search, means.partial),
-            _partial_evaluations,
+            lambda search, means: climb_partial(search, means.partial, means.threads),
+            _partial_cost,
             options=lambda means: repr(means.partial or Partial()),
         ),
         Rung(
             "qat",
             "Quantization-aware training",
             _climb_qat,
-            _qat_evaluations,
+            _qat_cost,
             _qat_missing,
             lambda means: "" if means.training is None else means.training.content(),
         ),
@@ -80,11 +96,11 @@ def find_rungs(names: Sequence[str]) -> list[Rung]:
     ordered = [name for name in RUNGS if name in names or name == lowest]
     if lowest not in names:
         raise ArgumentError(
-            f"rungs: got {asked}, needed {lowest!r} first, since the others start from the ranges that it finds: "
-            f"{', '.join(map(repr, ordered))}"
+            f"rungs: got {asked}, needed {lowest!r} first: the others start from the ranges that it finds; give "
+            f"rungs={ordered}"
         )
     if list(names) != ordered:
         raise ArgumentError(
-            f"rungs: got {asked}, needed each once, from the bottom up: {', '.join(map(repr, ordered))}"
+            f"rungs: got {asked}, needed each once and from the bottom up; give rungs={ordered}"
         )
     return [RUNGS[name] for name in ordered]

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from halfstep.errors import RunError
-from halfstep.evaluate import EarlyStopping, Metric, Score, Scorer, early_stopping, parts
+from halfstep.evaluate import EarlyStopping, Metric, Score, Scorer, early_stopping, parts, share_of_error
 from halfstep.fake_quantize import Mode
+from halfstep.granularity import PerTensor
 from halfstep.ladder.budget import Budget, BudgetSpent
 from halfstep.ladder.checkpoints import Checkpoints
 from halfstep.ladder.evaluation import Evaluation, Verdict, keep, kept
@@ -22,7 +23,7 @@ from halfstep.ladder.goal import Goal
 from halfstep.ladder.journal import Journal
 from halfstep.ladder.snapshot import Snapshot, put_back_in
 from halfstep.model import QuantizedModel
-from halfstep.progress import say, steps
+from halfstep.progress import protected, say, steps
 
 #: Examples on which the float model is scored a second time, to see whether the metric answers the same.
 REPEATED = 1000
@@ -68,6 +69,8 @@ class Search:
         rung: the one that is being climbed.
         best: the best candidate so far; None before the first.
         reached: the best candidate at the end of each rung, by the rung's name.
+        calibrated: examples that the ranges come from; 0 where that is not known.
+        started: when the budget's minutes began, by ``time.perf_counter``.
     """
 
     model: QuantizedModel
@@ -83,24 +86,47 @@ class Search:
     rung: str = ""
     best: Candidate | None = None
     reached: dict[str, Candidate] = field(default_factory=dict)
+    calibrated: int = 0
+    started: float = field(default_factory=lambda: time.perf_counter())
 
     def __post_init__(self) -> None:
         self.asked = self.goal
         self.checkpoints = Checkpoints(self.journal, self.model)
-        self._started = time.perf_counter()
         self._asked: set[str] = set()
+        self._examined: dict[str, int] = {}
         for entry in self.journal.of("evaluation"):
             evaluation, verdict = kept(entry)
             self.evaluations.append(evaluation)
-            self.memory.setdefault(evaluation.key, []).append(verdict)
+            self._remember(evaluation, verdict)
         found = early_stopping(self.scorer, self.goal.float_score)
         self._stopper: EarlyStopping | None = found if isinstance(found, EarlyStopping) else None
-        #: Why no evaluation can stop early; empty if it can.
-        self.never_early = found if isinstance(found, str) else ""
+        self._no_stopper = found if isinstance(found, str) else ""
 
     def hold_to(self, goal: Goal) -> None:
         """Hold simulations to another goal; what is remembered is judged by the one that holds."""
         self.goal = goal
+
+    @property
+    def never_early(self) -> str:
+        """Why no verdict on the simulation as it stands can be early; empty if one can."""
+        if self._no_stopper:
+            return self._no_stopper
+        mixed = any(
+            site.dynamic and site.mode is Mode.QUANTIZE and isinstance(site.granularity, PerTensor)
+            for site in self.model.sites.values()
+        )
+        return "ranges per tensor at run time make an example's score depend on its batch" if mixed else ""
+
+    def examined(self, key: str) -> int | None:
+        """Which candidate the simulation as it stands is, in the order in which they were first looked at, from 1.
+
+        Kept in the journal, so that a resumed run counts alike. Early verdicts count too: if only those did that came
+        through them, luck would have chosen whom the next share of the error goes to. None for what cannot be
+        accepted, since some of its sites let floats through.
+        """
+        if any(site.mode is not Mode.QUANTIZE for site in self.model.sites.values()):
+            return None
+        return self._examined.get(key, len(self._examined) + 1)
 
     def recall(self, key: str) -> Verdict | None:
         """What is remembered under a key; its evaluation counts from now on, if a run before this one made it.
@@ -134,45 +160,71 @@ class Search:
             self.check_budget()
         start = time.perf_counter()
         seen = 0
-        early = [verdict.score.per_example for verdict in self.memory.get(key, [])]
-        taken = max((scores for scores in early if scores is not None), key=len, default=None)
-        with steps(f"evaluating {what}"):
+        taken = self._taken(key)
+        with (
+            protected(),
+            steps(f"evaluating {what}"),
+        ):  # what was begun is scored: its verdict is worth the time
             if taken is not None and self._stopper is not None:
-                seen = len(taken) if self._stopper.picks else 0
+                seen = len(taken) if self.picks else 0
                 score = self._stopper.finish(self.model, taken)
             else:
                 score = self.scorer.evaluate(self.model)
+        score = score.numbered(self.examined(key) or 1)
         count = None if score.count is None else score.count - seen
         verdict = Verdict(self.goal.met(score), score, complete=True)
         self._record(what, verdict, time.perf_counter() - start, count, score.count, key)
         return score
 
-    def judge(self, what: str) -> Verdict:
+    def judge(self, what: str, final: bool = False) -> Verdict:
         """Whether the simulation as it stands meets the goal, from as few examples as that takes.
 
-        A verdict given early is wrong with a probability of at most 1 - confidence. A strict goal is met only on
-        all examples; it can be missed early.
+        All examples would overturn a verdict given early with a probability of at most 1 - confidence, taken by
+        itself: of many one may well be wrong. A strict goal is met only on all examples; it can be missed early.
+
+        Args:
+            what: the candidate, in words.
+            final: more examples are seen before the candidate is refused, so many that all verdicts of a search that
+                are final are right together with the goal's confidence: this one has its share of the error.
         """
         key = fingerprint(self.model)
         known = self.recall(key)
-        if known is not None:
+        if known is not None and (known.complete or (self.early and (known.met or not final))):
             self._consider(what, known, key)
             return known
-        if self._stopper is None or not self.early:
+        if self._stopper is None or self.never_early or not self.early:
             score = self.evaluate(what)
             return Verdict(self.goal.met(score), score, complete=True)
+        examined, goal = self.examined(key), self.goal
+        level = 1 - goal.confidence
+        if final:
+            level = share_of_error(level, examined or 1)
         self.check_budget()
-        start, goal = time.perf_counter(), self.goal
-        with steps(f"judging {what}", self._stopper.total) as advance:
+        start, before = time.perf_counter(), self._taken(key)
+        with protected(), steps(f"judging {what}", self._stopper.total) as advance:
             scores, side = self._stopper.run(
-                self.model, goal.max_drop, 1 - goal.confidence, accept=not goal.strict, progress=advance
+                self.model, goal.max_drop, level, accept=not goal.strict, progress=advance, seen=before
             )
+        if known is not None and before is not None and len(scores) == len(before):
+            return known
         complete = len(scores) == self._stopper.total
         score = self._stopper.finish(self.model, scores) if complete else Score.mean(scores)
+        score = score.numbered(examined or 1)
         met = goal.met(score) if complete else side == "below"
         verdict = Verdict(met, score, complete, None if complete else goal.max_drop)
-        self._record(what, verdict, time.perf_counter() - start, len(scores), self._stopper.total, key)
+        count = len(scores) - (len(before) if before is not None and self.picks else 0)
+        self._record(what, verdict, time.perf_counter() - start, count, self._stopper.total, key)
         return verdict
+
+    @property
+    def picks(self) -> bool:
+        """Whether examples that were scored for an early verdict need not be scored again to go on from there."""
+        return self._stopper is not None and self._stopper.picks
+
+    def _taken(self, key: str) -> torch.Tensor | None:
+        """The most scores that were taken of a candidate for early verdicts, in the order drawn; None if none were."""
+        early = [verdict.score.per_example for verdict in self.memory.get(key, []) if not verdict.complete]
+        return max((scores for scores in early if scores is not None), key=len, default=None)
 
     def drop(self, verdict: Verdict) -> float:
         """How much worse than float a judged candidate is, on the examples that it was judged on."""
@@ -184,8 +236,13 @@ class Search:
         """Remember an evaluation, here and in the journal."""
         self._asked.add(made.key)
         self.evaluations.append(made)
-        self.memory.setdefault(made.key, []).append(verdict)
+        self._remember(made, verdict)
         keep(self.journal, made, verdict)
+
+    def _remember(self, made: Evaluation, verdict: Verdict) -> None:
+        self.memory.setdefault(made.key, []).append(verdict)
+        if made.examined is not None and made.rung != "deployed":
+            self._examined[made.key] = made.examined
 
     def check_budget(self) -> None:
         """Raise once the budget is used up, but let one candidate pass, so that there is always a best one.
@@ -196,16 +253,29 @@ class Search:
         if (spent := self.spent()) and self.best is not None:
             raise BudgetSpent(spent)
 
+    def check_time(self) -> None:
+        """What long loops ask between their steps: raise once the minutes are used up, if there is a best candidate.
+
+        Evaluations that are used up end no loop: a resumed run has them all from the start, and repeats the work
+        between them.
+
+        Raises:
+            BudgetSpent: saying by what.
+        """
+        spent = self.budget.spent(0, time.perf_counter() - self.started)
+        if spent and self.best is not None:
+            raise BudgetSpent(spent)
+
     def spent(self) -> str:
         """What of the budget is used up, in words; empty while there is something left."""
         made = sum(evaluation.share for evaluation in self.evaluations)
-        return self.budget.spent(made, time.perf_counter() - self._started)
+        return self.budget.spent(made, time.perf_counter() - self.started)
 
     def seconds_left(self) -> float | None:
         """Seconds until the budget's minutes are used up; None where it bounds no time."""
         if self.budget.minutes is None:
             return None
-        return self.budget.minutes * 60 - (time.perf_counter() - self._started)
+        return self.budget.minutes * 60 - (time.perf_counter() - self.started)
 
     def _consider(self, what: str, verdict: Verdict, key: str) -> None:
         """Keep the candidate if it is the best so far: meets the goal, few float layers, a small drop."""
@@ -233,7 +303,8 @@ class Search:
         self, what: str, verdict: Verdict, seconds: float, examples: int | None, total: int | None, key: str
     ) -> None:
         score = verdict.score
-        self.record(Evaluation(what, score.value, seconds, examples, total, key, self.rung), verdict)
+        made = Evaluation(what, score.value, seconds, examples, total, key, self.rung, self.examined(key))
+        self.record(made, verdict)
         self._consider(what, verdict, key)
         if verdict.complete:
             self._suspect(what, score)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from halfstep.fake_quantize import Mode
+from halfstep.graph.choices import Choices
 from halfstep.ladder.steps import STEPS
 from halfstep.model import QuantizedModel
 
@@ -33,8 +34,7 @@ class Snapshot:
 
     def restore(self) -> QuantizedModel:
         """Put the model back to this moment, quantizing."""
-        for attribute, layers in self.put_back.items():
-            setattr(self.model, attribute, layers)
+        self.model.choose(Choices(**self.put_back))
         self.model.load_state_dict(self.state, strict=False)  # quantizers made since then are not in use
         for site in self.model.sites.values():
             site.calibrated = True

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
 
 from halfstep.evaluate import Score
 from halfstep.ladder.budget import BudgetSpent
 from halfstep.ladder.fingerprint import fingerprint
+from halfstep.ladder.measured import tuned
 from halfstep.ladder.search import Candidate, Search
 from halfstep.ladder.snapshot import Snapshot
-from halfstep.ladder.tune import Tuning, tune
+from halfstep.progress import interruptible
 
 
 def favour_speed(search: Search, threads: int | None, score_file: Callable[[], tuple[str, Score]]) -> None:
@@ -25,20 +25,21 @@ def favour_speed(search: Search, threads: int | None, score_file: Callable[[], t
     """
     model, before = search.model, search.best
     assert before is not None
-    tuning = _tuned(search, threads)
-    if not tuning.float_layers:
-        search.decide(str(tuning))
-        return
-    search.rung = "tune"
     try:
+        with interruptible(search.check_time):
+            tuning = tuned(search, threads)
+        if not tuning.float_layers:
+            search.decide(str(tuning))
+            return
+        search.rung = "tune"
         score = search.evaluate(f"with {', '.join(tuning.float_layers)} in float for speed")
     except BudgetSpent as spent:
         before.snapshot.restore()
         search.decide(f"nothing is left in float for speed, the budget is spent: {spent}")
         return
     goal, kept = search.goal, search.reached
-    tuned = search.best = Candidate(before.what, score, Snapshot.of(model), fingerprint(model))
-    search.reached = {rung: tuned if reached is before else reached for rung, reached in kept.items()}
+    faster = search.best = Candidate(before.what, score, Snapshot.of(model), fingerprint(model))
+    search.reached = {rung: faster if reached is before else reached for rung, reached in kept.items()}
     if goal.met(score):
         _, file = score_file()
         missed = "" if search.asked.met(file) else f"its file, {search.asked.words(file)},"
@@ -50,15 +51,3 @@ def favour_speed(search: Search, threads: int | None, score_file: Callable[[], t
     search.best, search.reached = before, kept
     before.snapshot.restore()
     search.decide(f"{tuning}, and put back: {missed} would miss the target")
-
-
-def _tuned(search: Search, threads: int | None) -> Tuning:
-    """What was measured: before, if the journal knows it, else now."""
-    model, known = search.model, search.journal.of("tuning")
-    if not known:
-        tuning = tune(model, threads)
-        search.journal.write("tuning", **asdict(tuning))
-        return tuning
-    found = Tuning(**known[-1].data)
-    model.float_layers = model.float_layers | set(found.float_layers)
-    return replace(found, float_layers=tuple(found.float_layers))

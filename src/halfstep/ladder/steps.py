@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from halfstep.errors import ArgumentError
+from halfstep.graph.choices import Choices
 from halfstep.graph.place import takes_run_time_ranges
 from halfstep.graph.placement import Layer
 from halfstep.ladder.groups import Group
@@ -80,7 +81,7 @@ Assignment = Mapping[Group, Step]
 
 def put(model: QuantizedModel, base: Mapping[str, frozenset[str]], assignment: Assignment) -> None:
     """Put groups to their steps, and every other layer where ``base`` (attribute -> layers) has it."""
-    for step in STEPS.values():
-        layers = base.get(step.attribute, frozenset())
-        layers |= {name for group, chosen in assignment.items() if chosen is step for name in group.layers}
-        setattr(model, step.attribute, layers)
+    put = {step.attribute: set(base.get(step.attribute, ())) for step in STEPS.values()}
+    for group, step in assignment.items():
+        put[step.attribute].update(group.layers)
+    model.choose(Choices(**{attribute: frozenset(layers) for attribute, layers in put.items()}))

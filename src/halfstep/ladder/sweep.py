@@ -57,6 +57,16 @@ def sweep(model: QuantizedModel, options: BestOf) -> Sweep:
     return found
 
 
+def passes_at_most(options: BestOf | None = None) -> int:
+    """A bound on the passes of a sweep over its examples.
+
+    The float network's own, each calibrator of the weights and of the activations, up to five mixtures of these, the
+    backward pass that proposes them (which takes as long as two), and the activations alone.
+    """
+    options = options or BestOf()
+    return 1 + len(options.weights) + len(options.calibrators) + (5 + 3 if options.mixed else 0) + 1
+
+
 def judge(
     found: Sweep,
     model: QuantizedModel,

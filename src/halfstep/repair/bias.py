@@ -12,7 +12,7 @@ from halfstep.graph.inputs import ModelInputs
 from halfstep.model import QuantizedModel
 from halfstep.repair.ranges import sample_of
 from halfstep.repair.record import Repair, Treated
-from halfstep.repair.walk import Step, walk
+from halfstep.repair.walk import Step, walk, while_time_lasts
 
 
 def correct_bias(model: QuantizedModel, batches: Iterable[ModelInputs] | None = None) -> Repair:
@@ -33,7 +33,8 @@ def correct_bias(model: QuantizedModel, batches: Iterable[ModelInputs] | None = 
     """
     start = time.perf_counter()
     treated, skipped = [], []
-    for step in walk(model, sample_of(model, batches), "bias correction"):
+    notes: list[str] = []
+    for step in while_time_lasts(walk(model, sample_of(model, batches), "bias correction"), notes):
         name, clock = step.layer.name, time.perf_counter()
         shift = model.shifts.get(name)
         if shift is None:
@@ -47,7 +48,8 @@ def correct_bias(model: QuantizedModel, batches: Iterable[ModelInputs] | None = 
         "root mean square of the channels' mean errors",
         tuple(treated),
         tuple(skipped),
-        seconds=time.perf_counter() - start,
+        tuple(notes),
+        time.perf_counter() - start,
     )
 
 

@@ -47,11 +47,12 @@ def gptq_rows(form: Quadratic, grid: Grid, rows: Tensor) -> Tensor:
     """
     order = form.hessian.diagonal(dim1=-2, dim2=-1).argsort(-1, descending=True)
     size, groups = order.shape[1], torch.arange(len(order), device=order.device)[:, None, None]
-    hessian = form.hessian[groups, order[:, :, None], order[:, None, :]]
     grid = grid.take(order)
     left = form.target.gather(2, order.unsqueeze(1).expand(form.target.shape))
     # The upper factor U of H^-1 = U^T U: row j tells how the inputs after j make up for an error in j.
-    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
+    factor = form.hessian[groups, order[:, :, None], order[:, None, :]]
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(factor, out=factor))
+    torch.linalg.cholesky(inverse, upper=True, out=factor)
     result = torch.empty_like(left)
     for start in range(0, size, BLOCK):
         stop = min(start + BLOCK, size)

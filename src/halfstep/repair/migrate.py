@@ -151,7 +151,8 @@ class _Reader:
         elif self.activations is not None:
             how = self.activations.calibrated_by or MSE()
             assert isinstance(how, Calibrator)
-            histogram = Histogram()
+            # All rows count as one batch where ranges of batches are asked for.
+            histogram = Histogram(batch_ranges=self.activations.histogram.keeps_batch_ranges)
             histogram.update(rows)
             low, high = how.range(histogram, self.activations.format)
             rows = _quantized(self.activations, rows, torch.tensor(low), torch.tensor(high))

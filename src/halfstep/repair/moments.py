@@ -1,8 +1,8 @@
 """Second moments of what a layer reads: all that its output error depends on.
 
-A conv is a linear layer on patches, a grouped one several side by side. Where the float layer multiplies its input x by
-w, and the quantized one its input x' by v, the output's mean squared error is
-``E (v x' - w x)^2 = v H v - 2 v G w + w F w`` with ``H = E x' x'^T``, ``G = E x' x^T``, ``F = E x x^T``.
+A conv is a linear layer on patches, a grouped one several side by side. Where the float layer makes y of its input, and
+the quantized one multiplies its input x' by v, the output's mean squared error is
+``E (v x' - y)^2 = v H v - 2 C v + P`` with ``H = E x' x'^T``, ``C = E y x'^T``, ``P = E y^2``.
 """
 
 from __future__ import annotations
@@ -27,36 +27,35 @@ POSITIONS = 2**15
 _STRINGS = frozenset({aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding})
 
 
+#: Bytes that a layer's moments and what is made of them may take; layers that need more are left alone.
+MEMORY = 2**32
+
+
 @dataclass(frozen=True)
 class Moments:
-    """Mean products of a layer's inputs, float64.
+    """Mean products of a layer's inputs and float outputs (without bias), float64.
 
     Attributes:
-        quantized: H = E x' x'^T, (groups, inputs, inputs).
-        mixed: G = E x' x^T, the same shape.
-        plain: F = E x x^T, the same shape.
+        inputs: H = E x' x'^T, (groups, inputs, inputs).
+        cross: C = E y x'^T, (groups, out, inputs).
+        outputs: P = E y^2, (groups, out).
         count: positions that were averaged over.
     """
 
-    quantized: Tensor
-    mixed: Tensor
-    plain: Tensor
+    inputs: Tensor
+    cross: Tensor
+    outputs: Tensor
     count: int
 
-    def error(self, rows: Tensor, weight: Tensor) -> Tensor:
+    def error(self, rows: Tensor) -> Tensor:
         """The mean square of each output's error, (groups, out), at least 0.
 
         Args:
             rows: what the quantized layer multiplies by, (groups, out, inputs).
-            weight: the float layer's weight, the same shape.
         """
-        rows, weight = rows.double(), weight.double()
-        terms = (
-            (rows @ self.quantized * rows).sum(-1)
-            - 2 * (rows @ self.mixed * weight).sum(-1)
-            + (weight @ self.plain * weight).sum(-1)
-        )
-        return terms.clamp_min(0.0)
+        rows = rows.double()
+        products = (rows @ self.inputs).sub_(self.cross, alpha=2).mul_(rows)
+        return (products.sum(-1) + self.outputs).clamp_min(0.0)
 
 
 def has_rows(op: Operator) -> bool:
@@ -119,22 +118,40 @@ def patches(op: Operator, x: Tensor, thinned: int = 1, first: int = 0) -> Tensor
     return rows
 
 
-def gather(op: Operator, inputs: Sequence[Tensor], float_inputs: Sequence[Tensor]) -> Moments:
-    """The moments of a layer's inputs over all batches, in chunks of bounded size.
+def too_large(op: Operator) -> str:
+    """Why the moments of a layer are not taken: they would need more than :data:`MEMORY`; empty if they do not."""
+    assert op.weight is not None
+    shape = op.weight.meta["val"].shape
+    inputs = shape[0] if op.kind == "matmul" else prod(shape[1:])
+    # In float64 at a time: four matrices of (inputs, inputs) for each group, and eight of the weight's own shape.
+    needed = 8 * (4 * _groups(op) * inputs**2 + 8 * shape.numel())
+    if needed <= MEMORY:
+        return ""
+    return (
+        f"the second moments of its {inputs} inputs would take {needed / 2**30:.2g} GiB, more than the "
+        f"{MEMORY / 2**30:.2g} allowed"
+    )
+
+
+def gather(op: Operator, weight: Tensor, inputs: Sequence[Tensor], float_inputs: Sequence[Tensor]) -> Moments:
+    """The moments of a layer over all batches, in chunks of bounded size.
 
     A conv on large images has more positions than its moments need: then rows of positions are left out evenly, down
     to about :data:`POSITIONS` or eight for each input, whichever is more.
 
     Args:
-        op: the layer.
+        op: the layer, not :func:`too_large`.
+        weight: the float layer's, (groups, out, inputs).
         inputs: in the quantized network, a tensor for each batch.
         float_inputs: in the float network.
     """
-    assert op.weight is not None
-    taps = prod(op.weight.meta["val"].shape[1:])
+    groups, out, taps = weight.shape
     positions = sum(x.numel() for x in inputs) // inputs[0].shape[1 if op.kind == "conv" else -1]
     thinned = max(1, positions // max(POSITIONS, 8 * taps))
-    sums: list[Tensor] | None = None
+    square, cross, power = (
+        torch.zeros(shape, dtype=torch.float64, device=weight.device)
+        for shape in ((groups, taps, taps), (groups, out, taps), (groups, out))
+    )
     count = 0
     chunks = [
         pair
@@ -142,13 +159,12 @@ def gather(op: Operator, inputs: Sequence[Tensor], float_inputs: Sequence[Tensor
         for pair in zip(quantized.split(_chunk(op, quantized)), plain.split(_chunk(op, plain)), strict=True)
     ]
     for first, (quantized, plain) in enumerate(chunks):
-        a, b = patches(op, quantized, thinned, first), patches(op, plain, thinned, first)
-        products = [p.double() for p in (a.mT @ a, a.mT @ b, b.mT @ b)]
-        sums = products if sums is None else [s + p for s, p in zip(sums, products, strict=True)]
-        count += a.shape[1]
-    assert sums is not None
-    quantized_square, mixed, plain_square = (total / count for total in sums)
-    return Moments(quantized_square, mixed, plain_square, count)
+        x, y = patches(op, quantized, thinned, first), patches(op, plain, thinned, first) @ weight.mT
+        square += x.mT @ x
+        cross += y.mT @ x
+        power += y.double().square().sum(1)
+        count += x.shape[1]
+    return Moments(square.div_(count), cross.div_(count), power.div_(count), count)
 
 
 def _chunk(op: Operator, x: Tensor) -> int:

@@ -34,22 +34,20 @@ class Quadratic:
 
     @classmethod
     def of(cls, moments: Moments, rows: Tensor, damping: float = DAMPING) -> Quadratic:
-        """The form for a layer's moments and its float rows.
+        """The form for a layer's moments and its float rows w.
 
-        With ``d`` the damping, ``(v x' - w x)^2 + d (v - w)^2`` is least for ``v = (H + d)^-1 (G + d) w``. An input
-        that is always zero keeps its float weight as target.
+        With ``d`` the damping, ``(v x' - y)^2 + d (v - w)^2`` is least for ``v = (H + d)^-1 (C + d w)``. An input that
+        is always zero keeps its float weight as target.
         """
-        weight, plain = rows.double(), moments.quantized
-        size = plain.shape[-1]
-        amount = damping * plain.diagonal(dim1=-2, dim2=-1).mean(-1)
-        amount = torch.where(amount > 0, amount, 1.0)  # a group whose inputs are all zero
-        eye = torch.eye(size, dtype=torch.float64, device=plain.device)
-        ridge = amount[:, None, None] * eye
-        singular = bool(torch.linalg.cholesky_ex(plain)[1].any())
-        hessian = plain + ridge
-        product = (moments.mixed + ridge) @ weight.mT  # (groups, inputs, out)
-        target = torch.cholesky_solve(product, torch.linalg.cholesky(hessian)).mT
-        return cls(target, hessian, singular)
+        amount = damping * moments.inputs.diagonal(dim1=-2, dim2=-1).mean(-1)
+        amount = torch.where(amount > 0, amount, 1.0)[:, None]  # a group whose inputs are all zero
+        factor, failed = torch.linalg.cholesky_ex(moments.inputs)
+        hessian = moments.inputs.clone()
+        hessian.diagonal(dim1=-2, dim2=-1).add_(amount)
+        torch.linalg.cholesky(hessian, out=factor)
+        product = moments.cross + amount[..., None] * rows.double()
+        target = torch.cholesky_solve(product.mT, factor).mT
+        return cls(target, hessian, bool(failed.any()))
 
     def value(self, rows: Tensor) -> Tensor:
         """The form for each row, (groups, out)."""

@@ -16,10 +16,9 @@ from halfstep.graph.placement import Site
 from halfstep.model import QuantizedModel
 from halfstep.repair.bias_room import widen_for_bias
 from halfstep.repair.layer_weight import LayerWeight, unfit
-from halfstep.repair.moments import gather
+from halfstep.repair.moments import gather, too_large
 from halfstep.repair.record import OUTPUT_ERROR, Repair, Treated
-from halfstep.repair.walk import walk
-from halfstep.statistics import Histogram
+from halfstep.repair.walk import walk, while_time_lasts
 
 
 def sample_of(model: QuantizedModel, batches: Iterable[ModelInputs] | None) -> list[ModelInputs]:
@@ -43,7 +42,7 @@ def observe_sites(model: QuantizedModel, names: Iterable[str], batches: Sequence
         return
     with model.using(Mode.FLOAT), torch.no_grad():
         for name in wanted:
-            model.sites[name].histogram = Histogram()
+            model.sites[name].forget()
             model.sites[name].mode = Mode.OBSERVE
         for inputs in batches:
             args, kwargs = call_arguments(inputs)
@@ -83,26 +82,32 @@ def weigh_ranges(model: QuantizedModel, batches: Iterable[ModelInputs] | None = 
     """
     start = time.perf_counter()
     treated, skipped = [], []
-    for step in walk(model, sample_of(model, batches), "weight ranges"):
-        if reason := unfit(model, step.layer):
+    notes: list[str] = []
+    for step in while_time_lasts(walk(model, sample_of(model, batches), "weight ranges"), notes):
+        if reason := unfit(model, step.layer) or too_large(step.layer.operator):
             skipped.append((step.layer.name, reason))
             continue
         clock = time.perf_counter()
         weight = LayerWeight.of(model, step.layer)
-        moments = gather(weight.op, step.inputs, step.float_inputs)
-        before = float(moments.error(weight.rounded_rows(), weight.rows()).sum())
-        squares = moments.quantized.diagonal(dim1=-2, dim2=-1)  # (groups, inputs)
+        moments = gather(weight.op, weight.rows(), step.inputs, step.float_inputs)
+        before = float(moments.error(weight.rounded_rows()).sum())
+        squares = moments.inputs.diagonal(dim1=-2, dim2=-1)  # (groups, inputs)
         importance = weight.tensor_of(squares.unsqueeze(1).expand(weight.rows().shape).float())
         site = weight.site
         old = site.scale.clone(), site.zero_point.clone(), site.offset
         site.set_range(*MSE().weight_range(weight.tensor, site.format, site.granularity, importance))
         widen_for_bias(model, step.layer)
-        after = float(moments.error(weight.rounded_rows(), weight.rows()).sum())
+        after = float(moments.error(weight.rounded_rows()).sum())
         if after >= before:
             site.scale.copy_(old[0])
             site.zero_point.copy_(old[1])
             site.offset, after = old[2], before
         treated.append(Treated(step.layer.name, before, after, time.perf_counter() - clock))
     return Repair(
-        "weight ranges", OUTPUT_ERROR, tuple(treated), tuple(skipped), seconds=time.perf_counter() - start
+        "weight ranges",
+        OUTPUT_ERROR,
+        tuple(treated),
+        tuple(skipped),
+        tuple(notes),
+        time.perf_counter() - start,
     )

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 #: What passes that work layer by layer minimise.
 OUTPUT_ERROR = "mean squared error of the layer's output, summed over channels"
 
+#: How the note of a pass begins that time cut short.
+TIME_UP = "the time was up after"
+
 
 @dataclass(frozen=True)
 class Treated:
@@ -44,6 +47,11 @@ class Repair:
     skipped: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
+
+    @property
+    def cut_short(self) -> bool:
+        """Whether the time was up before it had come to every layer."""
+        return any(note.startswith(TIME_UP) for note in self.notes)
 
     def __str__(self) -> str:
         lines = [f"{self.name}: {len(self.treated)} treated in {self.seconds:.1f} s ({self.measure})"]

@@ -11,11 +11,11 @@ from torch import Tensor
 from halfstep.graph.inputs import ModelInputs
 from halfstep.model import QuantizedModel
 from halfstep.repair.layer_weight import LayerWeight, unfit
-from halfstep.repair.moments import gather
+from halfstep.repair.moments import gather, too_large
 from halfstep.repair.quadratic import DAMPING, Grid, Quadratic
 from halfstep.repair.ranges import sample_of
 from halfstep.repair.record import OUTPUT_ERROR, Repair, Treated
-from halfstep.repair.walk import walk
+from halfstep.repair.walk import walk, while_time_lasts
 
 #: Sweeps over all inputs of a layer at most; most settle after five.
 SWEEPS = 20
@@ -81,14 +81,15 @@ def round_layers(
 ) -> Repair:
     """Round every layer's rows by ``find``, in order; each row only where the layer's output error falls."""
     start = time.perf_counter()
-    treated, skipped, notes = [], [], []
-    for step in walk(model, sample_of(model, batches), name):
-        if reason := unfit(model, step.layer):
+    treated, skipped = [], []
+    notes: list[str] = []
+    for step in while_time_lasts(walk(model, sample_of(model, batches), name), notes):
+        if reason := unfit(model, step.layer) or too_large(step.layer.operator):
             skipped.append((step.layer.name, reason))
             continue
         clock = time.perf_counter()
         weight = LayerWeight.of(model, step.layer)
-        moments = gather(weight.op, step.inputs, step.float_inputs)
+        moments = gather(weight.op, weight.rows(), step.inputs, step.float_inputs)
         form = Quadratic.of(moments, weight.rows())
         if form.singular:
             notes.append(
@@ -97,7 +98,7 @@ def round_layers(
             )
         old = weight.rounded_rows().double()
         new = find(form, Grid.of(weight), old)
-        was, now = moments.error(old, weight.rows()), moments.error(new, weight.rows())
+        was, now = moments.error(old), moments.error(new)
         better = now < was
         if bool(better.any()):
             weight.round_to(torch.where(better[..., None], new, old))

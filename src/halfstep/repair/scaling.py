@@ -12,10 +12,11 @@ from torch.utils import _pytree as pytree
 from halfstep.graph.capture import TOLERANCE, relative_error
 from halfstep.graph.inputs import ModelInputs, move
 from halfstep.model import QuantizedModel
+from halfstep.progress import may_go_on
 from halfstep.repair.channels import Channels, Port
 from halfstep.repair.ranges import calibrate_again, observe_sites
 from halfstep.repair.record import Repair, Treated
-from halfstep.repair.snapshot import Snapshot
+from halfstep.repair.snapshot import undone_on_error
 
 #: Factors are kept within 2^-20 to 2^20, so that no weight leaves the normal floats.
 LIMIT = 2.0**20
@@ -75,15 +76,36 @@ def scaled(
     """Scale every class that can be, check that the float function is the same, and calibrate what was scaled.
 
     Where the float outputs on the example inputs change by more than the capture's tolerance, everything is put back,
-    and the record says so.
+    and the record says so. An error leaves the model as it was, too.
     """
-    start, before = time.perf_counter(), Snapshot.of(model)
-    reference = _outputs(model)
-    treated: dict[str, Treated] = {}
+    start = time.perf_counter()
     usable = [channels for channels in classes if channels.scalable]
+    skipped = tuple((str(c) if c.readers else c.writers[0].name, c.barrier) for c in classes if c.barrier)
+    with undone_on_error(model) as before:
+        reference = _outputs(model)
+        treated = _scale_all(model, usable, choose, sweeps)
+        error = max(
+            (relative_error(got, wanted) for got, wanted in zip(_outputs(model), reference, strict=True)),
+            default=0.0,
+        )
+        if error > TOLERANCE:
+            before.restore(model)
+            why = f"put back: it changed the float outputs by {error:.1e} (relative), allowed {TOLERANCE:.0e}"
+            return Repair(name, measure, (), skipped, (why,), time.perf_counter() - start)
+        _calibrate(model, usable, batches)
+    note = f"the float outputs changed by {error:.1e} (relative)"
+    return Repair(name, measure, treated, skipped, (note,), time.perf_counter() - start)
+
+
+def _scale_all(
+    model: QuantizedModel, classes: Sequence[Channels], choose: Choose, sweeps: int
+) -> tuple[Treated, ...]:
+    """Scale every class in turn, until a sweep over all changes next to nothing."""
+    treated: dict[str, Treated] = {}
     for _ in range(sweeps):
         largest = 1.0
-        for channels in usable:
+        for channels in classes:
+            may_go_on()
             clock = time.perf_counter()
             factors, was, now = choose(channels)
             factors = factors.clamp(1 / LIMIT, LIMIT)
@@ -98,20 +120,7 @@ def scaled(
             largest = max(largest, float(factors.max()), float(1 / factors.min()))
         if largest < 1.001:
             break
-    skipped = [(str(c) if c.readers else c.writers[0].name, c.barrier) for c in classes if c.barrier]
-    error = max(
-        (relative_error(got, wanted) for got, wanted in zip(_outputs(model), reference, strict=True)),
-        default=0.0,
-    )
-    if error > TOLERANCE:
-        before.restore(model)
-        why = f"put back: it changed the float outputs by {error:.1e} (relative), allowed {TOLERANCE:.0e}"
-        return Repair(name, measure, (), tuple(skipped), (why,), time.perf_counter() - start)
-    _calibrate(model, usable, batches)
-    note = f"the float outputs changed by {error:.1e} (relative)"
-    return Repair(
-        name, measure, tuple(treated.values()), tuple(skipped), (note,), time.perf_counter() - start
-    )
+    return tuple(treated.values())
 
 
 def _calibrate(model: QuantizedModel, classes: Sequence[Channels], batches: Sequence[ModelInputs]) -> None:

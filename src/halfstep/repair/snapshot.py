@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
+from halfstep.calibrators.calibrator import Calibrator, WeightCalibrator
 from halfstep.fake_quantize import FakeQuantize
 from halfstep.model import QuantizedModel
-from halfstep.statistics import Histogram
+from halfstep.statistics import ChannelRange, Histogram
 
 
 @dataclass(frozen=True)
 class _Site:
     calibrated: bool
+    calibrated_by: Calibrator | WeightCalibrator | None
     histogram: Histogram
+    channels: ChannelRange | None
     scale: torch.Tensor
     zero_point: torch.Tensor
     offset: torch.Tensor | None
@@ -25,7 +29,7 @@ class _Site:
 class Snapshot:
     """Parameters, ranges, statistics, learned roundings and bias shifts of a model at one moment.
 
-    Costs one copy of the parameters. Histograms are not copied: repairs replace them and never add to them.
+    Costs one copy of the parameters. Statistics are not copied: repairs replace them and never add to them.
 
     Attributes:
         parameters: by name, as in the user's model.
@@ -57,12 +61,24 @@ class Snapshot:
             site = sites[name]
             site.scale.copy_(state.scale)
             site.zero_point.copy_(state.zero_point)
-            site.calibrated, site.histogram, site.offset = state.calibrated, state.histogram, state.offset
+            site.calibrated, site.calibrated_by = state.calibrated, state.calibrated_by
+            site.histogram, site.channels, site.offset = state.histogram, state.channels, state.offset
         for name, module in shifts.items():
             if name in self.shifts:
                 module.shift.copy_(self.shifts[name])
             else:
                 module.shift.zero_()
+
+
+@contextmanager
+def undone_on_error(model: QuantizedModel) -> Iterator[Snapshot]:
+    """Leave ``model`` as it was if the block raises, Ctrl-C included; the block gets the snapshot."""
+    before = Snapshot.of(model)
+    try:
+        yield before
+    except BaseException:
+        before.restore(model)
+        raise
 
 
 def _parameters(model: QuantizedModel) -> dict[str, torch.Tensor]:
@@ -74,7 +90,9 @@ def _parameters(model: QuantizedModel) -> dict[str, torch.Tensor]:
 def _site(module: FakeQuantize) -> _Site:
     return _Site(
         module.calibrated,
+        module.calibrated_by,
         module.histogram,
+        module.channels,
         module.scale.detach().clone(),
         module.zero_point.detach().clone(),
         module.offset,

@@ -20,7 +20,8 @@ from halfstep.fake_quantize import Mode
 from halfstep.graph.inputs import ModelInputs, batch_size, call_arguments, move
 from halfstep.graph.placement import Layer
 from halfstep.model import QuantizedModel
-from halfstep.progress import steps
+from halfstep.progress import Interrupted, steps
+from halfstep.repair.record import TIME_UP
 
 #: Bytes of values that may be alive at once; where a network needs more, fewer examples are used.
 MEMORY = 2**30
@@ -57,6 +58,22 @@ def walk(model: QuantizedModel, batches: Sequence[ModelInputs], what: str) -> It
         what: for the progress bar.
     """
     return _Walk(model, batches).steps(what)
+
+
+def while_time_lasts(walked: Iterator[Step], notes: list[str]) -> Iterator[Step]:
+    """The steps of a walk up to where time is up; a note says so.
+
+    For passes whose layers do not depend on what later layers become: what was done is worth as much without the rest.
+    """
+    last = ""
+    try:
+        for step in walked:
+            yield step
+            last = step.layer.name
+    except Interrupted:
+        if not last:  # nothing was done
+            raise
+        notes.append(f"{TIME_UP} {last}: the layers behind it are as they were")
 
 
 def batches_that_fit(model: QuantizedModel, batches: Sequence[ModelInputs]) -> list[ModelInputs]:

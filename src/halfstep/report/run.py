@@ -24,6 +24,7 @@ class Run:
         steps: the rungs climbed, of those asked for last, with what came of each.
         sweep: the calibrators compared, best first.
         sites: as :func:`halfstep.ladder.portrait.portray_sites` made them.
+        known_sites: how many there are, of which ``sites`` are some or all.
         picture: an input, if it is an image.
         findings: what rungs found out, by name: ``"sensitivity"``, ``"training"`` ...
         outcome: the end of what was asked last; empty in a run that has not come there.
@@ -37,6 +38,7 @@ class Run:
     steps: tuple[dict[str, Any], ...]
     sweep: tuple[dict[str, Any], ...]
     sites: tuple[dict[str, Any], ...]
+    known_sites: int
     picture: dict[str, Any] | None
     findings: dict[str, dict[str, Any]]
     outcome: dict[str, Any]
@@ -68,6 +70,7 @@ class Run:
             steps=tuple(steps[rung] for rung in settings.get("rungs", steps) if rung in steps),
             sweep=tuple(last.get("sweep", {}).get("candidates", ())),
             sites=tuple(last.get("sites", {}).get("sites", ())),
+            known_sites=last.get("sites", {}).get("of", 0),
             picture=last.get("picture"),
             findings={e.data["name"]: e.data["measured"]["finding"] for e in entries if e.kind == "finding"},
             outcome=outcome if outcome.get("call", calls) == calls else {},

@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from halfstep.evaluate import percent
 from halfstep.ladder.goal import Standing
 from halfstep.report.chart import Chart
 from halfstep.report.html import Html, escape, figure, number, size, table
 from halfstep.report.picture import as_formats_see_it
 from halfstep.report.run import Run
 from halfstep.runtime.parity import Parity
+
+#: What the confidence of the intervals is that of.
+CORRECTED = (
+    "An interval is widened for the candidates that were examined on the same examples up to its own: it is the "
+    "upper ends of all of them that hold together with this confidence, and the lower ends."
+)
 
 
 def summary(run: Run) -> str:
@@ -97,6 +104,7 @@ def ladder(run: Run) -> str:
             figure(f"step {step['rung']}", step["score"], f"{step['score']:.4f}"),
             f"{step['drop']:+.4f}",
             "–" if step["low"] is None else f"{step['low']:+.4f} to {step['high']:+.4f}",
+            step["examined"],
             _file_of(step),
             len(step["float_layers"]),
             f"{step['cost']:.3g}",
@@ -105,12 +113,14 @@ def ladder(run: Run) -> str:
         )
         for step in run.steps
     ]
-    interval = f"{run.settings['confidence']:.0%} interval"
-    headers = ("rung", "score", "drop", interval, "its file", "float layers", "evaluations", "seconds", "met")
+    interval = f"{percent(run.settings['confidence'])} interval"
+    about = ("float layers", "evaluations", "seconds", "met")
+    headers = ("rung", "score", "drop", interval, "candidate", "its file", *about)
     decisions = "".join(f"<li>{escape(sentence)}</li>" for sentence in run.decisions)
     return (
         chart.svg([(x, name) for x, (_, _, name) in enumerate(spots)])
-        + table(headers, rows, range(1, 8), "rungs")
+        + table(headers, rows, range(1, 9), "rungs")
+        + f"<p>{CORRECTED}</p>"
         + _metrics(run)
         + f"<h3>Decisions</h3><ol>{decisions}</ol>"
         + _evaluations(run)
@@ -139,7 +149,7 @@ def _metrics(run: Run) -> str:
         for metric in step["metrics"]
         if metric["metric"]
     ]
-    interval = f"{run.settings['confidence']:.0%} interval"
+    interval = f"{percent(run.settings['confidence'])} interval"
     headers = ("rung", "metric", "score", "drop", interval, "allowed", "met")
     return table(headers, rows, range(2, 6), "every metric") if rows else ""
 
@@ -235,8 +245,15 @@ def sites(run: Run) -> str:
     """The site picker; the page's script fills it."""
     if not run.sites:
         return ""
+    some = ""
+    if len(run.sites) < run.known_sites:
+        some = (
+            f"<p>{len(run.sites):,} of {run.known_sites:,} sites are shown, taken evenly from activations and weights "
+            "alike.</p>"
+        )
     return (
-        "<p>Type to search; arrow keys choose. Bars count values on a logarithmic scale; the shaded range is what the "
+        f"{some}<p>Type to search; arrow keys choose. "
+        "Bars count values on a logarithmic scale; the shaded range is what the "
         "format represents, with its steps where they can be told apart; lines are other calibrators' ranges.</p>"
         "<div class='picker'><div><label for='search'>Search sites</label>"
         "<input id='search' type='search' autocomplete='off' placeholder='name, layer or format'>"

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from halfstep.runtime.file_graph import load
 from halfstep.runtime.runtime import Kernels
-from halfstep.runtime.sites import load
 from halfstep.targets import Target
 
 if TYPE_CHECKING:

@@ -11,16 +11,20 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from halfstep.errors import DataError
+from halfstep.graph.outputs import Outputs
 from halfstep.runtime.runtimes import find_runtime, runtime_of
 
 
 class DeployedModel(nn.Module):
     """A module that answers with the exported file: takes what the user's model takes, returns what it returns.
 
+    Code that was written for the user's model finds what it asks a model for: ``eval()`` and ``train()``, which change
+    nothing, ``to()`` and ``device``, where outputs are handed over, and a parameter there, which is nothing else.
+
     Args:
         path: the ONNX file.
         in_spec: how ``(args, kwargs)`` flatten to the file's inputs; None for positional tensors.
-        out_spec: how its outputs are put together; None for one tensor or a tuple.
+        out_spec: how its outputs are put together (``captured.out_spec``); None for one tensor or a tuple.
         threads: for one operator; None for all cores.
         runtime: which one, by name; None for the one of the target that the file was made for.
 
@@ -32,7 +36,7 @@ class DeployedModel(nn.Module):
         self,
         path: str | Path,
         in_spec: pytree.TreeSpec | None = None,
-        out_spec: pytree.TreeSpec | None = None,
+        out_spec: Outputs | None = None,
         threads: int | None = None,
         runtime: str | None = None,
     ) -> None:
@@ -41,17 +45,28 @@ class DeployedModel(nn.Module):
         chosen = runtime_of(path) if runtime is None else find_runtime(runtime)
         self.session = chosen.open(self.path, threads)
         self.inputs = self.session.inputs
+        self.place = nn.Parameter(torch.zeros(()), requires_grad=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where outputs are handed over; the file is run on the CPU."""
+        return self.place.device
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the file; tensors come back on the CPU."""
+        """Run the file.
+
+        Raises:
+            DataError: if there are more or fewer tensors than the file has inputs.
+        """
         leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         if len(leaves) != len(self.inputs):
             raise DataError(
                 f"{self.path.name}: got {len(leaves)} tensors, needed {len(self.inputs)}: {', '.join(self.inputs)}"
             )
-        outputs = [torch.from_numpy(array) for array in self.session.run([to_numpy(leaf) for leaf in leaves])]
+        arrays = self.session.run([to_numpy(leaf) for leaf in leaves])
+        outputs = [torch.from_numpy(array).to(self.device) for array in arrays]
         if self.out_spec is not None:
-            return pytree.tree_unflatten(outputs, self.out_spec)
+            return self.out_spec.restore(outputs)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from halfstep.progress import may_go_on
+
 #: Runs that a profile of single nodes is the median of.
 PROFILED = 15
 
@@ -58,6 +60,7 @@ def race(
     times: dict[str, list[float]] = {name: [] for name in contestants}
     names = list(contestants)
     for index in range(warmup + rounds):
+        may_go_on()
         # Alternate the order: running right behind another contestant must not always hit the same one.
         for name in names if index % 2 else reversed(names):
             contestants[name]()  # untimed: the caches hold what the contestant before left there

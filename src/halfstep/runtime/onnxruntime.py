@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import tempfile
 from collections import Counter
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from halfstep.cores import available_cores
 from halfstep.errors import ExportError
 from halfstep.runtime.latency import PROFILED, per_run
 from halfstep.runtime.runtime import Kernels, Runtime
@@ -66,7 +66,7 @@ def open_session(
 
     Args:
         path: an ONNX file.
-        threads: for one operator; None for all cores.
+        threads: for one operator; None for all cores that this process may use.
         optimized: where to write the graph that the runtime really executes, None for nowhere.
         fuse: let the runtime replace operators between quantizers by integer kernels.
         profile: the first part of the path where times are written, None for nowhere.
@@ -77,7 +77,7 @@ def open_session(
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or os.cpu_count() or 1
+    options.intra_op_num_threads = threads or available_cores()
     options.inter_op_num_threads = 1
     # Idle threads that spin would take the cores from the next session in this process, and from torch.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from halfstep.cores import available_cores
 from halfstep.errors import ExportError
+from halfstep.runtime.file_graph import load
 from halfstep.runtime.latency import PROFILED, per_run
 from halfstep.runtime.runtime import Kernels, Runtime
-from halfstep.runtime.sites import load
 
 #: Precisions of integer kernels, by the runtime's names.
 INTEGER = frozenset({"i8", "u8", "i4", "u4"})
@@ -45,7 +45,7 @@ def compile_model(path: Path, threads: int | None, profile: bool = False) -> Any
         ) from error
 
     settings = {
-        "INFERENCE_NUM_THREADS": threads or os.cpu_count() or 1,
+        "INFERENCE_NUM_THREADS": threads or available_cores(),
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": "f32",
         "PERF_COUNT": profile,

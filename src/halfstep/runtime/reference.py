@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+from halfstep.runtime.file_graph import load
 from halfstep.runtime.onnxruntime import OnnxRuntimeSession
 from halfstep.runtime.runtime import Kernels, Runtime
-from halfstep.runtime.sites import load
 
 #: Operators that multiply two tensors.
 HEAVY = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU"})

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from halfstep.errors import ExportError
-
-if TYPE_CHECKING:
-    import onnx
+from halfstep.runtime.file_graph import FileGraph, load
 
 
 @dataclass(frozen=True)
@@ -40,39 +36,32 @@ def read_sites(path: str | Path) -> tuple[list[FileSite], dict[str, str]]:
     """The sites of the file, and its metadata.
 
     Raises:
-        ExportError: if it is no ONNX file.
+        ExportError: if it is no ONNX file, or scales beside it are missing.
     """
-    import onnx
-    from onnx import numpy_helper
-
-    model = load(path, weights=True)
-    arrays = {tensor.name: tensor for tensor in model.graph.initializer}
-    reader = {name: node.name for node in reversed(model.graph.node) for name in node.input}
-    producer = {name: node for node in model.graph.node for name in node.output}
-    sites = []
-    for node in model.graph.node:
-        if node.op_type != "DequantizeLinear" or node.input[1] not in arrays:
-            continue
-        scale = numpy_helper.to_array(arrays[node.input[1]]).astype(np.float64)
-        zero: Any = 0
-        dtype = arrays[node.input[0]].data_type if node.input[0] in arrays else onnx.TensorProto.UINT8
-        if len(node.input) > 2 and node.input[2] in arrays:
-            zero = numpy_helper.to_array(arrays[node.input[2]]).astype(np.int64)
-            dtype = arrays[node.input[2]].data_type
-        low, high = _ends(onnx.TensorProto.DataType.Name(dtype))
-        source = producer.get(node.input[0])
-        sites.append(
-            FileSite(
-                tensor=source.input[0] if source is not None else node.input[0],
-                layer=reader.get(node.output[0], "output"),
-                format=onnx.TensorProto.DataType.Name(dtype).lower(),
-                granularity=("per tensor", "per channel", "per group")[min(scale.ndim, 2)],
-                low=float(((low - zero) * scale).min()),
-                high=float(((high - zero) * scale).max()),
-                constant=node.input[0] in arrays,
+    found = []
+    for graph in FileGraph.read(path).every():
+        for node in graph.quantizers:
+            scale = graph.constant(node.input[1])
+            if node.op_type != "DequantizeLinear" or scale is None:
+                continue
+            scale = scale.astype(np.float64)
+            zero = graph.constant(node.input[2]) if len(node.input) > 2 else None
+            shift = 0.0 if zero is None else zero.astype(np.float64)
+            low, high = _ends(graph.code_type(node))
+            source, readers = graph.makers.get(node.input[0]), graph.readers(node.output[0])
+            constant = node.input[0] in graph.tensors
+            found.append(
+                FileSite(
+                    tensor=node.input[0] if constant or source is None else source.input[0],
+                    layer=readers[0].name if readers else "output",
+                    format=graph.code_type(node),
+                    granularity=("per tensor", "per channel", "per group")[min(scale.ndim, 2)],
+                    low=float(((low - shift) * scale).min()),
+                    high=float(((high - shift) * scale).max()),
+                    constant=constant,
+                )
             )
-        )
-    return sites, {entry.key: entry.value for entry in model.metadata_props}
+    return found, read_metadata(path)
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -84,20 +73,19 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     return {entry.key: entry.value for entry in load(path, weights=False).metadata_props}
 
 
-def load(path: str | Path, weights: bool) -> onnx.ModelProto:
-    """The file, with or without weights that lie beside it.
-
-    Raises:
-        ExportError: if it is no ONNX file.
-    """
-    import onnx
-
-    try:
-        return onnx.load(str(path), load_external_data=weights)
-    except Exception as error:  # protobuf's own errors share no base with OSError
-        raise ExportError(f"{path}: cannot be read as ONNX: {error}") from error
+#: The largest number of float types that codes may have.
+_LARGEST = {
+    "float8e4m3fn": 448.0,
+    "float8e4m3fnuz": 240.0,
+    "float8e5m2": 57344.0,
+    "float8e5m2fnuz": 57344.0,
+    "float4e2m1": 6.0,
+}
 
 
-def _ends(name: str) -> tuple[int, int]:
-    bits = int("".join(c for c in name if c.isdigit()) or 8)
-    return (0, 2**bits - 1) if name.startswith("U") else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+def _ends(name: str) -> tuple[float, float]:
+    """The smallest and the largest code of a type, called as ONNX does in small letters."""
+    if name in _LARGEST:
+        return -_LARGEST[name], _LARGEST[name]
+    bits = int(name.lstrip("uint"))
+    return (0, 2**bits - 1) if name.startswith("u") else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)

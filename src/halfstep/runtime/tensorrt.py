@@ -7,15 +7,18 @@ recommendations on where to put Q/DQ), and the documentation of IQuantizeLayer a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from halfstep.runtime.rules import FileGraph, Rule
+from halfstep.runtime.file_graph import FileGraph
+from halfstep.runtime.rules import Rule
+
+if TYPE_CHECKING:
+    import onnx
 
 _CODES = frozenset({"int8", "int4", "float8e4m3fn", "float4e2m1"})
 _BLOCKS = frozenset({64, 128})
-#: The axis of a weight that may have a scale an entry: its output channels.
-_AXES = {"Conv": 0, "ConvTranspose": 1}
 
 
 def _zero_points(graph: FileGraph) -> Iterator[str]:
@@ -47,31 +50,54 @@ def _scales(graph: FileGraph) -> Iterator[str]:
 def _activations(graph: FileGraph) -> Iterator[str]:
     for node in graph.quantizers:
         scale = graph.constant(node.input[1])
-        if not graph.is_weight(node) and scale is not None and scale.size > 1:
+        if graph.weight(node) is None and scale is not None and scale.size > 1:
             yield node.input[0]
 
 
 def _axes(graph: FileGraph) -> Iterator[str]:
     for node in graph.quantizers:
-        scale = graph.constant(node.input[1])
-        if not graph.is_weight(node) or scale is None or scale.ndim != 1 or scale.size < 2:
+        scale, weight = graph.constant(node.input[1]), graph.weight(node)
+        if weight is None or scale is None or scale.ndim != 1 or scale.size < 2:
             continue
-        axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
-        for reader in graph.readers(node.output[0]):
-            if (
-                reader.op_type in _AXES
-                and axis != _AXES[reader.op_type]
-                and node.output[0] == reader.input[1]
-            ):
-                yield node.input[0]
+        rank, axis = len(weight.dims), _attribute(node, "axis", 1)
+        if any(
+            axis % rank != wanted for axis, wanted in _read_along(graph, node.output[0], axis % rank, rank)
+        ):
+            yield node.input[0]
+
+
+def _read_along(graph: FileGraph, name: str, axis: int, rank: int) -> Iterator[tuple[int, int]]:
+    """For every layer that reads a weight: the axis that its scales lie along, and that of its output channels."""
+    for reader in graph.readers(name):
+        if reader.op_type == "Transpose":
+            given = next((list(a.ints) for a in reader.attribute if a.name == "perm"), [])
+            order = given or list(reversed(range(rank)))
+            yield from _read_along(graph, reader.output[0], order.index(axis), rank)
+        for operand, value in enumerate(reader.input):
+            wanted = _output_channels(reader, operand, rank)
+            if value == name and wanted is not None:
+                yield axis, wanted
+
+
+def _output_channels(layer: onnx.NodeProto, operand: int, rank: int) -> int | None:
+    """The axis of a layer's weight that its output channels lie along; None if it has none, or is no weight."""
+    if layer.op_type == "MatMul" and rank > 1:
+        return rank - 2 + operand
+    if layer.op_type == "Gemm" and operand < 2:
+        return operand ^ _attribute(layer, ("transA", "transB")[operand], 0)
+    return {"Conv": 0, "ConvTranspose": 1}.get(layer.op_type) if operand == 1 else None
+
+
+def _attribute(node: onnx.NodeProto, name: str, default: int) -> int:
+    return next((a.i for a in node.attribute if a.name == name), default)
 
 
 def _four_bits(graph: FileGraph) -> Iterator[str]:
     for node in graph.quantizers:
         if graph.code_type(node) != "int4":
             continue
-        block = next((a.i for a in node.attribute if a.name == "block_size"), 0)
-        if not graph.is_weight(node) or block not in _BLOCKS:
+        block = _attribute(node, "block_size", 0)
+        if graph.weight(node) is None or block not in _BLOCKS:
             yield node.input[0]
 
 
@@ -161,7 +187,8 @@ RULES = (
     Rule(
         "axis of weights",
         True,
-        "TensorRT takes a scale for each output channel only: axis 0 of a conv's weight, axis 1 of a transposed conv's",
+        "TensorRT takes a scale for each output channel only: axis 0 of a conv's weight, axis 1 of a transposed "
+        "conv's, that of a matrix which no sum runs along",
         "quantize the weight along that axis",
         _axes,
     ),

@@ -23,6 +23,13 @@ PIECE = 1 << 23  # elements between two emptyings: a word's count stays below 2^
 PER_THREAD = 1 << 15  # fewer elements than this are not worth handing to another thread
 
 
+def interpreted() -> bool:
+    """Whether numba is told not to compile (NUMBA_DISABLE_JIT): the loops would then take a thousand times as long."""
+    import numba
+
+    return bool(numba.config.DISABLE_JIT)  # type: ignore[attr-defined]
+
+
 def count(
     words: NDArray[np.int32], counts: Int64, offsets: Int64, specials: Int64, tails: Tails, threads: int
 ) -> None:

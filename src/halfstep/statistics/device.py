@@ -1,4 +1,7 @@
-"""The same count in plain torch operations, for tensors on an accelerator: nothing waits for the device."""
+"""The same count in plain torch operations, for tensors on an accelerator: nothing waits for the device.
+
+Also for the host where numba is told not to compile.
+"""
 
 from __future__ import annotations
 

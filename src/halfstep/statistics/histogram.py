@@ -65,7 +65,7 @@ class Histogram:
         self._offsets: Int64 = np.zeros(BINS, np.int64)
         self._specials: Int64 = np.zeros(SPECIALS, np.int64)
         self._tails = Tails.empty()
-        self._pending: device.Tally | None = None  # what an accelerator has counted and not yet handed over
+        self._pending: device.Tally | None = None  # what torch has counted and not yet handed over
         self._batch_ranges: list[tuple[float, float]] | None = [] if batch_ranges else None
 
     def update(self, x: Tensor) -> None:
@@ -89,7 +89,7 @@ class Histogram:
         flat = _flat(x.detach())
         if self._batch_ranges is not None:
             self._batch_ranges += _finite_range(flat)
-        if flat.device.type != "cpu":
+        if flat.device.type != "cpu" or counting.interpreted():
             if self._pending is None or self._pending.device != flat.device:
                 self._settle()
                 self._pending = device.Tally(flat.device)
@@ -266,8 +266,9 @@ class Histogram:
         count = self._require_count()
         above = count - _rank(p, count)
         upper, lower = self._ends()
-        ends = np.sort(np.abs(np.concatenate([upper, lower]) if count > TAIL else upper))[::-1]
-        if above < upper.size:
+        lower = lower[: count - upper.size]  # of few samples the largest are among the smallest too
+        ends = np.sort(np.abs(np.concatenate([upper, lower])))[::-1]
+        if above < upper.size or ends.size == count:
             return float(ends[above])
         values, counts = self.bins()
         return _nth_of(np.abs(values), counts, count - above)
@@ -341,7 +342,7 @@ class Histogram:
     # Inside.
 
     def _settle(self) -> None:
-        """Take over what an accelerator has counted."""
+        """Take over what torch has counted."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.empty_into(self._counts, self._offsets, self._specials, self._tails)

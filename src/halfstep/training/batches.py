@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-from halfstep.errors import DataError
+from halfstep.errors import DataError, named
 from halfstep.graph.inputs import ModelInputs
 from halfstep.training.options import Training
 from halfstep.training.randomness import seed_everything
@@ -24,11 +24,7 @@ class Batches:
 
     def __init__(self, training: Training) -> None:
         self.training = training
-        if not (isinstance(training.labelled, Iterable) or hasattr(training.labelled, "__getitem__")):
-            raise DataError(
-                f"training data: got {type(training.labelled).__name__}, needed an iterable of (inputs, labels) pairs, "
-                "such as a list or a DataLoader"
-            )
+        check_iterable(training.labelled)
         self.count = _count(training.labelled)
         if not self.count:
             raise DataError("training data: got no batch, needed at least one (inputs, labels) pair")
@@ -56,23 +52,46 @@ class Batches:
         if skip:
             resume(last)
         for index, item in enumerate(items, start=skip):
-            if not (isinstance(item, (tuple, list)) and len(item) == 2):
-                raise DataError(
-                    f"training batch {index}: got {type(item).__name__}, needed a pair (inputs, labels); to train "
-                    "without labels give (inputs, None) and loss=None"
-                )
-            inputs, labels = item
-            if labels is None and self.training.loss is not None:
-                raise DataError(
-                    f"training batch {index}: its labels are None, but the loss needs them; give labels, or loss=None "
-                    "to train on distillation alone"
-                )
+            with named(f"training batch {index}"):
+                inputs, labels = pair(item, self.training)
             yield index, inputs, labels
         if index + 1 < self.count:
             raise DataError(
                 f"training data: got {index + 1} batches in epoch {epoch + 1}, needed {self.count}; give data that can "
                 "be iterated again, such as a list or a DataLoader"
             )
+
+
+def check_iterable(labelled: Any) -> None:
+    """Raise unless data can be iterated.
+
+    Raises:
+        DataError: saying what they are.
+    """
+    if not (isinstance(labelled, Iterable) or hasattr(labelled, "__getitem__")):
+        raise DataError(
+            f"training data: got {type(labelled).__name__}, needed an iterable of (inputs, labels) pairs, such as a "
+            "list or a DataLoader"
+        )
+
+
+def pair(item: Any, training: Training) -> tuple[ModelInputs, Any]:
+    """The inputs and labels that a batch is.
+
+    Raises:
+        DataError: if it is no pair, or its labels are missing.
+    """
+    if not (isinstance(item, (tuple, list)) and len(item) == 2):
+        raise DataError(
+            f"got {type(item).__name__}, needed a pair (inputs, labels); to train without labels give (inputs, None) "
+            "and loss=None"
+        )
+    inputs, labels = item
+    if labels is None and training.loss is not None:
+        raise DataError(
+            "its labels are None, but the loss needs them; give labels, or loss=None to train on distillation alone"
+        )
+    return inputs, labels
 
 
 def _count(data: Iterable[Any]) -> int:

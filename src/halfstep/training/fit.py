@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 import warnings
@@ -30,6 +29,7 @@ from halfstep.training.checkpoint import (
     optimizer_tensors,
     restore_optimizer,
 )
+from halfstep.training.distillation import Teacher
 from halfstep.training.divergence import first_bad_gradient, first_bad_value
 from halfstep.training.loss import check_dependence, outputs_loss
 from halfstep.training.options import OPTIMIZERS, Training, default_rate
@@ -82,6 +82,8 @@ class Trained:
         seconds: of training, evaluations not counted, over all runs that it took.
         resumed_at: the step that this run went on from; 0 from the start.
         learning_rate: at the start, as given or by the model's fewest bits.
+        skipped: how many of the steps changed nothing, since their gradients were beyond float16.
+        distilled: what distillation compared, and how that was known; empty without it.
         control: the float control's score; None if none was asked for.
     """
 
@@ -93,6 +95,8 @@ class Trained:
     seconds: float
     learning_rate: float
     resumed_at: int = 0
+    skipped: int = 0
+    distilled: str = ""
     control: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -148,20 +152,23 @@ class _Fit:
         training = replace(training, learning_rate=self.rate)  # the one that decides about the result
         self.model, self.training, self.judge, self.stop = model, training, judge, stop
         self.device = next(model.parameters()).device if list(model.parameters()) else torch.device("cpu")
-        weights = _trainable(model)
+        weights = trainable(model)
         self.batches = Batches(training)
         self.planned = max(1, round(training.epochs * self.batches.count))
         self.every = max(1, round(training.evaluate_every * self.batches.count))
         self.path = directory / FILE if directory is not None else None
         self.fingerprint = fingerprint(model.state_dict(), training) if self.path else ""
-        self.teacher = _float_twin(model) if training.distillation is not None else None
+        distillation = training.distillation
+        self.teacher = None if distillation is None else Teacher(model, distillation, training.loss)
         quantized = model.mode is Mode.QUANTIZE
         self.ranges = MovingRanges(model, training.ranges) if quantized else None
         keeping = training.oscillation if quantized else None
         self.keeper = keeping.start(model) if keeping is not None else None
         self.move_at = math.ceil(training.ranges.after * self.planned)
         self.optimizer = OPTIMIZERS[training.optimizer].make(self._groups(weights))
-        self.step = self.resumed_at = 0
+        # Gradients in float16 vanish below 6e-8: the loss is scaled up, as far as they do not overflow.
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=training.autocast is torch.float16)
+        self.step = self.resumed_at = self.skipped = 0
         self.seconds = 0.0
         self.losses: list[float] = []
         self.marks: list[Mark] = []
@@ -198,6 +205,8 @@ class _Fit:
             self.seconds,
             self.rate,
             self.resumed_at,
+            self.skipped,
+            "" if self.teacher is None else str(self.teacher),
         )
 
     def _loop(self) -> None:
@@ -264,20 +273,29 @@ class _Fit:
         if not math.isfinite(value):
             raise self._diverged(f"the loss became {value}; {first_bad_value(self.model, inputs)}")
         self.optimizer.zero_grad()
-        loss.backward()
-        norm = self._gradient_norm()
-        if not math.isfinite(norm):
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        finite, scale = math.isfinite(self._gradient_norm()), self.scaler.get_scale()
+        if finite:
+            self._update()
+        elif scale > 1:  # it was too large; without a scaler it is 1
+            self.skipped += 1
+        else:
             raise self._diverged(f"the loss is {value:.4g}, but {first_bad_gradient(self.model)}")
+        self.scaler.update(None if finite else scale * self.scaler.get_backoff_factor())
+        self.optimizer.zero_grad()
+        self.losses.append(value)
+        self.step += 1
+
+    def _update(self) -> None:
+        """Move the weights along their gradients, and what follows them."""
         if self.keeper is not None:
             self.keeper.before_step(self.step / self.planned)
         self.optimizer.step()
-        self.optimizer.zero_grad()
         if self.ranges is not None:
             self.ranges.follow()
         if self.keeper is not None:
             self.keeper.after_step()
-        self.losses.append(value)
-        self.step += 1
 
     def _loss(self, inputs: ModelInputs, labels: Any) -> torch.Tensor:
         dtype = self.training.autocast
@@ -286,10 +304,8 @@ class _Fit:
             total = outputs_loss(self.training, outputs, labels)
             if self.step == self.resumed_at and self.training.loss is not None:
                 check_dependence(total, outputs)  # beside distillation nobody would notice
-            if self.training.distillation is not None and self.teacher is not None:
-                with torch.no_grad():
-                    answers = run(self.teacher, inputs)
-                total = total + self.training.distillation.loss(outputs, answers)
+            if self.teacher is not None:
+                total = total + self.teacher.distance(inputs, outputs, labels)
         return total
 
     def _gradient_norm(self) -> float:
@@ -306,7 +322,8 @@ class _Fit:
 
     def _mark(self) -> None:
         assert self.judge is not None
-        with self.ranges.settled() if self.ranges is not None else nullcontext():
+        settled = self.ranges.settled() if self.ranges is not None else nullcontext()
+        with settled, own_randomness():
             verdict = self.judge(self.step)
             if not self.marks or verdict.drop < min(mark.drop for mark in self.marks):
                 self.good, self.best_step = self._state(), self.step
@@ -327,6 +344,9 @@ class _Fit:
             "marks": [asdict(mark) for mark in self.marks],
             "enough": self.enough,
             "best_step": self.best_step,
+            "skipped": self.skipped,
+            "scaler": self.scaler.state_dict(),
+            "comparison": {} if self.teacher is None else self.teacher.state(),
             "last_batch": Identity(*self.batch).digest if self.batch else self.last_batch,
         }
         parts = {
@@ -353,14 +373,19 @@ class _Fit:
         self.seconds, self.losses = position["seconds"], position["losses"]
         self.marks = [Mark(**mark) for mark in position["marks"]]
         self.enough, self.best_step = position["enough"], position["best_step"]
-        self.last_batch = position["last_batch"]
+        self.last_batch, self.skipped = position["last_batch"], position["skipped"]
+        self.scaler.load_state_dict(position["scaler"])
+        if self.teacher is not None:
+            self.teacher.restore(position["comparison"])
 
     def _diverged(self, what: str) -> DivergedError:
         self.optimizer.zero_grad()
         self.model.load_state_dict(self.good)
+        half = self.training.autocast is torch.float16
         return DivergedError(
             f"step {self.step + 1} of {self.planned}: {what}. The model is back at step {self.best_step}. Lower "
             f"learning_rate (now {self.rate:g}) or set clip_norm (now {self.training.clip_norm}), "
+            f"{'try autocast=torch.bfloat16, which has room beyond 65504, ' if half else ''}"
             "and look for NaN in the data"
         )
 
@@ -373,7 +398,7 @@ def learning_rate(training: Training, model: QuantizedModel) -> float:
     return default_rate(bits, training.optimizer)
 
 
-def _trainable(model: QuantizedModel) -> list[nn.Parameter]:
+def trainable(model: QuantizedModel) -> list[nn.Parameter]:
     """The float weights that train, after a look at whether the model can.
 
     Raises:
@@ -400,10 +425,3 @@ def _trainable(model: QuantizedModel) -> list[nn.Parameter]:
             "before hs.prepare, or q.requires_grad_() after it"
         )
     return weights
-
-
-def _float_twin(model: QuantizedModel) -> QuantizedModel:
-    """The float model as it is now, which stays as it is."""
-    twin = copy.deepcopy(model)
-    twin.set_mode(Mode.FLOAT)
-    return twin.requires_grad_(False)

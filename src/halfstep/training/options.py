@@ -61,12 +61,12 @@ class Training:
         optimizer: ``"adamw"`` or ``"sgd"``.
         weight_decay: of the weights; ranges and one-dimensional parameters have none.
         clip_norm: gradients are scaled down to this norm where theirs is larger; None leaves them.
-        distillation: from the float model; None trains on ``loss`` alone.
+        distillation: from the float model, by what suits the outputs; None trains on ``loss`` alone.
         ranges: which ranges move, and when.
         oscillation: what keeps weights of 4 bits and fewer from jumping to and fro between two codes, ``Damping()`` or
             ``Freezing()``; None leaves them.
         autocast: a dtype, say ``torch.bfloat16``, for torch's automatic mixed precision; None computes in the
-            model's own.
+            model's own. With ``torch.float16`` the loss is scaled, and a step whose gradients overflow is skipped.
         evaluate_every: epochs between two scores on the metric, for the early stop and the best checkpoint.
         checkpoint_every: steps between two checkpoints.
         control: also fine-tune the float model in the same way and score it, since training alone lifts a model too.

@@ -111,17 +111,26 @@ class MovingRanges:
 
     @contextmanager
     def settled(self) -> Iterator[None]:
-        """The model as it would be exported, for the length of a block; then the training goes on from there."""
-        learned = [{name: getattr(module, name) for name in LEARNABLE} for module in self.sites]
+        """The model as it would be exported, for the length of a block; then all is as it was, to the bit.
+
+        So the course of a training does not depend on how often it is scored.
+        """
+        before = [
+            (
+                {name: getattr(module, name) for name in LEARNABLE},
+                {name: buffer.clone() for name, buffer in module.named_buffers(recurse=False)},
+            )
+            for module in self.sites
+        ]
         self.settle()
         try:
             yield
         finally:
-            for module, parameters in zip(self.sites, learned, strict=True):
+            for module, (parameters, buffers) in zip(self.sites, before, strict=True):
                 for name, parameter in parameters.items():
                     setattr(module, name, parameter)
-                if module.growth is not None:
-                    module.growth.data.zero_()  # the scale has it now
+                for name, buffer in module.named_buffers(recurse=False):
+                    buffer.copy_(buffers[name])
             self.move(self.moving)
 
 

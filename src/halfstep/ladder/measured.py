@@ -1,0 +1,68 @@
+"""What was timed on this machine, kept in the journal: a resumed search decides by the same figures.
+
+A time is that of one candidate, on one runtime and processor, with so many threads. Where any of these is another one,
+it is measured anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from halfstep.graph.choices import Choices
+from halfstep.ladder.costs import ROUNDS, microseconds, race_choices
+from halfstep.ladder.environment import machine
+from halfstep.ladder.fingerprint import fingerprint
+from halfstep.ladder.groups import Group
+from halfstep.ladder.search import Search
+from halfstep.ladder.tune import Tuning, tune
+
+
+def group_times(search: Search, groups: Sequence[Group], threads: int | None) -> list[float]:
+    """:func:`.microseconds` of groups of layers in the search's model as it stands."""
+    asked = {"groups": [group.layers for group in groups], "rounds": ROUNDS}
+    times: list[float] = _measured(
+        search, "groups", asked, threads, lambda: microseconds(search.model, groups, threads)
+    )
+    return times
+
+
+def file_times(search: Search, choices: Sequence[Choices], threads: int | None) -> list[float]:
+    """:func:`.race_choices` of the search's model."""
+    asked = {"choices": [chosen.to_dict() for chosen in choices], "rounds": ROUNDS}
+    times: list[float] = _measured(
+        search, "files", asked, threads, lambda: race_choices(search.model, choices, threads)
+    )
+    return times
+
+
+def tuned(search: Search, threads: int | None, among: Collection[str] | None = None) -> Tuning:
+    """:func:`.tune` of the search's model, which is left with what was found."""
+    asked = {"among": None if among is None else sorted(among), "rounds": ROUNDS}
+    model = search.model
+    known = _measured(search, "tuning", asked, threads, lambda: asdict(tune(model, threads, among=among)))
+    model.float_layers = model.float_layers | set(known["float_layers"])
+    return Tuning(tuple(known["float_layers"]), known["saved"], known["tried"])
+
+
+def _measured(
+    search: Search, what: str, asked: dict[str, Any], threads: int | None, measure: Callable[[], Any]
+) -> Any:
+    """What ``measure`` returns, as plain data: from the journal, if the very same was measured before."""
+    about = {
+        "what": what,
+        "asked": asked,
+        "candidate": fingerprint(search.model),
+        "machine": machine(),
+        "threads": threads,
+    }
+    key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
+    for entry in search.journal.of("timing"):
+        if entry.data["key"] == key:
+            return entry.data["measured"]["result"]
+    result = measure()
+    search.journal.write("timing", what=what, key=key, measured={"result": result})
+    return result

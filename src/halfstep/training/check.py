@@ -1,0 +1,70 @@
+"""Whether a training can begin, known before hours of work that come before it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from halfstep.errors import DataError, TrainingError, named
+from halfstep.fake_quantize import Mode
+from halfstep.graph.inputs import move
+from halfstep.model import QuantizedModel, run
+from halfstep.training.batches import check_iterable, pair
+from halfstep.training.fit import trainable
+from halfstep.training.loss import check_dependence, outputs_loss
+from halfstep.training.options import Training
+from halfstep.training.randomness import own_randomness, seed_everything
+
+
+def check_trainable(model: QuantizedModel, training: Training) -> None:
+    """Run the float network and the loss on the first batch, without a step; nothing is changed by it.
+
+    Args:
+        model: in whatever mode, calibrated or not.
+        training: whose first batch is fetched, as its first epoch will. A generator loses none, since
+            :class:`Training` keeps it as a list.
+
+    Raises:
+        TrainingError: if no parameter trains, or the loss raises, is no finite number, or has no gradient.
+        DataError: if there is no batch, or the first one cannot be used.
+    """
+    check_iterable(training.labelled)
+    with own_randomness(), _own_generators(training.labelled), model.using(Mode.FLOAT):
+        trainable(model)
+        seed_everything(training.seed)
+        item = next(iter(training.labelled), None)
+        if item is None:
+            raise DataError("training data: got no batch, needed at least one (inputs, labels) pair")
+        with named("training batch 0"):
+            inputs, labels = move(pair(item, training), model.device)
+            with (
+                torch.enable_grad(),
+                torch.autocast(model.device.type, training.autocast, enabled=training.autocast is not None),
+            ):
+                outputs = run(model, inputs)
+                loss = outputs_loss(training, outputs, labels)
+                if training.loss is not None:
+                    check_dependence(loss, outputs)
+                if training.distillation is not None:
+                    loss = loss + training.distillation.loss(outputs, outputs)
+            if not bool(torch.isfinite(loss)):
+                raise TrainingError(
+                    f"the loss of the float network is {loss.item()}, needed a finite number; look for NaN in the "
+                    "data, and for labels that do not fit the outputs"
+                )
+
+
+@contextmanager
+def _own_generators(data: Any) -> Iterator[None]:
+    """Leave the generators of a DataLoader as they were."""
+    sampler = getattr(data, "sampler", None)
+    sources = (getattr(source, "generator", None) for source in (data, sampler))
+    before = [(source, source.get_state()) for source in sources if isinstance(source, torch.Generator)]
+    try:
+        yield
+    finally:
+        for generator, state in before:
+            generator.set_state(state)
