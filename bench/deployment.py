@@ -194,11 +194,15 @@ def proof_table(proofs: dict[str, Proof], runtime: str) -> Table:
             str(proof.layers),
             str(len(proof.kernels.integer)),
             f"{len(proof.kernels.floating)} {floating}",
-            f"{proof.parity.top1:.1%}",
+            same(proof.parity),
             f"{proof.parity.sqnr:.1f}",
-            f"{proof.nudged.top1:.1%}, {proof.nudged.sqnr:.1f} dB",
+            f"{same(proof.nudged)}, {proof.nudged.sqnr:.1f} dB",
         )
     return table
+
+
+def same(parity: Parity) -> str:
+    return "–" if parity.top1 is None else f"{parity.top1:.1%}"
 
 
 def run_races(names: list[str], folder: Path, threads: int, rounds: int, console: Console) -> None:

@@ -5,8 +5,8 @@ import yaml
 from torch import nn
 
 import halfstep as hs
-from halfstep.cli.job import Job
-from halfstep.config import Config, commented, make_config, read_config
+from halfstep.cli.job import Job, config_from
+from halfstep.config import Config, commented, make_config, read_config, to_yaml
 from halfstep.errors import ArgumentError
 
 GOOD = """\
@@ -44,7 +44,7 @@ def test_defaults_are_filled_in(tmp_path):
 )
 def test_a_kind_of_recipe_has_its_own_defaults(given, wanted):
     config = make_config({"model": "a:b", "labelled": "c", "calibration": "d", "recipe": given}, "here")
-    assert Job(config, nn.Identity(), []).recipe() == wanted
+    assert Job(config, nn.Identity(), [], None).recipe() == wanted
     assert Config.model_validate(config.model_dump()) == config
 
 
@@ -84,6 +84,48 @@ def test_mistakes_are_named_with_their_line(tmp_path, change, message):
     path.write_text(GOOD.replace(*change))
     with pytest.raises(ArgumentError, match=message):
         read_config(path)
+
+
+@pytest.mark.parametrize("number", ["1e-3", "1E-3", "+1e-3", ".1e-2", "1.e-3", "0.001", "1.0e-03"])
+def test_numbers_are_written_as_anywhere(tmp_path, number):
+    path = tmp_path / "numbers.yaml"
+    path.write_text(GOOD.replace("epochs: 2", f"learning_rate: {number}") + f"max_drop: {number}\n")
+    config = read_config(path)
+    assert config.max_drop == config.training.learning_rate == 0.001
+    path.write_text(GOOD + f"max_drop: '{number}'\n")
+    with pytest.raises(ArgumentError, match=r"line 10: max_drop is '.*', needed a valid number"):
+        read_config(path)
+
+
+def test_what_looks_like_a_number_is_kept_as_text(tmp_path):
+    config = make_config({"model": "a:b", "labelled": "1e5", "calibration": "d", "max_drop": 1e-5}, "here")
+    (tmp_path / "kept.yaml").write_text(to_yaml(config.model_dump()))
+    assert read_config(tmp_path / "kept.yaml") == config
+
+
+#: What a flag adds to the file that `halfstep init` writes, and to one that says more.
+KINDS = [
+    ({"kind": "weight_only", "group": 128}, hs.Recipe.weight_only(4, 128)),
+    ({"kind": "weight_only", "weights": 8}, hs.Recipe.weight_only(8, 128)),
+    ({"kind": "dynamic", "group": 32}, hs.Recipe.dynamic(8, 32)),
+    ({"kind": "static", "activations": 6}, hs.Recipe.uniform(8, 6)),
+]
+
+
+@pytest.mark.parametrize(("flags", "wanted"), KINDS)
+@pytest.mark.parametrize(
+    "recipe", ["", "recipe: {kind: weight_only, weights: 3, group: 64, float_layers: [fc]}\n"]
+)
+def test_a_flag_for_another_kind_replaces_what_belongs_to_the_files(tmp_path, flags, wanted, recipe):
+    path = tmp_path / "halfstep.yaml"
+    text = commented("a.b:c", "test.npz", "train.npz", ["fc"])
+    path.write_text(text.replace("recipe:\n", recipe) if recipe else text)
+    if recipe and flags["kind"] == "weight_only":  # the same kind: the file's own keys stay
+        wanted = hs.Recipe.weight_only(flags.get("weights", 3), flags.get("group", 64))
+    config = config_from(str(path), {}, {"weights": None, **flags}, {})
+    assert Job(config, nn.Identity(), [], None).recipe() == (
+        wanted.override("fc", None) if recipe else wanted
+    )
 
 
 def test_files_that_cannot_be_read(tmp_path):

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from halfstep.errors import ArgumentError
@@ -26,10 +36,31 @@ Several = Annotated[
 ]
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML with numbers as in its version 1.2: ``1e-3`` is one, which version 1.1 takes for text."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes text that looks like such a number in quotes."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
+        list("-+.0123456789"),
+    )
+
+
 class Part(BaseModel):
     """A mapping of the file: unknown keys are refused, and so is a number in quotes."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+#: A mapping under whose key nothing may stand: all of its own keys have their defaults then.
+P = TypeVar("P", bound=Part)
+Defaulted = Annotated[P, BeforeValidator(lambda given: {} if given is None else given)]
 
 
 #: What a kind of recipe takes where its keys are not given.
@@ -142,15 +173,17 @@ class Config(Part):
     target: Literal["onnxruntime", "openvino", "tensorrt"] = Field(
         default="onnxruntime", description="runtime to deploy to"
     )
-    recipe: RecipePart = Field(default_factory=RecipePart, description="what to quantize, and how")
+    recipe: Defaulted[RecipePart] = Field(default_factory=RecipePart, description="what to quantize, and how")
     training: TrainingPart | None = Field(
         default=None, description="for the last rung: data, loss, epochs, learning_rate; null leaves it out"
     )
-    rungs: list[str] | None = Field(default=None, description="which to climb, in order; null for all")
-    budget: BudgetPart = Field(default_factory=BudgetPart, description="what the search may cost")
+    rungs: list[str] | None = Field(
+        default=None, description="which to climb, from the bottom: [ptq], [ptq, partial] ...; null for all"
+    )
+    budget: Defaulted[BudgetPart] = Field(default_factory=BudgetPart, description="what the search may cost")
     directory: str = Field(default="runs/quantized", description="where journal, files and report go")
-    batch: int = Field(default=64, gt=1, description="batch size for .npz data")
-    examples: int = Field(default=512, gt=0, description="how many examples of an .npz to calibrate on")
+    batch: int = Field(default=64, gt=1, description="batch size for .npz data and datasets")
+    examples: int = Field(default=512, gt=0, description="how many examples to calibrate on, the first ones")
     threads: int | None = Field(default=None, gt=0, description="of the runtime; null for all cores")
 
 
@@ -162,8 +195,8 @@ def read_config(path: str | Path, changes: Mapping[str, Any] | None = None) -> C
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
-        tree = yaml.compose(text, yaml.SafeLoader)
-        values = yaml.safe_load(text)
+        tree = yaml.compose(text, _Loader)
+        values = yaml.load(text, _Loader)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "is no text"
         raise ArgumentError(f"config {path}: {reason}") from error
@@ -258,7 +291,7 @@ def commented(model: str, labelled: str, calibration: str, layers: list[str]) ->
             lines.append(f"{name}:")
             for inner, part in field.annotation.model_fields.items():
                 lines.append(f"  # {part.description}")
-                lines.append(f"  {inner}: {_yaml(part.default)}")
+                lines.append(f"  # {inner}: {_yaml(part.default)}")
         else:
             lines.append(f"# {name}: {_yaml(field.default)}")
         lines.append("")
@@ -266,5 +299,11 @@ def commented(model: str, labelled: str, calibration: str, layers: list[str]) ->
     return "\n".join(lines) + "\n"
 
 
+def to_yaml(values: Mapping[str, Any]) -> str:
+    """What :func:`read_config` reads as ``values``, in their order."""
+    return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False)
+
+
 def _yaml(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True).strip().removesuffix("...").strip()
+    text: str = yaml.dump(value, Dumper=_Dumper, default_flow_style=True)
+    return text.strip().removesuffix("...").strip()

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import halfstep as hs
-from halfstep.errors import ArgumentError, NotObservedError
+from halfstep.errors import ArgumentError, MetricError, NotObservedError
 from halfstep.fake_quantize import Mode
-from halfstep.ladder.fidelity import Fidelity, Reference, decibels, divergences
+from halfstep.ladder.fidelity import Fidelity, Reference, divergences
 
 
 def observed(model=None, batches=None, width=4):
@@ -31,13 +31,6 @@ def test_masked_logits_have_no_say():
     assert divergences(wanted, got).item() == pytest.approx(divergences(wanted[:, :2], got[:, :2]).item())
 
 
-def test_decibels_at_the_ends():
-    assert decibels(100.0, 1.0) == 20
-    assert decibels(1.0, 0.0) == math.inf
-    assert decibels(0.0, 1.0) == -math.inf
-    assert math.isnan(decibels(1.0, math.nan))
-
-
 def test_float_against_itself_is_equal_and_quantized_is_what_the_definitions_say():
     q = observed()
     reference = Reference(q)
@@ -52,6 +45,41 @@ def test_float_against_itself_is_equal_and_quantized_is_what_the_definitions_say
     noise = float((wanted - got).square().sum() / wanted.square().sum())
     assert found.sqnr == pytest.approx(-10 * math.log10(noise), rel=1e-6)
     assert reference.passes == 3
+
+
+class Classes(nn.Linear):
+    """The classes alone, or what else is made of the outputs."""
+
+    def __init__(self, make=lambda outputs: outputs.argmax(1)):
+        super().__init__(4, 3)
+        self.make = make
+
+    def forward(self, x):
+        return self.make(super().forward(x))
+
+
+def test_integers_alone_are_compared_by_how_many_differ():
+    q = observed(Classes())
+    reference = Reference(q)
+    assert not reference.has_classes and math.isinf(reference.compare(q).sqnr)
+    hs.calibrate(q)
+    q.weight("weight").data.neg_()
+    with torch.no_grad():
+        got = torch.cat([q(x) for x in q.sample])
+        with q.using(Mode.FLOAT):
+            q.weight("weight").data.neg_()
+            wanted = torch.cat([q(x) for x in q.sample])
+    q.weight("weight").data.neg_()
+    different = int((wanted != got).sum())
+    assert different and reference.compare(q).sqnr == pytest.approx(10 * math.log10(11 / different))
+    assert [row.group.name for row in hs.sensitivity(q).rows] == ["linear"]
+
+
+def test_what_is_shown_of_equal_outputs_and_of_those_without_classes():
+    assert str(Fidelity(0.0, math.inf)) == "KL 0, equal outputs"
+    assert str(Fidelity(math.nan, 20.0)) == "20.0 dB"
+    assert Fidelity(math.nan, math.inf).figures() == ("–", "equal")
+    assert Fidelity(0.25, 20.0).figures() == ("0.25", "20.0")
 
 
 def test_no_more_examples_than_asked_even_within_a_batch():
@@ -82,3 +110,5 @@ def test_what_cannot_be_compared():
     with pytest.raises(ArgumentError, match=r"by: got 'cosine', needed 'kl' .* or 'sqnr'"):
         reference.check("cosine")
     reference.check("sqnr")
+    with pytest.raises(MetricError, match=r"the model's outputs \(NoneType\) hold no tensor to compare"):
+        Reference(observed(Classes(lambda outputs: None)))

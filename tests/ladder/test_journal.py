@@ -60,6 +60,25 @@ def test_the_same_entry_is_not_written_twice_whatever_it_measured(tmp_path):
     assert entry.data["measured"] == {"seconds": 1.0}
 
 
+def test_what_is_asked_last_is_written_last_though_it_was_asked_before(tmp_path):
+    asked = [["ptq"], ["ptq"], ["ptq", "partial"], ["ptq"]]
+    for rungs in asked:
+        with Journal(tmp_path) as journal:
+            journal.write("settings", rungs=rungs)
+            journal.write("decision", sentence="once")
+            for name, digest in (("ptq", 1), ("partial", len(rungs))):
+                journal.write("checkpoint", name=name, sha256=digest)
+    entries = read(tmp_path)
+    assert [e.data["rungs"] for e in entries if e.kind == "settings"] == [asked[0], asked[2], asked[3]]
+    assert [e.data["sha256"] for e in entries if e.kind == "checkpoint" and e.data["name"] == "ptq"] == [1]
+    assert [e.data["sha256"] for e in entries if e.kind == "checkpoint" and e.data["name"] == "partial"] == [
+        1,
+        2,
+        1,
+    ]
+    assert len([e for e in entries if e.kind == "decision"]) == 1
+
+
 @pytest.mark.parametrize("lost", [1, 2, 30, 100])
 def test_a_line_cut_short_is_dropped_and_the_run_goes_on(tmp_path, lost):
     whole = written(tmp_path)

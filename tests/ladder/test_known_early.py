@@ -123,7 +123,7 @@ TRAININGS = {
     "rungs without ranges": (
         {"rungs": ["partial"]},
         ArgumentError,
-        r"rungs: got 'partial' first, needed 'ptq': .* give rungs=\['ptq', 'partial'\]",
+        r"rungs: got 'partial', needed 'ptq' first: .* give rungs=\['ptq', 'partial'\]",
     ),
     "rungs the other way round": ({"rungs": ["qat", "ptq"]}, ArgumentError, r"give rungs=\['ptq', 'qat'\]"),
 }

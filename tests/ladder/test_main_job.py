@@ -168,6 +168,23 @@ def test_a_directory_that_cannot_be_written_is_found_before_any_work(tmp_path):
     assert (tmp_path / "file").read_text() == "kept"
 
 
+@pytest.mark.parametrize(
+    ("asked", "needed"),
+    [
+        (["partial"], r"'partial', needed 'ptq' first: .*; give rungs=\['ptq', 'partial'\]"),
+        (["qat"], r"'qat', needed 'ptq' first: .*; give rungs=\['ptq', 'qat'\]"),
+        (
+            ["qat", "ptq"],
+            r"'qat', 'ptq', needed each once and from the bottom up; give rungs=\['ptq', 'qat'\]",
+        ),
+        (["ptq", "ptq"], r"'ptq', 'ptq', needed each once and from the bottom up; give rungs=\['ptq'\]"),
+    ],
+)
+def test_rungs_are_climbed_from_the_bottom_up(asked, needed):
+    with pytest.raises(ArgumentError, match=f"rungs: got {needed}$"):
+        small(calibration=None, rungs=asked)
+
+
 def test_rungs_and_budgets_that_cannot_be():
     with pytest.raises(
         ArgumentError, match=r"rungs: got 'ptk', needed some of 'ptq'.*; did you mean 'ptq'\?"

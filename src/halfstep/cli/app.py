@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 import warnings
 
 import typer
@@ -10,7 +12,7 @@ import typer
 from halfstep.cli.allocator import keep_freed_memory
 from halfstep.cli.calibrate import calibrate
 from halfstep.cli.compare import compare
-from halfstep.cli.console import BAD_INPUT, INTERRUPTED, err
+from halfstep.cli.console import BAD_INPUT, DEFECT, INTERRUPTED, TRACEBACK, err
 from halfstep.cli.demo import demo
 from halfstep.cli.export import export
 from halfstep.cli.init import init
@@ -23,7 +25,7 @@ from halfstep.errors import HalfstepError
 
 app = typer.Typer(
     help="Quantize a trained PyTorch network to an accuracy target, proven on the runtime it is deployed to.",
-    epilog="Exit codes: 0 target met, 3 target not met, 2 bad input, 130 interrupted.",
+    epilog="Exit codes: 0 target met, 3 target not met, 2 bad input, 130 interrupted, 1 an unexpected error.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -39,8 +41,24 @@ def main() -> None:
     try:
         app()
     except HalfstepError as error:
-        err.print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
+        err.print(f"error: {error}", style="red", soft_wrap=True)
         sys.exit(BAD_INPUT)
     except KeyboardInterrupt:
         err.print("interrupted", style="red")
         sys.exit(INTERRUPTED)
+    except Exception as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        err.print(f"error: {_unexpected(error)}", style="red", soft_wrap=True)
+        sys.exit(DEFECT)
+
+
+def _unexpected(error: Exception) -> str:
+    """What to say of an error that nobody foresaw: a defect of ours, or of the user's code that we called."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    words = " ".join(str(error).split())
+    what = f"{type(error).__name__}: {words}" if words else type(error).__name__
+    return (
+        f"unexpected {what}, at {last.filename}:{last.lineno} in {last.name}; if that is no code of yours, please "
+        f"report it with all of the traceback, which {TRACEBACK}=1 before the command shows"
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.table import Table
@@ -29,23 +29,26 @@ def calibrate(
         found = sweep(model, best_of(by="kl" if job.classifies else "sqnr"))
         if output is not None:
             export_onnx(model, output)
-    rows: list[dict[str, Any]] = [
-        {
-            "activations": candidate.activations,
-            "weights": candidate.weights,
-            "kl": candidate.fidelity.kl,
-            "sqnr": candidate.fidelity.sqnr,
-        }
-        for candidate in found.candidates
-    ]
     if as_json:
-        print_json(rows)
+        print_json(
+            [
+                {
+                    "activations": c.activations,
+                    "weights": c.weights,
+                    "kl": c.fidelity.kl,
+                    "sqnr": c.fidelity.sqnr,
+                }
+                for c in found.candidates
+            ]
+        )
         return
-    table = Table(title=f"{len(rows)} calibrations on {found.examples} examples, best first by {found.by}")
+    table = Table(
+        title=f"{len(found.candidates)} calibrations on {found.examples} examples, best first by {found.by}"
+    )
     for column in ("activations", "weights", "KL of the outputs", "SQNR, dB"):
         table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(row["activations"], row["weights"], f"{row['kl']:.3g}", f"{row['sqnr']:.1f}")
+    for candidate in found.candidates:
+        table.add_row(candidate.activations, candidate.weights, *candidate.fidelity.figures())
     out.print(table)
     if output is not None:
-        out.print(f"written to {output}", highlight=False, soft_wrap=True)
+        out.print(f"written to {output}", soft_wrap=True)

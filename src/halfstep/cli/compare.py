@@ -13,8 +13,8 @@ from halfstep.cli.options import Json
 
 
 def compare(
-    first: Annotated[Path, typer.Argument(help="The directory of a run.")],
-    second: Annotated[Path, typer.Argument(help="The directory of another run.")],
+    first: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run.")],
+    second: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of another run.")],
     as_json: Json = False,
 ) -> None:
     """Show what two runs asked for, and what came of it; what differs is marked."""

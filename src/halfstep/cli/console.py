@@ -17,12 +17,16 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from halfstep.ladder.journal import finite
 from halfstep.progress import listening
 
-MET, BAD_INPUT, NOT_MET, INTERRUPTED = 0, 2, 3, 130
+MET, DEFECT, BAD_INPUT, NOT_MET, INTERRUPTED = 0, 1, 2, 3, 130
+#: The variable of the environment that lets an unexpected error end in its traceback.
+TRACEBACK = "HALFSTEP_TRACEBACK"
 
-out = Console()
-err = Console(stderr=True)
+#: What is printed is the user's names and words: square brackets and colons in them are no markup.
+out = Console(markup=False, emoji=False, highlight=False)
+err = Console(stderr=True, markup=False, emoji=False, highlight=False)
 
 
 class Bars:
@@ -30,6 +34,7 @@ class Bars:
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
+        self._said: set[str] = set()
 
     def start(self, what: str, total: int | None) -> Any:
         """A new bar."""
@@ -44,8 +49,11 @@ class Bars:
         self.progress.remove_task(task)
 
     def say(self, sentence: str) -> None:
-        """Above the bars."""
-        self.progress.console.print(sentence, style="dim", highlight=False)
+        """Above the bars, unless it was said before."""
+        if sentence in self._said:
+            return
+        self._said.add(sentence)
+        self.progress.console.print(sentence, style="dim")
 
 
 @contextmanager
@@ -53,7 +61,7 @@ def progress() -> Iterator[None]:
     """Live progress on the error stream, gone when done; the output stream stays clean for ``--json``."""
     bars = Progress(
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -65,5 +73,5 @@ def progress() -> Iterator[None]:
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on the output stream, whatever the width of the terminal."""
-    print(json.dumps(value, indent=2))
+    """One JSON document on the output stream, whatever the width of the terminal; NaN and infinity become null."""
+    print(json.dumps(finite(value), indent=2, allow_nan=False))

@@ -1,4 +1,4 @@
-"""halfstep export: the best candidate of a run as a file."""
+"""halfstep export: the network of a run as a file."""
 
 from __future__ import annotations
 
@@ -13,19 +13,18 @@ from halfstep.cli.options import RunFolder
 
 def export(
     run: RunFolder,
-    output: Annotated[Path, typer.Argument(help="The ONNX file to write.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The ONNX file to write.")],
     rung: Annotated[
-        str | None, typer.Option(help="The rung whose best to write; the last one by default.")
+        str | None,
+        typer.Option(help="Write the best of this rung (ptq, partial or qat) instead of the outcome."),
     ] = None,
 ) -> None:
-    """Write the best candidate of RUN to OUTPUT, from its checkpoint."""
+    """Write the outcome of RUN to OUTPUT again, from its checkpoint; of an unfinished run the last rung's best."""
     from halfstep.cli.job import restore
     from halfstep.export.onnx import export_onnx
 
     with progress():
-        model, step = restore(run, rung)
+        model, step, _ = restore(run, rung)
         metadata = {"score": repr(step["score"]), "rung": step["rung"]}
         export_onnx(model, output, metadata)
-    out.print(
-        f"written to {output}: {step['what']}, score {step['score']:.4f}", highlight=False, soft_wrap=True
-    )
+    out.print(f"written to {output}: {step['what']}, score {step['score']:.4f}", soft_wrap=True)

@@ -11,10 +11,16 @@ from halfstep.cli.console import out
 
 
 def init(
-    model: Annotated[str, typer.Argument(help="package.module:callable that returns a torch.nn.Module.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="package.module:callable that returns a torch.nn.Module.")
+    ],
     output: Annotated[Path, typer.Option(help="The file to write.")] = Path("halfstep.yaml"),
-    labelled: Annotated[str, typer.Option(help="Data to judge on.")] = "test.npz",
-    calibration: Annotated[str, typer.Option(help="Data to calibrate on.")] = "train.npz",
+    labelled: Annotated[
+        str, typer.Option(help="Data to judge on: .npz with inputs and labels, or a callable.")
+    ] = "test.npz",
+    calibration: Annotated[
+        str, typer.Option(help="Data to calibrate on: .npz with inputs, or a callable.")
+    ] = "train.npz",
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
 ) -> None:
     """Write a commented configuration for MODEL, which is loaded to list its layers."""

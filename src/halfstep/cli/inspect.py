@@ -18,10 +18,14 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="An ONNX file, of halfstep's or any other tool's.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="An ONNX file, of halfstep's or any other tool's.")
+    ],
     target: Annotated[
         str | None,
-        typer.Option(help="Runtime to judge it for; by default the one that it was exported for."),
+        typer.Option(
+            help="Runtime to judge it for: onnxruntime, openvino or tensorrt; by default the one it was exported for."
+        ),
     ] = None,
     threads: Threads = None,
     as_json: Json = False,
@@ -66,9 +70,9 @@ def inspect(
     else:
         _show(file, sites, metadata, kernels)
         for node in floats:
-            out.print(f"float: {node}", highlight=False, soft_wrap=True)
+            out.print(f"float: {node}", soft_wrap=True)
         for finding in findings:
-            out.print(f"{judge.name}: {finding}", highlight=False, soft_wrap=True)
+            out.print(f"{judge.name}: {finding}", soft_wrap=True)
         if judge.name in RULES and not findings:
             out.print(f"{judge.name}: keeps all of its {len(RULES[judge.name])} rules")
     if any(finding.rule.refused for finding in findings):
@@ -91,7 +95,7 @@ def _show(file: Path, sites: list[FileSite], metadata: dict[str, str], kernels: 
         )
     out.print(table)
     for key, value in metadata.items():
-        out.print(f"{key}: {value}", highlight=False, soft_wrap=True)
+        out.print(f"{key}: {value}", soft_wrap=True)
     out.print(
         f"integer kernels: {len(kernels.integer)}; float operators that multiply: {len(kernels.floating)}"
     )

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-from torch import nn
+from torch import Tensor, nn
 
-from halfstep.config import Config, RecipePart, make_config, read_config
-from halfstep.errors import ArgumentError, DataError, RunError
+from halfstep.config import Config, RecipePart, make_config, read_config, to_yaml
+from halfstep.errors import ArgumentError, DataError, HalfstepError, RunError
 from halfstep.evaluate import Accuracy, Metric
 from halfstep.files import write_whole
 from halfstep.granularity import PerTensor
 from halfstep.ladder.budget import Budget
+from halfstep.ladder.journal import Journal, Saved
 from halfstep.model import QuantizedModel
 from halfstep.recipe import Recipe
-from halfstep.sources import find_callable, load_inputs, load_labelled, load_model
+from halfstep.sources import check_input, find_callable, load_inputs, load_labelled, load_model
 from halfstep.training.options import Loss, Training
 
 #: A run's own copy of what it was told.
@@ -42,12 +43,14 @@ class Job:
     Attributes:
         config: itself.
         model: the float network.
-        calibration: batches of inputs; the first one is the example that the model is captured with.
+        calibration: batches of inputs, which can be iterated again and again.
+        example: the first of them, which the model is captured with.
     """
 
     config: Config
     model: nn.Module
-    calibration: list[Any]
+    calibration: Iterable[Any]
+    example: Any
 
     @classmethod
     def load(cls, config: Config) -> Job:
@@ -58,10 +61,13 @@ class Job:
         """
         weights = None if config.weights is None else Path(config.weights)
         model = load_model(config.model, weights)
-        inputs = load_inputs(config.calibration, config.batch, config.examples)
-        if not inputs:
-            raise DataError(f"calibration {config.calibration!r}: got no batch, needed at least one")
-        return cls(config, model, inputs)
+        inputs = load_inputs(config.calibration, config.batch, config.examples, model)
+        source = f"calibration {config.calibration!r}"
+        example = next(iter(inputs), None)
+        if example is None:
+            raise DataError(f"{source}: got no batch, needed at least one")
+        check_input(model, example, source)
+        return cls(config, model, inputs, example)
 
     def metrics(self) -> dict[str, Metric]:
         """The metrics over the labelled data by name; one that is alone has the name ``""``.
@@ -77,7 +83,7 @@ class Job:
                 f"higher_is_better: got the name {min(unknown)!r}, needed true or false"
                 + (f" for {', '.join(map(repr, specs))}" if isinstance(asked, dict) else "")
             )
-        labelled = load_labelled(self.config.labelled, self.config.batch)
+        labelled = self._labelled(self.config.labelled, "labelled")
         return {name: _metric(spec, labelled, higher.get(name, True)) for name, spec in specs.items()}
 
     @property
@@ -101,8 +107,20 @@ class Job:
             return None
         known: dict[str | None, Loss | None] = {"cross_entropy": nn.functional.cross_entropy, None: None}
         loss = known[part.loss] if part.loss in known else find_callable(str(part.loss))
-        labelled = load_labelled(part.data, self.config.batch)
+        labelled = self._labelled(part.data, "training data")
         return Training(labelled, loss, epochs=part.epochs, learning_rate=part.learning_rate, seed=part.seed)
+
+    def _labelled(self, name: str, what: str) -> Iterable[Any]:
+        """Labelled batches; those of a file are seen to have the calibration data's type before anything is run."""
+        found = load_labelled(name, self.config.batch, self.model)
+        if name.endswith(".npz") and isinstance(self.example, Tensor):
+            inputs, _ = next(iter(found))
+            if inputs.dtype != self.example.dtype:
+                raise DataError(
+                    f"{what} {name!r}: got inputs of {inputs.dtype}, needed {self.example.dtype}, as the calibration "
+                    "data have"
+                )
+        return found
 
     def budget(self) -> Budget:
         """What the search may cost."""
@@ -114,13 +132,13 @@ class Job:
         Raises:
             RunError: if it cannot be written.
         """
-        write_whole(path, yaml.safe_dump(self.config.model_dump(), sort_keys=False).encode())
+        write_whole(path, to_yaml(self.config.model_dump()).encode())
 
     def prepare(self) -> QuantizedModel:
         """The model with its sites, not observed."""
         from halfstep.ladder.climb import prepare
 
-        return prepare(self.model, self.calibration[0], self.recipe(), self.config.target)
+        return prepare(self.model, self.example, self.recipe(), self.config.target)
 
     def observed(self) -> QuantizedModel:
         """The model with its sites, after one pass over the calibration data."""
@@ -131,7 +149,7 @@ class Job:
         return model
 
 
-def _metric(spec: str, labelled: list[Any], higher_is_better: bool) -> Metric:
+def _metric(spec: str, labelled: Iterable[Any], higher_is_better: bool) -> Metric:
     if spec == "accuracy":
         return Accuracy(labelled)
     score: Callable[..., Any] = find_callable(spec)
@@ -150,6 +168,9 @@ def find_config(source: Path) -> Config:
 def config_from(source: str, flags: dict[str, Any], recipe: dict[str, Any], budget: dict[str, Any]) -> Config:
     """The configuration that a YAML file and flags make together, flags last.
 
+    A flag for another kind of recipe than the file's takes the place of the file's bits and groups, which are of that
+    kind; layers that stay in float do so in any.
+
     Args:
         source: a ``.yaml`` file, or what names a model.
         flags: those that were given; None stands for not given.
@@ -163,8 +184,11 @@ def config_from(source: str, flags: dict[str, Any], recipe: dict[str, Any], budg
     if source.endswith((".yaml", ".yml")):
         config = read_config(source)
         for name, part in (("recipe", recipe), ("budget", budget)):
-            if _given(part):
-                changes[name] = {**getattr(config, name).model_dump(exclude_unset=True), **_given(part)}
+            if flags_of_part := _given(part):
+                old = getattr(config, name).model_dump(exclude_unset=True)
+                if flags_of_part.get("kind", config.recipe.kind) != config.recipe.kind:
+                    old = {key: value for key, value in old.items() if key == "float_layers"}
+                changes[name] = {**old, **flags_of_part}
         return make_config({**config.model_dump(exclude_unset=True), **changes}, "command line")
     parts = {"recipe": _given(recipe), "budget": _given(budget)}
     return make_config({"model": source, **changes, **parts}, "command line")
@@ -174,29 +198,57 @@ def _given(flags: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in flags.items() if value is not None}
 
 
-def restore(run: Path, rung: str | None) -> tuple[QuantizedModel, dict[str, Any]]:
-    """The best candidate of a run's rung, from the run's own configuration and checkpoint, and the rung's record.
+def restore(run: Path, rung: str | None) -> tuple[QuantizedModel, dict[str, Any], Job]:
+    """The network of a run's outcome, or the best of a rung, from the run's own configuration and checkpoint.
 
     The calibration data are read for a sample of inputs.
 
+    Args:
+        run: the run's directory.
+        rung: whose best to take. None for the outcome's; of a run that has none yet, for the last finished rung's.
+
+    Returns:
+        The network; its record, with ``what`` it is, its ``score`` and its ``rung``; and what it was made from.
+
     Raises:
-        RunError: if the run has no such rung, or its checkpoint is missing or damaged.
+        RunError: if the run has no such rung, or its checkpoint is missing, damaged or another network's.
         ArgumentError: if the run was not made by ``halfstep quantize``.
     """
     from halfstep.ladder.calibration import SAMPLE_EXAMPLES
-    from halfstep.ladder.journal import read, read_checkpoint
+    from halfstep.ladder.checkpoints import Checkpoints
     from halfstep.ladder.snapshot import Snapshot
 
-    entries = read(run)
-    steps = {entry.data["rung"]: entry.data for entry in entries if entry.kind == "step"}
-    if not steps or (rung is not None and rung not in steps):
-        known = ", ".join(map(repr, steps)) or "none"
-        raise RunError(f"{run}: has no finished rung {rung or ''!r}; finished are {known}")
-    step = steps[rung] if rung is not None else list(steps.values())[-1]
+    record, saved = _kept(run, rung)
     job = Job.load(find_config(run))
     model = job.prepare()
-    model.sample = job.calibration[: max(1, SAMPLE_EXAMPLES // job.config.batch)]
-    state = read_checkpoint(run, entries, step["rung"])
-    return Snapshot(
-        model, {name: frozenset(layers) for name, layers in step["put_back"].items()}, state
-    ).restore(), step
+    sample = itertools.islice(job.calibration, max(1, SAMPLE_EXAMPLES // job.config.batch))
+    put_back = {name: frozenset(layers) for name, layers in record["put_back"].items()}
+    try:
+        state = Checkpoints(Journal(), model).network(saved)
+        restored = Snapshot(model, put_back, state).restore()
+        strangers = sorted(set(state) ^ set(restored.state_dict()))
+    except (HalfstepError, RuntimeError) as error:
+        strangers = [str(error).strip().splitlines()[-1].strip()]
+    if strangers:
+        raise RunError(
+            f"{run}: its checkpoint is not of the network that {job.config.model!r} returns now: {strangers[0]}"
+        )
+    restored.sample = list(sample)
+    return restored, record, job
+
+
+def _kept(run: Path, rung: str | None) -> tuple[dict[str, Any], Saved]:
+    """The record of what is to be restored, and its checkpoint."""
+    from halfstep.ladder.deploy import OUTCOME
+    from halfstep.ladder.journal import read, read_checkpoint
+
+    entries = read(run)
+    ends = [entry.data for entry in entries if entry.kind == OUTCOME and "key" in entry.data]
+    if ends and rung is None:
+        return ends[-1], read_checkpoint(run, entries, OUTCOME, ends[-1]["key"])
+    steps = [entry.data for entry in entries if entry.kind == "step" and rung in (None, entry.data["rung"])]
+    if not steps:
+        finished = dict.fromkeys(entry.data["rung"] for entry in entries if entry.kind == "step")
+        known = ", ".join(map(repr, finished)) or "none"
+        raise RunError(f"{run}: has no finished rung{f' {rung!r}' if rung else ''}; finished are {known}")
+    return steps[-1], read_checkpoint(run, entries, steps[-1]["rung"], steps[-1].get("key", ""))

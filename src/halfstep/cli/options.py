@@ -17,7 +17,14 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, for
 Source = Annotated[
     Path, typer.Argument(metavar="CONFIG.yaml|RUN", help="A configuration, or a run's directory.")
 ]
-RunFolder = Annotated[Path, typer.Argument(help="The directory of a run.")]
+FRESH = "--fresh"
+Fresh = Annotated[
+    bool,
+    typer.Option(
+        FRESH, help="Begin anew: what an earlier run left in the directory is moved to a folder in it."
+    ),
+]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run.")]
 
 
 def by_name(flag: str, given: Sequence[str] | None, convert: Callable[[str], T]) -> T | dict[str, T] | None:

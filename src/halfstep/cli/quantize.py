@@ -11,31 +11,44 @@ import typer
 
 from halfstep.cli.console import INTERRUPTED, err, progress
 from halfstep.cli.ending import finish
-from halfstep.cli.options import Json, by_name
+from halfstep.cli.options import FRESH, Fresh, Json, Threads, by_name
 
 
 def quantize(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL|CONFIG.yaml", help="package.module:callable, or a file of keys and values."
+            metavar="MODEL|CONFIG.yaml",
+            help="package.module:callable that returns a torch.nn.Module; or a configuration: see halfstep init.",
         ),
     ],
     labelled: Annotated[
-        str | None, typer.Option(help="Data to judge on: .npz with inputs and labels, or a callable.")
+        str | None,
+        typer.Option(
+            help="Data to judge on: .npz with inputs and labels, or package.module:callable that returns "
+            "batches (inputs, labels)."
+        ),
     ] = None,
     calibration: Annotated[
         str | None,
-        typer.Option(help="Data to calibrate on: .npz with inputs, or a callable; not the labelled."),
+        typer.Option(
+            help="Data to calibrate on, other than the labelled: .npz with inputs, or a callable that returns "
+            "batches of inputs."
+        ),
     ] = None,
-    weights: Annotated[str | None, typer.Option(help="State dict: .safetensors or torch's.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="State dict for the model: .safetensors, or saved by torch.")
+    ] = None,
     metric: Annotated[
         list[str] | None,
         typer.Option(
-            help="accuracy, or package.module:score, (outputs, labels) -> (batch,) floats; NAME=METRIC for each of "
-            "several, all of which must keep to their targets."
+            help="accuracy (the default), or package.module:score, a function (outputs, labels) -> (batch,) floats; "
+            "NAME=METRIC for each of several, all of which must keep to their targets."
         ),
     ] = None,
+    lower_is_better: Annotated[
+        bool, typer.Option("--lower-is-better", help="The metric is an error or a loss.")
+    ] = False,
     max_drop: Annotated[
         list[str] | None,
         typer.Option(
@@ -44,9 +57,11 @@ def quantize(
         ),
     ] = None,
     relative_drop: Annotated[
-        list[str] | None, typer.Option(help="Instead: a share of the float score.")
+        list[str] | None, typer.Option(help="Instead of --max-drop: a share of the float score.")
     ] = None,
-    floor: Annotated[list[str] | None, typer.Option(help="Instead: the worst score allowed.")] = None,
+    floor: Annotated[
+        list[str] | None, typer.Option(help="Instead of --max-drop: the worst score allowed.")
+    ] = None,
     strict: Annotated[
         bool | None,
         typer.Option(
@@ -57,50 +72,77 @@ def quantize(
         bool | None,
         typer.Option("--tune", help="Leave in float what integers slow down on this machine."),
     ] = None,
-    target: Annotated[str | None, typer.Option(help="onnxruntime, openvino or tensorrt.")] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(help="Runtime that the file is for: onnxruntime (the default), openvino or tensorrt."),
+    ] = None,
     recipe: Annotated[
         str | None,
-        typer.Option(help="static, dynamic (ranges at run time) or weight_only; static by default."),
+        typer.Option(
+            help="static (the default), dynamic (activations get their ranges at run time), or weight_only (packed "
+            "weights, activations in float)."
+        ),
     ] = None,
     weight_bits: Annotated[
         int | None, typer.Option(help="Bits of the weights, 2 to 16; 8 by default, 4 for weight_only.")
     ] = None,
     group: Annotated[
         int | None,
-        typer.Option(help="Weights that share a scale, for dynamic and weight_only (128 by default)."),
+        typer.Option(
+            help="Neighbouring weights that share a scale, for dynamic (a whole channel by default) and weight_only "
+            "(128)."
+        ),
     ] = None,
-    activation_bits: Annotated[int | None, typer.Option(help="Bits of the activations, 2 to 16.")] = None,
-    rungs: Annotated[str | None, typer.Option(help="Which to climb, in order: ptq,partial,qat.")] = None,
-    evaluations: Annotated[int | None, typer.Option(help="Bound on full evaluations.")] = None,
-    minutes: Annotated[float | None, typer.Option(help="Bound on time.")] = None,
-    directory: Annotated[str | None, typer.Option(help="Where journal, files and report go.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Batch size for .npz data; 64 by default.")] = None,
+    activation_bits: Annotated[
+        int | None, typer.Option(help="Bits of the activations, 2 to 16; 8 by default.")
+    ] = None,
+    rungs: Annotated[
+        str | None, typer.Option(help="Rungs to climb, from the bottom; all by default: ptq,partial,qat.")
+    ] = None,
+    evaluations: Annotated[
+        int | None, typer.Option(help="Stop the search after so many full evaluations.")
+    ] = None,
+    minutes: Annotated[float | None, typer.Option(help="Stop the search after so much time.")] = None,
+    directory: Annotated[
+        str | None, typer.Option(help="Where files, report and journal go; runs/quantized by default.")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Batch size for .npz data and datasets; 64 by default.")
+    ] = None,
     examples: Annotated[
-        int | None, typer.Option(help="Examples of an .npz to calibrate on; 512 by default.")
+        int | None, typer.Option(help="Examples to calibrate on, the first ones; 512 by default.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of the runtime; all cores by default.")] = None,
+    threads: Threads = None,
+    fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
     """Climb the ladder until the accuracy target is met, and write the ONNX file that proves it.
 
     The same command again goes on where an earlier one was interrupted.
+
+    Training, the last rung, needs a configuration: see halfstep init.
+
+    The exit code is 0 if the target is met, 3 if it is not.
     """
     from halfstep.cli.job import CONFIG, Job, config_from
+    from halfstep.errors import RunError
     from halfstep.ladder.climb import quantize as climb
-    from halfstep.ladder.rungs import RUNGS
+    from halfstep.ladder.journal import Journal
+    from halfstep.ladder.rungs import RUNGS, find_rungs
 
     flags: dict[str, Any] = {
         "labelled": labelled,
         "calibration": calibration,
         "weights": weights,
         "metric": by_name("--metric", metric, str),
+        "higher_is_better": False if lower_is_better else None,
         "max_drop": by_name("--max-drop", max_drop, float),
         "relative_drop": by_name("--relative-drop", relative_drop, float),
         "floor": by_name("--floor", floor, float),
         "strict": strict,
         "tune": tune,
         "target": target,
-        "rungs": None if rungs is None else rungs.split(","),
+        "rungs": None if rungs is None else [name.strip() for name in rungs.split(",")],
         "directory": directory,
         "batch": batch,
         "examples": examples,
@@ -112,18 +154,22 @@ def quantize(
         {"kind": recipe, "weights": weight_bits, "activations": activation_bits, "group": group},
         {"evaluations": evaluations, "minutes": minutes},
     )
-    again = shlex.join(["halfstep", *sys.argv[1:]])
+    ladder = [rung.name for rung in find_rungs(tuple(RUNGS if config.rungs is None else config.rungs))]
+    again = shlex.join(["halfstep", *(argument for argument in sys.argv[1:] if argument != FRESH)])
     folder = Path(config.directory)
     try:
         with progress():
             job = Job.load(config)
-            metrics = job.metrics()
+            metrics, training = job.metrics(), job.training()
+            with Journal(folder, fresh) as journal:
+                if not journal.resumed:  # so that what is finished before an interruption can be exported
+                    job.keep(folder / CONFIG)
             outcome = climb(
                 job.model,
-                job.calibration[0],
+                job.example,
                 calibration=job.calibration,
                 metric=metrics.get("", metrics),
-                training=job.training(),
+                training=training,
                 max_drop=config.max_drop,
                 relative_drop=config.relative_drop,
                 floor=config.floor,
@@ -136,12 +182,13 @@ def quantize(
                 threads=config.threads,
                 budget=job.budget(),
                 command=again,
-                rungs=RUNGS if config.rungs is None else config.rungs,
+                rungs=ladder,
             )
     except KeyboardInterrupt:
-        err.print(
-            f"interrupted; to go on where it stopped: {again}", style="red", highlight=False, soft_wrap=True
-        )
+        err.print(f"interrupted; to go on where it stopped: {again}", style="red", soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None
-    job.keep(folder / CONFIG)
+    try:
+        job.keep(folder / CONFIG)
+    except RunError as error:  # the run is done, whatever became of the notes on it
+        err.print(f"error: {error}", style="red", soft_wrap=True)
     finish(outcome, as_json)

@@ -20,4 +20,4 @@ def report(
     from halfstep.report.run import Run
 
     path = write_report(Run.read(run), output or run / "report.html")
-    out.print(f"written to {path}", highlight=False, soft_wrap=True)
+    out.print(f"written to {path}", soft_wrap=True)

@@ -14,10 +14,14 @@ from halfstep.cli.options import Json, Source
 def sensitivity(
     source: Source,
     method: Annotated[
-        str | None, typer.Option(help="kl, sqnr, fisher, metric, spared; chosen by default.")
+        str | None,
+        typer.Option(
+            help="How to measure: kl, sqnr or fisher by the outputs, metric with one group quantized, spared with one "
+            "in float; kl by default where outputs can be logits, else sqnr."
+        ),
     ] = None,
-    measured: Annotated[int, typer.Option(help="Also measure the metric's drop for so many layers.")] = 0,
-    plot: Annotated[Path | None, typer.Option(help="Draw the table to this file.")] = None,
+    measured: Annotated[int, typer.Option(help="Also measure the metric's drop for so many groups.")] = 0,
+    plot: Annotated[Path | None, typer.Option(help="Draw the table to this file (needs matplotlib).")] = None,
     as_json: Json = False,
 ) -> None:
     """Score every group of layers by what quantizing it loses, most sensitive first."""
@@ -37,4 +41,4 @@ def sensitivity(
     if as_json:
         print_json(table.to_dict())
     else:
-        out.print(str(table), highlight=False, soft_wrap=True)
+        out.print(str(table), soft_wrap=True)

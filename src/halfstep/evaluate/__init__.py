@@ -5,7 +5,7 @@ from halfstep.evaluate.metric import Accuracy, CallableMetric, Metric, as_scorer
 from halfstep.evaluate.paired import Drop, paired_drop, percent, share_of_error
 from halfstep.evaluate.score import Score, Scorer
 from halfstep.evaluate.sequential import SequentialTest
-from halfstep.evaluate.several import Several, as_scorers, labelled_data, parts
+from halfstep.evaluate.several import Several, as_scorers, classifies, labelled_data, parts
 
 __all__ = [
     "Accuracy",
@@ -19,6 +19,7 @@ __all__ = [
     "Several",
     "as_scorer",
     "as_scorers",
+    "classifies",
     "early_stopping",
     "labelled_data",
     "logits_of",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from halfstep.errors import MetricError, named
-from halfstep.evaluate.metric import Labelled, Metric, answers, as_scorer
+from halfstep.evaluate.metric import Accuracy, Labelled, Metric, answers, as_scorer
 from halfstep.evaluate.score import Score, Scorer
 
 
@@ -86,6 +86,11 @@ def as_scorers(metric: Any) -> Scorer:
 def parts(scorer: Scorer) -> Mapping[str, Scorer]:
     """The metrics of ``scorer`` by name; one that is alone has the name ``""``."""
     return scorer.metrics if isinstance(scorer, Several) else {"": scorer}
+
+
+def classifies(scorer: Scorer) -> bool:
+    """Whether a metric of ``scorer`` is an :class:`Accuracy`, so that the model's outputs are known to be logits."""
+    return any(isinstance(part, Accuracy) for part in parts(scorer).values())
 
 
 def labelled_data(scorer: Scorer) -> list[Labelled]:

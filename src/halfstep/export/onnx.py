@@ -14,15 +14,11 @@ from halfstep.fake_quantize import Mode
 from halfstep.graph.inputs import batch_size
 from halfstep.model import QuantizedModel
 from halfstep.runtime.deployed import DeployedModel
-from halfstep.runtime.parity import compare
+from halfstep.runtime.parity import MINIMUM_EQUAL, MINIMUM_SQNR, Parity, compare
 from halfstep.runtime.rules import lint
 from halfstep.runtime.runtimes import RULES
 
-#: A file whose outputs differ from the simulation's by more than this signal-to-noise ratio in dB is refused.
-#: Integer kernels round where the simulation does not, which costs a code here and there: 40 to 60 dB are usual.
-MINIMUM_SQNR = 15.0
-
-#: The same for the float network's file, which rounds like the network does, in another order.
+#: The float network's file rounds like the network does, in another order: dB of the outputs that it keeps to at least.
 FLOAT_SQNR = 40.0
 
 
@@ -114,10 +110,10 @@ def _check_float(model: QuantizedModel, path: Path) -> None:
     file = DeployedModel(path, captured.in_spec, captured.out_spec, runtime=model.target.runtime)
     with model.using(Mode.FLOAT):
         parity = compare(model, file, [kwargs or args, longer])
-    if not parity.sqnr >= FLOAT_SQNR:
+    if not parity.reaches(FLOAT_SQNR):
         raise ExportError(
             f"the float network's file, on {model.target.runtime}, answers otherwise than the network: "
-            f"{parity.sqnr:.1f} dB, needed {FLOAT_SQNR:.0f} dB; look for NaN or infinite outputs, random numbers, and "
+            f"{_shortfall(parity, FLOAT_SQNR)}; look for NaN or infinite outputs, random numbers, and "
             "operators whose result is not defined (the order of equal values, say)"
         )
 
@@ -127,11 +123,18 @@ def _check_parity(model: QuantizedModel, path: Path) -> None:
     deployed = DeployedModel(path, model.captured.in_spec, model.captured.out_spec)
     with model.using(Mode.QUANTIZE):
         parity = compare(model, deployed, [kwargs or args])
-    if not parity.sqnr >= MINIMUM_SQNR:
+    if not parity.reaches():
         from halfstep.export.parting import explain_parting
 
         raise ExportError(
-            f"the file's outputs differ from the simulation's: {parity.sqnr:.1f} dB, needed {MINIMUM_SQNR:.0f} dB; "
+            f"the file's outputs differ from the simulation's: {_shortfall(parity, MINIMUM_SQNR)}; "
             f"{explain_parting(model, path, kwargs or args, MINIMUM_SQNR)}. Nothing was written under the final name; "
             "calibrate on more data, or leave the layer before that site in float"
         )
+
+
+def _shortfall(parity: Parity, least: float) -> str:
+    """What was found and what was needed."""
+    if parity.sqnr is None:
+        return f"{parity.top1:.0%} of the integers are equal, needed {MINIMUM_EQUAL:.0%}"
+    return f"{parity.sqnr:.1f} dB, needed {least:.0f} dB"

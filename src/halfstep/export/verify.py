@@ -81,6 +81,7 @@ def verify(
     float_path: str | Path | None = None,
     threads: int | None = None,
     rounds: int = 21,
+    classes: bool = True,
 ) -> Verification:
     """Run a file on the runtime of its target and say what it is.
 
@@ -91,6 +92,7 @@ def verify(
         float_path: the float network's file; written to a temporary place if None.
         threads: for one operator; None for all cores.
         rounds: interleaved runs to time.
+        classes: whether the first output may be taken for scores of classes, so that the largest is the answer.
 
     Raises:
         ExportError: if the file cannot be loaded.
@@ -107,7 +109,7 @@ def verify(
         runtime = model.target.runtime
         deployed, reference = (DeployedModel(p, *specs, threads, runtime) for p in (path, float_path))
         with model.using(Mode.QUANTIZE):
-            parity = compare(model, deployed, kept)
+            parity = compare(model, deployed, kept, classes)
         leaves = [leaf for leaf in pytree.tree_leaves(kept[0]) if isinstance(leaf, torch.Tensor)]
         latency = race(
             {

@@ -165,10 +165,10 @@ class Sweep:
         rows = [("activations", "weights", "KL", "SQNR, dB", "metric")]
         for candidate in self.candidates:
             score = "" if candidate.score is None else f"{candidate.score:.4f}"
-            rows.append((candidate.activations, candidate.weights, *_figures(candidate.fidelity), score))
-        alone = [(FLOAT, name, *_figures(fidelity), "") for name, fidelity in self.weights_alone.items()]
+            rows.append((candidate.activations, candidate.weights, *candidate.fidelity.figures(), score))
+        alone = [(FLOAT, name, *fidelity.figures(), "") for name, fidelity in self.weights_alone.items()]
         if self.activations_alone is not None:
-            alone.append((self.best_by_measure.activations, FLOAT, *_figures(self.activations_alone), ""))
+            alone.append((self.best_by_measure.activations, FLOAT, *self.activations_alone.figures(), ""))
         rows += alone
         widths = [max(len(row[column]) for row in rows) for column in range(5)]
         lines = [
@@ -182,7 +182,3 @@ class Sweep:
     def best_by_measure(self) -> Candidate:
         """The one whose outputs are nearest to the float network's."""
         return min(self.candidates, key=lambda candidate: candidate.fidelity.loss(self.by))
-
-
-def _figures(fidelity: Fidelity) -> tuple[str, str]:
-    return f"{fidelity.kl:.3g}", f"{fidelity.sqnr:.1f}"

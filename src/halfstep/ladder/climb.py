@@ -126,7 +126,7 @@ def quantize(
             then accepted with a probability of at most 1 - confidence, however many candidates are tried; about, where
             they build on the luckiest before them, see :class:`.Goal`. Not strict, nothing of the kind is promised: of
             many candidates the first that passes is likely to be worse than it looks.
-        rungs: which to climb, in order.
+        rungs: which to climb, from the bottom up: ``"ptq"`` always.
         budget: what the search may cost; None for no bound.
         partial: how to look for layers to put back to float.
         max_float: the share of layers that partial quantization may leave in float while there are rungs left to

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from halfstep.evaluate import Score
+from halfstep.evaluate import Score, classifies
 from halfstep.export.onnx import copy_file, export_onnx
 from halfstep.export.verify import verify
 from halfstep.ladder.advice import advise
@@ -21,6 +21,9 @@ from halfstep.ladder.rung import Reached
 from halfstep.ladder.search import Candidate, Search, timed_evaluation
 from halfstep.progress import steps
 from halfstep.runtime.deployed import DeployedModel
+
+#: The entry of the journal that a run ends with, and the checkpoint of its network.
+OUTCOME = "outcome"
 
 
 def deploy(
@@ -42,7 +45,7 @@ def deploy(
     if float_file.parent != place:
         float_file = copy_file(float_file, place / float_file.name)
     with steps("verifying on the runtime"):
-        proof = verify(file, model, model.sample, float_file, threads)
+        proof = verify(file, model, model.sample, float_file, threads, classes=classifies(search.scorer))
     files = measure_files(search, proof, score.value, float_file, threads)
     outcome = Outcome(
         met=search.asked.met(score),
@@ -110,13 +113,27 @@ def _rung_of(search: Search, best: Candidate) -> str:
 
 
 def _write_down(search: Search, outcome: Outcome, files: list[dict[str, Any]]) -> None:
-    """The end of the journal."""
+    """The end of the journal, and the network itself, to export it again.
+
+    The entry says which call of the directory it ends: how many have asked for something else than the one before.
+    """
+    best = search.best
+    assert best is not None
     known_by_now = ("history", "decisions", "path", "latency_ms", "microseconds")
     record = {name: value for name, value in outcome.to_dict().items() if name not in known_by_now}
     latency = {name: asdict(value) for name, value in outcome.verification.latency.items()}
     times = {name: round(time, 2) for name, time in outcome.verification.microseconds.items()}
     measured = {"latency_ms": latency, "files": files, "microseconds": times}
-    search.journal.write("outcome", **record, measured=measured)
+    search.checkpoints.keep_network(OUTCOME, best.key, best.snapshot.state)
+    search.journal.write(
+        OUTCOME,
+        **record,
+        what=best.what,
+        key=best.key,
+        put_back={name: sorted(layers) for name, layers in best.snapshot.put_back.items()},
+        call=len(search.journal.of("settings")),
+        measured=measured,
+    )
 
 
 def _portray(search: Search) -> None:

@@ -10,13 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from halfstep.errors import ArgumentError, NotObservedError
-from halfstep.evaluate import logits_of
+from halfstep.errors import ArgumentError, MetricError, NotObservedError
 from halfstep.fake_quantize import Mode
 from halfstep.graph.inputs import ModelInputs, batch_size
 from halfstep.model import QuantizedModel, run
 from halfstep.progress import track
-from halfstep.runtime.parity import float_tensors
+from halfstep.runtime.parity import compared, decibels, error_power, power
 
 Measure = Literal["kl", "sqnr"]
 
@@ -27,15 +26,22 @@ class Fidelity:
 
     Attributes:
         kl: mean Kullback-Leibler divergence, in nats, of the softmax over the last axis of the first float output
-            from the float network's; NaN where that axis has one entry. 0 is equal.
-        sqnr: signal to noise over all float outputs in dB, 10 log10(sum y^2 / sum (y - y')^2); inf is equal.
+            from the float network's; NaN where that axis has one entry, or there is no float output. 0 is equal.
+        sqnr: signal to noise over all float outputs in dB, 10 log10(sum y^2 / sum (y - y')^2); inf is equal. Of a model
+            that returns integers alone, 10 log10(values / values that differ).
     """
 
     kl: float
     sqnr: float
 
     def __str__(self) -> str:
-        return f"{self.sqnr:.1f} dB" if math.isnan(self.kl) else f"KL {self.kl:.3g}, {self.sqnr:.1f} dB"
+        noise = "equal outputs" if math.isinf(self.sqnr) and self.sqnr > 0 else f"{self.sqnr:.1f} dB"
+        return noise if math.isnan(self.kl) else f"KL {self.kl:.3g}, {noise}"
+
+    def figures(self) -> tuple[str, str]:
+        """Divergence and dB for the columns of a table; a dash where there is none."""
+        kl = "–" if math.isnan(self.kl) else f"{self.kl:.3g}"
+        return kl, "equal" if math.isinf(self.sqnr) and self.sqnr > 0 else f"{self.sqnr:.1f}"
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Fidelity:
@@ -76,8 +82,9 @@ class Reference:
         self.examples = sum(map(batch_size, self.batches))
         with model.using(Mode.FLOAT), torch.no_grad():
             outputs = [run(model, batch) for batch in track(self.batches, "float outputs")]
-        self._logits = [logits_of(output) for output in outputs]
-        self._outputs = [float_tensors(output) for output in outputs]
+        self._outputs = [compared(output) for output in outputs]
+        if not self._outputs[0]:
+            raise MetricError(f"the model's outputs ({type(outputs[0]).__name__}) hold no tensor to compare")
         self.passes = 1
 
     def compare(self, model: QuantizedModel, what: str = "comparing") -> Fidelity:
@@ -86,20 +93,20 @@ class Reference:
         decisions = 0
         with torch.no_grad():
             for index, batch in enumerate(track(self.batches, what)):
-                got = run(model, batch)
-                divergence += float(divergences(self._logits[index], logits_of(got)).sum())
-                decisions += math.prod(self._logits[index].shape[:-1])
-                for a, b in zip(self._outputs[index], float_tensors(got), strict=True):
-                    signal += float(a.double().square().sum())
-                    noise += float((a.double() - b.double()).square().sum())
+                wanted, got = self._outputs[index], compared(run(model, batch))
+                if self.has_classes:
+                    divergence += float(divergences(wanted[0], got[0]).sum())
+                    decisions += math.prod(wanted[0].shape[:-1])
+                signal += power(wanted)
+                noise += error_power(wanted, got)
         self.passes += 1
         return Fidelity(divergence / decisions if self.has_classes else math.nan, decibels(signal, noise))
 
     @property
     def has_classes(self) -> bool:
         """Whether the first float output can be logits: (..., classes), two or more of them."""
-        shape = self._logits[0].shape
-        return len(shape) >= 2 and shape[-1] >= 2
+        first = self._outputs[0][0]
+        return first.is_floating_point() and first.dim() >= 2 and first.shape[-1] >= 2
 
     def check(self, by: Measure) -> None:
         """Raise unless the outputs can be measured so.
@@ -111,7 +118,7 @@ class Reference:
             raise ArgumentError(f"by: got {by!r}, needed 'kl' (logits of classes) or 'sqnr' (any outputs)")
         if by == "kl" and not self.has_classes:
             raise ArgumentError(
-                f"by: got 'kl' for outputs of shape {tuple(self._logits[0].shape)}, needed logits (..., classes); "
+                f"by: got 'kl' for outputs of shape {tuple(self._outputs[0][0].shape)}, needed logits (..., classes); "
                 "choose by='sqnr'"
             )
 
@@ -133,16 +140,3 @@ def divergences(wanted: Tensor, got: Tensor) -> Tensor:
     """
     p, q = wanted.double().log_softmax(-1), got.double().log_softmax(-1)
     return torch.where(p == -math.inf, 0.0, p.exp() * (p - q)).sum(-1)
-
-
-def decibels(signal: float, noise: float) -> float:
-    """Return 10 log10(signal / noise); inf without noise, -inf with noise alone, NaN if the noise is.
-
-    >>> decibels(100.0, 1.0)
-    20.0
-    """
-    if math.isnan(noise):
-        return math.nan
-    if noise == 0:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf

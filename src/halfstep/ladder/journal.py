@@ -33,6 +33,18 @@ LEFT = (
 _HEAD, _MIDDLE, _TAIL = b'{"check":"', b'","entry":', b"}\n"
 _DIGITS = 16
 
+#: Kinds of which the last entry counts: the last of all, or of those that are equal in these fields.
+_LAST: Mapping[str, tuple[str, ...]] = {
+    "settings": (),
+    "environment": (),
+    "sweep": (),
+    "sites": (),
+    "picture": (),
+    "outcome": (),
+    "step": ("rung",),
+    "checkpoint": ("name", "key"),
+}
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -81,6 +93,7 @@ class Journal:
         self.resumed = False
         self._check = ""
         self._known: set[str] = set()
+        self._last: dict[tuple[Any, ...], str] = {}
         self._lock: IO[bytes] | None = None
         if self.folder is not None:
             self._lock = lock(self.folder)
@@ -107,6 +120,8 @@ class Journal:
     def write(self, kind: str, *, measured: Mapping[str, Any] | None = None, **data: Any) -> None:
         """Append an entry, unless the very same one is there already; it is on the disk when this returns.
 
+        Where the last entry of a kind counts, "there" means that it is that last one.
+
         Args:
             kind: what it tells of.
             measured: figures that no two runs share, such as seconds; entries that differ only there are the same.
@@ -117,7 +132,8 @@ class Journal:
         """
         data = finite(data)
         known = _text(kind, data)
-        if known in self._known:
+        there = self._last.get(_series(kind, data)) == known if kind in _LAST else known in self._known
+        if there:
             return
         if measured:
             data["measured"] = finite(dict(measured))
@@ -142,7 +158,12 @@ class Journal:
                 ) from error
             self._check = check
         self.entries.append(entry)
-        self._known.add(known)
+        self._remember(entry, known)
+
+    def _remember(self, entry: Entry, text: str) -> None:
+        self._known.add(text)
+        if entry.kind in _LAST:
+            self._last[_series(entry.kind, entry.data)] = text
 
     def of(self, kind: str) -> list[Entry]:
         """All entries of a kind, in order."""
@@ -211,11 +232,10 @@ class Journal:
         if self.folder is None:
             return None
         known = [entry.data for entry in self.of("checkpoint") if entry.data["name"] == name]
-        known = [data for data in known if data.get("key", "") == key]
-        if not known:
+        if not any(data.get("key", "") == key for data in known):
             return None
         try:
-            return Saved(_read_tensors(self.folder, known), known[-1].get("data", {}))
+            return read_checkpoint(self.folder, self.entries, name, key)
         except RunError as error:
             warnings.warn(f"{error}: what it held is computed again", stacklevel=2)
             return None
@@ -240,7 +260,8 @@ class Journal:
             os.truncate(path, good)
         self.entries = entries
         self.resumed = bool(entries)
-        self._known = {_text(entry.kind, entry.data) for entry in entries}
+        for entry in entries:
+            self._remember(entry, _text(entry.kind, entry.data))
 
 
 def read(folder: str | Path) -> list[Entry]:
@@ -265,16 +286,17 @@ def read(folder: str | Path) -> list[Entry]:
     return entries
 
 
-def read_checkpoint(folder: Path, entries: Sequence[Entry], name: str) -> dict[str, torch.Tensor]:
-    """The tensors last saved under ``name`` in a run's directory.
+def read_checkpoint(folder: Path, entries: Sequence[Entry], name: str, key: str = "") -> Saved:
+    """What was last saved under ``name`` and ``key`` in a run's directory.
 
     Raises:
-        RunError: if there are none, or the file is missing or not what was written.
+        RunError: if there is nothing, or the file is missing or not what was written.
     """
     known = [entry.data for entry in entries if entry.kind == "checkpoint" and entry.data["name"] == name]
+    known = [data for data in known if data.get("key", "") == key]
     if not known:
         raise RunError(f"{folder}: has no checkpoint {name!r}")
-    return _read_tensors(folder, [data for data in known if data["file"] == known[-1]["file"]])
+    return Saved(_read_tensors(folder, known), known[-1].get("data", {}))
 
 
 def _read_tensors(folder: Path, known: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
@@ -301,6 +323,11 @@ def finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _series(kind: str, data: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The entries that an entry is the last one of."""
+    return kind, *(data.get(field) for field in _LAST.get(kind, ()))
 
 
 def exact(value: Any) -> Any:

@@ -13,7 +13,7 @@ from halfstep.export.verify import Verification
 from halfstep.files import write_whole
 from halfstep.ladder.evaluation import Evaluation
 from halfstep.ladder.goal import Standing
-from halfstep.ladder.journal import Entry
+from halfstep.ladder.journal import Entry, finite
 from halfstep.ladder.rung import Reached
 from halfstep.listing import html_table
 from halfstep.model import QuantizedModel
@@ -90,9 +90,9 @@ class Outcome:
         return {standing.metric: standing for standing in self.metrics if standing.metric}
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the model, as plain data."""
+        """Everything but the model, as plain data that JSON knows: NaN and infinity become None."""
         proof = self.verification
-        return {
+        record = {
             "met": self.met,
             "rung": self.rung,
             "target": self.model.target.name,
@@ -119,6 +119,7 @@ class Outcome:
                 dict(zip(("name", "kind", "reason"), op, strict=True)) for op in proof.float_operators
             ],
         }
+        return {name: finite(value) for name, value in record.items()}
 
     def save(self, path: Path) -> None:
         """Write :meth:`to_dict` as JSON; the file appears whole or not at all.
@@ -126,7 +127,7 @@ class Outcome:
         Raises:
             RunError: if it cannot be written.
         """
-        write_whole(path, (json.dumps(self.to_dict(), indent=2) + "\n").encode())
+        write_whole(path, (json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n").encode())
 
     def __repr__(self) -> str:
         verdict = "met" if self.met else "not met"

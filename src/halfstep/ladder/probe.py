@@ -19,7 +19,7 @@ from halfstep.ladder.replay import FLOAT, Replay, Wiring, quantizing, wiring
 from halfstep.ladder.search import Search
 from halfstep.model import QuantizedModel
 from halfstep.progress import steps, track
-from halfstep.runtime.parity import float_tensors
+from halfstep.runtime.parity import compared, error_power, float_tensors, power
 
 Loss = Literal["kl", "sqnr"]
 
@@ -89,7 +89,8 @@ class Probe:
         Args:
             candidates: where the quantizers sit.
             by: ``"kl"``: mean Kullback-Leibler divergence in nats of the softmax over the last axis of the first float
-                output; ``"sqnr"``: sum of squared errors over sum of squares, all float outputs.
+                output; ``"sqnr"``: sum of squared errors over sum of squares, all float outputs; of a model that
+                returns integers alone, the share that differs.
             base: a wiring that is near the candidates.
             what: told to the progress listener.
 
@@ -123,14 +124,14 @@ def default_loss(probe: Probe) -> Loss:
     """``"kl"`` where the first float output looks like logits, (batch, classes), else ``"sqnr"``."""
     with torch.no_grad():
         outputs = probe.replay.outputs(probe.replay.run(probe.batches[0]))
-    shape = logits_of(outputs).shape
-    return "kl" if len(shape) == 2 and shape[-1] >= 2 else "sqnr"
+    first = next(iter(float_tensors(outputs)), None)
+    return "kl" if first is not None and first.dim() == 2 and first.shape[-1] >= 2 else "sqnr"
 
 
 def loss_weight(wanted: Any, by: Loss) -> float:
     """What a batch's loss is divided by: its decisions, or its signal."""
     if by == "sqnr":
-        return sum(float(output.detach().double().square().sum()) for output in float_tensors(wanted)) or 1.0
+        return power(compared(wanted)) or 1.0
     shape = logits_of(wanted).shape
     if len(shape) < 2 or shape[-1] < 2:
         raise ArgumentError(
@@ -143,8 +144,7 @@ def loss_weight(wanted: Any, by: Loss) -> float:
 def _loss(wanted: Any, got: Any, by: Loss) -> float:
     if by == "kl":
         return float(divergences(logits_of(wanted), logits_of(got)).sum())
-    pairs = zip(float_tensors(wanted), float_tensors(got), strict=True)
-    return sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
+    return error_power(compared(wanted), compared(got))
 
 
 def _example_bytes(node: fx.Node) -> int:

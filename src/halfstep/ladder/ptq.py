@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import asdict, replace
 
-from halfstep.evaluate import Accuracy, Score, parts
+from halfstep.evaluate import Score, classifies
 from halfstep.identity import Identity
 from halfstep.ladder.best_of import BestOf
 from halfstep.ladder.candidates import Sweep
@@ -34,8 +34,7 @@ def climb_ptq(search: Search, options: BestOf | None = None) -> Score:
             outputs if a metric is an :class:`Accuracy`, else by their signal to noise.
     """
     if options is None:
-        classifies = any(isinstance(part, Accuracy) for part in parts(search.scorer).values())
-        options = BestOf(by="kl" if classifies else "sqnr")
+        options = BestOf(by="kl" if classifies(search.scorer) else "sqnr")
     found = _swept(search, replace(options, metric=None))
     _explain(search, found)
     for sentence in sentences(found.concerns):

@@ -76,11 +76,13 @@ RUNGS: dict[str, Rung] = {
 
 
 def find_rungs(names: Sequence[str]) -> list[Rung]:
-    """The rungs called ``names``, in that order.
+    """The rungs called ``names``, from the bottom.
+
+    The first one is always post-training quantization: it gives the ranges that every other one starts from.
 
     Raises:
-        ArgumentError: for an unknown name, with the nearest known one, if there are none, or if the first is not the
-            one that finds ranges.
+        ArgumentError: for an unknown name, with the nearest known one, if there are none, the first is missing, or
+            they come in another order or twice.
     """
     wanted = f"needed some of {', '.join(map(repr, RUNGS))}"
     for name in names:
@@ -90,10 +92,15 @@ def find_rungs(names: Sequence[str]) -> list[Rung]:
             raise ArgumentError(f"rungs: got {name!r}, {wanted}{hint}")
     if not names:
         raise ArgumentError(f"rungs: got none, {wanted}")
-    first = next(iter(RUNGS))
-    if names[0] != first:
+    asked, lowest = ", ".join(map(repr, names)), next(iter(RUNGS))
+    ordered = [name for name in RUNGS if name in names or name == lowest]
+    if lowest not in names:
         raise ArgumentError(
-            f"rungs: got {names[0]!r} first, needed {first!r}: the others start from the ranges that it finds; give "
-            f"rungs={[first, *(name for name in names if name != first)]}"
+            f"rungs: got {asked}, needed {lowest!r} first: the others start from the ranges that it finds; give "
+            f"rungs={ordered}"
         )
-    return [RUNGS[name] for name in names]
+    if list(names) != ordered:
+        raise ArgumentError(
+            f"rungs: got {asked}, needed each once and from the bottom up; give rungs={ordered}"
+        )
+    return [RUNGS[name] for name in ordered]

@@ -17,17 +17,17 @@ class Run:
 
     Attributes:
         name: of the run: its directory's.
-        settings: what was asked: target, recipe, max_drop ... ; empty in a run that was killed very early.
+        settings: what was asked last: target, recipe, max_drop ... ; empty in a run that was killed very early.
         environment: versions and processor, by name.
         evaluations: every one, in order.
         decisions: sentences, in order.
-        steps: the rungs climbed, with what came of each.
+        steps: the rungs climbed, of those asked for last, with what came of each.
         sweep: the calibrators compared, best first.
         sites: as :func:`halfstep.ladder.portrait.portray_sites` made them.
         known_sites: how many there are, of which ``sites`` are some or all.
         picture: an input, if it is an image.
         findings: what rungs found out, by name: ``"sensitivity"``, ``"training"`` ...
-        outcome: the end; empty in a run that has not come there.
+        outcome: the end of what was asked last; empty in a run that has not come there.
     """
 
     name: str
@@ -56,22 +56,24 @@ class Run:
     def of(cls, entries: Sequence[Entry], name: str = "run") -> Run:
         """The run that ``entries`` tell of; of what was written several times the last counts."""
         last = {entry.kind: entry.data for entry in entries}
+        settings, outcome = last.get("settings", {}), last.get("outcome", {})
+        calls = sum(entry.kind == "settings" for entry in entries)
         steps = {entry.data["rung"]: entry.data for entry in entries if entry.kind == "step"}
         return cls(
             name=name,
-            settings=last.get("settings", {}),
+            settings=settings,
             environment=last.get("environment", {}).get("packages", {}),
             evaluations=tuple(kept(entry)[0] for entry in entries if entry.kind == "evaluation"),
             decisions=tuple(
                 entry.data["measured"]["sentence"] for entry in entries if entry.kind == "decision"
             ),
-            steps=tuple(steps.values()),
+            steps=tuple(steps[rung] for rung in settings.get("rungs", steps) if rung in steps),
             sweep=tuple(last.get("sweep", {}).get("candidates", ())),
             sites=tuple(last.get("sites", {}).get("sites", ())),
             known_sites=last.get("sites", {}).get("of", 0),
             picture=last.get("picture"),
             findings={e.data["name"]: e.data["measured"]["finding"] for e in entries if e.kind == "finding"},
-            outcome=last.get("outcome", {}),
+            outcome=outcome if outcome.get("call", calls) == calls else {},
         )
 
     @property

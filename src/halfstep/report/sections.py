@@ -11,6 +11,7 @@ from halfstep.report.chart import Chart
 from halfstep.report.html import Html, escape, figure, number, size, table
 from halfstep.report.picture import as_formats_see_it
 from halfstep.report.run import Run
+from halfstep.runtime.parity import Parity
 
 #: What the confidence of the intervals is that of.
 CORRECTED = (
@@ -28,7 +29,7 @@ def summary(run: Run) -> str:
             f"<p class='verdict unmet'>not finished</p><p>{made} evaluations so far. The same command again goes on "
             "from there.</p>"
         )
-    latency, parity = end["measured"]["latency_ms"], end["parity"]
+    latency = end["measured"]["latency_ms"]
     integer = sum(layer["integer"] for layer in end["layers"])
     speedup = latency["quantized"]["speedup"]
     rows = [
@@ -43,7 +44,7 @@ def summary(run: Run) -> str:
         ("rung", end["rung"]),
         ("layers left in float", str(len(end["float_layers"]))),
         ("layers on integer kernels", f"{integer} of {len(end['layers'])}"),
-        ("same answer as the simulation", f"{parity['top1']:.2%} of {parity['examples']:,}"),
+        *Parity.of(end["parity"]).rows(),
         ("file", f"{size(end['bytes'])}, {end['bytes'] / end['float_bytes']:.2f} of float"),
         (
             "speed over float",

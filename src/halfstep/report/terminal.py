@@ -30,11 +30,9 @@ def summary(outcome: Outcome) -> Table:
 
 def proof_rows(proof: Verification) -> list[tuple[str, str]]:
     """What was measured on the file."""
-    agreement = f"{proof.parity.top1:.2%} of {proof.parity.examples:,}"
     null, quantized = proof.latency["null"], proof.latency["quantized"]
     return [
-        ("same answer as the simulation", agreement),
-        ("outputs against the simulation's", f"{proof.parity.sqnr:.1f} dB"),
+        *proof.parity.rows(),
         ("layers on integer kernels", f"{proof.integer_layers} of {len(proof.layers)}"),
         ("file size", f"{proof.size / 1024:,.0f} KiB, {proof.size / proof.float_size:.2f} of float"),
         ("latency", f"{quantized.median:.2f} ms ± {quantized.spread / 2:.0%}"),

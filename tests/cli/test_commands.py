@@ -1,24 +1,20 @@
 """The command line: what it prints, what it leaves, and how it ends."""
 
-import contextlib
-import io
 import itertools
 import json
 import subprocess
 import sys
-import warnings
 from types import SimpleNamespace
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
-from halfstep.cli import main
 from halfstep.cli.options import by_name
 from halfstep.demo import DigitsNet
 from halfstep.errors import ArgumentError
 from halfstep.runtime.deployed import DeployedModel
+from tests.cli.commands import halfstep
 
 MODEL = """
 import torch
@@ -62,24 +58,6 @@ def folder(tmp_path_factory):
 
 
 NUMBERS = itertools.count()
-
-
-def halfstep(folder, *arguments):
-    """The command line in this process: a new one for each test would load torch each time."""
-    out, err = io.StringIO(), io.StringIO()
-    with (
-        contextlib.chdir(folder),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-        mock.patch.object(sys, "argv", ["halfstep", *arguments]),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("default")
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code
-    return SimpleNamespace(returncode=code or 0, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def quantize(folder, model="mine:net", labelled="good.npz", calibration="good.npz", *more):
@@ -180,8 +158,11 @@ def test_a_target_that_is_missed_ends_with_3(folder):
         (("mine:net", "broken.npz"), "cannot be read as an .npz of plain arrays"),
         (("mine:net", "good.npz", "nan.npz"), "values are NaN"),
         (("mine:net", "good.npz", "empty.npz"), "needed at least one"),
-        (("mine:net", "good.npz", "wide.npz"), "cannot be captured"),
-        (("mine:net", "good.npz", "good.npz", "--weights", "good.npz"), "weights good.npz"),
+        (
+            ("mine:net", "good.npz", "wide.npz"),
+            "calibration 'wide.npz': the model does not take (2, 5) of torch.float32: RuntimeError",
+        ),
+        (("mine:net", "good.npz", "good.npz", "--weights", "good.npz"), "weights good.npz: cannot be read: "),
         (("mine:net", "good.npz", "good.npz", "--directory", "mine.py/run"), "cannot be written"),
         (
             ("mine:net", "good.npz", "good.npz", "--weight-bits", "1"),
@@ -322,7 +303,7 @@ def test_the_demo_ends_as_every_climb_does(folder, monkeypatch, met, code):
         climbed.update(options)
         return SimpleNamespace(met=met, directory=None, to_dict=lambda: {"met": met})
 
-    monkeypatch.setattr("halfstep.demo.train_digits", lambda digits: DigitsNet())
+    monkeypatch.setattr("halfstep.demo.train_digits", lambda digits, **_: DigitsNet())
     monkeypatch.setattr("halfstep.ladder.climb.quantize", climb)
     done = halfstep(folder, "demo", "--json")
     assert (done.returncode, json.loads(done.stdout)) == (code, {"met": met})
