@@ -177,7 +177,7 @@ def climbed(q, scores, monkeypatch, max_drop=0.01):
     """The PTQ rung with one calibrator, one repair, and a metric that answers from a list."""
     answers = iter(scores)
     scorer = as_scorer(lambda model: next(answers))
-    monkeypatch.setattr(ptq, "repair", lambda model, budget: hs.repair(model, [hs.gptq], budget=budget))
+    monkeypatch.setattr(ptq, "repair", lambda model, **options: hs.repair(model, [hs.gptq], **options))
     search = Search(q, scorer, Goal(max_drop, Score(0.9)))
     score = ptq.climb_ptq(search, BestOf((hs.MSE(),), (hs.MSE(),), by="kl", mixed=False))
     return search, score

@@ -8,6 +8,7 @@ from climbing import data, network
 
 import halfstep as hs
 from halfstep.errors import ArgumentError, RunError
+from halfstep.evaluate import Several
 from halfstep.report.page import page
 from halfstep.report.run import Run
 from halfstep.report.terminal import summary
@@ -73,9 +74,13 @@ def test_sentences_and_report_name_each(outcome):
 
 
 def test_the_same_call_again_evaluates_nothing_and_another_metric_is_refused(outcome, monkeypatch):
+    evaluate, scored = Several.evaluate, []
     with monkeypatch.context() as patch:
-        patch.setattr("halfstep.evaluate.several.Several.evaluate", None)  # calling it would fail
+        patch.setattr(
+            Several, "evaluate", lambda self, model: (scored.append(model), evaluate(self, model))[1]
+        )
         again = climb(outcome.directory, floor={"worst class": 1.0})
+    assert [type(model) for model in scored] == [hs.QuantizedModel]  # float, since one of them is a function
     assert again.metrics == outcome.metrics and again.evaluations == outcome.evaluations
     with pytest.raises(RunError, match="belongs to a run with another metric;"):
         climb(outcome.directory, second=noise, floor={"worst class": 1.0})

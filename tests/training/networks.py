@@ -1,7 +1,10 @@
 """A network that trains in a moment, with a task that it can learn."""
 
+import itertools
+
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 import halfstep as hs
 
@@ -52,3 +55,18 @@ def calibrated(net, weights=8, activations=8, recipe=None):
     hs.observe(q, [images for images, _ in task()])
     hs.calibrate(q)
     return q
+
+
+class Killing:
+    """A loss that is interrupted at a step; by its own account when that is makes no difference."""
+
+    def __init__(self, step=-1):
+        self.step, self.calls = step, itertools.count()
+
+    def __getstate__(self):
+        return {}
+
+    def __call__(self, outputs, labels):
+        if next(self.calls) == self.step:
+            raise KeyboardInterrupt
+        return cross_entropy(outputs, labels)

@@ -18,7 +18,7 @@ from halfstep.runtime.parity import compare
 from halfstep.training.fit import Verdict, fit
 from halfstep.training.oscillation import BITS, Damping, Freezing
 from halfstep.training.ranges import MovingRanges, Ranges
-from tests.training.networks import calibrated, task, trained_net
+from tests.training.networks import Killing, calibrated, task, trained_net
 
 HELD_OUT = hs.Accuracy(task(512, 256, seed=1))
 AFFINE = Integer(4, signed=False, symmetric=False)
@@ -337,26 +337,20 @@ def test_a_weight_that_jumps_to_and_fro_is_frozen_where_it_mostly_was(low):
 
 
 def test_freezing_goes_on_after_a_kill(low, tmp_path):
-    def run(directory, epochs_before_kill=None):
+    labelled = task()
+
+    def run(directory, loss):
         q = copy.deepcopy(low)
-        labelled = task()
-        calls = iter(range(10**6))
-
-        def loss(outputs, labels):
-            if next(calls) == epochs_before_kill:
-                raise KeyboardInterrupt
-            return cross_entropy(outputs, labels)
-
         training = options(
             labelled=labelled, loss=loss, epochs=2, oscillation=Freezing(0.05, 0.1), checkpoint_every=3
         )
-        try:
-            hs.train(q, training, directory=directory)
-        except KeyboardInterrupt:
-            return run(directory)
+        hs.train(q, training, directory=directory)
         return q
 
-    whole, broken = run(tmp_path / "whole"), run(tmp_path / "broken", 10)
+    whole = run(tmp_path / "whole", Killing())
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "broken", Killing(10))
+    broken = run(tmp_path / "broken", Killing())
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), broken.parameters(), strict=True))
 
 

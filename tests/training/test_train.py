@@ -18,7 +18,7 @@ from halfstep.files import lock
 from halfstep.training.checkpoint import FILE
 from halfstep.training.distillation import Distillation
 from halfstep.training.fit import Verdict, fit, learning_rate
-from tests.training.networks import calibrated, task, trained_net
+from tests.training.networks import Killing, calibrated, task, trained_net
 
 HELD_OUT = hs.Accuracy(task(512, 256, seed=1))
 FIXED = hs.Ranges(weights="fixed", activations="fixed", codebooks=False)
@@ -232,21 +232,6 @@ class Augmented:
 
 class KilledError(Exception):
     pass
-
-
-class Killing:
-    """A loss that is interrupted at a step; by its own account when that is makes no difference."""
-
-    def __init__(self, step=-1):
-        self.step, self.calls = step, itertools.count()
-
-    def __getstate__(self):
-        return {}
-
-    def __call__(self, outputs, labels):
-        if next(self.calls) == self.step:
-            raise KeyboardInterrupt
-        return cross_entropy(outputs, labels)
 
 
 #: Its gradients overflow until the loss is scaled less.
