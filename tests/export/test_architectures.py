@@ -97,7 +97,7 @@ def test_on_openvino(name, tmp_path):
     q, kernels, parity = exported(name, "openvino", tmp_path, hs.Recipe.uniform(7, 8))
     assert layers(kernels.floating) == EXPECTED[name].openvino_floating
     assert {layer.name for layer in q.layers if not layer.reason} <= set(layers(kernels.integer))
-    # Where OpenVINO takes signed codes as unsigned ones (seen on a Zen 4), a conv behind the U-Net's concat is less exact.
+    # On some processors (a Zen 4) the conv behind the U-Net's concat, whose codes are signed, is less exact.
     assert parity.sqnr > 25
 
 
