@@ -85,6 +85,13 @@ def test_a_file_that_answers_otherwise_is_refused(monkeypatch):
         attempt()
 
 
+def test_example_inputs_of_nan_are_told():
+    with pytest.raises(
+        DataError, match=r"example_inputs: 6 of 24 values are NaN; give inputs as the network will"
+    ):
+        attempt(example_inputs=torch.cat([X[:3], torch.full((1, 6), torch.nan)]))
+
+
 TRAININGS = {
     "loss that raises": (
         {"training": training(loss=lambda outputs, labels: CROSS_ENTROPY(outputs, labels.float()))},

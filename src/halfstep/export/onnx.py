@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from halfstep.errors import ExportError
+from halfstep.errors import DataError, ExportError
 from halfstep.export.replacing import replacing
 from halfstep.fake_quantize import Mode
-from halfstep.graph.inputs import batch_size
+from halfstep.graph.inputs import batch_size, tensors_of
 from halfstep.model import QuantizedModel
 from halfstep.runtime.deployed import DeployedModel
 from halfstep.runtime.parity import MINIMUM_EQUAL, MINIMUM_SQNR, Parity, compare
@@ -66,6 +66,7 @@ def export_float(model: QuantizedModel, path: str | Path, check: bool = True) ->
     Raises:
         ExportError: if an operator cannot be translated, the checker or the runtime refuses the file, or the file
             answers otherwise than the model.
+        DataError: with ``check``, if the example inputs hold NaN.
     """
     from halfstep.export.build import build_float, save
 
@@ -106,6 +107,11 @@ def _check_float(model: QuantizedModel, path: Path) -> None:
     captured = model.captured
     args, kwargs = captured.example_inputs
     count = batch_size(kwargs or args)
+    for tensor in tensors_of(kwargs or args):
+        if bad := int(torch.isnan(tensor).sum()):
+            raise DataError(
+                f"example_inputs: {bad} of {tensor.numel()} values are NaN; give inputs as the network will meet them"
+            )
     longer = captured.select(kwargs or args, torch.tensor([*range(count), 0]))
     file = DeployedModel(path, captured.in_spec, captured.out_spec, runtime=model.target.runtime)
     with model.using(Mode.FLOAT):
