@@ -92,6 +92,13 @@ def test_example_inputs_of_nan_are_told():
         attempt(example_inputs=torch.cat([X[:3], torch.full((1, 6), torch.nan)]))
 
 
+class Beside(nn.Sequential):
+    """The input, and the class beside it."""
+
+    def forward(self, x):
+        return x * 2.0, super().forward(x).argmax(1)
+
+
 TRAININGS = {
     "loss that raises": (
         {"training": training(loss=lambda outputs, labels: CROSS_ENTROPY(outputs, labels.float()))},
@@ -121,6 +128,22 @@ TRAININGS = {
         DataError,
         r"training batch 0: input 'input': got torch.float64, needed torch.float32 .*convert it with "
         r"\.to\(torch\.float32\)",
+    ),
+    "distillation of one class": (
+        {
+            "model": nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1)),
+            "training": training([(X, None)], None, distillation=hs.Distillation(axis=1)),
+        },
+        TrainingError,
+        r"training batch 0: Distillation: axis 1 of the output \(batch, 1\) has one entry, whose softmax is always 1",
+    ),
+    "distillation of what does not train": (
+        {
+            "model": Beside(nn.Linear(6, 8)),
+            "training": training([(X, None)], None, distillation=hs.Distillation(measure="mse")),
+        },
+        TrainingError,
+        r"training batch 0: distillation has no gradient: no floating-point output of the model depends on what",
     ),
     "pins of no layer": (
         {"partial": hs.Partial(keep_float=("head",))},

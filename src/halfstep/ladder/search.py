@@ -139,7 +139,8 @@ class Search:
         for verdict in known:
             if verdict.complete:
                 return replace(verdict, met=self.goal.met(verdict.score))
-        return next((verdict for verdict in known if verdict.holds(self.goal.max_drop)), None)
+        early = [verdict for verdict in known if verdict.holds(self.goal.max_drop)]
+        return max(early, key=lambda verdict: verdict.score.count or 0, default=None)  # the surest
 
     def evaluate(self, what: str, paid: bool = False) -> Score:
         """Score the simulation as it stands on all examples; a candidate that was scored before costs nothing.

@@ -13,6 +13,7 @@ from halfstep.fake_quantize import Mode
 from halfstep.graph.inputs import move
 from halfstep.model import QuantizedModel, run
 from halfstep.training.batches import check_iterable, pair
+from halfstep.training.distillation import check_gradient
 from halfstep.training.fit import trainable
 from halfstep.training.loss import check_dependence, outputs_loss
 from halfstep.training.options import Training
@@ -28,7 +29,8 @@ def check_trainable(model: QuantizedModel, training: Training) -> None:
             :class:`Training` keeps it as a list.
 
     Raises:
-        TrainingError: if no parameter trains, or the loss raises, is no finite number, or has no gradient.
+        TrainingError: if no parameter trains, the loss raises, is no finite number, or has no gradient, or distillation
+            would be idle.
         DataError: if there is no batch, or the first one cannot be used.
     """
     check_iterable(training.labelled)
@@ -49,7 +51,11 @@ def check_trainable(model: QuantizedModel, training: Training) -> None:
                 if training.loss is not None:
                     check_dependence(loss, outputs)
                 if training.distillation is not None:
-                    loss = loss + training.distillation.loss(outputs, outputs)
+                    comparison = training.distillation.comparison(outputs, training.loss, labels)
+                    distance = comparison.loss(outputs, outputs)
+                    if training.loss is None:
+                        check_gradient(distance)
+                    loss = loss + distance
             if not bool(torch.isfinite(loss)):
                 raise TrainingError(
                     f"the loss of the float network is {loss.item()}, needed a finite number; look for NaN in the "

@@ -109,7 +109,7 @@ class Distillation:
         Args:
             outputs: the model's.
             loss: the user's, which may tell what they are; None without one.
-            labels: what it gets, which may tell too.
+            labels: what it gets, which may tell too; not looked at without a loss.
 
         Raises:
             TrainingError: there is nothing to compare, or the axis asked for has no classes.
@@ -136,6 +136,7 @@ class Distillation:
         if self.axis is not None:
             return "kl", _checked_axis(self.axis, shape), "as asked for", True
         told = _told_by_loss(loss)
+        labels = None if loss is None else labels
         axis = 1 if told == "kl" and len(shape) > 1 else _told_by_labels(shape, labels)
         if self.measure == "kl":
             return (
@@ -222,16 +223,12 @@ class Teacher:
         with torch.no_grad():
             answers = run(self.model, inputs)
         if self.comparison is None:
-            told = None if self.loss is None else labels
-            self.comparison = self.distillation.comparison(outputs, self.loss, told)
+            self.comparison = self.distillation.comparison(outputs, self.loss, labels)
             if not self.comparison.sure:
                 warnings.warn(f"distillation: {self.comparison}", stacklevel=2)
         distance = self.comparison.loss(outputs, answers)
-        if self.loss is None and not distance.requires_grad:
-            raise TrainingError(
-                "distillation has no gradient: no floating-point output of the model depends on what trains; give a "
-                "loss"
-            )
+        if self.loss is None:
+            check_gradient(distance)
         return distance
 
     def state(self) -> dict[str, Any]:
@@ -246,6 +243,18 @@ class Teacher:
 
     def __str__(self) -> str:
         return "" if self.comparison is None else str(self.comparison)
+
+
+def check_gradient(distance: Tensor) -> None:
+    """Raise unless a training on distillation alone would train something.
+
+    Raises:
+        TrainingError: if it would not.
+    """
+    if not distance.requires_grad:
+        raise TrainingError(
+            "distillation has no gradient: no floating-point output of the model depends on what trains; give a loss"
+        )
 
 
 def _divergence(ours: Tensor, theirs: Tensor, axis: int) -> Tensor:
