@@ -422,9 +422,8 @@ def float_evaluation(
         first = once("float", "float", whole)
         if unseen and not made:
             with steps("evaluating float again, since the run goes on"):
-                _see_that_it_is(
-                    first, scorer.evaluate(model) if first.per_example is None else part()[0], journal
-                )
+                some = isinstance(scorer, Metric) and first.per_example is not None
+                _see_that_it_is(first, (part() if some else whole())[0], journal)
         if isinstance(scorer, Metric) and first.per_example is not None:
             again = once(AGAIN, "float again", part).per_example
             if again is not None and torch.equal(again, first.per_example[: len(again)]):
