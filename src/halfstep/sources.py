@@ -163,7 +163,7 @@ def _few(items: Sequence[str], what: str) -> str:
 
 
 def check_input(model: nn.Module, inputs: ModelInputs, source: str) -> None:
-    """See that ``model`` takes the first examples of the data.
+    """See that ``model`` takes the first examples of the data, and that they are numbers.
 
     Args:
         model: in evaluation mode.
@@ -171,10 +171,13 @@ def check_input(model: nn.Module, inputs: ModelInputs, source: str) -> None:
         source: what to call the data in a message.
 
     Raises:
-        DataError: with the model's own words, and what was given to it.
+        DataError: with the model's own words and what was given to it, or how many values are NaN.
     """
     with named(source):
         args, kwargs = call_arguments(_first_of(inputs, 2))
+    for tensor in tensors_of(inputs):
+        if bad := int(torch.isnan(tensor).sum()):
+            raise DataError(f"{source}: {bad} of the first batch's {tensor.numel()} values are NaN")
     try:
         with torch.no_grad():
             model(*args, **kwargs)

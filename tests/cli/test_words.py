@@ -200,8 +200,10 @@ def test_another_kind_of_recipe_by_a_flag_on_the_file_that_init_writes(folder):
 # the end
 
 
-@pytest.mark.parametrize(("met", "code"), [(True, 0), (False, 3)])
-@pytest.mark.parametrize("error", [RunError("cannot write report.html: No space left"), TypeError("None")])
+@pytest.mark.parametrize(
+    ("met", "code", "error"),
+    [(True, 0, TypeError("None")), (False, 3, RunError("cannot write report.html: No space left"))],
+)
 def test_a_report_that_cannot_be_written_takes_nothing_away(folder, monkeypatch, met, code, error):
     def fail(self, path):
         raise error

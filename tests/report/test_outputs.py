@@ -8,7 +8,6 @@ from rich.console import Console
 from torch import nn
 
 import halfstep as hs
-from halfstep.ladder.journal import read
 from halfstep.report.comparison import comparison
 from halfstep.report.page import page
 from halfstep.report.run import Run
@@ -108,8 +107,7 @@ def test_every_kind_of_output_is_told_of(kind, tmp_path):
     score = f"{outcome.deployed_score:.4f}"
     assert ("deployed score", score, score) in comparison(run, run)
 
-    (end,) = [entry.data for entry in read(tmp_path) if entry.kind == "outcome"]
-    assert end["parity"]["top1"] == parity.top1
+    assert run.outcome["parity"]["top1"] == parity.top1
     json.loads((tmp_path / "outcome.json").read_text(), parse_constant=refuse)
     for line in (tmp_path / "journal.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=refuse)

@@ -35,13 +35,16 @@ class Fidelity:
     sqnr: float
 
     def __str__(self) -> str:
-        noise = "equal outputs" if math.isinf(self.sqnr) and self.sqnr > 0 else f"{self.sqnr:.1f} dB"
-        return noise if math.isnan(self.kl) else f"KL {self.kl:.3g}, {noise}"
+        return self.noise() if math.isnan(self.kl) else f"KL {self.kl:.3g}, {self.noise()}"
+
+    def noise(self) -> str:
+        """The dB in words."""
+        return "equal outputs" if self.sqnr == math.inf else f"{self.sqnr:.1f} dB"
 
     def figures(self) -> tuple[str, str]:
         """Divergence and dB for the columns of a table; a dash where there is none."""
         kl = "–" if math.isnan(self.kl) else f"{self.kl:.3g}"
-        return kl, "equal" if math.isinf(self.sqnr) and self.sqnr > 0 else f"{self.sqnr:.1f}"
+        return kl, "equal" if self.sqnr == math.inf else f"{self.sqnr:.1f}"
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Fidelity:

@@ -118,8 +118,9 @@ def _explain(search: Search, found: Sweep) -> None:
     if found.activations_alone is not None:
         weights = min(found.weights_alone.values(), key=lambda fidelity: fidelity.loss("sqnr"))
         activations = found.activations_alone
-        more = "weights" if weights.sqnr < activations.sqnr else "activations"
+        more = f"the {'weights' if weights.sqnr < activations.sqnr else 'activations'} lose more"
+        if weights.sqnr == activations.sqnr:
+            more = "neither loses more"
         search.decide(
-            f"weights alone leave {weights.sqnr:.1f} dB, activations alone {activations.sqnr:.1f} dB: the {more} lose "
-            "more"
+            f"weights alone leave {weights.noise()}, activations alone {activations.noise()}: {more}"
         )
