@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import fx
 
 from halfstep.granularity import Granularity, PerGroup
+from halfstep.graph.biases import stored_biases
 from halfstep.graph.choices import Choices
 from halfstep.graph.ends import ends
 from halfstep.graph.granularities import activation_granularity, weight_granularity
@@ -19,12 +20,7 @@ from halfstep.recipe import ACTIVATIONS, LayerSpec, Recipe, TensorSpec
 from halfstep.targets import Target
 
 
-def place(
-    graph: fx.Graph,
-    target: Target,
-    recipe: Recipe,
-    choices: Choices,
-) -> Placement:
+def place(graph: fx.Graph, target: Target, recipe: Recipe, choices: Choices) -> Placement:
     """Decide which tensors of ``graph`` are quantized.
 
     1. Layers whose kind is in the target's table and whose spec asks for it are integer.
@@ -56,13 +52,7 @@ def takes_run_time_ranges(op: Operator, target: Target) -> bool:
 
 
 class _Placer:
-    def __init__(
-        self,
-        graph: fx.Graph,
-        target: Target,
-        recipe: Recipe,
-        choices: Choices,
-    ) -> None:
+    def __init__(self, graph: fx.Graph, target: Target, recipe: Recipe, choices: Choices) -> None:
         self.graph, self.target, self.choices = graph, target, choices
         self.names = readable_names(graph)
         self.order = {node: index for index, node in enumerate(graph.nodes)}
@@ -90,7 +80,9 @@ class _Placer:
         self._choose_followers()
         self._choose_values()
         sites = (*self._activation_sites(), *self._run_time_sites(), *self._weight_sites())
-        return Placement(sites, self._layers(), self._float_operators(), self._followers())
+        layers = self._layers()
+        biases = tuple(stored_biases(layers, sites, self.target))
+        return Placement(sites, layers, self._float_operators(), self._followers(), biases)
 
     # 1 and 2: which operators
 
