@@ -12,7 +12,7 @@ import torch
 
 from halfstep import functional
 from halfstep.bias_shift import SMALLEST
-from halfstep.errors import ExportError
+from halfstep.errors import ExportError, RefusedError
 from halfstep.export.containers import Container, container, packed_initializer
 from halfstep.export.editing import (
     constant,
@@ -272,7 +272,7 @@ def quantize_biases(graph: ir.Graph, model: QuantizedModel) -> None:
         corrected = model.shifts[layer].corrected(model.weight(str(bias.target)).detach())
         codes, scale = (x.cpu().numpy() for x in (steps.codes(corrected), steps.size()))
         if np.abs(codes).max(initial=0.0) >= 2**31:
-            raise ExportError(
+            raise RefusedError(
                 f"layer {layer!r}: a bias of {float(corrected.abs().max()):.3g} does not fit 32 bits at the scale "
                 f"{scale.min():.3g} of its products; calibrate again, which widens such a weight's range"
             )
