@@ -272,7 +272,8 @@ class _Placer:
                 positions.append(Position(value, tuple(readers), tied=value is not root))
             spec = self._activation_spec(values)
             granularity = activation_granularity(spec, self.names[root], values)
-            fmt = self.target.activation_format(spec, any(map(self._negative, values)))
+            negative = any(map(self._negative, values)) and not any(map(self._affine, values))
+            fmt = self.target.activation_format(spec, negative)
             wide = any(self._widened(reader) for value in values for reader in value.users)
             self.site_names[root] = name = self.names[root] + (INT16 if wide else "")
             sites.append(Site(name, fmt, granularity, tuple(positions), is_weight=False, wide=wide))
@@ -286,6 +287,15 @@ class _Placer:
         concats = [op for user in value.users if (op := self.operators.get(user)) and op.kind == "concat"]
         joined = [value, *(source for op in concats for source in op.inputs)]
         return not all(nonnegative(source, self.operators) for source in joined)
+
+    def _affine(self, value: fx.Node) -> bool:
+        """Whether the kernel that makes ``value``, directly or moved, wants codes with a zero point."""
+        op = self.operators.get(value)
+        if op is None:
+            return False
+        kernel = self.target.followers.get(op.kind)
+        moved = op.kind in self.target.passes and any(map(self._affine, op.inputs))
+        return moved or (kernel is not None and kernel.affine)
 
     def _run_time_sites(self) -> list[Site]:
         """One site for each value and granularity that islands read, but where the value is codes already."""

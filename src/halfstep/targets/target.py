@@ -20,11 +20,13 @@ class Kernel:
             quantized (True), or it is a kernel of its own that reads codes on every input (False).
         partial: worth it as soon as one input comes in codes, since quantizing the others costs no more than
             quantizing what becomes of them.
+        affine: what it makes has the target's usual flavour, whatever its sign.
     """
 
     output: bool = False
     joins: bool = False
     partial: bool = False
+    affine: bool = False
 
 
 @dataclass(frozen=True)
