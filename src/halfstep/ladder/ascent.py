@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 
-from halfstep.errors import ArgumentError
+from halfstep.errors import ArgumentError, RefusedError
 from halfstep.evaluate import Score
 from halfstep.ladder.budget import BudgetSpent
 from halfstep.ladder.rung import Means, Reached, Rung
@@ -26,7 +26,7 @@ def ascend(
     """Climb until a rung meets the goal or the budget is spent; the model is the best candidate then.
 
     A rung meets the goal if its file does too. Where only the simulation does, the climb goes on, and simulations are
-    held to what is left of the target after what files lose more.
+    held to what is left of the target after what files lose more. A file that is refused counts as one that misses.
 
     Args:
         search: its model observed.
@@ -56,7 +56,7 @@ def ascend(
         last = bool(reached.note) or index + 1 == len(ladder)
         too_many = share > max_float and not last
         if reached.met and not last and not too_many:
-            reached = _with_file(search, rung, reached, candidate, score_file())
+            reached = _with_file(search, rung, reached, candidate, score_file)
         search.journal.write("step", **asdict(reached), measured={"seconds": time.perf_counter() - start})
         path.append(reached)
         if too_many:
@@ -101,8 +101,19 @@ def _roughly(x: float) -> str:
     return f"{float(f'{x:.2g}'):g}"
 
 
-def _with_file(search: Search, rung: Rung, reached: Reached, candidate: Candidate, file: Score) -> Reached:
+def _with_file(
+    search: Search, rung: Rung, reached: Reached, candidate: Candidate, score_file: Callable[[], Score]
+) -> Reached:
     """What came of a rung with the score of its file; if that misses the target, simulations are held to less."""
+    try:
+        file = score_file()
+    except RefusedError as error:
+        search.hold_to(search.asked.beyond(candidate.score))
+        search.decide(
+            f"{rung.title} meets the target in simulation, {search.asked.words(candidate.score)}; its file is refused, "
+            f"which counts as missed: {error}: climbing on"
+        )
+        return replace(reached, file_met=False)
     met = search.asked.met(file)
     if not met:
         search.hold_to(search.asked.narrowed(candidate.score, file))
