@@ -2,26 +2,99 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import nn
 
+from halfstep.fake_quantize import FakeQuantize, Mode
+
+#: The smallest normal float32: a step below it would be no number to divide by.
+SMALLEST = 2.0**-126
+
+
+@dataclass(frozen=True)
+class BiasSteps:
+    """The steps in which a file stores a bias: those of the layer's products of codes.
+
+    Attributes:
+        activation: quantizes what the layer reads.
+        weight: quantizes its weight.
+        stretch: what the file multiplies the weight's codes by, a power of two.
+    """
+
+    activation: FakeQuantize
+    weight: FakeQuantize
+    stretch: int
+
+    @property
+    def taken(self) -> bool:
+        """Whether both are quantized just now, so that there are sums of codes to add to."""
+        return self.activation.mode is Mode.QUANTIZE and self.weight.mode is Mode.QUANTIZE
+
+    def size(self) -> torch.Tensor:
+        """``scale_x * scale_w / stretch`` in float32, of the shape of ``scale_w``.
+
+        No gradient leads back to the scales: whatever they are, the stored bias is within half a step of the float one.
+        """
+        size = self.activation.scale.detach() * self.weight.scale.detach()
+        if self.stretch > 1:
+            size /= self.stretch
+        return size.clamp_min_(SMALLEST)
+
+    def codes(self, bias: torch.Tensor) -> torch.Tensor:
+        """The bias in whole steps, ties to even, as float32: beyond 2^24 floats are whole anyway."""
+        return bias.detach().float().div(self.size()).round_()
+
+    def rounded(self, bias: torch.Tensor) -> torch.Tensor:
+        """The bias that the file's DequantizeLinear makes, bit for bit; gradients pass straight through."""
+        if bias.requires_grad and torch.is_grad_enabled():
+            result: torch.Tensor = _Rounded.apply(bias, self.size())  # type: ignore[no-untyped-call]
+            return result
+        return _rounded(bias, self.size())
+
+
+class _Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, bias: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+        return _rounded(bias, size)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad, None
+
+
+def _rounded(bias: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+    return bias.float().div(size).round_().mul_(size).to(bias.dtype)
+
 
 class BiasShift(nn.Module):
-    """Adds to a bias what its layer lost by quantization, while the layer is quantized; zero until corrected.
+    """Adds to a bias what its layer lost by quantization, and rounds it as the file does, while the layer is quantized.
 
-    The float bias stays what it was, for layers put back to float.
+    The shift is zero until corrected. The float bias stays what it was, for layers put back to float.
 
     Args:
-        channels: of the layer's output.
+        shift: of each channel of the layer's output; shared, not copied.
+        steps: those that the file stores the bias in; None where it stores floats.
     """
 
     shift: torch.Tensor
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, shift: torch.Tensor, steps: BiasSteps | None = None) -> None:
         super().__init__()
-        self.active = False
-        self.register_buffer("shift", torch.zeros(channels))
+        self.active, self.steps = False, steps
+        self.register_buffer("shift", shift)
 
     def forward(self, bias: torch.Tensor) -> torch.Tensor:
         """Shape, dtype and device of ``bias`` are kept."""
-        return bias + self.shift.to(bias.dtype) if self.active else bias
+        if not self.active:
+            return bias
+        corrected = self.corrected(bias)
+        if self.steps is None or not self.steps.taken:
+            return corrected
+        return self.steps.rounded(corrected)
+
+    def corrected(self, bias: torch.Tensor) -> torch.Tensor:
+        """The bias with the shift, not rounded."""
+        return bias + self.shift.to(bias.dtype)

@@ -12,7 +12,8 @@
     ├── MetricError          the metric raised, or answered with something that is no score
     ├── TrainingError        fine-tuning cannot go on
     │   └── DivergedError    a loss or gradient became NaN or infinite; the last good state was kept
-    ├── ExportError          the graph cannot be written, or the file written is not what was simulated
+    ├── ExportError          the graph cannot be written
+    │   └── RefusedError     the file would not be what was simulated, or its runtime does not take it
     └── RunError             a run directory that cannot be used or belongs to something else
 
 Low code raises the plain fact; the boundary that knows the layer's name adds it with :func:`named`.
@@ -65,7 +66,11 @@ class DivergedError(TrainingError):
 
 
 class ExportError(HalfstepError):
-    """The graph cannot be written, or the file written is not what was simulated."""
+    """The graph cannot be written."""
+
+
+class RefusedError(ExportError):
+    """The file of a model is not what was simulated, or its runtime does not take it: another model's may be."""
 
 
 class RunError(HalfstepError):

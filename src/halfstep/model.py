@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from halfstep.bias_shift import BiasShift
+from halfstep.bias_shift import BiasShift, BiasSteps
 from halfstep.errors import ArgumentError, DataError, RunError
 from halfstep.fake_quantize import FakeQuantize, Mode
 from halfstep.formats import Integer
@@ -144,7 +144,7 @@ class QuantizedModel(nn.Module):
 
     @property
     def shifts(self) -> dict[str, BiasShift]:
-        """The corrections of the quantized layers' biases, by the names of the layers."""
+        """The modules on the quantized layers' biases, which correct and round them, by the names of the layers."""
         return dict(self._shifts)
 
     def choose(self, choices: Choices) -> None:
@@ -167,12 +167,20 @@ class QuantizedModel(nn.Module):
         self._shelf.update(self.quantizers.items())
         self.quantizers.clear()
         self._in_use = {site.name: self._quantizer(site) for site in self.placement.sites}
-        self._shifts = {layer.name: self._bias_shift(layer) for layer in self.layers if _has_bias(layer)}
+        steps = {
+            bias.layer: BiasSteps(self._in_use[bias.activation], self._in_use[bias.weight], bias.stretch)
+            for bias in self.placement.biases
+        }
+        self._shifts = {
+            layer.name: self._bias_shift(layer, steps.get(layer.name))
+            for layer in self.layers
+            if _has_bias(layer)
+        }
         self._run = bind(overwrite(self.simulation().graph), self.captured.module)
         self.set_mode(self.mode)
 
     def simulation(self) -> Inserted:
-        """The graph with calls of the quantizers at its sites and of the shifts on its quantized layers' biases."""
+        """The graph with calls of the quantizers at its sites and of the modules on its quantized layers' biases."""
 
         def make(graph: fx.Graph, value: fx.Node, site: Site, _: Position) -> fx.Node:
             return graph.call_module(f"quantizers.{self._keys[site.name]}", (value,))
@@ -186,14 +194,15 @@ class QuantizedModel(nn.Module):
                     node.update_arg(2, inserted.graph.call_module(f"quantizers.{_shift_key(layer)}", (bias,)))
         return inserted
 
-    def _bias_shift(self, layer: Layer) -> BiasShift:
-        """The shift of a layer's bias, made when first seen."""
+    def _bias_shift(self, layer: Layer, steps: BiasSteps | None) -> BiasShift:
+        """The module on a layer's bias; another one around the same shift where its steps have changed."""
         key, bias = _shift_key(layer), layer.operator.bias
         assert bias is not None
-        if key not in self._shelf:
-            self._shelf[key] = BiasShift(len(self.weight(str(bias.target))))
-        self.quantizers[key] = found = self._shelf[key].to(self.device)
+        found = self._shelf.get(key) or BiasShift(torch.zeros(len(self.weight(str(bias.target)))), steps)
         assert isinstance(found, BiasShift)
+        if found.steps != steps:
+            found = BiasShift(found.shift, steps)
+        self._shelf[key] = self.quantizers[key] = found.to(self.device)
         return found
 
     def _quantizer(self, site: Site) -> FakeQuantize:

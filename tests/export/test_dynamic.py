@@ -9,10 +9,11 @@ from torch import nn
 
 import halfstep as hs
 from halfstep.errors import ArgumentError
+from halfstep.export.parting import OUTPUTS, agreements
 from halfstep.fake_quantize import Mode
 from halfstep.runtime.deployed import DeployedModel
 from halfstep.runtime.parity import compare
-from tests.export.mixed_network import build, deployed, quantized
+from tests.export.mixed_network import TOKENS, build, deployed, quantized
 
 #: Integer sums are exact; what follows them is float32 in the same order.
 EXACT = 120.0
@@ -78,6 +79,14 @@ def test_the_range_is_each_tensor_s_own(tmp_path):
             wanted = q(x)
         assert (q(x) - wanted).norm() / wanted.norm() < 0.03
         assert compare(q, file, [x]).sqnr > EXACT
+
+
+@pytest.mark.parametrize("recipe", [hs.Recipe.dynamic(), hs.Recipe.dynamic(4, 32)], ids=["tensors", "groups"])
+def test_file_and_simulation_are_compared_at_each_layer(recipe, tmp_path):
+    q = quantized(recipe)
+    found = agreements(q, hs.export_onnx(q, tmp_path / "model.onnx"), TOKENS)
+    assert {agreement.site for agreement in found} == {*(n for n in q.sites if q.sites[n].dynamic), OUTPUTS}
+    assert min(agreement.sqnr for agreement in found) > 80
 
 
 def test_no_data_are_needed():

@@ -11,14 +11,14 @@ from torch import nn
 from torch.nn import functional as F
 
 import halfstep as hs
-from halfstep.errors import ExportError, NotObservedError
+from halfstep.errors import ExportError, NotObservedError, RefusedError
 from halfstep.export import build
 from halfstep.export import onnx as export
-from halfstep.export.parting import agreements
+from halfstep.export.parting import OUTPUTS, agreements, run_watched
 from halfstep.fake_quantize import Mode
 from halfstep.runtime.deployed import DeployedModel
 from halfstep.runtime.kernels import inspect_kernels
-from halfstep.runtime.parity import compare
+from halfstep.runtime.parity import Parity, compare
 from halfstep.runtime.sites import read_sites
 
 
@@ -176,7 +176,7 @@ def test_a_file_that_answers_otherwise_is_not_left_behind(tmp_path, monkeypatch)
     path = tmp_path / "model.onnx"
     path.write_text("what was there before")
     monkeypatch.setattr(export, "MINIMUM_SQNR", 1e6)
-    with pytest.raises(ExportError, match=r"differ from the simulation's: [\d.]+ dB, needed 1000000 dB"):
+    with pytest.raises(RefusedError, match=r"they part at the outputs \([\d.]+ dB\), needed 1000000 dB"):
         hs.export_onnx(q, path)
     assert path.read_text() == "what was there before"
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
@@ -193,7 +193,8 @@ def test_where_file_and_simulation_part_is_named(residual, tmp_path, monkeypatch
 
     monkeypatch.setattr(build, "lower", spoiled)
     with pytest.raises(
-        ExportError, match=r"they part at site 'relu' \([-\d.]+ dB there, [\d.]+ dB at 'conv' before it\)"
+        RefusedError,
+        match=r"they part at site 'relu' \([-\d.]+ dB, \d+ steps beyond half a one\), needed 60 dB",
     ):
         hs.export_onnx(q, tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
@@ -202,8 +203,34 @@ def test_where_file_and_simulation_part_is_named(residual, tmp_path, monkeypatch
 def test_every_site_agrees_where_nothing_is_wrong(residual):
     q, x, path = residual
     found = agreements(q, path, x)
-    assert [agreement.site for agreement in found] == [n for n in q.sites if not n.endswith("weight")]
-    assert min(agreement.sqnr for agreement in found) > 35
+    assert [agreement.site for agreement in found] == [
+        *(name for name in q.sites if not name.endswith("weight")),
+        OUTPUTS,
+    ]
+    assert min(agreement.sqnr for agreement in found) > 90
+    assert all(agreement.beyond < 1e-3 for agreement in found)
+    assert all(agreement.codes > 0 for agreement in found[:-1])
+
+
+def test_watching_leaves_the_kernels_as_they_are(residual):
+    q, x, path = residual
+    (output,), seen = run_watched(q, path, x)
+    assert torch.equal(output, DeployedModel(path)(x))
+    assert all(codes.dtype == torch.int32 for codes in seen.values())
+
+
+def test_a_bias_that_is_not_the_stored_one_is_found_at_its_layer(residual):
+    q, x, path = residual
+    q = copy.deepcopy(q)
+    q.shifts["conv"].shift.fill_(float(q.sites["conv"].scale))  # a step of what the layer writes
+    first = next(agreement for agreement in agreements(q, path, x) if not agreement.sqnr >= 60)
+    assert first.site == "conv" and first.others > 0.5 * first.codes and 0.4 < first.beyond < 1.6
+
+
+def test_a_file_that_only_rounds_ties_otherwise_is_accepted(residual, tmp_path, monkeypatch):
+    q, _, _ = residual
+    monkeypatch.setattr(export, "compare", lambda *_: Parity(1.0, 20.0, 4))
+    assert hs.export_onnx(q, tmp_path / "model.onnx").exists()
 
 
 def test_an_unwritable_place_is_named(tmp_path):

@@ -73,7 +73,7 @@ def test_codes_are_unsigned_where_nothing_can_be_negative():
         "add": "u8 affine",
         "relu:2": "s8 scale full",  # beside one that may be negative
         "up": "s8 scale full",
-        "concat": "s8 scale full",
+        "concat": "u8 affine",  # whatever its sign
         "clip:2": "s8 scale full",
         "global_average_pool": "s8 scale full",
     }

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from climbing import climb
+from climbing import climb, data
 
 import halfstep as hs
+from halfstep.errors import ExportError, RefusedError
 from halfstep.evaluate import CallableMetric, Score, Several
+from halfstep.export.onnx import export_onnx
 from halfstep.ladder.aim import Aim
 from halfstep.ladder.goal import Goal
 from halfstep.report.page import page
@@ -98,3 +100,99 @@ def test_a_strict_goal_is_narrowed_by_the_intervals_ends():
     goal = Goal(0.015, Score.mean(hits), strict=True)
     assert goal.met(simulated) and not goal.met(file)
     assert not goal.narrowed(simulated, file).met(simulated)
+
+
+def refuse(monkeypatch, rungs):
+    """Files of these rungs part from their simulations."""
+    written = export_onnx
+
+    def strict(model, path, metadata=None, check=True):
+        if check and (metadata or {}).get("rung") in rungs:
+            raise RefusedError("they part at site 'x'")
+        return written(model, path, metadata, check)
+
+    monkeypatch.setattr("halfstep.ladder.deploy.export_onnx", strict)
+
+
+def test_a_refused_file_counts_as_missed_and_the_climb_goes_on(monkeypatch, tmp_path):
+    refuse(monkeypatch, ("ptq",))
+    settings = {"recipe": hs.Recipe.uniform(8, 8), "max_drop": 0.05, "max_float": 1.0}
+    outcome = climb(tmp_path / "run", **settings)
+    first, second = outcome.path
+    assert (first.rung, first.met, first.file_met, first.file_score) == ("ptq", True, False, None)
+    assert second.rung == "partial" and outcome.rung == "partial" and outcome.met
+    assert any(
+        "its file is refused, which counts as missed: they part at site 'x'" in s for s in outcome.decisions
+    )
+    assert (tmp_path / "run" / "model.onnx").exists() and not (tmp_path / "run" / "refused.onnx").exists()
+    assert "they part at site" in page(Run.read(tmp_path / "run"))
+    again = climb(tmp_path / "run", **settings)
+    assert again.path == outcome.path and again.evaluations == outcome.evaluations
+
+
+def test_where_the_last_file_is_refused_the_next_best_is_deployed(monkeypatch):
+    refuse(monkeypatch, ("qat",))
+    training = hs.Training([data(5)] * 20, torch.nn.functional.cross_entropy, epochs=1, learning_rate=1e-2)
+    two_bits = hs.Recipe.uniform(2, 2, ends=None)
+    outcome = climb(None, recipe=two_bits, max_drop=0.0, rungs=("ptq", "qat"), training=training)
+    assert [step.rung for step in outcome.path] == ["ptq", "qat"]
+    assert not outcome.met and outcome.rung == "ptq"
+    assert outcome.score == outcome.path[0].score != outcome.path[1].score
+    assert any(s.startswith("The file of QAT, ") and "is refused: they part" in s for s in outcome.decisions)
+
+
+def test_where_every_file_is_refused_the_outcome_says_so(monkeypatch, tmp_path):
+    (tmp_path / "model.onnx").write_text("of an earlier run")
+    refuse(monkeypatch, ("ptq", "partial"))
+    outcome = climb(tmp_path, recipe=hs.Recipe.uniform(8, 8), max_drop=0.05, rungs=("ptq",))
+    assert not outcome.met and outcome.rung == "ptq"
+    assert outcome.deployed_score == pytest.approx(
+        outcome.score, abs=0.02
+    )  # of the refused file, which is there
+    assert outcome.advice[0] == "No file answers as its simulation: they part at site 'x'"
+    assert not (tmp_path / "model.onnx").exists() and (tmp_path / "refused.onnx").exists()
+
+
+def test_a_tuned_file_that_is_refused_is_put_back(monkeypatch):
+    def leave_one_in_float(model, threads):
+        model.float_layers = ["2"]
+        return hs.Tuning(("2",), 1.0, 3)
+
+    monkeypatch.setattr("halfstep.ladder.speed.tune", leave_one_in_float)
+    written = export_onnx
+
+    def strict(model, path, metadata=None, check=True):
+        if model.float_layers:
+            raise RefusedError("they part at site 'x'")
+        return written(model, path, metadata, check)
+
+    monkeypatch.setattr("halfstep.ladder.deploy.export_onnx", strict)
+    outcome = climb(None, recipe=hs.Recipe.uniform(8, 8), max_drop=0.05, rungs=("ptq",), tune=True)
+    assert outcome.met and outcome.float_layers == ()
+    assert any("put back: its file, refused (they part at site 'x'), would" in s for s in outcome.decisions)
+
+
+def test_a_place_that_cannot_be_written_to_still_ends_the_call(monkeypatch):
+    def full(*_, **__):
+        raise ExportError("cannot write: no space left on device")
+
+    monkeypatch.setattr("halfstep.ladder.deploy.export_onnx", full)
+    with pytest.raises(ExportError, match="no space left"):
+        climb(None, recipe=hs.Recipe.uniform(8, 8), max_drop=0.05, rungs=("ptq",))
+
+
+def test_after_a_refused_file_simulations_are_held_to_floats_score():
+    goal = Goal(0.01, Score(0.9))
+    for simulated, expected in ((0.895, 0.0), (0.905, -0.005)):
+        held = goal.beyond(Score(simulated))
+        assert held.max_drop == pytest.approx(expected, abs=2e-9) and not held.met(Score(simulated))
+    both = Goal(0.01, Score(0.9), others={"b": Goal(0.1, Score(0.7))}).beyond(
+        Score(0.95, others={"b": Score(0.65)})
+    )
+    assert both.others["b"].max_drop == 0.0
+
+
+def test_two_bits_throughout_give_an_outcome():
+    outcome = climb(None, recipe=hs.Recipe.uniform(2, 2, ends=None), max_drop=0.9, rungs=("ptq",))
+    assert outcome.verification.parity.sqnr > 60
+    assert outcome.deployed_score == outcome.score

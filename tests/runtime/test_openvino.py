@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 import halfstep as hs
 from halfstep.errors import ArgumentError, ExportError
+from halfstep.export.parting import agreements
 from halfstep.runtime.deployed import DeployedModel
 from halfstep.runtime.kernels import inspect_kernels
 from halfstep.runtime.openvino import INTEGER
@@ -99,3 +100,27 @@ def test_weights_in_groups_of_4_bits_are_onnx_s_own_type(tmp_path):
     types = {t.name: t.data_type for t in onnx.load(path).graph.initializer}
     assert types["weight_transposed_quantized"] == onnx.TensorProto.INT4
     assert any("i4" in name for name in inspect_kernels(path).counts)
+
+
+def test_what_may_be_negative_keeps_its_sign_through_a_concat(tmp_path):
+    """Signed codes behind a concat lost the shift that OpenVINO makes unsigned ones of them by: 13 dB."""
+
+    class Joined(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 3, padding=1)
+            self.c, self.d = nn.Conv2d(16, 8, 3, padding=1), nn.Conv2d(24, 8, 1)
+
+        def forward(self, x):
+            y = torch.cat([self.a(x), F.relu(self.b(x))], 1)
+            return self.d(F.max_pool2d(torch.cat([F.silu(self.c(y)), y], 1), 2))
+
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 16, 16)
+    q = hs.prepare(Joined().eval(), x, target="openvino")
+    hs.observe(q, [x])
+    hs.calibrate(q)
+    path = hs.export_onnx(q, tmp_path / "joined.onnx", check=False)
+    assert min(agreement.sqnr for agreement in agreements(q, path, x)) > 90
+    kernels = inspect_kernels(path)
+    assert kernels.floating == () and "concat/Concat" in kernels.integer

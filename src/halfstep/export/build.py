@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 import torch
 
-from halfstep.errors import ExportError
+from halfstep.errors import RefusedError
 from halfstep.export.editing import drop_unused, share_equal, unique_names
 from halfstep.export.lower import lower, pool_globally, rename
 from halfstep.export.trace import DOMAIN, trace
@@ -58,7 +58,7 @@ def save(onnx_model: ir.Model, path: Path) -> None:
     """Write the file and let onnx's checker look at it.
 
     Raises:
-        ExportError: if the checker refuses it, in the checker's words.
+        RefusedError: if the checker refuses it, in the checker's words.
     """
     tensors = [value.const_value for value in onnx_model.graph.initializers.values()]
     size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
@@ -74,4 +74,4 @@ def save(onnx_model: ir.Model, path: Path) -> None:
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"onnx's checker refuses the file: {error}") from error
+        raise RefusedError(f"onnx's checker refuses the file: {error}") from error

@@ -11,7 +11,8 @@ import onnx_ir as ir
 import torch
 
 from halfstep import functional
-from halfstep.errors import ExportError
+from halfstep.bias_shift import SMALLEST
+from halfstep.errors import ExportError, RefusedError
 from halfstep.export.containers import Container, container, packed_initializer
 from halfstep.export.editing import (
     constant,
@@ -28,10 +29,11 @@ from halfstep.export.editing import (
 from halfstep.export.gates import saturate_gates
 from halfstep.export.products import lower_products
 from halfstep.export.stored import stored_codes
-from halfstep.export.trace import MARKER
+from halfstep.export.trace import MARKER, bias_marker
 from halfstep.fake_quantize import FakeQuantize
 from halfstep.granularity import PerChannel, PerGroup
 from halfstep.model import QuantizedModel
+from halfstep.targets import Target
 
 
 def lower(onnx_model: ir.Model, model: QuantizedModel) -> None:
@@ -39,14 +41,13 @@ def lower(onnx_model: ir.Model, model: QuantizedModel) -> None:
     graph, wanted = onnx_model.graph, model.target.lowering
     rename(graph)
     pool_globally(graph)
+    quantize_biases(graph, model)
     lower_products(onnx_model, model)
     quantize_weights(graph, model)
     quantize_activations(graph, model)
     absorb_clips(graph)
     if wanted.saturated_gates:
         saturate_gates(graph)
-    if wanted.integer_bias:
-        quantize_biases(graph)
     if wanted.full_rank_bias:
         shape_biases(graph)
     if wanted.guarded_floats:
@@ -108,7 +109,7 @@ def quantize_weights(graph: ir.Graph, model: QuantizedModel) -> None:
         tensor = model.weight(marker_name(node)).detach().cpu()
         for user, transposed in readers(node):
             permutation = list(user.attributes.get_ints("perm")) if transposed else list(range(tensor.dim()))
-            value = dequantized_weight(graph, node, site, tensor, permutation, model.target.packed)
+            value = dequantized_weight(graph, node, site, tensor, permutation, model.target)
             target = user.outputs[0] if transposed else None
             if target is not None:
                 replace(graph, target, value)
@@ -132,7 +133,7 @@ def dequantized_weight(
     site: FakeQuantize,
     tensor: torch.Tensor,
     permutation: list[int],
-    packed: bool,
+    target: Target,
 ) -> ir.Value:
     """The result of a new DequantizeLinear of the weight's codes, axes permuted; one for each permutation."""
     suffix = "" if permutation == sorted(permutation) else "_transposed"
@@ -150,14 +151,17 @@ def dequantized_weight(
         attributes["block_size"] = site.granularity.size
         scale, zero_point = scale.permute(permutation), zero_point.permute(permutation)
     codes = codes.permute(permutation)
-    if not packed and site.format.bits <= 4 and isinstance(site.granularity, PerGroup):
+    if not target.packed and site.format.bits <= 4 and isinstance(site.granularity, PerGroup):
         # Runtimes that take weights in groups know them by ONNX's own 4-bit type.
         stored, zero = (
             packed_initializer(graph, f"{name}_{ending}", tensor, signed=box.low < 0)
             for ending, tensor in (("quantized", codes), ("zero_point", zero_point))
         )
     else:
-        stored = stored_codes(graph, node, f"{name}_quantized", codes, site.format.bits if packed else 8, box)
+        stretch = target.stretch(site.format)
+        scale, zero_point = scale / stretch, zero_point * stretch
+        bits = site.format.bits if target.packed else 8
+        stored = stored_codes(graph, node, f"{name}_quantized", codes, bits, box, stretch)
         # Written out even where it is 0: without it onnxruntime leaves a Gemm in float.
         zero = box.initializer(graph, f"{name}_zero_point", zero_point.numpy())
     inputs = [stored, initializer(graph, f"{name}_scale", scale.numpy().astype(np.float32)), zero]
@@ -254,17 +258,26 @@ def _clip_bounds(node: ir.Node) -> list[float] | None:
     return bounds
 
 
-def quantize_biases(graph: ir.Graph) -> None:
-    """Biases of integer layers become int32 with scale ``scale_x * scale_w``: kernels add them to their sums."""
-    for node in list(graph):
-        if node.op_type not in ("Conv", "Gemm") or len(node.inputs) < 3 or node.inputs[2] is None:
+def quantize_biases(graph: ir.Graph, model: QuantizedModel) -> None:
+    """Markers on biases become int32 initializers with a DequantizeLinear: kernels add them to their sums of codes."""
+    layers = {bias_marker(name): name for name in model.shifts}
+    biases = {layer.name: layer.operator.bias for layer in model.layers}
+    for node in markers(graph):
+        layer = layers.get(marker_name(node))
+        if layer is None:
             continue
-        scales = [scale_of(node.inputs[0]), scale_of(node.inputs[1])]
-        bias = constant(node.inputs[2])
-        if scales[0] is None or scales[1] is None or bias is None or scales[0].ndim or scales[1].ndim > 1:
-            continue
-        scale = scales[0].astype(np.float64) * scales[1].astype(np.float64)
-        node.replace_input_with(2, _integer_bias(graph, node, bias, scale.astype(np.float32)))
+        (reader,) = (user for user, _ in node.outputs[0].uses())
+        steps, bias = model.shifts[layer].steps, biases[layer]
+        assert steps is not None and bias is not None
+        corrected = model.shifts[layer].corrected(model.weight(str(bias.target)).detach())
+        codes, scale = (x.cpu().numpy() for x in (steps.codes(corrected), steps.size()))
+        if np.abs(codes).max(initial=0.0) >= 2**31:
+            raise RefusedError(
+                f"layer {layer!r}: a bias of {float(corrected.abs().max()):.3g} does not fit 32 bits at the scale "
+                f"{scale.min():.3g} of its products; calibrate again, which widens such a weight's range"
+            )
+        replace(graph, node.outputs[0], _dequantized_bias(graph, reader, codes.astype(np.int32), scale))
+        graph.remove(node, safe=True)
 
 
 def protect_float_layers(graph: ir.Graph) -> None:
@@ -286,8 +299,9 @@ def protect_float_layers(graph: ir.Graph) -> None:
             groups = node.attributes.get_int("group", 1) if node.op_type == "ConvTranspose" else 1
             bias = np.zeros(weight.shape.numpy()[_output_axis(node)] * groups, np.float32)
         largest = float(np.abs(bias).max(initial=0.0))
-        scale = np.float32(largest / (2**31 - 256)) if largest else np.float32(1.0)
-        value = _integer_bias(graph, node, bias, np.asarray(max(scale, np.float32(2.0**-126)), np.float32))
+        scale = np.asarray(max(largest / (2**31 - 256), SMALLEST), np.float32) if largest else np.float32(1.0)
+        codes = np.rint(bias.astype(np.float64) / scale.astype(np.float64))
+        value = _dequantized_bias(graph, node, codes, np.asarray(scale))
         if len(node.inputs) < 3:
             node.resize_inputs(3)
         node.replace_input_with(2, value)
@@ -299,13 +313,8 @@ def _output_axis(node: ir.Node) -> int:
     return 1 if node.op_type == "ConvTranspose" else 0
 
 
-def _integer_bias(graph: ir.Graph, node: ir.Node, bias: np.ndarray, scale: np.ndarray) -> ir.Value:
-    codes = np.rint(bias.astype(np.float64) / scale.astype(np.float64))
-    if np.abs(codes).max(initial=0.0) > 2**31 - 1:
-        raise ExportError(
-            f"layer {node.name!r}: a bias of {np.abs(bias).max():.3g} does not fit 32 bits at the scale "
-            f"{scale.min():.3g} of its products; calibrate again, which widens such a weight's range"
-        )
+def _dequantized_bias(graph: ir.Graph, node: ir.Node, codes: np.ndarray, scale: np.ndarray) -> ir.Value:
+    """The result of a new DequantizeLinear of a bias's codes, in front of the layer that adds it."""
     name = f"{node.name}/bias"
     inputs = [
         initializer(graph, f"{name}_quantized", codes.astype(np.int32)),
@@ -314,7 +323,7 @@ def _integer_bias(graph: ir.Graph, node: ir.Node, bias: np.ndarray, scale: np.nd
     attributes = {"axis": 0} if scale.ndim else {}
     dequantize = ir.node("DequantizeLinear", inputs, attributes, name=f"{name}/DequantizeLinear")
     result = dequantize.outputs[0]
-    result.name, result.dtype, result.shape = dequantize.name, ir.DataType.FLOAT, ir.Shape(bias.shape)
+    result.name, result.dtype, result.shape = dequantize.name, ir.DataType.FLOAT, ir.Shape(codes.shape)
     graph.insert_before(node, dequantize)
     return result
 

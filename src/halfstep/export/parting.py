@@ -1,108 +1,141 @@
-"""Where a file and its simulation part: site by site, from the input on."""
+"""Where a file and its simulation part: each site by itself, from what the file has before it.
+
+Quantizers make much of little: where a value lies so near to a tie that two ways of rounding float32 take it to
+different sides, what follows differs by a step here and there, and so, layer after layer, does the rest, although
+nothing is wrong. So the simulation is led along the file, site by site: what it makes of the file's own codes is what
+the file must have rounded, and a code is right if that lies within half a step of it.
+"""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import torch
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
 from halfstep.fake_quantize import FakeQuantize, Mode
 from halfstep.graph.inputs import ModelInputs, call_arguments, tensors_of
 from halfstep.model import QuantizedModel
 from halfstep.runtime.deployed import to_numpy
-from halfstep.runtime.parity import signal_to_noise
+from halfstep.runtime.parity import compared, decibels, error_power, power, signal_to_noise
 from halfstep.runtime.runtimes import find_runtime
+
+#: What the outputs are called beside the sites.
+OUTPUTS = "the outputs"
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far file and simulation agree at a site.
+    """How far file and simulation agree at a site, from what the file has at the sites before it.
 
     Attributes:
-        site: its name.
-        sqnr: signal to noise in dB.
+        site: its name, or :data:`OUTPUTS`.
+        sqnr: signal to noise in dB. Noise is by how much values lie further than half a step from the file's codes; at
+            sites whose range is computed at run time, and of the outputs, any difference.
+        others: codes that the simulation rounds otherwise, for instance ties.
+        codes: how many there are; 0 where floats are compared.
+        beyond: by how much the furthest value exceeds half a step, in steps.
     """
 
     site: str
     sqnr: float
+    others: int = 0
+    codes: int = 0
+    beyond: float = 0.0
+
+    def __str__(self) -> str:
+        where = self.site if self.site == OUTPUTS else f"site {self.site!r}"
+        beyond = f", {self.beyond:.3g} steps beyond half a one" if self.codes else ""
+        return f"{where} ({self.sqnr:.1f} dB{beyond})"
 
 
-def explain_parting(model: QuantizedModel, path: Path, inputs: ModelInputs, bound: float) -> str:
-    """The first site at which a file and its simulation agree by less than ``bound`` dB, in words.
+def agreements(model: QuantizedModel, path: Path, inputs: ModelInputs) -> list[Agreement]:
+    """Agreement at every site of an activation, in order of execution, and of the outputs.
 
-    The file is run with the codes of every site as further outputs.
+    The file is run with the codes of every site (the floats, where the range is computed at run time) as further
+    outputs; that leaves its kernels as they are. Sites of which the file shows neither are passed over.
 
     Args:
         model: the simulation.
         path: the file.
         inputs: one batch.
-        bound: in dB.
     """
-    found = agreements(model, path, inputs)
-    before = Agreement("the input", float("inf"))
-    for agreement in found:
-        if agreement.sqnr < bound:
-            known = f", {before.sqnr:.1f} dB at {before.site!r} before it" if before.sqnr < np.inf else ""
-            return f"they part at site {agreement.site!r} ({agreement.sqnr:.1f} dB there{known})"
-        before = agreement
-    if not found:
-        return "no site lies between input and output"
-    return f"they agree up to the last site, {before.site!r} ({before.sqnr:.1f} dB), and part behind it"
-
-
-def agreements(model: QuantizedModel, path: Path, inputs: ModelInputs) -> list[Agreement]:
-    """Agreement at every site of an activation that the file stores codes of, in order of execution."""
-    onnx_model = onnx.load(path)
-    codes = {node.name.rpartition("/")[0]: node for node in onnx_model.graph.node if _quantizes(node)}
-    order = {name: index for index, name in enumerate(codes)}
-    names = sorted((name for name in model.sites if name in codes), key=order.__getitem__)
-    count = len(onnx_model.graph.output)
-    for name in names:
-        value = codes[name].output[0]
-        onnx_model.graph.output.append(onnx.helper.make_empty_tensor_value_info(value))
-    with tempfile.TemporaryDirectory() as directory:
-        watched = Path(directory) / "watched.onnx"
-        onnx.save(onnx_model, watched, save_as_external_data=path.stat().st_size > 2**30)
-        session = find_runtime(model.target.runtime).open(watched, None)
-        stored = session.run([to_numpy(tensor) for tensor in tensors_of(inputs)])[count:]
-    simulated = simulated_sites(model, names, inputs)
-    result = []
-    for name, array in zip(names, stored, strict=True):
-        site = model.sites[name]
-        scale, zero = (x.detach().cpu().double() for x in (site.scale, site.zero_point))
-        if scale.dim() or name not in simulated:
-            continue
-        value = (torch.from_numpy(array.astype(np.int64)).double() - zero) * scale
-        result.append(Agreement(name, signal_to_noise(simulated[name], value)))
-    return result
-
-
-def simulated_sites(
-    model: QuantizedModel, names: Sequence[str], inputs: ModelInputs
-) -> dict[str, torch.Tensor]:
-    """What the simulation has at sites, the first time that it comes there."""
-    seen: dict[str, torch.Tensor] = {}
-    with _watching({model.sites[name]: name for name in names}, seen), model.using(Mode.QUANTIZE):
+    outputs, seen = run_watched(model, path, inputs)
+    found: dict[str, Agreement] = {}
+    with _led(model, seen, found), model.using(Mode.QUANTIZE), torch.no_grad():
         args, kwargs = call_arguments(inputs)
-        with torch.no_grad():
-            model(*args, **kwargs)
-    return seen
+        wanted = [tensor.cpu() for tensor in compared(model(*args, **kwargs))]
+    sqnr = decibels(power(wanted), error_power(wanted, compared(outputs)))
+    return [*found.values(), Agreement(OUTPUTS, sqnr)]
+
+
+def run_watched(
+    model: QuantizedModel, path: Path, inputs: ModelInputs
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """The file's outputs, and what it has at each site: codes as int32, or the floats that a range is computed from."""
+    onnx_model = onnx.load(path)
+    watched = _watched(model, onnx_model.graph)
+    count = len(onnx_model.graph.output)
+    names = [value.name for value in onnx_model.graph.output]
+    names += [tensor for tensor in dict.fromkeys(watched.values()) if tensor not in names]
+    onnx_model.graph.output.extend(map(onnx.helper.make_empty_tensor_value_info, names[count:]))
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "watched.onnx"
+        onnx.save(onnx_model, file, save_as_external_data=path.stat().st_size > 2**30)
+        session = find_runtime(model.target.runtime).open(file, None)
+        arrays = session.run([to_numpy(tensor) for tensor in tensors_of(inputs)])
+    tensors = [_tensor(array) for array in arrays]
+    values = dict(zip(names, tensors, strict=True))
+    return tensors[:count], {site: values[tensor] for site, tensor in watched.items()}
+
+
+def _watched(model: QuantizedModel, graph: onnx.GraphProto) -> dict[str, str]:
+    """The tensor of the file that shows each site: its codes, or what a run-time range is computed from."""
+    constant = {tensor.name for tensor in graph.initializer} | {value.name for value in graph.input}
+    at_run_time = {
+        layer.name: name for layer in model.layers for name in layer.sites if model.sites[name].dynamic
+    }
+    found = {}
+    for node in graph.node:
+        owner, _, kind = node.name.rpartition("/")
+        if node.op_type == "MatMulNBits":
+            owner = at_run_time.get(owner, "")
+        site = model.sites.get(owner)
+        if site is None or kind != node.op_type or owner in found:
+            continue
+        if not site.dynamic and kind == "QuantizeLinear":
+            found[owner] = node.output[0]
+        elif site.dynamic and node.input[0] not in constant:
+            found[owner] = node.input[0]
+    return found
 
 
 @contextmanager
-def _watching(modules: dict[FakeQuantize, str], seen: dict[str, torch.Tensor]) -> Iterator[None]:
-    def keep(module: Any, _: Any, output: torch.Tensor) -> None:
-        seen.setdefault(modules[module], output.detach().cpu().double())
+def _led(model: QuantizedModel, seen: Mapping[str, Tensor], found: dict[str, Agreement]) -> Iterator[None]:
+    """Let sites hand on what the file has there, and compare what comes to them, the first time that something does."""
 
-    handles: list[RemovableHandle] = [module.register_forward_hook(keep) for module in modules]
+    def lead(name: str, module: FakeQuantize, x: Tensor) -> Tensor | None:
+        theirs = seen[name].to(x.device)
+        if name in found or theirs.shape != x.shape:
+            return None
+        if module.dynamic:
+            found[name] = Agreement(name, signal_to_noise(x.double(), theirs.double()))
+            return module.rounded(theirs.to(x.dtype))
+        found[name], values = _compared(name, module, x, theirs)
+        return values.to(x.dtype)
+
+    handles = [
+        model.sites[name].register_forward_hook(
+            lambda module, inputs, _, name=name: lead(name, module, inputs[0])
+        )
+        for name in seen
+    ]
     try:
         yield
     finally:
@@ -110,5 +143,21 @@ def _watching(modules: dict[FakeQuantize, str], seen: dict[str, torch.Tensor]) -
             handle.remove()
 
 
-def _quantizes(node: onnx.NodeProto) -> bool:
-    return node.op_type == "QuantizeLinear" and ":" not in node.name.rpartition("/")[2]
+def _compared(name: str, module: FakeQuantize, x: Tensor, codes: Tensor) -> tuple[Agreement, Tensor]:
+    """The agreement of what comes to a site with the file's codes there, and the numbers that these stand for."""
+    scale, zero_point, low, high = (
+        module.granularity.expand(parameter, x.shape).double()
+        for parameter in (module.scale, module.zero_point, *module.range())
+    )
+    signal = codes - zero_point
+    away = signal - x.double().maximum(low).minimum(high) / scale
+    beyond = (away.abs() - 0.5).clamp_min(0.0)
+    sqnr = signal_to_noise(signal * scale, (signal - beyond) * scale)
+    others = int((module.rounded(x).double() / scale).round().ne(signal).sum())
+    furthest = float(beyond.max()) if codes.numel() else 0.0
+    return Agreement(name, sqnr, others, codes.numel(), furthest), signal * scale
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    """Floats as they are, codes of any type as int32."""
+    return torch.from_numpy(array if np.issubdtype(array.dtype, np.floating) else array.astype(np.int32))

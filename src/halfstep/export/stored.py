@@ -19,12 +19,18 @@ WORTH_PACKING = 2048
 
 
 def stored_codes(
-    graph: ir.Graph, before: ir.Node, name: str, codes: torch.Tensor, bits: int, box: Container
+    graph: ir.Graph,
+    before: ir.Node,
+    name: str,
+    codes: torch.Tensor,
+    bits: int,
+    box: Container,
+    stretch: int = 1,
 ) -> ir.Value:
-    """Codes of the type of ``box``, taking ``bits`` bits each in the file.
+    """Codes times ``stretch``, of the type of ``box``, taking ``bits`` bits each in the file.
 
     Codes of 4 bits are stored in ONNX's own type and cast. Others are split into planes of 4, 2 and 1 bits, several
-    codes to a byte, put together by shifts, and, if signed, looked up in the table of all codes.
+    codes to a byte, put together by shifts. Signed and stretched ones are looked up in the table of all codes.
 
     Args:
         graph: gets the initializers and operators.
@@ -33,13 +39,14 @@ def stored_codes(
         codes: integers, in the layout that is wanted.
         bits: that hold every code; 8 and more are stored as they are.
         box: the type wanted.
+        stretch: a power of two.
     """
     if bits >= 8 or codes.numel() * (8 - bits) // 8 < WORTH_PACKING:
-        return box.initializer(graph, name, codes.numpy())
+        return box.initializer(graph, name, (codes if stretch == 1 else codes.int() * stretch).numpy())
     if (found := existing(graph, f"{name}/unpacked")) is not None:
         return found
     signed = box.low < 0
-    if bits == 4:
+    if bits == 4 and stretch == 1:
         stored = packed_initializer(graph, name, codes, signed)
         return _cast(graph, before, f"{name}/unpacked", stored, box.dtype)
     unsigned = codes.int() & (2**bits - 1)
@@ -61,10 +68,12 @@ def stored_codes(
         )
         offset += width
     assert result is not None
-    if signed:
+    if signed or stretch > 1:
         every = np.arange(2**bits)
-        table = np.where(every >= 2 ** (bits - 1), every - 2**bits, every).astype(np.int8)
-        result = look_up(graph, before, name, initializer(graph, f"unpack/signed{bits}", table), result)
+        numbers = np.where(every >= 2 ** (bits - 1), every - 2**bits, every) if signed else every
+        kind = f"{'signed' if signed else 'unsigned'}{bits}" + (f"_times{stretch}" if stretch > 1 else "")
+        table = box.initializer(graph, f"unpack/{kind}", numbers * stretch)
+        result = look_up(graph, before, name, table, result)
     shape = initializer(graph, f"{name}_shape", np.asarray(codes.shape, np.int64))
     return add(graph, before, "Reshape", [result, shape], f"{name}/unpacked", codes.shape, box.dtype)
 

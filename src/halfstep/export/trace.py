@@ -91,7 +91,7 @@ def trace(model: QuantizedModel, quantized: bool) -> ir.Model:
         inserted.copies[original].meta["nn_module_stack"] = {"": (name, "halfstep.Layer")}
     module = rooted(inserted.graph, model.captured.module).eval()
     if quantized:
-        _correct_biases(module, model, inserted.copies)
+        _mark_biases(module, model, inserted.copies)
     args, kwargs = model.captured.example_inputs
     flat, _ = pytree.tree_flatten((args, kwargs))
     tensors = [x.detach().cpu() if isinstance(x, torch.Tensor) else x for x in flat]
@@ -134,26 +134,40 @@ def _name(graph: ir.Graph, inputs: Sequence[str], outputs: Sequence[str]) -> Non
             value.name = own
 
 
-def _correct_biases(module: fx.GraphModule, model: QuantizedModel, copies: dict[fx.Node, fx.Node]) -> None:
-    """Let quantized layers read their biases as they were corrected, as constants of their own."""
+def _mark_biases(module: fx.GraphModule, model: QuantizedModel, copies: dict[fx.Node, fx.Node]) -> None:
+    """Let quantized layers read their biases as they are simulated.
+
+    Those that are stored in steps get a marker that carries their layer's name; those that are only shifted become
+    constants of their own.
+    """
     for layer in model.layers:
         shift = model.shifts.get(layer.name)
-        if shift is None or not bool(shift.shift.any()):
+        if shift is None or (shift.steps is None and not bool(shift.shift.any())):
             continue
         node = copies[layer.operator.node]
         old = node.args[2]
         assert isinstance(old, fx.Node)
-        assert layer.operator.bias is not None
-        owner, _, leaf = str(old.target).rpartition(".")
-        name = f"{leaf}_of_{layer.name.replace('.', '_').replace(':', '_')}"
-        corrected = model.weight(str(layer.operator.bias.target)).detach() + shift.shift
-        module.get_submodule(owner).register_buffer(name, corrected)
         with module.graph.inserting_before(node):
-            new = module.graph.get_attr(f"{owner}.{name}" if owner else name)
-        new.meta = dict(old.meta)
+            if shift.steps is not None:
+                marker = torch.ops.halfstep.site.default
+                new = module.graph.call_function(marker, (old, bias_marker(layer.name)))
+                stack = {"": (bias_marker(layer.name), "halfstep.Site")}
+                new.meta = {**old.meta, "nn_module_stack": stack}
+            else:
+                owner, _, leaf = str(old.target).rpartition(".")
+                name = f"{leaf}_of_{layer.name.replace('.', '_').replace(':', '_')}"
+                corrected = shift.corrected(model.weight(str(old.target)).detach())
+                module.get_submodule(owner).register_buffer(name, corrected)
+                new = module.graph.get_attr(f"{owner}.{name}" if owner else name)
+                new.meta = dict(old.meta)
         node.update_arg(2, new)
     module.graph.eliminate_dead_code()
     module.recompile()
+
+
+def bias_marker(layer: str) -> str:
+    """What the marker on a layer's bias is called; no site's name ends so."""
+    return f"{layer}:bias"
 
 
 def _cause(error: BaseException, model: QuantizedModel) -> str:

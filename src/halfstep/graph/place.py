@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import fx
 
 from halfstep.granularity import Granularity, PerGroup
+from halfstep.graph.biases import stored_biases
 from halfstep.graph.choices import Choices
 from halfstep.graph.ends import ends
 from halfstep.graph.granularities import activation_granularity, weight_granularity
@@ -19,12 +20,7 @@ from halfstep.recipe import ACTIVATIONS, LayerSpec, Recipe, TensorSpec
 from halfstep.targets import Target
 
 
-def place(
-    graph: fx.Graph,
-    target: Target,
-    recipe: Recipe,
-    choices: Choices,
-) -> Placement:
+def place(graph: fx.Graph, target: Target, recipe: Recipe, choices: Choices) -> Placement:
     """Decide which tensors of ``graph`` are quantized.
 
     1. Layers whose kind is in the target's table and whose spec asks for it are integer.
@@ -56,13 +52,7 @@ def takes_run_time_ranges(op: Operator, target: Target) -> bool:
 
 
 class _Placer:
-    def __init__(
-        self,
-        graph: fx.Graph,
-        target: Target,
-        recipe: Recipe,
-        choices: Choices,
-    ) -> None:
+    def __init__(self, graph: fx.Graph, target: Target, recipe: Recipe, choices: Choices) -> None:
         self.graph, self.target, self.choices = graph, target, choices
         self.names = readable_names(graph)
         self.order = {node: index for index, node in enumerate(graph.nodes)}
@@ -90,7 +80,9 @@ class _Placer:
         self._choose_followers()
         self._choose_values()
         sites = (*self._activation_sites(), *self._run_time_sites(), *self._weight_sites())
-        return Placement(sites, self._layers(), self._float_operators(), self._followers())
+        layers = self._layers()
+        biases = tuple(stored_biases(layers, sites, self.target))
+        return Placement(sites, layers, self._float_operators(), self._followers(), biases)
 
     # 1 and 2: which operators
 
@@ -280,7 +272,8 @@ class _Placer:
                 positions.append(Position(value, tuple(readers), tied=value is not root))
             spec = self._activation_spec(values)
             granularity = activation_granularity(spec, self.names[root], values)
-            fmt = self.target.activation_format(spec, any(map(self._negative, values)))
+            negative = any(map(self._negative, values)) and not any(map(self._affine, values))
+            fmt = self.target.activation_format(spec, negative)
             wide = any(self._widened(reader) for value in values for reader in value.users)
             self.site_names[root] = name = self.names[root] + (INT16 if wide else "")
             sites.append(Site(name, fmt, granularity, tuple(positions), is_weight=False, wide=wide))
@@ -294,6 +287,15 @@ class _Placer:
         concats = [op for user in value.users if (op := self.operators.get(user)) and op.kind == "concat"]
         joined = [value, *(source for op in concats for source in op.inputs)]
         return not all(nonnegative(source, self.operators) for source in joined)
+
+    def _affine(self, value: fx.Node) -> bool:
+        """Whether the kernel that makes ``value``, directly or moved, wants codes with a zero point."""
+        op = self.operators.get(value)
+        if op is None:
+            return False
+        kernel = self.target.followers.get(op.kind)
+        moved = op.kind in self.target.passes and any(map(self._affine, op.inputs))
+        return moved or (kernel is not None and kernel.affine)
 
     def _run_time_sites(self) -> list[Site]:
         """One site for each value and granularity that islands read, but where the value is codes already."""

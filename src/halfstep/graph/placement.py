@@ -93,6 +93,23 @@ class Follower:
 
 
 @dataclass(frozen=True)
+class StoredBias:
+    """A bias that the file stores as int32, in steps of ``scale_x * scale_w / stretch``.
+
+    Attributes:
+        layer: whose it is.
+        activation: the site of what the layer reads.
+        weight: the site of its weight.
+        stretch: what the file multiplies the weight's codes by.
+    """
+
+    layer: str
+    activation: str
+    weight: str
+    stretch: int
+
+
+@dataclass(frozen=True)
 class Placement:
     """Where the quantizers go. Every name is unique; the order is the graph's."""
 
@@ -100,3 +117,4 @@ class Placement:
     layers: tuple[Layer, ...]
     float_operators: tuple[FloatOperator, ...]
     followers: tuple[Follower, ...] = ()
+    biases: tuple[StoredBias, ...] = ()

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 
 import torch
 
-from halfstep.errors import HalfstepError, RunError
+from halfstep.errors import HalfstepError, RefusedError, RunError
 from halfstep.evaluate import Score
 from halfstep.fake_quantize import Mode
 from halfstep.graph.inputs import batch_size
@@ -35,7 +35,7 @@ def ascend(
     """Climb until a rung meets the goal or the budget is spent; the model is the best candidate then.
 
     A rung meets the goal if its file does too. Where only the simulation does, the climb goes on, and simulations are
-    held to what is left of the target after what files lose more.
+    held to what is left of the target after what files lose more. A file that is refused counts as one that misses.
 
     Args:
         search: its model observed.
@@ -65,8 +65,8 @@ def ascend(
         too_many = share > max_float and not last
         if reached.met and not last and not too_many:
             known = search.recall(reached.file_key)
-            file = (reached.file_key, known.score) if known is not None else score_file()
-            reached = _with_file(search, rung, reached, candidate, *file)
+            file = score_file if known is None else lambda of=(reached.file_key, known.score): of
+            reached = _with_file(search, rung, reached, candidate, file)
         search.journal.write("step", **asdict(reached), measured={"seconds": time.perf_counter() - start})
         path.append(reached)
         if too_many:
@@ -146,9 +146,22 @@ def _roughly(x: float) -> str:
 
 
 def _with_file(
-    search: Search, rung: Rung, reached: Reached, candidate: Candidate, key: str, file: Score
+    search: Search,
+    rung: Rung,
+    reached: Reached,
+    candidate: Candidate,
+    score_file: Callable[[], tuple[str, Score]],
 ) -> Reached:
     """What came of a rung with the score of its file; if that misses the target, simulations are held to less."""
+    try:
+        key, file = score_file()
+    except RefusedError as error:
+        search.hold_to(search.asked.beyond(candidate.score))
+        search.decide(
+            f"{rung.title} meets the target in simulation, {search.asked.words(candidate.score)}; its file is refused, "
+            f"which counts as missed: {error}: climbing on"
+        )
+        return replace(reached, file_met=False)
     met = search.asked.met(file)
     if not met:
         search.hold_to(search.asked.narrowed(candidate.score, file))

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from halfstep.errors import RefusedError
 from halfstep.evaluate import Score, classifies
 from halfstep.export.onnx import copy_file, export_onnx
 from halfstep.export.verify import verify
@@ -31,6 +32,10 @@ def deploy(
 ) -> Outcome:
     """Export the best candidate to ``place``, verify the file, and score it on its runtime.
 
+    Where its file is refused, the next best candidate that a rung ended with takes its place. Where every file is, the
+    best one's is written as ``refused.onnx``, for those who want to see what is wrong; the target is not met then,
+    whatever it scores.
+
     Args:
         search: its model is the best candidate.
         path: the rungs climbed.
@@ -38,17 +43,19 @@ def deploy(
         float_file: the float network's, for comparison; copied to ``place``.
         threads: of the runtime.
     """
+    file, score, refused = _file_that_holds(search, place, threads)
     model, best = search.model, search.best
     assert best is not None
-    file = place / "model.onnx"
-    _, score = file_score(search, file, threads)
+    advice = advise(search, path, score)
+    if refused:
+        advice = (f"No file answers as its simulation: {refused}", *advice)
     if float_file.parent != place:
         float_file = copy_file(float_file, place / float_file.name)
     with steps("verifying on the runtime"):
         proof = verify(file, model, model.sample, float_file, threads, classes=classifies(search.scorer))
     files = measure_files(search, proof, score.value, float_file, threads)
     outcome = Outcome(
-        met=search.asked.met(score),
+        met=search.asked.met(score) and not refused,
         rung=_rung_of(search, best),
         float_score=search.asked.float_score.value,
         score=best.score.value,
@@ -62,7 +69,7 @@ def deploy(
         model=model,
         directory=search.journal.folder,
         path=tuple(path),
-        advice=advise(search, path, score),
+        advice=advice,
         metrics=search.asked.standings(score),
     )
     _write_down(search, outcome, files)
@@ -73,7 +80,34 @@ def deploy(
     return replace(outcome, entries=tuple(search.journal.entries))
 
 
-def file_score(search: Search, file: Path, threads: int | None) -> tuple[str, Score]:
+def _file_that_holds(search: Search, place: Path, threads: int | None) -> tuple[Path, Score, str]:
+    """The file of the best candidate whose file is not refused, and its score; else the best one's, and why it is.
+
+    The search's best, and its model, are that candidate afterwards.
+    """
+    best, why = search.best, ""
+    assert best is not None
+    others = {id(candidate): candidate for candidate in search.reached.values() if candidate is not best}
+    file, refused = place / "model.onnx", place / "refused.onnx"
+    for candidate in (best, *sorted(others.values(), key=search.rank)):
+        search.best = candidate
+        candidate.snapshot.restore()
+        try:
+            _, score = file_score(search, file, threads)
+        except RefusedError as error:
+            search.decide(f"The file of {candidate.what} is refused: {error}")
+            why = why or str(error)
+        else:
+            refused.unlink(missing_ok=True)  # an earlier run's
+            return file, score, ""
+    search.best = best
+    best.snapshot.restore()
+    file.unlink(missing_ok=True)
+    _, score = file_score(search, refused, threads, check=False)
+    return refused, score, why
+
+
+def file_score(search: Search, file: Path, threads: int | None, check: bool = True) -> tuple[str, Score]:
     """Export the best candidate to ``file`` and score it on its runtime; the key that is remembered by, and the score.
 
     The very same bytes are not scored again by the same versions on the same processor.
@@ -82,9 +116,11 @@ def file_score(search: Search, file: Path, threads: int | None) -> tuple[str, Sc
         search: its model is the best candidate.
         file: written anew.
         threads: of the runtime.
+        check: whether the file must answer as the simulation.
 
     Raises:
-        ExportError: if the file cannot be written, or answers otherwise than the simulation.
+        ExportError: if the file cannot be written.
+        RefusedError: if its runtime does not take it, or it answers otherwise than the simulation.
     """
     model, best = search.model, search.best
     assert best is not None
@@ -94,7 +130,7 @@ def file_score(search: Search, file: Path, threads: int | None) -> tuple[str, Sc
         "rung": _rung_of(search, best),
     }
     with steps("exporting"):
-        export_onnx(model, file, about)
+        export_onnx(model, file, about, check)
     key = f"file {hashlib.sha256(file.read_bytes()).hexdigest()}, {runtime_identity(model.target.runtime)}"
     if (known := search.recall(key)) is not None:
         return key, known.score

@@ -14,9 +14,8 @@ from halfstep.model import QuantizedModel
 def fingerprint(model: QuantizedModel) -> str:
     """A digest of all that an evaluation of ``model`` depends on, besides the data.
 
-    The graph, the layers in float, which sites take part with which format and range, the shifts
-    of biases, and every parameter. Two
-    models that differ in none of these have the same fingerprint, however they came about.
+    The graph, the layers in float, which sites take part with which format and range, the shifts and steps of biases,
+    and every parameter. Two models that differ in none of these have the same fingerprint, however they came about.
 
     Returns:
         32 hexadecimal digits.
@@ -29,8 +28,9 @@ def fingerprint(model: QuantizedModel) -> str:
         values = [str(position.value) for position in site.positions]
         _add(digest, (site.name, module.mode.value, site.format, repr(site.granularity), values, readers))
         _add(digest, module.state_dict())
+    stretches = {bias.layer: bias.stretch for bias in model.placement.biases}
     for name, shift in model.shifts.items():
-        _add(digest, (name, shift.active, shift.shift))
+        _add(digest, (name, shift.active, stretches.get(name), shift.shift))
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if not name.startswith("quantizers."):
             _add(digest, (name, tensor))

@@ -146,6 +146,15 @@ class Goal:
             max_drop = max(max_drop - (self._reach(file) - reached), min(0.0, reached - 1e-9))
         return replace(self, max_drop=max_drop, others=others)
 
+    def beyond(self, simulated: Score) -> Goal:
+        """This goal for simulations after a candidate whose file is worth nothing: float's score, or more than its own.
+
+        >>> Goal(0.01, Score(0.90)).beyond(Score(0.895)).max_drop
+        0.0
+        """
+        others = {name: goal.beyond(simulated.others[name]) for name, goal in self.others.items()}
+        return replace(self, max_drop=min(0.0, self._reach(simulated) - 1e-9), others=others)
+
     def each(self, score: Score) -> list[tuple[Goal, Score]]:
         """Every metric's goal and score, the leading one's first."""
         return [(self, score), *((goal, score.others[name]) for name, goal in self.others.items())]

@@ -28,7 +28,8 @@ FILE, CHECKPOINTS = "journal.jsonl", "checkpoints"
 #: What a run leaves in its directory; the rest of what lies there is not the run's.
 LEFT = (
     *(FILE, f"{FILE}.damaged", CHECKPOINTS, "config.yaml", "outcome.json", "report.html"),
-    *("model.onnx", "model.onnx.*", "float.onnx", "float.onnx.*", "training*.safetensors", "control"),
+    *("model.onnx", "model.onnx.*", "float.onnx", "float.onnx.*", "refused.onnx", "refused.onnx.*"),
+    *("training*.safetensors", "control"),
 )
 _HEAD, _MIDDLE, _TAIL = b'{"check":"', b'","entry":', b"}\n"
 _DIGITS = 16

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from halfstep.errors import RefusedError
 from halfstep.evaluate import Score
 from halfstep.ladder.budget import BudgetSpent
 from halfstep.ladder.fingerprint import fingerprint
@@ -41,8 +42,11 @@ def favour_speed(search: Search, threads: int | None, score_file: Callable[[], t
     faster = search.best = Candidate(before.what, score, Snapshot.of(model), fingerprint(model))
     search.reached = {rung: faster if reached is before else reached for rung, reached in kept.items()}
     if goal.met(score):
-        _, file = score_file()
-        missed = "" if search.asked.met(file) else f"its file, {search.asked.words(file)},"
+        try:
+            _, file = score_file()
+            missed = "" if search.asked.met(file) else f"its file, {search.asked.words(file)},"
+        except RefusedError as error:
+            missed = f"its file, refused ({error}),"
     else:
         missed = "" if goal.loss(score) <= goal.loss(before.score) else goal.words(score)
     if not missed:

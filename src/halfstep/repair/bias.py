@@ -36,12 +36,14 @@ def correct_bias(model: QuantizedModel, batches: Iterable[ModelInputs] | None = 
     notes: list[str] = []
     for step in while_time_lasts(walk(model, sample_of(model, batches), "bias correction"), notes):
         name, clock = step.layer.name, time.perf_counter()
-        shift = model.shifts.get(name)
-        if shift is None:
+        shift, parameter = model.shifts.get(name), step.layer.operator.bias
+        if shift is None or parameter is None:
             skipped.append((name, "it has no bias; give it one (of zeros) to have it corrected"))
             continue
         error = mean_error(step)
-        shift.shift.add_(error.to(shift.shift))
+        bias = model.weight(str(parameter.target)).detach()
+        rounding = shift(bias) - shift.corrected(bias)  # in the error too, and no business of the shift
+        shift.shift.add_((error + rounding).to(shift.shift))
         treated.append(Treated(name, _rms(error), _rms(mean_error(step)), time.perf_counter() - clock))
     return Repair(
         "bias correction",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from halfstep.cores import available_cores
-from halfstep.errors import ExportError
+from halfstep.errors import RefusedError
 from halfstep.runtime.latency import PROFILED, per_run
 from halfstep.runtime.runtime import Kernels, Runtime
 
@@ -72,7 +72,7 @@ def open_session(
         profile: the first part of the path where times are written, None for nowhere.
 
     Raises:
-        ExportError: if the runtime cannot load the file, with its words.
+        RefusedError: if the runtime cannot load the file, with its words.
     """
     import onnxruntime
 
@@ -93,7 +93,7 @@ def open_session(
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise ExportError(f"onnxruntime cannot load {path}: {error}") from error
+        raise RefusedError(f"onnxruntime cannot load {path}: {error}") from error
 
 
 class OnnxRuntimeSession:
@@ -113,7 +113,7 @@ def inspect(path: Path, threads: int | None) -> Kernels:
     """Load the file and read the graph that the runtime made of it.
 
     Raises:
-        ExportError: if the runtime cannot load the file.
+        RefusedError: if the runtime cannot load the file.
     """
     import onnx
 
@@ -135,7 +135,7 @@ def profile(path: Path, threads: int | None, arrays: Sequence[np.ndarray]) -> di
     """Microseconds of each node in a run, by its name in the file; what the runtime added has names of its own.
 
     Raises:
-        ExportError: if the runtime cannot load the file.
+        RefusedError: if the runtime cannot load the file.
     """
     times: dict[str, list[int]] = {}
     with tempfile.TemporaryDirectory() as directory:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from halfstep.cores import available_cores
-from halfstep.errors import ExportError
+from halfstep.errors import ExportError, RefusedError
 from halfstep.runtime.file_graph import load
 from halfstep.runtime.latency import PROFILED, per_run
 from halfstep.runtime.runtime import Kernels, Runtime
@@ -35,7 +35,8 @@ def compile_model(path: Path, threads: int | None, profile: bool = False) -> Any
     file would not answer as the simulation does.
 
     Raises:
-        ExportError: if OpenVINO is not installed, or cannot load the file.
+        ExportError: if OpenVINO is not installed.
+        RefusedError: if it cannot load the file.
     """
     try:
         import openvino
@@ -53,7 +54,7 @@ def compile_model(path: Path, threads: int | None, profile: bool = False) -> Any
     try:
         return openvino.Core().compile_model(str(path), "CPU", settings)
     except Exception as error:
-        raise ExportError(f"openvino cannot load {path}: {error}") from error
+        raise RefusedError(f"openvino cannot load {path}: {error}") from error
 
 
 class OpenVinoSession:
@@ -75,7 +76,7 @@ def inspect(path: Path, threads: int | None) -> Kernels:
     """Compile the file and read the runtime model: layer types with the precision that they run in.
 
     Raises:
-        ExportError: if the runtime cannot load the file.
+        RefusedError: if the runtime cannot load the file.
     """
     nodes = {node.name: node.op_type for node in load(path, weights=False).graph.node}
     counts: Counter[str] = Counter()
@@ -105,7 +106,8 @@ def profile(path: Path, threads: int | None, arrays: Sequence[np.ndarray]) -> di
     """Microseconds of each node in a run, by its name in the file.
 
     Raises:
-        ExportError: if OpenVINO is not installed, or cannot load the file.
+        ExportError: if OpenVINO is not installed.
+        RefusedError: if it cannot load the file.
     """
     nodes = {node.name: node.op_type for node in load(path, weights=False).graph.node}
     request = compile_model(path, threads, profile=True).create_infer_request()

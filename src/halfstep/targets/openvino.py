@@ -17,7 +17,8 @@ OPENVINO = Target(
     layers={"conv": Kernel(), "conv_transpose": Kernel(), "linear": Kernel(), "matmul": Kernel()},
     followers={
         "add": Kernel(joins=True),
-        "concat": Kernel(partial=True),
+        # Signed codes are shifted to unsigned ones before a conv, and lose the shift on their way through a concat.
+        "concat": Kernel(partial=True, affine=True),
         "average_pool": Kernel(),
         "global_average_pool": Kernel(),
     },

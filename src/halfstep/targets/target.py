@@ -20,11 +20,13 @@ class Kernel:
             quantized (True), or it is a kernel of its own that reads codes on every input (False).
         partial: worth it as soon as one input comes in codes, since quantizing the others costs no more than
             quantizing what becomes of them.
+        affine: what it makes has the target's usual flavour, whatever its sign.
     """
 
     output: bool = False
     joins: bool = False
     partial: bool = False
+    affine: bool = False
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,10 @@ class Lowering:
     """How the runtime wants the file written.
 
     Attributes:
-        integer_bias: biases of integer layers are int32 in steps of ``scale_x * scale_w``; otherwise float32.
+        integer_bias: biases of convs and of products of matrices are int32 in steps of ``scale_x * scale_w``, which
+            the simulation takes too; otherwise float32.
+        weight_bits: codes of weights of fewer bits are stored times a power of two, so that they fill so many, and
+            the scale divided by it: the same numbers, but finer steps for biases. 0: as they are.
         full_rank_bias: a bias added to a product of matrices is stored with the product's rank.
         guarded_floats: a float layer between quantizers needs a bias that is no constant, or the runtime quantizes
             its weight by itself.
@@ -40,6 +45,7 @@ class Lowering:
     """
 
     integer_bias: bool = False
+    weight_bits: int = 0
     full_rank_bias: bool = False
     guarded_floats: bool = False
     saturated_gates: bool = False
@@ -106,6 +112,10 @@ class Target:
     def weight_format(self, spec: TensorSpec) -> Format:
         """The format of a weight: the spec's own, or this target's flavour at the spec's bits."""
         return _flavour(self.weights, spec)
+
+    def stretch(self, weight: Format) -> int:
+        """What the codes of a weight are multiplied by in the file, and its scale divided by: a power of two."""
+        return 2 ** max(0, self.lowering.weight_bits - weight.bits) if isinstance(weight, Integer) else 1
 
     def kernel(self, kind: str) -> Kernel:
         """What the kernel of a layer or follower of this kind needs."""
