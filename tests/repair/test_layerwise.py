@@ -135,8 +135,7 @@ def test_a_layer_put_back_to_float_has_its_own_bias_and_weight(q):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_a_shifted_bias_keeps_its_dtype(dtype):
-    shift = BiasShift(2)
-    shift.shift.copy_(torch.tensor([0.5, -1.0]))
+    shift = BiasShift(torch.tensor([0.5, -1.0]))
     shift.active = True
     assert torch.equal(shift(torch.ones(2, dtype=dtype)), torch.tensor([1.5, 0.0], dtype=dtype))
 

@@ -156,7 +156,9 @@ def _mark_biases(module: fx.GraphModule, model: QuantizedModel, copies: dict[fx.
             else:
                 owner, _, leaf = str(old.target).rpartition(".")
                 name = f"{leaf}_of_{layer.name.replace('.', '_').replace(':', '_')}"
-                corrected = shift.corrected(model.weight(str(old.target)).detach())
+                bias = layer.operator.bias
+                assert bias is not None
+                corrected = shift.corrected(model.weight(str(bias.target)).detach())
                 module.get_submodule(owner).register_buffer(name, corrected)
                 new = module.graph.get_attr(f"{owner}.{name}" if owner else name)
                 new.meta = dict(old.meta)
