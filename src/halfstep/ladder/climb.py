@@ -8,6 +8,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from halfstep.graph.capture import capture
 from halfstep.graph.decompose import decompose
 from halfstep.graph.fold import fold
 from halfstep.graph.inputs import ModelInputs
+from halfstep.graph.place import place
 from halfstep.ladder.aim import Aim, Asked
 from halfstep.ladder.ascent import ascend
 from halfstep.ladder.budget import Budget
@@ -28,7 +30,7 @@ from halfstep.ladder.concerns import halving, look, sentences, unlike_sites, wat
 from halfstep.ladder.deploy import deploy, file_score
 from halfstep.ladder.doubts import doubts
 from halfstep.ladder.identity import Claimed, Examples, claim
-from halfstep.ladder.journal import Journal
+from halfstep.ladder.journal import Entry, Journal
 from halfstep.ladder.outcome import Outcome
 from halfstep.ladder.partial import Partial
 from halfstep.ladder.pins import pinned
@@ -39,10 +41,14 @@ from halfstep.ladder.speed import favour_speed
 from halfstep.model import QuantizedModel
 from halfstep.progress import steps
 from halfstep.recipe import Recipe
+from halfstep.runtime.saturation import saturates_here
 from halfstep.statistics import Histogram
 from halfstep.targets import Target, find_target
 from halfstep.training.check import check_trainable
 from halfstep.training.options import Training, check_training
+
+#: The entry of the journal that says how a recipe's ``portable`` was settled where the recipe leaves it open.
+PORTABLE = "portable"
 
 
 def prepare(
@@ -64,9 +70,18 @@ def prepare(
         RecipeError: if a pattern of the recipe matches no layer.
     """
     found = find_target(target)
+    settled = settle(recipe or Recipe.int8(), found)
     with steps("capturing"):
         captured = decompose(fold(capture(model, example_inputs)), found.decomposed)
-        return QuantizedModel(captured, found, recipe or Recipe.int8())
+        return QuantizedModel(captured, found, settled)
+
+
+def settle(recipe: Recipe, target: Target, entries: Iterable[Entry] = ()) -> Recipe:
+    """The recipe with ``portable`` said: as the run with these entries has it, else as this processor needs it."""
+    if recipe.portable is not None:
+        return recipe
+    known = [entry.data["portable"] for entry in entries if entry.kind == PORTABLE]
+    return replace(recipe, portable=known[-1] if known else target.pair_sums and saturates_here())
 
 
 def quantize(
@@ -151,7 +166,8 @@ def quantize(
         temporary = Path(name)
         scorer = as_scorers(metric)
         aim.check(scorer)
-        prepared = prepare(model, example_inputs, recipe, found)
+        settled = settle(recipe, found, journal.entries)
+        prepared = prepare(model, example_inputs, settled, found)
         names = [rung.name for rung in ladder]
         if partial is not None and "partial" in names:
             pinned(prepared, partial.keep_float, partial.keep_quantized)
@@ -160,9 +176,13 @@ def quantize(
         with steps("exporting the float network"):  # what cannot be deployed is known now
             float_file = export_float(prepared, temporary / "float.onnx")
         claimed = claim(journal, prepared, scorer, aim, training)
+        if recipe.portable is None:
+            journal.write(PORTABLE, portable=settled.portable)
         search = _begin(journal, prepared, scorer, aim, calibration, budget or Budget(), claimed)
         search.started = started
-        _settle(search, ladder, aim, command)
+        _write_settings(search, ladder, aim, command)
+        if recipe.portable is None and settled.portable:
+            _say_portable(search)
         score_file = functools.partial(file_score, search, temporary / "model.onnx", threads)
         path = ascend(search, ladder, Means(training, partial, threads, tune), max_float, score_file)
         if tune:
@@ -241,7 +261,7 @@ def _compare(calibration: Iterable[ModelInputs], known: Sequence[bytes], journal
     ]
 
 
-def _settle(search: Search, ladder: Sequence[Rung], aim: Aim, command: str) -> None:
+def _write_settings(search: Search, ladder: Sequence[Rung], aim: Aim, command: str) -> None:
     """Write down what was asked, with every default resolved."""
     model, goal = search.model, search.goal
     search.journal.write(
@@ -262,6 +282,23 @@ def _settle(search: Search, ladder: Sequence[Rung], aim: Aim, command: str) -> N
         budget=str(search.budget),
         command=command,
     )
+
+
+def _say_portable(search: Search) -> None:
+    """Say which weights have fewer bits than asked because this processor needs it."""
+    model = search.model
+    asked = place(model.graph, model.target, replace(model.recipe, portable=False), model.choices)
+    formats = {site.name: site.format for site in asked.sites if site.is_weight}
+    narrower = [
+        site for site in model.placement.sites if site.is_weight and site.format != formats[site.name]
+    ]
+    if narrower:
+        search.decide(
+            f"{len(narrower)} of {len(formats)} weights have {narrower[0].format.bits} bits instead of "
+            f"{formats[narrower[0].name].bits}: where this run began, integer kernels add products in 16 bits, which "
+            "would saturate (an x86 processor without VNNI). portable=True says so on every processor, and the file "
+            "answers alike on all of them; portable=False keeps the bits"
+        )
 
 
 def _watched(batches: Iterable[ModelInputs], examples: Examples) -> Iterator[ModelInputs]:

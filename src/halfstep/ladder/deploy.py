@@ -155,7 +155,7 @@ def _write_down(search: Search, outcome: Outcome, files: list[dict[str, Any]]) -
     """
     best = search.best
     assert best is not None
-    known_by_now = ("history", "decisions", "path", "latency_ms", "microseconds")
+    known_by_now = ("history", "decisions", "path", "latency_ms", "microseconds", "environment")
     record = {name: value for name, value in outcome.to_dict().items() if name not in known_by_now}
     latency = {name: asdict(value) for name, value in outcome.verification.latency.items()}
     times = {name: round(time, 2) for name, time in outcome.verification.microseconds.items()}
