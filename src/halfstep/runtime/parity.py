@@ -13,12 +13,7 @@ from torch.utils import _pytree as pytree
 from halfstep.errors import DataError
 from halfstep.graph.inputs import ModelInputs, call_arguments
 
-#: The signal-to-noise ratio in dB that a file must reach: of its outputs, or else of every site
-#: by itself, on the file's own codes before it. File and simulation compute with the same numbers and differ in the
-#: rounding of float32 only: outputs reach 125 dB while no code lies so near to a tie that it falls to the other side.
-#: Where one does, all that follows may differ, but the sites by themselves do not: they stay above 90 dB.
-MINIMUM_SQNR = 60.0
-#: The same for models that return integers alone, such as classes, where rounding may tip a few: the share that is
+#: What models that return integers alone, such as classes, must reach, where rounding may tip a few: the share that is
 #: equal.
 MINIMUM_EQUAL = 0.5
 
@@ -48,7 +43,7 @@ class Parity:
         """From plain data, where infinity and NaN have become None."""
         return cls(data["top1"], data["sqnr"], data["examples"], data.get("equal", False))
 
-    def reaches(self, least: float = MINIMUM_SQNR) -> bool:
+    def reaches(self, least: float) -> bool:
         """Whether they agree to so many dB, which NaN never does; of integers alone, to :data:`MINIMUM_EQUAL`."""
         if self.sqnr is None:
             return self.top1 is None or self.top1 >= MINIMUM_EQUAL
