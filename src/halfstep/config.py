@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -37,7 +37,22 @@ Several = Annotated[
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with numbers as in its version 1.2: ``1e-3`` is one, which version 1.1 takes for text."""
+    """YAML with numbers as in its version 1.2: ``1e-3`` is one, which version 1.1 takes for text.
+
+    As that version has it, no key stands twice.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """A mapping, unless one of its values would be lost."""
+        known: set[str] = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in known:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{name!r} stands there twice", key.start_mark
+                )
+            known.add(name)
+        return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -233,13 +248,24 @@ def make_config(values: Mapping[str, Any], source: str, lines: Mapping[Key, int]
         raise ArgumentError(_message(error.errors()[0], source, lines or {})) from error
 
 
+#: What is needed where a value is of another type, by pydantic's word for the mistake.
+_NEEDED = {
+    "bool_type": "true or false",
+    "dict_type": "keys and values",
+    "float_type": "a number, without quotes or unit",
+    "int_type": "a whole number, without quotes or unit",
+    "list_type": "a list",
+    "string_type": "a text: in quotes if it looks like a number",
+}
+
+
 def _message(mistake: Mapping[str, Any], source: str, lines: Mapping[Key, int]) -> str:
     key: Key = tuple(part for part in mistake["loc"] if part not in (_ONE, _EACH))
     while key not in lines and len(key) > 1 and not isinstance(key[-1], str):
         key = key[:-1]
     place = f"{source}, line {lines[key]}" if key in lines else source
     name = ".".join(map(str, key))
-    if mistake["type"] == "extra_forbidden":
+    if mistake["type"] in ("extra_forbidden", "invalid_key"):
         known = list(_part(key[:-1]).model_fields)
         near = difflib.get_close_matches(str(key[-1]), known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
@@ -248,7 +274,9 @@ def _message(mistake: Mapping[str, Any], source: str, lines: Mapping[Key, int]) 
         return f"{source}: {name} is missing: {_field(key).description}"
     if mistake["type"] == "value_error":
         return f"{place}: {name}: {mistake['ctx']['error']}"
-    needed = mistake["msg"].removeprefix("Input should be ")
+    needed = _NEEDED.get(mistake["type"]) or mistake["msg"].removeprefix("Input should be ")
+    if mistake["type"] == "model_type":
+        needed = f"keys and values: {', '.join(_part(key).model_fields)}"
     return f"{place}: {name} is {mistake['input']!r}, needed {needed}"
 
 

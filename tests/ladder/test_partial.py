@@ -11,6 +11,7 @@ from halfstep.evaluate import EarlyStopping, Score, share_of_error
 from halfstep.ladder.costs import microseconds
 from halfstep.ladder.goal import Goal
 from halfstep.ladder.groups import groups_of
+from halfstep.ladder.halves import ADVICE, Halves
 from halfstep.ladder.journal import Journal
 from halfstep.ladder.partial import climb_partial
 from halfstep.ladder.search import Search, float_evaluation
@@ -347,6 +348,22 @@ def test_which_half_loses_it(accuracy):
     both = calibrated(faulty(), hs.Recipe.uniform(8, 3))
     assert hs.partial(both, accuracy, max_drop=0.05).halves.cause == "activations"
     assert hs.partial(weights_per_tensor(), accuracy, max_drop=0.06).halves is None  # there is no other half
+
+
+@pytest.mark.parametrize(
+    ("weights", "activations", "allowed", "cause"),
+    [
+        (0.06, 0.01, 0.05, "weights"),
+        (0.01, 0.06, 0.05, "activations"),
+        (0.06, 0.06, 0.05, "both"),
+        (0.04, 0.04, 0.05, "neither"),
+        (0.01, -0.01, -0.02, "weights"),  # held to more than float, since files lose more
+        (0.0, -0.01, -0.02, "nothing"),
+    ],
+)
+def test_the_half_that_loses_most_is_the_cause(weights, activations, allowed, cause):
+    found = Halves(weights, activations, weights + activations, allowed)
+    assert found.cause == cause and str(found).endswith(ADVICE[cause])
 
 
 def test_pins(model, accuracy):

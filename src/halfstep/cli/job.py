@@ -62,7 +62,7 @@ class Job:
         """
         weights = None if config.weights is None else Path(config.weights)
         model = load_model(config.model, weights)
-        inputs = load_inputs(config.calibration, config.batch, config.examples, model)
+        inputs = load_inputs(config.calibration, config.batch, config.examples)
         source = f"calibration {config.calibration!r}"
         example = next(iter(inputs), None)
         if example is None:
@@ -107,13 +107,17 @@ class Job:
         if part is None:
             return None
         known: dict[str | None, Loss | None] = {"cross_entropy": nn.functional.cross_entropy, None: None}
-        loss = known[part.loss] if part.loss in known else find_callable(str(part.loss))
+        loss = (
+            known[part.loss]
+            if part.loss in known
+            else find_callable(str(part.loss), "cross_entropy, or package.module:loss")
+        )
         labelled = self._labelled(part.data, "training data")
         return Training(labelled, loss, epochs=part.epochs, learning_rate=part.learning_rate, seed=part.seed)
 
     def _labelled(self, name: str, what: str) -> Iterable[Any]:
         """Labelled batches; those of a file are seen to have the calibration data's type before anything is run."""
-        found = load_labelled(name, self.config.batch, self.model)
+        found = load_labelled(name, self.config.batch)
         if name.endswith(".npz") and isinstance(self.example, Tensor):
             inputs, _ = next(iter(found))
             if inputs.dtype != self.example.dtype:
@@ -154,7 +158,7 @@ class Job:
 def _metric(spec: str, labelled: Iterable[Any], higher_is_better: bool) -> Metric:
     if spec == "accuracy":
         return Accuracy(labelled)
-    score: Callable[..., Any] = find_callable(spec)
+    score: Callable[..., Any] = find_callable(spec, "accuracy, or package.module:score")
     return Metric(labelled, score, higher_is_better)
 
 

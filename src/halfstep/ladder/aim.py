@@ -52,10 +52,10 @@ class Aim:
             self._target(name)
 
     def check(self, scorer: Scorer) -> None:
-        """See that every name is a metric's.
+        """See that every name is a metric's, and that a metric with bounds can miss what is asked of it.
 
         Raises:
-            ArgumentError: with the nearest name that is.
+            ArgumentError: with the nearest name that is, or the largest drop that can be.
         """
         known = list(filter(None, parts(scorer)))
         for target, asked in self._given().items():
@@ -65,6 +65,20 @@ class Aim:
                     hint = f"; did you mean {near[0]!r}?" if near else ""
                     needed = f"one of {', '.join(map(repr, known))}" if known else "a number, for one metric"
                     raise ArgumentError(f"{target}: got the name {name!r}, needed {needed}{hint}")
+
+        for name, part in parts(scorer).items():
+            target, asked = self._target(name)
+            bounds = part.bounds if isinstance(part, Metric) else None
+            if bounds is None or target == "floor":
+                continue
+            most, unit = bounds[1] - bounds[0], "one point of an accuracy from 0 to 1"
+            if target == "relative_drop":
+                most, unit = (1.0 if bounds[0] >= 0 and part.higher_is_better else math.inf), "one percent"
+            if asked > most:
+                of = f" of {name!r}" if name else ""
+                raise ArgumentError(
+                    f"{target}{of}: got {asked:g}, needed at most {most:g}, since no score lies lower; 0.01 is {unit}"
+                )
 
     def goal(self, float_score: Score, scorer: Scorer) -> Goal:
         """The target against a float model's score.
