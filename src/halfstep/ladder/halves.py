@@ -34,7 +34,9 @@ class Halves:
     def cause(self) -> str:
         """``"weights"``, ``"activations"``, ``"both"``, or ``"neither"`` where each alone is within the allowed."""
         weights, activations = max(self.weights, 0.0), max(self.activations, 0.0)
-        if weights <= self.allowed and activations <= self.allowed:
+        if max(weights, activations) <= max(
+            self.allowed, 0.0
+        ):  # less than 0 where float itself is not enough
             return "neither"
         share = weights / (weights + activations)
         return "weights" if share >= MOST else "activations" if share <= 1 - MOST else "both"
