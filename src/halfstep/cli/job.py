@@ -15,6 +15,7 @@ from halfstep.errors import ArgumentError, DataError, HalfstepError, RunError
 from halfstep.evaluate import Accuracy, Metric
 from halfstep.files import write_whole
 from halfstep.granularity import PerTensor
+from halfstep.graph.precision import in_float32, other_types
 from halfstep.ladder.budget import Budget
 from halfstep.ladder.journal import Entry, Journal, Saved
 from halfstep.model import QuantizedModel
@@ -116,11 +117,15 @@ class Job:
         return Training(labelled, loss, epochs=part.epochs, learning_rate=part.learning_rate, seed=part.seed)
 
     def _labelled(self, name: str, what: str) -> Iterable[Any]:
-        """Labelled batches; those of a file are seen to have the calibration data's type before anything is run."""
+        """Labelled batches; those of a file are seen to have the calibration data's type before anything is run.
+
+        A model that is not in float32 takes floats in either type.
+        """
         found = load_labelled(name, self.config.batch)
         if name.endswith(".npz") and isinstance(self.example, Tensor):
             inputs, _ = next(iter(found))
-            if inputs.dtype != self.example.dtype:
+            types = other_types(self.model)
+            if in_float32(inputs[:0], types).dtype != in_float32(self.example[:0], types).dtype:
                 raise DataError(
                     f"{what} {name!r}: got inputs of {inputs.dtype}, needed {self.example.dtype}, as the calibration "
                     "data have"

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from halfstep.fake_quantize import FakeQuantize, Mode
-from halfstep.graph.inputs import ModelInputs, call_arguments, tensors_of
+from halfstep.graph.inputs import ModelInputs, call_arguments
 from halfstep.model import QuantizedModel
 from halfstep.runtime.deployed import to_numpy
 from halfstep.runtime.parity import compared, decibels, error_power, power, signal_to_noise
@@ -89,7 +89,7 @@ def run_watched(
         file = Path(directory) / "watched.onnx"
         onnx.save(onnx_model, file, save_as_external_data=path.stat().st_size > 2**30)
         session = find_runtime(model.target.runtime).open(file, None)
-        arrays = session.run([to_numpy(tensor) for tensor in tensors_of(inputs)])
+        arrays = session.run([to_numpy(tensor) for tensor in model.file_inputs(inputs)])
     tensors = list(map(torch.from_numpy, arrays))
     values = dict(zip(names, tensors, strict=True))
     seen = {site: values[tensor] for site, tensor in watched.items()}

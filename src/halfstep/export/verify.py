@@ -8,9 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.utils import _pytree as pytree
-
 from halfstep.errors import DataError, ExportError
 from halfstep.export.onnx import export_float
 from halfstep.fake_quantize import Mode
@@ -118,7 +115,7 @@ def verify(
         deployed, reference = (DeployedModel(p, *specs, threads, runtime) for p in (path, float_path))
         with model.using(Mode.QUANTIZE):
             parity = compare(model, deployed, kept, classes)
-        leaves = [leaf for leaf in pytree.tree_leaves(kept[0]) if isinstance(leaf, torch.Tensor)]
+        leaves = model.file_inputs(kept[0])
         latency = race(
             {
                 "float": lambda: reference(*leaves),

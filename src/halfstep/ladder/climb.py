@@ -65,6 +65,10 @@ def prepare(
         recipe: what to quantize, and how; :meth:`Recipe.int8` if None.
         target: where it will run.
 
+    Warns of a model in half precision or float64 that it is computed in float32 from here on. It may then be given
+    inputs of either type, and returns float32, as the files do; scores are compared with the model as it was handed
+    over.
+
     Raises:
         CaptureError: if the model cannot be captured.
         RecipeError: if a pattern of the recipe matches no layer.
@@ -73,7 +77,10 @@ def prepare(
     settled = settle(recipe or Recipe.int8(), found)
     with steps("capturing"):
         captured = decompose(fold(capture(model, example_inputs)), found.decomposed)
-        return QuantizedModel(captured, found, settled)
+        prepared = QuantizedModel(captured, found, settled)
+    for note in captured.notes:
+        warnings.warn(note, stacklevel=2)
+    return prepared
 
 
 def settle(recipe: Recipe, target: Target, entries: Iterable[Entry] = ()) -> Recipe:
@@ -119,7 +126,8 @@ def quantize(
     Of what cannot be compared (what a function reads) a part of the float model's scores is taken again.
 
     Args:
-        model: a trained module; left untouched.
+        model: a trained module; left untouched. In half precision or float64 it is computed in float32, and its own
+            scores are what the drop is measured from; inputs may come in its type or in float32.
         example_inputs: a tensor, a tuple or a dict, with a batch of at least 2.
         calibration: model inputs, each a tensor, a tuple or a dict; iterated once.
         metric: :class:`Accuracy`, :class:`Metric`, or any callable from a model to a float; or several of them by name,
@@ -201,10 +209,12 @@ def _begin(
 ) -> Search:
     """The float baseline and the statistics, with what is to be said of the data: what every rung starts from."""
     with watching(prepared) as seen:
-        baseline, made = float_evaluation(scorer, prepared, journal, claimed.unseen)
+        baseline, _ = float_evaluation(scorer, prepared, journal, claimed.unseen)
     scores = (baseline, *baseline.others.values())
     journal.write("paired", paired=any(score.per_example is not None for score in scores))
     search = Search(prepared, scorer, aim.goal(baseline, scorer), journal=journal, budget=budget, rung="data")
+    for note in prepared.captured.notes:
+        search.decide(note, aloud=False)  # a warning has said it
     if claimed.unseen and journal.folder is not None:
         search.decide(
             f"What cannot be compared when this run goes on: {', '.join(claimed.unseen)}. The float model is scored "
@@ -212,7 +222,9 @@ def _begin(
         )
     kept = search.checkpoints.statistics()
     if kept is None:
-        said = _observe(search, calibration, claimed.judged, seen if made else look(prepared, scorer))
+        if not any(histogram.count for histogram in seen.values()):  # another model was scored, or none
+            seen = look(prepared, scorer)
+        said = _observe(search, calibration, claimed.judged, seen)
         for sentence in said:
             warnings.warn(sentence, stacklevel=3)
     else:

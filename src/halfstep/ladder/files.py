@@ -10,7 +10,6 @@ from typing import Any
 
 from halfstep.export.onnx import export_onnx
 from halfstep.export.verify import Verification
-from halfstep.graph.inputs import tensors_of
 from halfstep.ladder.budget import BudgetSpent
 from halfstep.ladder.search import Candidate, Search
 from halfstep.progress import interruptible, track
@@ -59,7 +58,7 @@ def _race(
     """Write, run and compare the candidates' files; the model is the best one again afterwards."""
     best = search.best
     assert best is not None
-    captured, inputs = search.model.captured, tensors_of(search.model.sample[0])
+    captured, inputs = search.model.captured, search.model.file_inputs(search.model.sample[0])
     specs = captured.in_spec, captured.out_spec
     runtime = search.model.target.runtime
     with tempfile.TemporaryDirectory() as directory:

@@ -374,8 +374,9 @@ def float_evaluation(
 ) -> tuple[Score, list[Evaluation]]:
     """Score the float network, once on everything and once more on a part, to see whether the metric repeats itself.
 
-    Warns where it does not: a drop smaller than the metric's own noise cannot be seen. Where the examples come in
-    another order each time, the score is returned without those of single examples, since nothing could be paired.
+    The float network is the user's model in the precision that it was handed over in. Warns where the metric does not:
+    a drop smaller than its own noise cannot be seen. Where the examples come in another order each time, the score is
+    returned without those of single examples, since nothing could be paired.
 
     Args:
         scorer: the metric.
@@ -405,14 +406,16 @@ def float_evaluation(
         keep(journal, made[-1], Verdict(True, score, complete=True))
         return score
 
+    network = model.handed_over
+
     def whole() -> tuple[Score, int | None]:
-        score = scorer.evaluate(model)
+        score = scorer.evaluate(network)
         return score, score.count
 
     def part() -> tuple[Score, int | None]:
         assert isinstance(scorer, Metric)
         taken: list[torch.Tensor] = []
-        for scores in scorer.stream(model):
+        for scores in scorer.stream(network):
             taken.append(scores)
             if sum(map(len, taken)) >= REPEATED:
                 break
