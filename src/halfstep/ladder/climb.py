@@ -27,6 +27,7 @@ from halfstep.ladder.calibration import observe
 from halfstep.ladder.concerns import halving, look, sentences, unlike_sites, watching
 from halfstep.ladder.deploy import deploy, file_score
 from halfstep.ladder.doubts import doubts
+from halfstep.ladder.exports import Exports
 from halfstep.ladder.identity import Claimed, Examples, claim
 from halfstep.ladder.journal import Journal
 from halfstep.ladder.outcome import Outcome
@@ -163,11 +164,12 @@ def quantize(
         search = _begin(journal, prepared, scorer, aim, calibration, budget or Budget(), claimed)
         search.started = started
         _settle(search, ladder, aim, command)
-        score_file = functools.partial(file_score, search, temporary / "model.onnx", threads)
+        exports = Exports(temporary)
+        score_file = functools.partial(file_score, search, exports, threads)
         path = ascend(search, ladder, Means(training, partial, threads, tune), max_float, score_file)
         if tune:
             favour_speed(search, threads, score_file)
-        return deploy(search, path, journal.folder or temporary, float_file, threads)
+        return deploy(search, path, exports, journal.folder or temporary, float_file, threads)
 
 
 def _begin(
