@@ -7,14 +7,14 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from halfstep.errors import ArgumentError
-from halfstep.evaluate import Scorer, as_scorers, parts
+from halfstep.evaluate import Scorer, as_scorers, labelled_data, parts
 from halfstep.export.onnx import export_float
 from halfstep.graph.capture import capture
 from halfstep.graph.decompose import decompose
@@ -24,7 +24,7 @@ from halfstep.ladder.aim import Aim, Asked
 from halfstep.ladder.ascent import ascend
 from halfstep.ladder.budget import Budget
 from halfstep.ladder.calibration import observe
-from halfstep.ladder.concerns import halving, look, sentences, unlike_sites, watching
+from halfstep.ladder.concerns import Seen, halving, look, sentences, unlike_sites, watching
 from halfstep.ladder.deploy import deploy, file_score
 from halfstep.ladder.doubts import doubts
 from halfstep.ladder.exports import Exports
@@ -40,7 +40,6 @@ from halfstep.ladder.speed import favour_speed
 from halfstep.model import QuantizedModel
 from halfstep.progress import steps
 from halfstep.recipe import Recipe
-from halfstep.statistics import Histogram
 from halfstep.targets import Target, find_target
 from halfstep.training.check import check_trainable
 from halfstep.training.options import Training, check_training
@@ -182,7 +181,8 @@ def _begin(
     claimed: Claimed,
 ) -> Search:
     """The float baseline and the statistics, with what is to be said of the data: what every rung starts from."""
-    with watching(prepared) as seen:
+    seen = Seen(prepared, len(claimed.judged.seen))
+    with watching(prepared, seen):
         baseline, made = float_evaluation(scorer, prepared, journal, claimed.unseen)
     scores = (baseline, *baseline.others.values())
     journal.write("paired", paired=any(score.per_example is not None for score in scores))
@@ -194,7 +194,10 @@ def _begin(
         )
     kept = search.checkpoints.statistics()
     if kept is None:
-        said = _observe(search, calibration, claimed.judged, seen if made else look(prepared, scorer))
+        if not made:  # scored before an interruption
+            inputs = (item[0] for batches in labelled_data(scorer) for item in batches)
+            seen = look(prepared, inputs, Seen(prepared, len(claimed.judged.seen)))
+        said = _observe(search, calibration, claimed.judged, seen)
         for sentence in said:
             warnings.warn(sentence, stacklevel=3)
     else:
@@ -207,9 +210,7 @@ def _begin(
     return search
 
 
-def _observe(
-    search: Search, calibration: Iterable[ModelInputs], judged: Examples, seen: Mapping[str, Histogram]
-) -> list[str]:
+def _observe(search: Search, calibration: Iterable[ModelInputs], judged: Examples, seen: Seen) -> list[str]:
     """Observe the calibration data and keep the statistics; what is to be said of the data, in sentences."""
     model, calibrated = search.model, Examples()
     with halving(model) as unsteady:
