@@ -8,6 +8,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from halfstep.ladder.rung import Means, Rung
 from halfstep.ladder.rungs import RUNGS, find_rungs
 from halfstep.ladder.search import Search, float_evaluation
 from halfstep.ladder.speed import favour_speed
+from halfstep.live import shown
 from halfstep.model import QuantizedModel
 from halfstep.progress import steps
 from halfstep.recipe import Recipe
@@ -92,6 +94,7 @@ def quantize(
     tune: bool = False,
     fresh: bool = False,
     command: str = "",
+    progress: bool = True,
 ) -> Outcome:
     """Quantize ``model`` so that its score drops by no more than allowed, and prove it on the deployed file.
 
@@ -135,6 +138,7 @@ def quantize(
             the target still holds; a decision says which.
         fresh: begin anew in a used directory; what an earlier run left there is moved to a folder in it.
         command: what to type to do it again; the report shows it.
+        progress: show what is being done: bars on a terminal and in notebooks, the log called ``"halfstep"`` elsewhere.
 
     Raises:
         HalfstepError: a subclass that says what was wrong with the model, the data, the metric or the directory.
@@ -147,7 +151,7 @@ def quantize(
         check_training(training)
     aim = Aim(max_drop, relative_drop, floor, confidence, strict)
     found, recipe = find_target(target), recipe or Recipe.int8()
-    with Journal(directory, fresh) as journal, tempfile.TemporaryDirectory() as name:
+    with shown(progress), Journal(directory, fresh) as journal, tempfile.TemporaryDirectory() as name:
         temporary = Path(name)
         scorer = as_scorers(metric)
         aim.check(scorer)
@@ -181,9 +185,10 @@ def _begin(
     claimed: Claimed,
 ) -> Search:
     """The float baseline and the statistics, with what is to be said of the data: what every rung starts from."""
-    seen = Seen(prepared, len(claimed.judged.seen))
-    with watching(prepared, seen):
-        baseline, made = float_evaluation(scorer, prepared, journal, claimed.unseen)
+    data = labelled_data(scorer)
+    seen = Seen(prepared)
+    with nullcontext() if data else watching(prepared, seen):
+        baseline, _ = float_evaluation(scorer, prepared, journal, claimed.unseen)
     scores = (baseline, *baseline.others.values())
     journal.write("paired", paired=any(score.per_example is not None for score in scores))
     search = Search(prepared, scorer, aim.goal(baseline, scorer), journal=journal, budget=budget, rung="data")
@@ -194,9 +199,10 @@ def _begin(
         )
     kept = search.checkpoints.statistics()
     if kept is None:
-        if not made:  # scored before an interruption
-            inputs = (item[0] for batches in labelled_data(scorer) for item in batches)
-            seen = look(prepared, inputs, Seen(prepared, len(claimed.judged.seen)))
+        if data:
+            spread = all(isinstance(batches, (list, tuple)) for batches in data)
+            seen = Seen(prepared, len(claimed.judged.seen) if spread else 0)
+            look(prepared, (item[0] for batches in data for item in batches), seen)
         said = _observe(search, calibration, claimed.judged, seen)
         for sentence in said:
             warnings.warn(sentence, stacklevel=3)
