@@ -112,6 +112,9 @@ def main() -> None:
     parser.add_argument("--random", type=int, default=0, metavar="IMAGES", help="no data, no training")
     parser.add_argument("--batch", type=int, default=500, help="of the labelled data, as a user gives them")
     parser.add_argument("--weights", type=int, default=8, help="bits")
+    parser.add_argument(
+        "--max-drop", type=float, default=0.01, help="more where random networks answer closely"
+    )
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -147,7 +150,7 @@ def measured(name: str, options: argparse.Namespace) -> dict[str, str]:
             work.inputs[:4],
             calibration=list(work.calibration.split(64)),
             metric=hs.Accuracy(work.batches(options.batch)),
-            max_drop=0.01,
+            max_drop=options.max_drop,
             recipe=hs.Recipe.uniform(options.weights, 8),
             rungs=("ptq",),
             directory=folder,
