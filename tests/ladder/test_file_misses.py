@@ -111,7 +111,7 @@ def refuse(monkeypatch, rungs):
             raise RefusedError("they part at site 'x'")
         return written(model, path, metadata, check)
 
-    monkeypatch.setattr("halfstep.ladder.deploy.export_onnx", strict)
+    monkeypatch.setattr("halfstep.ladder.exports.export_onnx", strict)
 
 
 def test_a_refused_file_counts_as_missed_and_the_climb_goes_on(monkeypatch, tmp_path):
@@ -166,7 +166,7 @@ def test_a_tuned_file_that_is_refused_is_put_back(monkeypatch):
             raise RefusedError("they part at site 'x'")
         return written(model, path, metadata, check)
 
-    monkeypatch.setattr("halfstep.ladder.deploy.export_onnx", strict)
+    monkeypatch.setattr("halfstep.ladder.exports.export_onnx", strict)
     outcome = climb(None, recipe=hs.Recipe.uniform(8, 8), max_drop=0.05, rungs=("ptq",), tune=True)
     assert outcome.met and outcome.float_layers == ()
     assert any("put back: its file, refused (they part at site 'x'), would" in s for s in outcome.decisions)
@@ -176,7 +176,7 @@ def test_a_place_that_cannot_be_written_to_still_ends_the_call(monkeypatch):
     def full(*_, **__):
         raise ExportError("cannot write: no space left on device")
 
-    monkeypatch.setattr("halfstep.ladder.deploy.export_onnx", full)
+    monkeypatch.setattr("halfstep.ladder.exports.export_onnx", full)
     with pytest.raises(ExportError, match="no space left"):
         climb(None, recipe=hs.Recipe.uniform(8, 8), max_drop=0.05, rungs=("ptq",))
 

@@ -7,7 +7,8 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from halfstep.errors import ArgumentError
-from halfstep.evaluate import Scorer, as_scorers, parts
+from halfstep.evaluate import Scorer, as_scorers, labelled_data, parts
 from halfstep.export.onnx import export_float
 from halfstep.graph.capture import capture
 from halfstep.graph.decompose import decompose
@@ -26,9 +27,10 @@ from halfstep.ladder.aim import Aim, Asked
 from halfstep.ladder.ascent import ascend
 from halfstep.ladder.budget import Budget
 from halfstep.ladder.calibration import observe
-from halfstep.ladder.concerns import halving, look, sentences, unlike_sites, watching
+from halfstep.ladder.concerns import Seen, halving, look, sentences, unlike_sites, watching
 from halfstep.ladder.deploy import deploy, file_score
 from halfstep.ladder.doubts import doubts
+from halfstep.ladder.exports import Exports
 from halfstep.ladder.identity import Claimed, Examples, claim
 from halfstep.ladder.journal import Entry, Journal
 from halfstep.ladder.outcome import Outcome
@@ -38,11 +40,11 @@ from halfstep.ladder.rung import Means, Rung
 from halfstep.ladder.rungs import RUNGS, find_rungs
 from halfstep.ladder.search import Search, float_evaluation
 from halfstep.ladder.speed import favour_speed
+from halfstep.live import shown
 from halfstep.model import QuantizedModel
 from halfstep.progress import steps
 from halfstep.recipe import Recipe
 from halfstep.runtime.saturation import saturates_here
-from halfstep.statistics import Histogram
 from halfstep.targets import Target, find_target
 from halfstep.training.check import check_trainable
 from halfstep.training.options import Training, check_training
@@ -114,6 +116,7 @@ def quantize(
     tune: bool = False,
     fresh: bool = False,
     command: str = "",
+    progress: bool = True,
 ) -> Outcome:
     """Quantize ``model`` so that its score drops by no more than allowed, and prove it on the deployed file.
 
@@ -158,6 +161,7 @@ def quantize(
             the target still holds; a decision says which.
         fresh: begin anew in a used directory; what an earlier run left there is moved to a folder in it.
         command: what to type to do it again; the report shows it.
+        progress: show what is being done: bars on a terminal and in notebooks, the log called ``"halfstep"`` elsewhere.
 
     Raises:
         HalfstepError: a subclass that says what was wrong with the model, the data, the metric or the directory.
@@ -170,7 +174,7 @@ def quantize(
         check_training(training)
     aim = Aim(max_drop, relative_drop, floor, confidence, strict)
     found, recipe = find_target(target), recipe or Recipe.int8()
-    with Journal(directory, fresh) as journal, tempfile.TemporaryDirectory() as name:
+    with shown(progress), Journal(directory, fresh) as journal, tempfile.TemporaryDirectory() as name:
         temporary = Path(name)
         scorer = as_scorers(metric)
         aim.check(scorer)
@@ -191,11 +195,12 @@ def quantize(
         _write_settings(search, ladder, aim, command)
         if recipe.portable is None and settled.portable:
             _say_portable(search)
-        score_file = functools.partial(file_score, search, temporary / "model.onnx", threads)
+        exports = Exports(temporary)
+        score_file = functools.partial(file_score, search, exports, threads)
         path = ascend(search, ladder, Means(training, partial, threads, tune), max_float, score_file)
         if tune:
             favour_speed(search, threads, score_file)
-        return deploy(search, path, journal.folder or temporary, float_file, threads)
+        return deploy(search, path, exports, journal.folder or temporary, float_file, threads)
 
 
 def _begin(
@@ -208,7 +213,9 @@ def _begin(
     claimed: Claimed,
 ) -> Search:
     """The float baseline and the statistics, with what is to be said of the data: what every rung starts from."""
-    with watching(prepared) as seen:
+    data = labelled_data(scorer)
+    seen = Seen(prepared)
+    with nullcontext() if data else watching(prepared, seen):
         baseline, _ = float_evaluation(scorer, prepared, journal, claimed.unseen)
     scores = (baseline, *baseline.others.values())
     journal.write("paired", paired=any(score.per_example is not None for score in scores))
@@ -222,8 +229,10 @@ def _begin(
         )
     kept = search.checkpoints.statistics()
     if kept is None:
-        if not any(histogram.count for histogram in seen.values()):  # another model was scored, or none
-            seen = look(prepared, scorer)
+        if data:
+            spread = all(isinstance(batches, (list, tuple)) for batches in data)
+            seen = Seen(prepared, len(claimed.judged.seen) if spread else 0)
+            look(prepared, (item[0] for batches in data for item in batches), seen)
         said = _observe(search, calibration, claimed.judged, seen)
         for sentence in said:
             warnings.warn(sentence, stacklevel=3)
@@ -237,9 +246,7 @@ def _begin(
     return search
 
 
-def _observe(
-    search: Search, calibration: Iterable[ModelInputs], judged: Examples, seen: Mapping[str, Histogram]
-) -> list[str]:
+def _observe(search: Search, calibration: Iterable[ModelInputs], judged: Examples, seen: Seen) -> list[str]:
     """Observe the calibration data and keep the statistics; what is to be said of the data, in sentences."""
     model, calibrated = search.model, Examples()
     with halving(model) as unsteady:
