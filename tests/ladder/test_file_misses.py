@@ -31,7 +31,7 @@ def spoil(monkeypatch, rungs, examples=16):
 
 def test_the_climb_goes_on_where_only_the_simulation_meets_the_target(monkeypatch, tmp_path):
     spoil(monkeypatch, ("ptq",))
-    settings = {"recipe": hs.Recipe.uniform(8, 8), "max_drop": 0.05, "max_float": 1.0}
+    settings = {"recipe": hs.Recipe.uniform(6, 8), "max_drop": 0.05, "max_float": 1.0}
     outcome = climb(tmp_path / "run", **settings)
     first, second = outcome.path
     assert (first.rung, first.met, first.file_met) == ("ptq", True, False)
@@ -116,7 +116,7 @@ def refuse(monkeypatch, rungs):
 
 def test_a_refused_file_counts_as_missed_and_the_climb_goes_on(monkeypatch, tmp_path):
     refuse(monkeypatch, ("ptq",))
-    settings = {"recipe": hs.Recipe.uniform(8, 8), "max_drop": 0.05, "max_float": 1.0}
+    settings = {"recipe": hs.Recipe.uniform(6, 8), "max_drop": 0.05, "max_float": 1.0}
     outcome = climb(tmp_path / "run", **settings)
     first, second = outcome.path
     assert (first.rung, first.met, first.file_met, first.file_score) == ("ptq", True, False, None)
@@ -154,11 +154,11 @@ def test_where_every_file_is_refused_the_outcome_says_so(monkeypatch, tmp_path):
 
 
 def test_a_tuned_file_that_is_refused_is_put_back(monkeypatch):
-    def leave_one_in_float(model, threads):
+    def leave_one_in_float(model, threads, among):
         model.float_layers = ["2"]
         return hs.Tuning(("2",), 1.0, 3)
 
-    monkeypatch.setattr("halfstep.ladder.speed.tune", leave_one_in_float)
+    monkeypatch.setattr("halfstep.ladder.measured.tune", leave_one_in_float)
     written = export_onnx
 
     def strict(model, path, metadata=None, check=True):
