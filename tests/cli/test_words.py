@@ -52,6 +52,7 @@ def folder(tmp_path_factory):
         labels, numbers = namespace["net"]()(inputs).argmax(1), namespace["column"]()(inputs)
     inputs = inputs.numpy()
     np.savez(folder / "t.npz", inputs=inputs, labels=labels.numpy())
+    np.savez(folder / "bare.npz", inputs=inputs)
     np.savez(folder / "double.npz", inputs=inputs.astype(np.float64), labels=labels.numpy())
     np.savez(folder / "bytes.npz", inputs=(inputs * 20 + 128).astype(np.uint8), labels=labels.numpy())
     np.savez(folder / "numbers.npz", inputs=inputs, labels=numbers.numpy())
@@ -279,3 +280,41 @@ def test_a_fresh_demo_asks_the_climb_for_it(folder, monkeypatch):
     monkeypatch.setattr("halfstep.demo.train_digits", lambda digits, **_: torch.nn.Linear(64, 10))
     assert halfstep(folder, "demo").returncode == halfstep(folder, "demo", "--fresh").returncode == 130
     assert asked == [False, True]
+
+
+def test_goals_without_labels(folder):
+    """Against the float model on inputs alone, or beside a metric that has labels."""
+    (folder / "pairs.py").write_text(
+        "import numpy as np, torch\n"
+        "def batches():\n"
+        "    file = np.load('t.npz')\n"
+        "    return list(zip(*(torch.from_numpy(file[x]).split(32) for x in ('inputs', 'labels'))))\n"
+    )
+    common = ("--calibration", "t.npz", "--threads", "1", "--rungs", "ptq", "--json")
+    for data, metric in (("bare.npz", "agreement"), ("pairs:batches", "cosine")):
+        done = halfstep(
+            folder, "quantize", "spoken:net", "--labelled", data, "--metric", metric, *common,
+            "--max-drop", "0.2", "--directory", metric,
+        )  # fmt: skip
+        record = json.loads(done.stdout)
+        assert done.returncode == 0 and record["float_score"] == 1, done.stderr
+        assert 0.8 <= record["deployed_score"] <= 1
+    several = ("--metric", "right=accuracy", "--metric", "noise=sqnr", "--max-drop", "right=0.2")
+    done = halfstep(
+        folder, "quantize", "spoken:net", "--labelled", "t.npz", *several, "--floor", "noise=12", *common,
+        "--directory", "beside",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [(m["metric"], m["met"]) for m in json.loads(done.stdout)["metrics"]] == [
+        ("right", True),
+        ("noise", True),
+    ]
+    done = halfstep(folder, "quantize", "spoken:net", "--labelled", "bare.npz", "--metric", "sqnr", *common)
+    assert done.returncode == 2 and "needed the fewest dB allowed, such as floor=30" in words_of(done)
+    done = halfstep(folder, "quantize", "spoken:net", "--labelled", "bare.npz", *common)
+    assert done.returncode == 2 and "bare.npz: has no array 'labels'" in words_of(done)
+    done = halfstep(folder, "quantize", "spoken:net", "--labelled", "bare.npz", "--metric", "cosin", *common)
+    assert (
+        done.returncode == 2
+        and "needed accuracy, agreement, cosine, sqnr, or package.module:score" in words_of(done)
+    )
