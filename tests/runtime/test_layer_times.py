@@ -50,7 +50,9 @@ class Keyed(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.by = nn.ModuleDict({"[red]": nn.Conv2d(3, 8, 3), "[/x]": nn.Conv2d(8, 8, 3), "[": nn.Conv2d(8, 8, 3)})
+        self.by = nn.ModuleDict(
+            {"[red]": nn.Conv2d(3, 8, 3), "[/x]": nn.Conv2d(8, 8, 3), "[": nn.Conv2d(8, 8, 3)}
+        )
 
     def forward(self, x):
         return self.by["["](torch.relu(self.by["[/x]"](torch.relu(self.by["[red]"](x)))))
@@ -68,7 +70,9 @@ def test_names_may_have_slashes_and_brackets(tmp_path):
     assert fates == {"by.[red]": True, "by.[/x]": True, "by.[": False}
     assert fates.keys() <= proof.microseconds.keys()
     assert layer_of("by.[/x]/Conv", fates) == "by.[/x]" and layer_of("by.[/Conv_quant", fates) == "by.["
-    assert layer_of("by.[/x]/MatMul/MatMulAddFusion", fates) == "by.[/x]" and layer_of("input/Cast", fates) == ""
+    assert (
+        layer_of("by.[/x]/MatMul/MatMulAddFusion", fates) == "by.[/x]" and layer_of("input/Cast", fates) == ""
+    )
 
 
 def test_nodes_that_run_several_times_add_up():

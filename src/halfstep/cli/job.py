@@ -11,10 +11,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from halfstep.config import Config, RecipePart, make_config, read_config, to_yaml
-from halfstep.errors import ArgumentError, DataError, HalfstepError, RunError
+from halfstep.errors import ArgumentError, DataError, HalfstepError, RunError, named
 from halfstep.evaluate import Accuracy, Metric
 from halfstep.files import write_whole
 from halfstep.granularity import PerTensor
+from halfstep.graph.inputs import batch_size
 from halfstep.ladder.budget import Budget
 from halfstep.ladder.journal import Journal, Saved
 from halfstep.model import QuantizedModel
@@ -66,6 +67,12 @@ class Job:
         example = next(iter(inputs), None)
         if example is None:
             raise DataError(f"{source}: got no batch, needed at least one")
+        with named(source):
+            size = batch_size(example)
+        if size < 2:
+            raise DataError(
+                f"{source}: got a first batch of {size}, needed 2 examples to capture the network with"
+            )
         check_input(model, example, source)
         return cls(config, model, inputs, example)
 
@@ -115,15 +122,16 @@ class Job:
         return Training(labelled, loss, epochs=part.epochs, learning_rate=part.learning_rate, seed=part.seed)
 
     def _labelled(self, name: str, what: str) -> Iterable[Any]:
-        """Labelled batches; those of a file are seen to have the calibration data's type before anything is run."""
+        """Labelled batches; those of a file are seen to be what the model takes before anything is run."""
         found = load_labelled(name, self.config.batch)
-        if name.endswith(".npz") and isinstance(self.example, Tensor):
+        if name.endswith(".npz"):
             inputs, _ = next(iter(found))
-            if inputs.dtype != self.example.dtype:
+            if isinstance(self.example, Tensor) and inputs.dtype != self.example.dtype:
                 raise DataError(
                     f"{what} {name!r}: got inputs of {inputs.dtype}, needed {self.example.dtype}, as the calibration "
                     "data have"
                 )
+            check_input(self.model, inputs, f"{what} {name!r}")
         return found
 
     def budget(self) -> Budget:
