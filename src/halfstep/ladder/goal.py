@@ -58,8 +58,9 @@ class Goal:
     :func:`halfstep.evaluate.share_of_error`. For candidates that would be tried whatever the others score that is a
     theorem, with a quarter of the error to spare. Those that are changes of the best one so far inherit its luck, which
     the quarter is for: in simulated climbs that begin each rung so, 2% to 5% were accepted wrongly at 0.95
-    (``bench.confidence``). Of other scores than hits and misses the intervals are approximate. A goal that is not strict guarantees nothing of examples that were not seen: at the k-th
-    candidate whose drop is a little above what is allowed, luck is sure to help one sooner or later.
+    (``bench.confidence``). Of other scores than hits and misses the intervals are approximate. A goal that is not
+    strict guarantees nothing of examples that were not seen: at the k-th candidate whose drop is a little above what is
+    allowed, luck is sure to help one sooner or later.
 
     Attributes:
         max_drop: in the metric's unit; negative where a candidate must be better than float.
