@@ -149,9 +149,9 @@ def quantize(
             so the lower ends. Each is widened for the candidates examined on the same examples before.
         strict: demand that the upper end of the interval keeps to the target, not only the drop that was measured. If
             the labelled examples are a random sample, a network that drops by more than the target on all such data is
-            then accepted with a probability of at most 1 - confidence, however many candidates are tried; about, where
-            they build on the luckiest before them, see :class:`.Goal`. Not strict, nothing of the kind is promised: of
-            many candidates the first that passes is likely to be worse than it looks.
+            then accepted with a probability of at most 1 - confidence, however many candidates are tried, see
+            :class:`.Goal`; docs/confidence.md says how many examples that takes. Not strict, nothing of the kind is
+            promised: of many candidates the first that passes is likely to be worse than it looks.
         rungs: which to climb, from the bottom up: ``"ptq"`` always.
         budget: what the search may cost; None for no bound.
         partial: how to look for layers to put back to float.
