@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from halfstep.errors import ArgumentError, CaptureError, DataError
+from halfstep.errors import ArgumentError, DataError
 from halfstep.progress import listening
 from halfstep.sources import (
     check_input,
@@ -193,10 +193,6 @@ def test_what_the_model_does_not_take_is_said_at_the_start(inputs, message):
 # callables
 
 
-def half():
-    return net().half()
-
-
 def leaves():
     raise SystemExit("bye")
 
@@ -208,11 +204,6 @@ def talks():
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        (
-            "half",
-            CaptureError,
-            "parameter '0.weight' is torch.float16, needed torch.float32: .* model.float()",
-        ),
         ("leaves", ArgumentError, "raised SystemExit: bye$"),
         ("talks", ArgumentError, "raised RuntimeError: no file at this address x{276} ...$"),
         ("net.nothing", ArgumentError, "has no 'net.nothing'$"),

@@ -103,6 +103,11 @@ class RecipePart(Part):
         default=None,
         description="dynamic or weight_only: one scale for so many weights along the input axis; null: for a channel",
     )
+    portable: bool | None = Field(
+        default=None,
+        description="weights of 7 bits where sums would saturate on x86 processors without VNNI, so that the file "
+        "answers alike everywhere; null: as the processor that this runs on needs it",
+    )
     float_layers: list[str] = Field(
         default=[], description="layers that always stay in float: names or shell patterns"
     )

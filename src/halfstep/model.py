@@ -26,6 +26,7 @@ from halfstep.graph.operators import describe
 from halfstep.graph.overwrite import overwrite
 from halfstep.graph.place import place
 from halfstep.graph.placement import INT16, Layer, Placement, Position, Site
+from halfstep.graph.precision import in_float32
 from halfstep.graph.rooted import bind
 from halfstep.graph.unfold import unfold
 from halfstep.listing import Listing, describe_site
@@ -252,6 +253,15 @@ class QuantizedModel(nn.Module):
                     yield user
 
     @property
+    def handed_over(self) -> nn.Module:
+        """What scores are compared with: the user's model, in the precision that it was handed over in.
+
+        A model that was in float32 is the same network as this one; it passes floats in ``Mode.FLOAT``.
+        """
+        own = self.captured.handed_over
+        return self if own is None else own.to(self.device)
+
+    @property
     def device(self) -> torch.device:
         """Where the parameters are."""
         return next((tensor.device for tensor in self.parameters()), torch.device("cpu"))
@@ -285,7 +295,7 @@ class QuantizedModel(nn.Module):
             self.set_mode(before)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the user's model returns, for the same arguments.
+        """What the user's model returns, for the same arguments; floats are float32.
 
         Raises:
             DataError: if the arguments have another structure than the example inputs.
@@ -294,7 +304,7 @@ class QuantizedModel(nn.Module):
         return self.captured.out_spec.restore(self._run(*flat))
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        """The values of the graph's placeholders for the arguments of a call, checked.
+        """The values of the graph's placeholders for the arguments of a call, in float32 and checked.
 
         Raises:
             DataError: as :meth:`forward`.
@@ -302,9 +312,19 @@ class QuantizedModel(nn.Module):
         flat, spec = pytree.tree_flatten((args, kwargs))
         if spec != self.captured.in_spec:
             flat = self._match(args, kwargs)
+        flat = in_float32(flat, self.captured.types)
         if not torch.compiler.is_compiling():
             self.captured.check_inputs(flat)
         return flat
+
+    def file_inputs(self, inputs: ModelInputs) -> list[torch.Tensor]:
+        """What an exported file takes for ``inputs``: their tensors, in the order and the types of its inputs.
+
+        Raises:
+            DataError: as :meth:`forward`.
+        """
+        flat = self.flatten(*call_arguments(inputs))
+        return [value for value in flat if isinstance(value, torch.Tensor)]
 
     def _match(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """Arguments in another order of keywords, or raise."""
@@ -325,14 +345,16 @@ class QuantizedModel(nn.Module):
         """The float weights as they are now, for ``load_state_dict`` of the user's own module.
 
         Folded batch norms are unfolded: they keep their statistics and gains, the layers before them and their
-        shifts take the training up. Ranges are left out.
+        shifts take the training up. Ranges are left out. The types are those of the user's module: in half precision
+        what was trained is rounded to it.
 
         Raises:
             ArgumentError: naming the parameter, where the user's module cannot express what was trained: a shared
-                weight whose copies have parted, a channel that batch norm multiplies by 0.
+                weight whose copies have parted, a channel that batch norm multiplies by 0, a value beyond its type.
         """
         captured = self.captured
-        return unfold(captured.module, captured.folded, captured.originals, captured.names)
+        state = unfold(captured.module, captured.folded, captured.originals, captured.names)
+        return state if captured.handed_over is None else captured.handed_over.own_types(state)
 
     def get_extra_state(self) -> torch.Tensor:
         """What the tensors of a state dict do not say, as JSON in a tensor of bytes, which safetensors can store."""

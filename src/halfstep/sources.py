@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from halfstep.errors import ArgumentError, DataError, named
 from halfstep.graph.capture import check_parameters
 from halfstep.graph.inputs import ModelInputs, batch_size, call_arguments, tensors_of
+from halfstep.graph.precision import hand_over, other_types
 from halfstep.progress import say
 
 #: Under these names checkpoints of a training keep the state dict beside optimizers and counters.
@@ -194,9 +195,13 @@ def check_input(model: nn.Module, inputs: ModelInputs, source: str) -> None:
     for tensor in tensors_of(inputs):
         if bad := int(torch.isnan(tensor).sum()):
             raise DataError(f"{source}: {bad} of the first batch's {tensor.numel()} values are NaN")
+    types = other_types(model)
     try:
-        with torch.no_grad():
-            model(*args, **kwargs)
+        if types:
+            hand_over(model, types, args, kwargs)
+        else:
+            with torch.no_grad():
+                model(*args, **kwargs)
     except Exception as error:  # the user's code, and torch's
         tensors = tensors_of((args, kwargs))
         given = ", ".join(f"{tuple(tensor.shape)} of {tensor.dtype}" for tensor in tensors)

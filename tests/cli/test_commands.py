@@ -30,9 +30,6 @@ def branching():
             return x if x.sum() > 0 else -x
     return Branching()
 
-def half():
-    return net().half()
-
 def number():
     return 3
 
@@ -172,7 +169,6 @@ def test_a_target_that_is_missed_ends_with_3(folder):
             ("mine:net", "good.npz", "one.npz"),
             "calibration 'one.npz': got a first batch of 1, needed 2 examples",
         ),
-        (("mine:half",), "'mine:half': parameter '0.weight' is torch.float16, needed torch.float32"),
         (("mine:net", "good.npz", "good.npy"), "'good.npy': needed an .npz file, or package.module:callable"),
         (
             ("mine:net", "good.npz", "good.npz", "--metric", "acuracy"),

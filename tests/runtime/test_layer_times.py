@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 import halfstep as hs
+from halfstep.errors import ArgumentError
 from halfstep.runtime.kernels import layer_of, layer_times
-from halfstep.runtime.latency import per_run
+from halfstep.runtime.latency import per_run, race
 
 
 class Net(nn.Module):
@@ -77,3 +78,8 @@ def test_names_may_have_slashes_and_brackets(tmp_path):
 
 def test_nodes_that_run_several_times_add_up():
     assert per_run({"once": [5.0, 1.0, 1.0], "twice": [3.0] * 6}, runs=3) == {"once": 1.0, "twice": 6.0}
+
+
+def test_a_race_of_too_few_rounds_is_refused():
+    with pytest.raises(ArgumentError, match=r"rounds: got 2, needed at least 3"):
+        race({"one": lambda: None}, rounds=2)

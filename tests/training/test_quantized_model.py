@@ -167,6 +167,17 @@ def test_untrained_weights_go_back_as_they_were(net):
         torch.testing.assert_close(state[name], tensor, rtol=1e-5, atol=1e-6)
 
 
+def test_a_weight_of_two_names_goes_back_under_both():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    q = hs.prepare(model, torch.randn(3, 4))
+    with torch.no_grad():
+        next(x for name, x in q.named_parameters() if name.endswith(".weight")).add_(0.5)
+    state = q.to_float_state_dict()
+    assert torch.equal(state["0.weight"], state["2.weight"])
+    torch.testing.assert_close(state["0.weight"], model[0].weight + 0.5)
+
+
 def test_weights_that_the_users_module_cannot_express_are_refused():
     x = torch.randn(4, 3, 5, 5)
     q = hs.prepare(randomized(Shared()), x)

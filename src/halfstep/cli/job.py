@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, dtype, nn
 
 from halfstep.config import Config, RecipePart, make_config, read_config, to_yaml
 from halfstep.errors import ArgumentError, DataError, HalfstepError, RunError, named
@@ -16,11 +16,13 @@ from halfstep.evaluate import Accuracy, Metric
 from halfstep.files import write_whole
 from halfstep.granularity import PerTensor
 from halfstep.graph.inputs import batch_size
+from halfstep.graph.precision import in_float32, other_types
 from halfstep.ladder.budget import Budget
-from halfstep.ladder.journal import Journal, Saved
+from halfstep.ladder.journal import Entry, Journal, Saved
 from halfstep.model import QuantizedModel
 from halfstep.recipe import Recipe
 from halfstep.sources import check_input, find_callable, load_inputs, load_labelled, load_model
+from halfstep.targets import find_target
 from halfstep.training.options import Loss, Training
 
 #: A run's own copy of what it was told.
@@ -30,9 +32,9 @@ CONFIG = "config.yaml"
 #: How each kind of recipe is made.
 _RECIPES: dict[str, Callable[[RecipePart], Recipe]] = {
     "static": lambda part: Recipe.uniform(
-        part.weights, part.activations, PerTensor() if part.per_tensor else None
+        part.weights, part.activations, PerTensor() if part.per_tensor else None, portable=part.portable
     ),
-    "dynamic": lambda part: Recipe.dynamic(part.weights or 8, part.group),
+    "dynamic": lambda part: Recipe.dynamic(part.weights or 8, part.group, part.portable),
     "weight_only": lambda part: Recipe.weight_only(part.weights or 4, part.group),
 }
 
@@ -122,17 +124,24 @@ class Job:
         return Training(labelled, loss, epochs=part.epochs, learning_rate=part.learning_rate, seed=part.seed)
 
     def _labelled(self, name: str, what: str) -> Iterable[Any]:
-        """Labelled batches; those of a file are seen to be what the model takes before anything is run."""
+        """Labelled batches; those of a file are seen to be what the model takes before anything is run.
+
+        A model that is not in float32 takes floats in either type.
+        """
         found = load_labelled(name, self.config.batch)
         if name.endswith(".npz"):
             inputs, _ = next(iter(found))
-            if isinstance(self.example, Tensor) and inputs.dtype != self.example.dtype:
+            if isinstance(self.example, Tensor) and self._type_of(inputs) is not self._type_of(self.example):
                 raise DataError(
                     f"{what} {name!r}: got inputs of {inputs.dtype}, needed {self.example.dtype}, as the calibration "
                     "data have"
                 )
             check_input(self.model, inputs, f"{what} {name!r}")
         return found
+
+    def _type_of(self, inputs: Tensor) -> dtype:
+        """The type that inputs are computed in."""
+        return in_float32(inputs[:0], other_types(self.model)).dtype
 
     def budget(self) -> Budget:
         """What the search may cost."""
@@ -146,11 +155,13 @@ class Job:
         """
         write_whole(path, to_yaml(self.config.model_dump()).encode())
 
-    def prepare(self) -> QuantizedModel:
-        """The model with its sites, not observed."""
+    def prepare(self, entries: Iterable[Entry] = ()) -> QuantizedModel:
+        """The model with its sites, not observed; the recipe settled as in the run with these entries."""
         from halfstep.ladder.climb import prepare
+        from halfstep.ladder.portability import settle
 
-        return prepare(self.model, self.example, self.recipe(), self.config.target)
+        recipe = settle(self.recipe(), find_target(self.config.target), entries)
+        return prepare(self.model, self.example, recipe, self.config.target)
 
     def observed(self) -> QuantizedModel:
         """The model with its sites, after one pass over the calibration data."""
@@ -228,11 +239,13 @@ def restore(run: Path, rung: str | None) -> tuple[QuantizedModel, dict[str, Any]
     """
     from halfstep.ladder.calibration import SAMPLE_EXAMPLES
     from halfstep.ladder.checkpoints import Checkpoints
+    from halfstep.ladder.journal import read
     from halfstep.ladder.snapshot import Snapshot
 
-    record, saved = _kept(run, rung)
+    entries = read(run)
+    record, saved = _kept(run, entries, rung)
     job = Job.load(find_config(run))
-    model = job.prepare()
+    model = job.prepare(entries)
     sample = itertools.islice(job.calibration, max(1, SAMPLE_EXAMPLES // job.config.batch))
     put_back = {name: frozenset(layers) for name, layers in record["put_back"].items()}
     try:
@@ -249,12 +262,11 @@ def restore(run: Path, rung: str | None) -> tuple[QuantizedModel, dict[str, Any]
     return restored, record, job
 
 
-def _kept(run: Path, rung: str | None) -> tuple[dict[str, Any], Saved]:
+def _kept(run: Path, entries: list[Entry], rung: str | None) -> tuple[dict[str, Any], Saved]:
     """The record of what is to be restored, and its checkpoint."""
     from halfstep.ladder.deploy import OUTCOME
-    from halfstep.ladder.journal import read, read_checkpoint
+    from halfstep.ladder.journal import read_checkpoint
 
-    entries = read(run)
     ends = [entry.data for entry in entries if entry.kind == OUTCOME and "key" in entry.data]
     if ends and rung is None:
         return ends[-1], read_checkpoint(run, entries, OUTCOME, ends[-1]["key"])

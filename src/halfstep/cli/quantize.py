@@ -96,6 +96,14 @@ def quantize(
     activation_bits: Annotated[
         int | None, typer.Option(help="Bits of the activations, 2 to 16; 8 by default.")
     ] = None,
+    portable: Annotated[
+        bool | None,
+        typer.Option(
+            "--portable/--no-portable",
+            help="Weights of 7 bits where sums would saturate on x86 processors without VNNI, so that the file answers "
+            "alike everywhere; by default as this machine's processor needs it.",
+        ),
+    ] = None,
     rungs: Annotated[
         str | None, typer.Option(help="Rungs to climb, from the bottom; all by default: ptq,partial,qat.")
     ] = None,
@@ -151,7 +159,13 @@ def quantize(
     config = config_from(
         source,
         flags,
-        {"kind": recipe, "weights": weight_bits, "activations": activation_bits, "group": group},
+        {
+            "kind": recipe,
+            "weights": weight_bits,
+            "activations": activation_bits,
+            "group": group,
+            "portable": portable,
+        },
         {"evaluations": evaluations, "minutes": minutes},
     )
     ladder = [rung.name for rung in find_rungs(tuple(RUNGS if config.rungs is None else config.rungs))]

@@ -51,6 +51,11 @@ class Metric:
         self.higher_is_better = higher_is_better
         self.bounds, self.shuffled = bounds, shuffled
 
+    @property
+    def plain(self) -> bool:
+        """Whether it goes through its data as :class:`Metric` does, and in no way of its own."""
+        return type(self).evaluate is Metric.evaluate and type(self).stream is Metric.stream
+
     def evaluate(self, model: Callable[..., Any], progress: Progress | None = None) -> Score:
         """Score ``model`` on all examples.
 

@@ -51,7 +51,7 @@ class Several:
         """The names of metrics that one pass over the data can serve, together."""
         groups: dict[int, list[str]] = {}
         for name, metric in self.metrics.items():
-            data = metric.labelled if isinstance(metric, Metric) and _plain(metric) else metric
+            data = metric.labelled if isinstance(metric, Metric) and metric.plain else metric
             groups.setdefault(id(data), []).append(name)
         return list(groups.values())
 
@@ -67,11 +67,6 @@ class Several:
                 with named(f"{name!r}"):
                     taken[name].append(metric.scores(outputs, labels, index))
         return {name: Metric.joined(batches) for name, batches in taken.items()}
-
-
-def _plain(metric: Metric) -> bool:
-    """Whether it goes through its data as :class:`Metric` does, and in no way of its own."""
-    return type(metric).evaluate is Metric.evaluate and type(metric).stream is Metric.stream
 
 
 def as_scorers(metric: Any) -> Scorer:

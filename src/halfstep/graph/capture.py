@@ -6,8 +6,7 @@ import copy
 import inspect
 import io
 import logging
-import os
-import traceback
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -19,8 +18,10 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from halfstep.errors import CaptureError, DataError
+from halfstep.graph.explain import explain, where, words
 from halfstep.graph.inputs import ModelInputs, batch_size, call_arguments, move
 from halfstep.graph.outputs import Outputs
+from halfstep.graph.precision import HandedOver, hand_over, in_float32, model_in_float32, other_types
 from halfstep.graph.rooted import PREFIX, Rooted, bind, unrooted
 from halfstep.graph.unfold import FoldedNorm, tensors
 from halfstep.identity import Identity
@@ -28,9 +29,6 @@ from halfstep.identity import Identity
 #: Captured and original outputs may differ by this much, relative in the L2 norm. Captured graphs run the same
 #: kernels, so the slack is for folded constants only.
 TOLERANCE = 1e-5
-
-
-_OURS_AND_TORCHS = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__)))
 
 
 @dataclass
@@ -50,6 +48,8 @@ class Captured:
             folded into are not kept twice.
         names: from every name of the user's state dict to the one that the graph, or ``originals``, has for it.
         content: a digest of the network as it was captured: its graph, and every parameter, buffer and constant.
+        handed_over: the user's model where it is not in float32, as the graph is; None where it is.
+        notes: what is to be said of it, one sentence each.
     """
 
     graph: fx.Graph
@@ -58,11 +58,17 @@ class Captured:
     out_spec: Outputs
     example_inputs: tuple[tuple[Any, ...], dict[str, Any]]
     batched: tuple[bool, ...]
-    notes: list[str] = field(default_factory=list)
     folded: list[FoldedNorm] = field(default_factory=list)
     originals: dict[str, torch.Tensor] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
     content: str = ""
+    handed_over: HandedOver | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def types(self) -> tuple[torch.dtype, ...]:
+        """The types that parameters and inputs of the user's may have beside float32, in which all is computed here."""
+        return () if self.handed_over is None else self.handed_over.types
 
     def check_inputs(self, flat: Sequence[Any]) -> None:
         """Raise unless ``flat`` are tensors of the example's types and shapes, but for sizes that may vary.
@@ -84,9 +90,10 @@ class Captured:
                 sizes = ["batch" if varies(size) else str(size) for size in needed]
                 raise DataError(f"input {node.target!r}: got shape {tuple(got)}, needed ({', '.join(sizes)})")
             if value.dtype != wanted.dtype:
+                others = "".join(f" or {dtype}" for dtype in self.types if wanted.is_floating_point())
                 raise DataError(
-                    f"input {node.target!r}: got {value.dtype}, needed {wanted.dtype} as in example_inputs; convert it "
-                    f"with .to({wanted.dtype})"
+                    f"input {node.target!r}: got {value.dtype}, needed {wanted.dtype}{others} as in example_inputs; "
+                    f"convert it with .to({wanted.dtype})"
                 )
 
     def examples(self, inputs: ModelInputs, start: int, stop: int) -> ModelInputs:
@@ -108,14 +115,15 @@ class Captured:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph as the user's model would be run."""
         flat, _ = pytree.tree_flatten((args, kwargs))
-        return self.out_spec.restore(bind(self.graph, self.module)(*flat))
+        return self.out_spec.restore(bind(self.graph, self.module)(*in_float32(flat, self.types)))
 
 
 def capture(model: nn.Module, example_inputs: ModelInputs) -> Captured:
     """Capture ``model`` in evaluation mode with a dynamic batch dimension.
 
     The model is copied first and never mutated. The graph's outputs are compared with the model's on the example
-    inputs, and on a batch one larger.
+    inputs, and on a batch one larger. A model in half precision or float64 is converted to float32 before it is traced;
+    what was handed over is kept beside it, since that is what its scores are compared with.
 
     Args:
         model: any module that :func:`torch.export.export` can trace.
@@ -124,9 +132,9 @@ def capture(model: nn.Module, example_inputs: ModelInputs) -> Captured:
             tracing and a trial show), or is the first dimension of an output.
 
     Raises:
-        CaptureError: if a parameter is not finite or no float32, the batch is smaller than 2, the model cannot be
-            traced (the message names the module and line at fault), keeps state between calls, or answers
-            differently from its own graph.
+        CaptureError: if a parameter is not finite, the batch is smaller than 2, the model cannot be run in the
+            precision that it has or traced (the message names the module and line at fault), keeps state between
+            calls, or answers differently from its own graph.
     """
     check_parameters(model)
     size = batch_size(example_inputs)
@@ -144,9 +152,19 @@ def capture(model: nn.Module, example_inputs: ModelInputs) -> Captured:
         ) from error
 
     args, kwargs = call_arguments(example_inputs)
+    handed_over = None
+    if types := other_types(own):
+        try:
+            handed_over = hand_over(own, types, args, kwargs)
+        except Exception as error:
+            raise CaptureError(
+                f"the model cannot be run in {words(types)}, as it was handed over: {where(own, error)}; hand over "
+                "model.float() to have it compared with itself in float32"
+            ) from error
+        own, (args, kwargs) = model_in_float32(own, types), in_float32((args, kwargs), types)
     flat, in_spec = pytree.tree_flatten((args, kwargs))
     varying = tuple(isinstance(x, torch.Tensor) and x.dim() > 0 and x.shape[0] == size for x in flat)
-    program = _export(own, args, kwargs, in_spec, varying)
+    program = _export(own, args, kwargs, in_spec, varying, types)
     if program.graph_signature.buffers_to_mutate:
         changed = (name.removeprefix(PREFIX) for name in program.graph_signature.buffers_to_mutate.values())
         names = ", ".join(map(repr, changed))
@@ -158,8 +176,8 @@ def capture(model: nn.Module, example_inputs: ModelInputs) -> Captured:
     out_spec = program.call_spec.out_spec
     assert isinstance(traced, fx.GraphModule) and out_spec is not None
     graph, module, fixed = unrooted(traced)
-    originals, graph_names = _not_in_graph(own, module)
-    content = Identity(str(graph), sorted(tensors(module).items())).digest
+    originals, graph_names = _not_read(own, graph)
+    content = Identity(str(graph), sorted(tensors(module).items()), types).digest
     batched = _batched(graph, module, flat)
     captured = Captured(
         graph,
@@ -171,9 +189,26 @@ def capture(model: nn.Module, example_inputs: ModelInputs) -> Captured:
         originals=originals,
         names=graph_names,
         content=content,
+        handed_over=handed_over,
     )
     check_equal(captured, own)
+    if handed_over is not None:
+        captured.notes = (_said_of(handed_over, captured),)
     return captured
+
+
+def _said_of(handed_over: HandedOver, captured: Captured) -> str:
+    """What there is to know of a model that was converted, with how far that takes its answers to the example."""
+    args, kwargs = captured.example_inputs
+    with torch.no_grad():
+        theirs, ours = (_float_outputs(model(*args, **kwargs)) for model in (handed_over, captured))
+    errors = [relative_error(a.to(b.dtype), b) for a, b in zip(theirs, ours, strict=True)]
+    away = f"{max(errors):.1e} (relative)" if all(map(math.isfinite, errors)) else "more than any number"
+    return (
+        f"The model is handed over in {words(handed_over.types)} and computed in torch.float32 from here on, which "
+        "exported files take and return; scores are compared with those of the model as it was handed over"
+        + (f", whose outputs on the example inputs are {away} from those in float32" if errors else "")
+    )
 
 
 def varies(size: int | torch.SymInt) -> bool:
@@ -215,12 +250,12 @@ def _batched(graph: fx.Graph, module: nn.Module, flat: Sequence[Any]) -> tuple[b
     return tuple(size in batches for size in sizes)
 
 
-def _not_in_graph(model: nn.Module, graph: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """What the model's state dict has and the graph has not, and which of the graph's names stands for each name.
+def _not_read(model: nn.Module, graph: fx.Graph) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """What the model's state dict has and the graph does not read, and which name the graph has for each name.
 
-    A tensor with several names in the model has one in the graph.
+    A tensor with several names in the model is read under one of them.
     """
-    live = tensors(graph)
+    live = {str(node.target) for node in graph.nodes if node.op == "get_attr" and node.users}
     state = model.state_dict(keep_vars=True)
     first: dict[int, str] = {}
     for name, tensor in sorted(state.items(), key=lambda item: item[0] not in live):
@@ -246,7 +281,7 @@ def check_equal(captured: Captured, model: nn.Module) -> None:
             try:
                 wanted = _float_outputs(model(*call_args, **call_kwargs))
             except Exception as failure:
-                raise CaptureError(_explain(model, failure, leaves)) from failure
+                raise CaptureError(explain(model, failure, leaves, captured.types)) from failure
             got = _float_outputs(captured(*call_args, **call_kwargs))
             for index, (a, b) in enumerate(zip(got, wanted, strict=True)):
                 error = relative_error(a, b)
@@ -307,11 +342,6 @@ def check_parameters(model: nn.Module) -> None:
         CaptureError: naming the first that is not.
     """
     for name, tensor in model.named_parameters():
-        if tensor.is_floating_point() and tensor.dtype is not torch.float32:
-            raise CaptureError(
-                f"parameter {name!r} is {tensor.dtype}, needed torch.float32: scores of the float network, ranges and "
-                "training are computed in it; convert the model with model.float(), and its inputs with x.float()"
-            )
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
             raise CaptureError(
@@ -326,6 +356,7 @@ def _export(
     kwargs: dict[str, Any],
     in_spec: pytree.TreeSpec,
     varying: tuple[bool, ...],
+    types: tuple[torch.dtype, ...],
 ) -> torch.export.ExportedProgram:
     # The batch must vary; what only happens to have its size may turn out to be fixed.
     hints = [
@@ -344,7 +375,7 @@ def _export(
             return functional
     except Exception as error:
         leaves = pytree.tree_leaves((args, kwargs))
-        raise CaptureError(_explain(model, error, leaves)) from error
+        raise CaptureError(explain(model, error, leaves, types)) from error
 
 
 @contextmanager
@@ -386,38 +417,3 @@ def _by_name(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> dict[str, A
                 f"{', '.join(names)}"
             )
     return shapes
-
-
-def _explain(model: nn.Module, error: Exception, inputs: Sequence[Any]) -> str:
-    """Which module and line stopped the tracing, in one sentence, and what to try."""
-    paths = {id(module): name or type(model).__name__ for name, module in model.named_modules()}
-    where = ""
-    for frame, line in traceback.walk_tb(error.__traceback__):
-        code = frame.f_code
-        owner = frame.f_locals.get(code.co_varnames[0]) if code.co_varnames else None
-        file = code.co_filename
-        if id(owner) in paths and isinstance(owner, nn.Module) and not file.startswith(_OURS_AND_TORCHS):
-            where = f"module {paths[id(owner)]!r}, {file}:{line}: "
-    kind = type(error).__name__
-    text = str(error).strip().splitlines()
-    first = text[0] if text else kind
-    odd = [x.dtype for x in inputs if isinstance(x, torch.Tensor) and x.is_floating_point()]
-    odd = [dtype for dtype in odd if dtype is not torch.float32]
-    if odd and "dtype" in str(error):
-        advice = f"example_inputs hold a {odd[0]}, the model's parameters are torch.float32: convert it with x.float()"
-    elif "DataDependent" in kind or "data-dependent" in str(error):
-        advice = (
-            "the path taken depends on the values of a tensor, which a fixed graph cannot express: replace the "
-            "`if`/`while` by torch.where or masking, or capture the submodule without it"
-        )
-    elif "Constraint" in kind or "specialized" in str(error) or "Dim.DYNAMIC" in str(error):
-        advice = (
-            "the code fixes the batch size (for instance a reshape or loop that uses a Python number for it): "
-            "take it from x.shape[0] instead"
-        )
-    else:
-        advice = (
-            "try torch.export.export(model.eval(), example_inputs) alone to see torch's own account; rewriting the "
-            "line with plain tensor operations usually helps"
-        )
-    return f"the model cannot be captured: {where}{first} ({kind}); {advice}"

@@ -35,7 +35,7 @@ def advise(search: Search, path: Sequence[Reached], deployed: Score) -> tuple[st
             "few bits lose"
         )
     bits = [site.format.bits for site in search.model.sites.values()]
-    if bits and min(bits) < 8:
+    if bits and min(bits) < 7:  # 7 may be a processor's need
         advice.append(f"{min(bits)} bits are few: 8 bits for the side that loses more")
     if 0 < search.calibrated < FEW:
         advice.append(f"{search.calibrated} calibration examples are few; {FEW} or more give steadier ranges")

@@ -21,6 +21,7 @@ from halfstep.ladder.evaluation import Evaluation, Verdict, keep, kept
 from halfstep.ladder.fingerprint import fingerprint
 from halfstep.ladder.goal import Goal
 from halfstep.ladder.journal import Journal
+from halfstep.ladder.pieces import scored
 from halfstep.ladder.snapshot import Snapshot, put_back_in
 from halfstep.model import QuantizedModel
 from halfstep.progress import protected, say, steps
@@ -91,6 +92,7 @@ class Search:
 
     def __post_init__(self) -> None:
         self.asked = self.goal
+        self._scored = scored(self.model, self.scorer)
         self.checkpoints = Checkpoints(self.journal, self.model)
         self._asked: set[str] = set()
         self._examined: dict[str, int] = {}
@@ -168,9 +170,9 @@ class Search:
         ):  # what was begun is scored: its verdict is worth the time
             if taken is not None and self._stopper is not None:
                 seen = len(taken) if self.picks else 0
-                score = self._stopper.finish(self.model, taken)
+                score = self._stopper.finish(self._scored, taken)
             else:
-                score = self.scorer.evaluate(self.model)
+                score = self.scorer.evaluate(self._scored)
         score = score.numbered(self.examined(key) or 1)
         count = None if score.count is None else score.count - seen
         verdict = Verdict(self.goal.met(score), score, complete=True)
@@ -204,12 +206,12 @@ class Search:
         start, before = time.perf_counter(), self._taken(key)
         with protected(), steps(f"judging {what}", self._stopper.total) as advance:
             scores, side = self._stopper.run(
-                self.model, goal.max_drop, level, accept=not goal.strict, progress=advance, seen=before
+                self._scored, goal.max_drop, level, accept=not goal.strict, progress=advance, seen=before
             )
         if known is not None and before is not None and len(scores) == len(before):
             return known
         complete = len(scores) == self._stopper.total
-        score = self._stopper.finish(self.model, scores) if complete else Score.mean(scores)
+        score = self._stopper.finish(self._scored, scores) if complete else Score.mean(scores)
         score = score.numbered(examined or 1)
         met = goal.met(score) if complete else side == "below"
         verdict = Verdict(met, score, complete, None if complete else goal.max_drop)
@@ -374,8 +376,9 @@ def float_evaluation(
 ) -> tuple[Score, list[Evaluation]]:
     """Score the float network, once on everything and once more on a part, to see whether the metric repeats itself.
 
-    Warns where it does not: a drop smaller than the metric's own noise cannot be seen. Where the examples come in
-    another order each time, the score is returned without those of single examples, since nothing could be paired.
+    The float network is the user's model in the precision that it was handed over in. Warns where the metric does not:
+    a drop smaller than its own noise cannot be seen. Where the examples come in another order each time, the score is
+    returned without those of single examples, since nothing could be paired.
 
     Args:
         scorer: the metric.
@@ -392,6 +395,7 @@ def float_evaluation(
     """
     journal = journal or Journal()
     made: list[Evaluation] = []
+    network = scored(model, scorer)
 
     def once(what: str, key: str, score_it: Callable[[], tuple[Score, int | None]]) -> Score:
         for entry in journal.of("evaluation"):
@@ -405,14 +409,16 @@ def float_evaluation(
         keep(journal, made[-1], Verdict(True, score, complete=True))
         return score
 
+    network = model.handed_over
+
     def whole() -> tuple[Score, int | None]:
-        score = scorer.evaluate(model)
+        score = scorer.evaluate(network)
         return score, score.count
 
     def part() -> tuple[Score, int | None]:
         assert isinstance(scorer, Metric)
         taken: list[torch.Tensor] = []
-        for scores in scorer.stream(model):
+        for scores in scorer.stream(network):
             taken.append(scores)
             if sum(map(len, taken)) >= REPEATED:
                 break

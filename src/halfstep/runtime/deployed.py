@@ -18,6 +18,9 @@ from halfstep.runtime.runtimes import find_runtime, runtime_of
 class DeployedModel(nn.Module):
     """A module that answers with the exported file: takes what the user's model takes, returns what it returns.
 
+    Floating-point inputs of another type are cast to the file's, float32 in all that halfstep exports; outputs are as
+    the file gives them.
+
     Code that was written for the user's model finds what it asks a model for: ``eval()`` and ``train()``, which change
     nothing, ``to()`` and ``device``, where outputs are handed over, and a parameter there, which is nothing else.
 
@@ -63,13 +66,22 @@ class DeployedModel(nn.Module):
             raise DataError(
                 f"{self.path.name}: got {len(leaves)} tensors, needed {len(self.inputs)}: {', '.join(self.inputs)}"
             )
-        arrays = self.session.run([to_numpy(leaf) for leaf in leaves])
+        given = zip(leaves, self.session.types, strict=True)
+        arrays = self.session.run([to_numpy(leaf, dtype) for leaf, dtype in given])
         outputs = [torch.from_numpy(array).to(self.device) for array in arrays]
         if self.out_spec is not None:
             return self.out_spec.restore(outputs)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
-def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """A contiguous array on the CPU, sharing memory where it can."""
-    return np.asarray(tensor.detach().cpu().numpy(), order="C")
+def to_numpy(tensor: torch.Tensor, dtype: np.dtype | None = None) -> np.ndarray:
+    """A contiguous array on the CPU, sharing memory where it can.
+
+    Args:
+        tensor: of any type that numpy has; where ``dtype`` is a floating-point one, of any floating-point type.
+        dtype: that floats are cast to; None leaves them.
+    """
+    tensor = tensor.detach().cpu()
+    if dtype is not None and tensor.is_floating_point() and np.issubdtype(dtype, np.floating):
+        tensor = tensor.to(getattr(torch, dtype.name))
+    return np.asarray(tensor.numpy(), order="C")

@@ -102,11 +102,22 @@ class OnnxRuntimeSession:
     def __init__(self, path: Path, threads: int | None, fuse: bool = True) -> None:
         self.session = open_session(path, threads, fuse=fuse)
         self.inputs: list[str] = [value.name for value in self.session.get_inputs()]
+        self.types = [_numpy_type(value.type) for value in self.session.get_inputs()]
 
     def run(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         """The outputs for one array an input."""
         feed = dict(zip(self.inputs, arrays, strict=True))
         return [np.asarray(array) for array in self.session.run(None, feed)]
+
+
+def _numpy_type(name: str) -> np.dtype:
+    """The type of an input by the runtime's name of it.
+
+    >>> _numpy_type("tensor(float)"), _numpy_type("tensor(int64)")
+    (dtype('float32'), dtype('int64'))
+    """
+    inner = name.removeprefix("tensor(").removesuffix(")")
+    return np.dtype({"float": "float32", "double": "float64"}.get(inner, inner))
 
 
 def inspect(path: Path, threads: int | None) -> Kernels:

@@ -63,6 +63,7 @@ class OpenVinoSession:
     def __init__(self, path: Path, threads: int | None) -> None:
         compiled = compile_model(path, threads)
         self.inputs: list[str] = [value.get_any_name() for value in compiled.inputs]
+        self.types = [np.dtype(value.get_element_type().to_dtype()) for value in compiled.inputs]
         self.outputs = len(compiled.outputs)
         self.request = compiled.create_infer_request()
 

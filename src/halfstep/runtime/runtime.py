@@ -15,9 +15,11 @@ class Session(Protocol):
 
     Attributes:
         inputs: names of the inputs, in order.
+        types: of their numbers, in the same order.
     """
 
     inputs: list[str]
+    types: list[np.dtype]
 
     def run(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         """The outputs for one array an input."""
