@@ -25,8 +25,8 @@ from halfstep.training.options import Training
 
 #: Why the very same code may be refused: counters and caches are content too.
 _HINT = (
-    "It is known by its code, defaults, closure and attributes; a class leaves what makes no difference out of what its "
-    "__getstate__ returns"
+    "It is known by its code, defaults, closure and attributes; a class leaves what makes no difference out of what "
+    "its __getstate__ returns"
 )
 
 
