@@ -155,8 +155,8 @@ def check_training(training: Any) -> None:
 def default_rate(bits: int, optimizer: str) -> float:
     """The learning rate at the start for a model whose fewest bits at any site are ``bits``.
 
-    AdamW: 1e-4 for 7 bits and more, which hardly need training; below, geometrically up to 2e-3 for 4 and fewer. SGD: ten
-    times as much.
+    AdamW: 1e-4 for 7 bits and more, which hardly need training; below, geometrically up to 2e-3 for 4 and fewer. SGD:
+    ten times as much.
 
     >>> default_rate(7, "adamw"), default_rate(2, "adamw"), round(default_rate(6, "adamw"), 6)
     (0.0001, 0.002, 0.000447)
