@@ -50,10 +50,7 @@ CHAIN = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn
         (hs.Recipe.uniform(6, 8), [(8, 6), (8, 6), (8, 6)]),
         (hs.Recipe.uniform(4, 8, ends=None), [(8, 4), (8, 4), (8, 4)]),
         (hs.Recipe.uniform(3, 8, ends=6), [(8, 6), (8, 3), (8, 6)]),
-        (
-            hs.Recipe.uniform(4, 8, portable=False).override("0", hs.LayerSpec(hs.TensorSpec(3))),
-            [(8, 3), (8, 4), (8, 8)],
-        ),
+        (EIGHT.override("0", hs.LayerSpec(hs.TensorSpec(3))), [(8, 3), (8, 4), (8, 8)]),
         (EIGHT.override("4", None), [(8, 8), (8, 4), ()]),
     ],
 )

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, dtype, nn
 
 from halfstep.config import Config, RecipePart, make_config, read_config, to_yaml
-from halfstep.errors import ArgumentError, DataError, HalfstepError, RunError
+from halfstep.errors import ArgumentError, DataError, HalfstepError, RunError, named
 from halfstep.evaluate import Accuracy, Metric
 from halfstep.files import write_whole
 from halfstep.granularity import PerTensor
+from halfstep.graph.inputs import batch_size
 from halfstep.graph.precision import in_float32, other_types
 from halfstep.ladder.budget import Budget
 from halfstep.ladder.journal import Entry, Journal, Saved
@@ -68,6 +69,12 @@ class Job:
         example = next(iter(inputs), None)
         if example is None:
             raise DataError(f"{source}: got no batch, needed at least one")
+        with named(source):
+            size = batch_size(example)
+        if size < 2:
+            raise DataError(
+                f"{source}: got a first batch of {size}, needed 2 examples to capture the network with"
+            )
         check_input(model, example, source)
         return cls(config, model, inputs, example)
 
@@ -117,20 +124,24 @@ class Job:
         return Training(labelled, loss, epochs=part.epochs, learning_rate=part.learning_rate, seed=part.seed)
 
     def _labelled(self, name: str, what: str) -> Iterable[Any]:
-        """Labelled batches; those of a file are seen to have the calibration data's type before anything is run.
+        """Labelled batches; those of a file are seen to be what the model takes before anything is run.
 
         A model that is not in float32 takes floats in either type.
         """
         found = load_labelled(name, self.config.batch)
-        if name.endswith(".npz") and isinstance(self.example, Tensor):
+        if name.endswith(".npz"):
             inputs, _ = next(iter(found))
-            types = other_types(self.model)
-            if in_float32(inputs[:0], types).dtype != in_float32(self.example[:0], types).dtype:
+            if isinstance(self.example, Tensor) and self._type_of(inputs) is not self._type_of(self.example):
                 raise DataError(
                     f"{what} {name!r}: got inputs of {inputs.dtype}, needed {self.example.dtype}, as the calibration "
                     "data have"
                 )
+            check_input(self.model, inputs, f"{what} {name!r}")
         return found
+
+    def _type_of(self, inputs: Tensor) -> dtype:
+        """The type that inputs are computed in."""
+        return in_float32(inputs[:0], other_types(self.model)).dtype
 
     def budget(self) -> Budget:
         """What the search may cost."""

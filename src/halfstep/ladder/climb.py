@@ -212,6 +212,11 @@ def _begin(
             f"What cannot be compared when this run goes on: {', '.join(claimed.unseen)}. The float model is scored "
             "again then, to see that it scores the same; fresh=True (--fresh) begins anew"
         )
+    if claimed.unseen_in_training and journal.folder is not None:
+        search.decide(
+            f"What cannot be compared of the training: {', '.join(claimed.unseen_in_training)}. Where it changes and "
+            "this run goes on, what was trained before stays; fresh=True (--fresh) begins anew"
+        )
     kept = search.checkpoints.statistics()
     if kept is None:
         if data:

@@ -135,9 +135,9 @@ class Training:
             if option.name not in ("labelled", "loss", "control", "checkpoint_every")
         }
 
-    def content(self) -> str:
-        """A digest of the options that decide about the result, of the loss, and of the data as far as can be read."""
-        return Identity(self.describe(), self.loss, self.labelled).digest
+    def identity(self) -> Identity:
+        """The content of the options that decide about the result, of the loss, and of the data."""
+        return Identity(self.describe(), self.loss, self.labelled)
 
 
 def check_training(training: Any) -> None:
