@@ -32,6 +32,7 @@ from halfstep.ladder.journal import Journal
 from halfstep.ladder.outcome import Outcome
 from halfstep.ladder.partial import Partial
 from halfstep.ladder.pins import pinned
+from halfstep.ladder.refits import refit
 from halfstep.ladder.rung import Means, Rung
 from halfstep.ladder.rungs import RUNGS, find_rungs
 from halfstep.ladder.search import Search, float_evaluation
@@ -66,7 +67,9 @@ def prepare(
     found = find_target(target)
     with steps("capturing"):
         captured = decompose(fold(capture(model, example_inputs)), found.decomposed)
-        return QuantizedModel(captured, found, recipe or Recipe.int8())
+        prepared = QuantizedModel(captured, found, recipe or Recipe.int8())
+        prepared.refit = refit
+        return prepared
 
 
 def quantize(

@@ -15,12 +15,14 @@ from halfstep.errors import RunError
 from halfstep.evaluate import EarlyStopping, Metric, Score, Scorer, early_stopping, parts, share_of_error
 from halfstep.fake_quantize import Mode
 from halfstep.granularity import PerTensor
+from halfstep.graph.choices import Choices
 from halfstep.ladder.budget import Budget, BudgetSpent
 from halfstep.ladder.checkpoints import Checkpoints
 from halfstep.ladder.evaluation import Evaluation, Verdict, keep, kept
 from halfstep.ladder.fingerprint import fingerprint
 from halfstep.ladder.goal import Goal
 from halfstep.ladder.journal import Journal
+from halfstep.ladder.refits import Refits
 from halfstep.ladder.snapshot import Snapshot, put_back_in
 from halfstep.model import QuantizedModel
 from halfstep.progress import protected, say, steps
@@ -92,6 +94,7 @@ class Search:
     def __post_init__(self) -> None:
         self.asked = self.goal
         self.checkpoints = Checkpoints(self.journal, self.model)
+        self.refits = Refits(self.model, self.checkpoints)
         self._asked: set[str] = set()
         self._examined: dict[str, int] = {}
         for entry in self.journal.of("evaluation"):
@@ -105,6 +108,11 @@ class Search:
     def hold_to(self, goal: Goal) -> None:
         """Hold simulations to another goal; what is remembered is judged by the one that holds."""
         self.goal = goal
+
+    def choose(self, choices: Choices) -> None:
+        """Let other layers be put back, and what repairs had learned be fitted anew for them."""
+        self.model.choose(choices)
+        self.refits()
 
     @property
     def never_early(self) -> str:
