@@ -35,6 +35,7 @@ from halfstep.ladder.outcome import Outcome
 from halfstep.ladder.partial import Partial
 from halfstep.ladder.pins import pinned
 from halfstep.ladder.portability import PORTABLE, settle
+from halfstep.ladder.refits import refit
 from halfstep.ladder.rung import Means, Rung
 from halfstep.ladder.rungs import RUNGS, find_rungs
 from halfstep.ladder.search import Search, float_evaluation
@@ -75,6 +76,7 @@ def prepare(
     with steps("capturing"):
         captured = decompose(fold(capture(model, example_inputs)), found.decomposed)
         prepared = QuantizedModel(captured, found, settled)
+    prepared.refit = refit
     for note in captured.notes:
         warnings.warn(note, stacklevel=2)
     return prepared
