@@ -23,6 +23,12 @@ from halfstep.ladder.journal import Journal
 from halfstep.model import QuantizedModel
 from halfstep.training.options import Training
 
+#: Why the very same code may be refused: counters and caches are content too.
+_HINT = (
+    "It is known by its code, defaults, closure and attributes; a class leaves what makes no difference out of what "
+    "its __getstate__ returns"
+)
+
 
 class Examples:
     """The digests of examples, collected as batches pass.
@@ -106,7 +112,8 @@ def claim(
     asked = f"target {prepared.target.name}, {aim}, confidence {aim.confidence:g}"
     journal.claim("configuration", asked, words=True)
     identities = {name: _metric_identity(part) for name, part in parts(scorer).items()}
-    journal.claim("metric", Identity({name: each.digest for name, each in identities.items()}).digest)
+    together = Identity({name: each.digest for name, each in identities.items()}).digest
+    journal.claim("metric", together, hint=_HINT)
     unseen = [f"{name} {what}".lstrip() for name, each in identities.items() for what in each.unknown]
     unseen += [
         f"metric {name!r}" if name else "the metric, a function that reads what it wants"
@@ -123,7 +130,7 @@ def claim(
     unseen_in_training: list[str] = []
     if training is not None:
         identity = training.identity()
-        journal.claim("training", identity.digest)
+        journal.claim("training", identity.digest, hint=_HINT)
         unseen_in_training = identity.unknown
         if journal.changed("training surroundings", digest=identity.surroundings):
             warnings.warn(
