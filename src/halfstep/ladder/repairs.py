@@ -15,6 +15,7 @@ from halfstep.fake_quantize import Mode
 from halfstep.graph.inputs import ModelInputs, batch_size
 from halfstep.ladder.budget import BudgetSpent
 from halfstep.ladder.fidelity import Fidelity, Measure, Reference, halves
+from halfstep.ladder.float_model import knowing_float
 from halfstep.model import QuantizedModel
 from halfstep.progress import interruptible, may_go_on, protected, track
 from halfstep.repair.bias import correct_bias
@@ -160,7 +161,7 @@ def repair(
     reference = Reference(model, sum(map(batch_size, held)), held)
     by = reference.by
     untouched = Snapshot.of(model)
-    scorer = None if metric is None else as_scorer(metric)
+    scorer = None if metric is None else knowing_float(as_scorer(metric), model)
     score_before = None if scorer is None else scorer.evaluate(model)
     trials: list[Trial] = []
     left_out: list[str] = []

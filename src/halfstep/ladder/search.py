@@ -403,7 +403,7 @@ def float_evaluation(
     """
     journal = journal or Journal()
     made: list[Evaluation] = []
-    network = scored(model, scorer)
+    network = model.handed_over
 
     def once(what: str, key: str, score_it: Callable[[], tuple[Score, int | None]]) -> Score:
         for entry in journal.of("evaluation"):
@@ -416,8 +416,6 @@ def float_evaluation(
         made.append(Evaluation(what, score.value, seconds, score.count, total, key, "float"))
         keep(journal, made[-1], Verdict(True, score, complete=True))
         return score
-
-    network = model.handed_over
 
     def whole() -> tuple[Score, int | None]:
         score = scorer.evaluate(network)
@@ -488,9 +486,7 @@ def _compared(first: Score, second: Score, name: str) -> Score:
             "(fixed seeds, no random augmentation, no sampling)",
             stacklevel=3,
         )
-    if first.per_example is None:
-        return first
-    if second.per_example is not None and torch.equal(first.per_example, second.per_example):
+    if not first.paired or first.repeats(second):
         return first
     warnings.warn(
         f"{metric}: the scores of single examples differ between two evaluations of the float model, so candidates "
@@ -498,4 +494,4 @@ def _compared(first: Score, second: Score, name: str) -> Score:
         "(a loader with shuffle=False)",
         stacklevel=3,
     )
-    return replace(first, per_example=None)
+    return first.unpaired()
