@@ -164,13 +164,15 @@ class Config(Part):
     model: str = Field(description="package.module:callable that returns a torch.nn.Module")
     weights: str | None = Field(default=None, description="state dict: .safetensors or torch's")
     labelled: str = Field(
-        description="data to judge on: .npz with inputs and labels, or package.module:callable"
+        description="data to judge on: .npz with inputs and labels, or package.module:callable; without labels for "
+        "agreement, cosine and sqnr alone"
     )
     calibration: str = Field(description="data to calibrate on, other than the labelled: .npz, or a callable")
     metric: Several[str] = Field(
         default="accuracy",
-        description="accuracy, or package.module:score with score(outputs, labels) -> (batch,); several by name: "
-        "{accuracy: accuracy, night: package.module:at_night}",
+        description="accuracy, or package.module:score with score(outputs, labels) -> (batch,); against the float "
+        "model, without labels: agreement (top-1), cosine, sqnr with a floor in dB; several by name: {accuracy: "
+        "accuracy, night: package.module:at_night}",
     )
     higher_is_better: Several[bool] = Field(
         default=True, description="false for errors and losses; of several metrics, by name where they differ"

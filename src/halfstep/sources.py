@@ -244,8 +244,8 @@ def load_labelled(name: str, batch: int) -> Iterable[Any]:
     return list(zip(inputs.split(batch), labels.split(batch), strict=True))
 
 
-def load_inputs(name: str, batch: int, limit: int) -> Iterable[Any]:
-    """Calibration batches: from an ``.npz`` with ``inputs``, or from a callable.
+def load_inputs(name: str, batch: int, limit: int | None) -> Iterable[Any]:
+    """Batches without labels: from an ``.npz`` with ``inputs``, or from a callable.
 
     A callable is used as it is: what it returns is iterated for every pass over the data, and where that can be
     iterated only once (a generator), the callable is called anew. A ``Dataset`` and a tensor are put into batches.
@@ -253,13 +253,14 @@ def load_inputs(name: str, batch: int, limit: int) -> Iterable[Any]:
     Args:
         name: of the file, or ``package.module:callable``.
         batch: examples in a batch of a file, dataset or tensor.
-        limit: at most so many examples, the first ones.
+        limit: at most so many examples, the first ones; None for all.
 
     Raises:
         DataError: as :func:`load_labelled`.
     """
     if not name.endswith(".npz"):
-        return _First(name, _batches(name, batch), limit)
+        batches = _batches(name, batch)
+        return batches if limit is None else _First(name, batches, limit)
     inputs = _read_npz(Path(name), ("inputs",))["inputs"][:limit]
     return list(_as_float(inputs, f"{name}: inputs").split(batch))
 

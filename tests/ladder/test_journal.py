@@ -162,9 +162,12 @@ def test_a_forked_child_does_not_hold_the_lock(tmp_path):
         "import os, sys, time\n"
         "from halfstep.ladder.journal import Journal\n"
         "journal = Journal(sys.argv[1])\n"
+        "read, write = os.pipe()\n"
         "if os.fork() == 0:\n"
+        "    os.write(write, b'x')\n"
         "    time.sleep(60)\n"
         "    os._exit(0)\n"
+        "os.read(read, 1)  # the child is on its way\n"
         "os.kill(os.getpid(), 9)"
     )
     with warnings.catch_warnings():

@@ -83,3 +83,15 @@ def test_nodes_that_run_several_times_add_up():
 def test_a_race_of_too_few_rounds_is_refused():
     with pytest.raises(ArgumentError, match=r"rounds: got 2, needed at least 3"):
         race({"one": lambda: None}, rounds=2)
+
+
+def test_a_float_layer_has_the_time_of_what_is_fused_into_it(tmp_path):
+    """The runtime calls a conv by the name of the clip behind it, which codes of 4 bits need."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 24, 24)
+    q = hs.prepare(Net().eval(), x, hs.Recipe.uniform(4, 4, ends=None))
+    q.float_layers = ["large"]
+    hs.observe(q, [x])
+    hs.calibrate(q)
+    times = layer_times(hs.export_onnx(q, tmp_path / "model.onnx"), [np.asarray(x)])
+    assert times["large"] == max(times.values())

@@ -26,7 +26,7 @@ def quantize(
         str | None,
         typer.Option(
             help="Data to judge on: .npz with inputs and labels, or package.module:callable that returns "
-            "batches (inputs, labels)."
+            "batches (inputs, labels); for agreement, cosine and sqnr alone the labels may be left out."
         ),
     ] = None,
     calibration: Annotated[
@@ -43,6 +43,7 @@ def quantize(
         list[str] | None,
         typer.Option(
             help="accuracy (the default), or package.module:score, a function (outputs, labels) -> (batch,) floats; "
+            "against the float model, without labels: agreement (the same class), cosine, sqnr with a --floor in dB; "
             "NAME=METRIC for each of several, all of which must keep to their targets."
         ),
     ] = None,

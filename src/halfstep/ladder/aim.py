@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 from halfstep.errors import ArgumentError, named
-from halfstep.evaluate import Metric, Score, Scorer, parts
+from halfstep.evaluate import SQNR, Metric, Score, Scorer, parts
 from halfstep.ladder.goal import Goal
 
 #: Asked where nothing is said: one point of an accuracy from 0 to 1.
@@ -55,7 +55,7 @@ class Aim:
         """See that every name is a metric's, and that a metric with bounds can miss what is asked of it.
 
         Raises:
-            ArgumentError: with the nearest name that is, or the largest drop that can be.
+            ArgumentError: with the nearest name that is, the largest drop that can be, or the target that can be.
         """
         known = list(filter(None, parts(scorer)))
         for target, asked in self._given().items():
@@ -68,6 +68,12 @@ class Aim:
 
         for name, part in parts(scorer).items():
             target, asked = self._target(name)
+            if isinstance(part, SQNR) and target != "floor":
+                floor = f"{{{name!r}: 30}}" if name else "30"
+                raise ArgumentError(
+                    f"{target}{f' of {name!r}' * bool(name)}: got {asked:g} for hs.SQNR, needed the fewest dB allowed, "
+                    f"such as floor={floor}: beside itself the float model has no noise, so a drop says nothing"
+                )
             bounds = part.bounds if isinstance(part, Metric) else None
             if bounds is None or target == "floor":
                 continue
@@ -87,7 +93,6 @@ class Aim:
             ArgumentError: if the float model itself does not meet it, or a number or name is out of its domain.
             MetricError: if a strict target is asked of a metric without scores of single examples.
         """
-        self.check(scorer)
         (first, leading), *others = parts(scorer).items()
         goal = self._goal(first, float_score, leading)
         rest = {name: self._goal(name, float_score.others[name], part) for name, part in others}
@@ -99,7 +104,14 @@ class Aim:
             max_drop = TARGETS[target](asked, float_score.value, scorer.higher_is_better)
             bounds = scorer.bounds if isinstance(scorer, Metric) else None
             return Goal(
-                max_drop, float_score, scorer.higher_is_better, self.confidence, self.strict, bounds, name
+                max_drop,
+                float_score,
+                scorer.higher_is_better,
+                self.confidence,
+                self.strict,
+                bounds,
+                name,
+                target=target,
             )
 
     def _target(self, name: str) -> tuple[str, float]:

@@ -29,12 +29,14 @@ from halfstep.ladder.concerns import Seen, halving, look, sentences, unlike_site
 from halfstep.ladder.deploy import deploy, file_score
 from halfstep.ladder.doubts import doubts
 from halfstep.ladder.exports import Exports
+from halfstep.ladder.float_model import knowing_float
 from halfstep.ladder.identity import Claimed, Examples, claim
 from halfstep.ladder.journal import Journal
 from halfstep.ladder.outcome import Outcome
 from halfstep.ladder.partial import Partial
 from halfstep.ladder.pins import pinned
 from halfstep.ladder.portability import PORTABLE, settle
+from halfstep.ladder.refits import refit
 from halfstep.ladder.rung import Means, Rung
 from halfstep.ladder.rungs import RUNGS, find_rungs
 from halfstep.ladder.search import Search, float_evaluation
@@ -75,6 +77,7 @@ def prepare(
     with steps("capturing"):
         captured = decompose(fold(capture(model, example_inputs)), found.decomposed)
         prepared = QuantizedModel(captured, found, settled)
+    prepared.refit = refit
     for note in captured.notes:
         warnings.warn(note, stacklevel=2)
     return prepared
@@ -120,8 +123,9 @@ def quantize(
             scores are what the drop is measured from; inputs may come in its type or in float32.
         example_inputs: a tensor, a tuple or a dict, with a batch of at least 2.
         calibration: model inputs, each a tensor, a tuple or a dict; iterated once.
-        metric: :class:`Accuracy`, :class:`Metric`, or any callable from a model to a float; or several of them by name,
-            all of which must keep to their targets. The first one leads: single figures are its.
+        metric: :class:`Accuracy`, :class:`Metric`, :class:`SetMetric`, or any callable from a model to a float; without
+            labels :class:`Agreement`, :class:`Cosine` or :class:`SQNR`; or several of them by name, all of which must
+            keep to their targets. The first one leads: single figures are its.
         max_drop: in the metric's unit, against the float model on the same examples; 0.01 unless another target is
             given. Of several metrics, one number for each or a dict of numbers by name; so ``relative_drop`` and
             ``floor`` too.
@@ -177,6 +181,7 @@ def quantize(
         claimed = claim(journal, prepared, scorer, aim, training)
         if recipe.portable is None:
             journal.write(PORTABLE, portable=settled.portable)
+        scorer = knowing_float(scorer, prepared)
         search = _begin(journal, prepared, scorer, aim, calibration, budget or Budget(), claimed)
         search.started = started
         _write_settings(search, ladder, aim, command)
@@ -203,7 +208,7 @@ def _begin(
     with nullcontext() if data else watching(prepared, seen):
         baseline, _ = float_evaluation(scorer, prepared, journal, claimed.unseen)
     scores = (baseline, *baseline.others.values())
-    journal.write("paired", paired=any(score.per_example is not None for score in scores))
+    journal.write("paired", paired=any(score.paired for score in scores))
     search = Search(prepared, scorer, aim.goal(baseline, scorer), journal=journal, budget=budget, rung="data")
     for note in prepared.captured.notes:
         search.decide(note, aloud=False)  # a warning has said it

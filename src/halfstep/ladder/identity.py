@@ -14,7 +14,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from halfstep.errors import RunError
-from halfstep.evaluate import CallableMetric, Metric, Scorer, labelled_data, parts
+from halfstep.evaluate import CallableMetric, DataMetric, Scorer, labelled_data, parts
 from halfstep.graph.inputs import ModelInputs, batch_size, call_arguments
 from halfstep.identity import Identity, rows_of_bytes, state_of
 from halfstep.ladder.aim import Aim
@@ -52,7 +52,7 @@ class Examples:
         """
         count = batch_size(inputs)
         rows, rest = _by_example(pytree.tree_leaves(call_arguments(inputs)), count)
-        own, others = _by_example(pytree.tree_leaves(labels), count)
+        own, others = _by_example([] if labels is None else pytree.tree_leaves(labels), count)
         self.seen += rows
         self._labelled += [_hash(a + b) for a, b in zip(rows, own, strict=True)]
         if others or rest:
@@ -118,7 +118,7 @@ def claim(
     unseen += [
         f"metric {name!r}" if name else "the metric, a function that reads what it wants"
         for name, part in parts(scorer).items()
-        if not isinstance(part, Metric)
+        if not isinstance(part, DataMetric)
     ]
     surroundings = [each.surroundings for each in identities.values()]
     if journal.changed("surroundings", digests=surroundings):
@@ -143,17 +143,16 @@ def claim(
 
 
 def _metric_identity(scorer: Scorer) -> Identity:
-    """A metric without its labelled data, which are claimed by themselves."""
+    """A metric without its data, which are claimed by themselves."""
     if isinstance(scorer, CallableMetric):
         return Identity(scorer.function, scorer.higher_is_better)
     state = state_of(scorer)
     if isinstance(state, dict):
-        score = state.get("score")
-        own = isinstance(score, MethodType) and score.__self__ is scorer  # the class's
         state = {
             name: value
             for name, value in state.items()
-            if name != "labelled" and not (own and name == "score")
+            if name != "labelled"
+            and not (isinstance(value, MethodType) and value.__self__ is scorer)  # the class's
         }
     return Identity(type(scorer), state)
 

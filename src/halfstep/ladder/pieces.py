@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from halfstep.evaluate import Metric, Scorer, parts
+from halfstep.evaluate import DataMetric, Scorer, parts
 from halfstep.graph.inputs import batch_size, tensors_of
 from halfstep.model import QuantizedModel, run
 
@@ -99,7 +99,7 @@ class InPieces(nn.Module):
 
 def scored(model: QuantizedModel, scorer: Scorer) -> nn.Module:
     """What a metric scores instead of ``model``: itself, in pieces where the metric sees no more than the answers."""
-    plain = all(isinstance(part, Metric) and part.plain for part in parts(scorer).values())
+    plain = all(isinstance(part, DataMetric) and part.plain for part in parts(scorer).values())
     return InPieces(model) if plain else model
 
 

@@ -10,6 +10,7 @@ from halfstep.fake_quantize import Mode
 from halfstep.ladder.best_of import FINALISTS, BestOf
 from halfstep.ladder.candidates import FLOAT, Candidate, Sweep, site_concerns
 from halfstep.ladder.fidelity import Fidelity, Reference
+from halfstep.ladder.float_model import knowing_float
 from halfstep.ladder.mixing import PASSES, mix
 from halfstep.ladder.ranges import (
     Answers,
@@ -43,7 +44,7 @@ def sweep(model: QuantizedModel, options: BestOf) -> Sweep:
         found = mix(model, found, options, reference)
     found.best.apply(model)
     if options.metric is not None:
-        scorer = as_scorer(options.metric)
+        scorer = knowing_float(as_scorer(options.metric), model)
         sign = -1.0 if scorer.higher_is_better else 1.0
         found, _ = judge(
             found,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -11,6 +11,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from halfstep.errors import DataError
+from halfstep.evaluate import class_axis
 from halfstep.graph.inputs import ModelInputs, call_arguments
 
 #: What models that return integers alone, such as classes, must reach, where rounding may tip a few: the share that is
@@ -109,16 +110,6 @@ def compare(
         decisions,
         equal,
     )
-
-
-def class_axis(shape: Sequence[int]) -> int | None:
-    """The axis of the classes that scores of this shape are of; None where there are no two classes.
-
-    >>> class_axis((8, 10)), class_axis((8, 21, 64, 64)), class_axis((8, 1))
-    (1, 1, None)
-    """
-    axis = len(shape) - 1 if len(shape) < 4 else 1
-    return axis if axis >= 1 and shape[axis] > 1 else None
 
 
 def signal_to_noise(wanted: torch.Tensor, got: torch.Tensor) -> float:
