@@ -1,4 +1,4 @@
-"""A climb over all rungs that is killed again and again, half of the times to go on under other instruction sets.
+"""A climb over all rungs that is killed again and again, half of the times to go on under a narrower instruction set.
 
 The digits' network in 2 and 3 bits, with no layer allowed in float, so that every rung is climbed. An unbroken run says
 what must come out; broken runs are killed (SIGKILL) at random moments until they end. No finished evaluation may be
@@ -29,14 +29,10 @@ from rich.table import Table
 from torch import nn
 
 import halfstep as hs
+from bench.instructions import narrower
 from halfstep.demo import DigitsNet, load_digits, train_digits
 from halfstep.ladder.journal import read
 
-AVX2 = {
-    "ATEN_CPU_CAPABILITY": "avx2",
-    "ONEDNN_MAX_CPU_ISA": "AVX2",
-    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-}
 KILLS_A_RUN = 8  # on average
 WEIGHTS = "weights.pt"
 
@@ -135,6 +131,11 @@ def main() -> None:
         climb(options.child)
         return
     console, dice = Console(width=120), random.Random(options.seed)
+    fewer = narrower()
+    if not fewer:
+        raise SystemExit(
+            "no narrower instruction set is known for this processor: every run would be the same"
+        )
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         torch.save(train_digits(load_digits()).state_dict(), place / WEIGHTS)
@@ -145,15 +146,15 @@ def main() -> None:
         wanted, marks = finished(unbroken), len((unbroken / "marks").read_text())
         console.print(f"unbroken: {seconds:.0f} s, {marks} batches scored, on rung {wanted['rung']}")
         table = Table(title=f"{options.kills} kills, seed {options.seed}")
-        for column in ("run", "kills", "lives under AVX2", "killed in", "evaluations made twice", "batches scored more",
-                       "decisions the same", "but for figures", "outcome the same"):  # fmt: skip
+        for column in ("run", "kills", "with fewer instructions", "killed in", "evaluations made twice",
+                       "batches scored more", "decisions the same", "but for figures", "outcome the same"):  # fmt: skip
             table.add_column(column, justify="right")
         kills = run = 0
         while kills < options.kills:
             folder, lives, places = place / f"run{run}", 0, collections.Counter[str]()
             narrow = 0
             while True:
-                environment = AVX2 if (lives + run) % 2 else {}
+                environment = fewer if (lives + run) % 2 else {}
                 narrow += bool(environment)
                 process = start(folder, environment)
                 lives += 1

@@ -11,7 +11,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from halfstep.errors import ArgumentError, DataError
 from halfstep.progress import listening
-from halfstep.sources import check_input, load_inputs, load_labelled, load_weights
+from halfstep.sources import (
+    check_input,
+    find_callable,
+    load_inputs,
+    load_labelled,
+    load_model,
+    load_weights,
+)
 
 X = torch.arange(80.0).reshape(20, 4)
 LABELS = torch.arange(20) % 3
@@ -109,7 +116,11 @@ def test_weights_that_cannot_be_read(tmp_path):
     (tmp_path / "text.safetensors").write_text("text")
     torch.save(net(), tmp_path / "module.pt")
     torch.save([1, 2], tmp_path / "list.pt")
-    assert message("empty.pt").startswith("weights /empty.pt: cannot be read: EOFError")
+    (tmp_path / "text.pt").write_text("hello")
+    needed = "; needed .safetensors, or what torch.save(model.state_dict(), path) writes"
+    assert message("empty.pt") == f"weights /empty.pt: cannot be read: EOFError{needed}"
+    assert message("text.pt").startswith("weights /text.pt: cannot be read: ")
+    assert message("text.pt").endswith(needed)
     assert message("nowhere.pt") == "weights /nowhere.pt: no such file"
     assert message("nowhere.safetensors") == "weights /nowhere.safetensors: no such file"
     assert message("folder.pt").startswith("weights /folder.pt: cannot be read: IsADirectoryError")
@@ -127,14 +138,14 @@ def test_an_uncompressed_file_stays_on_the_disk(tmp_path):
     for save in (np.savez, np.savez_compressed):
         path = tmp_path / f"{save.__name__}.npz"
         save(path, inputs=X.numpy(), labels=LABELS.numpy())
-        labelled = load_labelled(str(path), 8, net())
+        labelled = load_labelled(str(path), 8)
         assert [len(inputs) for inputs, _ in labelled] == [8, 8, 4]
         assert torch.equal(torch.cat([inputs for inputs, _ in labelled]), X)
         assert torch.equal(torch.cat([labels for _, labels in labelled]), LABELS)
         with open("/proc/self/maps") as maps:
             assert (str(path) in maps.read()) == (save is np.savez)
         labelled[0][0].zero_()  # a model that overwrites its input changes no file
-        assert torch.equal(load_inputs(str(path), 20, 20, net())[0], X)
+        assert torch.equal(load_inputs(str(path), 20, 20)[0], X)
         del labelled
 
 
@@ -142,23 +153,21 @@ def test_arrays_in_any_layout_are_read(tmp_path):
     first = np.arange(3, dtype=np.uint8)  # the next one starts at no multiple of 8 bytes then
     for name, inputs in {"fortran": np.asfortranarray(X.numpy()), "long": X.long().numpy()}.items():
         np.savez(tmp_path / f"{name}.npz", first=first, inputs=inputs)
-        (batch,) = load_inputs(str(tmp_path / f"{name}.npz"), 20, 20, net())
+        (batch,) = load_inputs(str(tmp_path / f"{name}.npz"), 20, 20)
         assert torch.equal(batch, torch.from_numpy(inputs))
 
 
 def test_floats_become_the_models_and_labels_indices(tmp_path, heard):
     path = tmp_path / "t.npz"
     np.savez(path, inputs=X.double().numpy(), labels=LABELS.to(torch.uint8).numpy())
-    ((inputs, labels),) = load_labelled(str(path), 20, net())
+    ((inputs, labels),) = load_labelled(str(path), 20)
     assert (inputs.dtype, labels.dtype) == (torch.float32, torch.int64)
     assert torch.equal(inputs, X) and torch.equal(labels, LABELS)
     assert heard == [
         f"{path}: inputs are torch.float64: converted to torch.float32, which the model computes in"
     ]
-    ((inputs, _),) = load_labelled(str(path), 20, net().double())
-    assert inputs.dtype == torch.float64 and len(heard) == 1
     np.savez(path, inputs=X.numpy(), labels=X.double().numpy())
-    ((_, labels),) = load_labelled(str(path), 20, net())
+    ((_, labels),) = load_labelled(str(path), 20)
     assert labels.dtype == torch.float32 and "labels are torch.float64" in heard[-1]
 
 
@@ -182,6 +191,50 @@ def test_what_the_model_does_not_take_is_said_at_the_start(inputs, message):
 
 
 # callables
+
+
+def leaves():
+    raise SystemExit("bye")
+
+
+def talks():
+    raise RuntimeError("no file\n  at this address " + "x" * 1000)
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("leaves", ArgumentError, "raised SystemExit: bye$"),
+        ("talks", ArgumentError, "raised RuntimeError: no file at this address x{276} ...$"),
+        ("net.nothing", ArgumentError, "has no 'net.nothing'$"),
+    ],
+)
+def test_models_that_cannot_be_loaded(name, error, message):
+    with pytest.raises(error, match=f"^'{__name__}:{name}': .*{message}"):
+        load_model(f"{__name__}:{name}")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet", "'resnet': needed this or that$"),
+        ("models.py:net", "'models.py:net': got the path of a file, .* imports it by, as models:net$"),
+        ("./my/models.py:net", ".* as my.models:net$"),
+        ("my/models:net", ".* as my.models:net$"),
+    ],
+)
+def test_names_that_are_none(name, message):
+    with pytest.raises(ArgumentError, match=message):
+        find_callable(name, "this or that")
+
+
+def test_data_may_be_a_file_or_a_callable():
+    for load in (lambda name: load_inputs(name, 8, 8), lambda name: load_labelled(name, 8)):
+        with pytest.raises(
+            ArgumentError, match=r"'data.npy': needed an .npz file, or package.module:callable"
+        ):
+            load("data.npy")
+
 
 PASSES = []
 USED_UP = iter([X])
@@ -224,32 +277,32 @@ def lengths(batches):
 
 def test_a_generator_is_begun_anew_for_every_pass_and_taken_no_further_than_needed():
     PASSES.clear()
-    batches = load_inputs(f"{__name__}:generated", 64, 10, net())
+    batches = load_inputs(f"{__name__}:generated", 64, 10)
     assert lengths(batches) == [8, 2] and PASSES == ["begun", 0, 1]
     assert lengths(batches) == [8, 2] and PASSES == ["begun", 0, 1] * 2
-    labelled = load_labelled(f"{__name__}:generated", 64, net())
+    labelled = load_labelled(f"{__name__}:generated", 64)
     assert lengths(labelled) == lengths(labelled) == [8, 8, 4]
 
 
 def test_what_can_be_iterated_again_is_used_as_it_is():
-    first = next(iter(load_labelled(f"{__name__}:loader", 64, net())))
+    first = next(iter(load_labelled(f"{__name__}:loader", 64)))
     assert len(first[0]) == 5
-    assert isinstance(load_labelled(f"{__name__}:loader", 64, net()), DataLoader)
-    assert lengths(inputs for inputs, _ in load_labelled(f"{__name__}:dataset", 6, net())) == [6, 6, 6, 2]
-    assert lengths(load_inputs(f"{__name__}:array", 6, 13, net())) == [6, 6, 1]
+    assert isinstance(load_labelled(f"{__name__}:loader", 64), DataLoader)
+    assert lengths(inputs for inputs, _ in load_labelled(f"{__name__}:dataset", 6)) == [6, 6, 6, 2]
+    assert lengths(load_inputs(f"{__name__}:array", 6, 13)) == [6, 6, 1]
 
 
 def test_a_batch_of_several_inputs_is_cut_where_it_has_examples():
-    *_, last = load_inputs(f"{__name__}:pairs", 64, 11, net())
+    *_, last = load_inputs(f"{__name__}:pairs", 64, 11)
     assert last["x"].shape == (3, 4) and last["scale"].shape == ()
 
 
 def test_callables_that_cannot_serve():
-    batches = load_inputs(f"{__name__}:used_up", 64, math.inf, net())
+    batches = load_inputs(f"{__name__}:used_up", 64, math.inf)
     assert lengths(batches) == [20]
     with pytest.raises(
         DataError, match=r"gave no batch when it was called again: .* begin anew in each call"
     ):
         list(batches)
     with pytest.raises(ArgumentError, match="returned a int, needed an iterable of batches"):
-        load_labelled(f"{__name__}:nothing", 64, net())
+        load_labelled(f"{__name__}:nothing", 64)

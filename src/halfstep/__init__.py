@@ -2,7 +2,7 @@
 
 from halfstep.calibrators import MSE, Entropy, Max, MovingAverage, Percentile
 from halfstep.errors import HalfstepError
-from halfstep.evaluate import Accuracy, CallableMetric, Metric, Score
+from halfstep.evaluate import SQNR, Accuracy, Agreement, CallableMetric, Cosine, Metric, Score, SetMetric
 from halfstep.export.onnx import export_float, export_onnx
 from halfstep.export.verify import Verification, verify
 from halfstep.formats import E2M1, E4M3, E5M2, Codebook, Floating, Integer
@@ -42,11 +42,14 @@ __all__ = [
     "E4M3",
     "E5M2",
     "MSE",
+    "SQNR",
     "Accuracy",
+    "Agreement",
     "Budget",
     "CallableMetric",
     "Candidate",
     "Codebook",
+    "Cosine",
     "Damping",
     "Distillation",
     "Entropy",
@@ -72,6 +75,7 @@ __all__ = [
     "Repairs",
     "Score",
     "Sensitivity",
+    "SetMetric",
     "SiteConcern",
     "Sweep",
     "TensorSpec",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -37,7 +37,22 @@ Several = Annotated[
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with numbers as in its version 1.2: ``1e-3`` is one, which version 1.1 takes for text."""
+    """YAML with numbers as in its version 1.2: ``1e-3`` is one, which version 1.1 takes for text.
+
+    As that version has it, no key stands twice.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """A mapping, unless one of its values would be lost."""
+        known: set[str] = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in known:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{name!r} stands there twice", key.start_mark
+                )
+            known.add(name)
+        return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -87,6 +102,11 @@ class RecipePart(Part):
     group: Annotated[int, Field(ge=16)] | None = Field(
         default=None,
         description="dynamic or weight_only: one scale for so many weights along the input axis; null: for a channel",
+    )
+    portable: bool | None = Field(
+        default=None,
+        description="weights of 7 bits where sums would saturate on x86 processors without VNNI, so that the file "
+        "answers alike everywhere; null: as the processor that this runs on needs it",
     )
     float_layers: list[str] = Field(
         default=[], description="layers that always stay in float: names or shell patterns"
@@ -144,13 +164,15 @@ class Config(Part):
     model: str = Field(description="package.module:callable that returns a torch.nn.Module")
     weights: str | None = Field(default=None, description="state dict: .safetensors or torch's")
     labelled: str = Field(
-        description="data to judge on: .npz with inputs and labels, or package.module:callable"
+        description="data to judge on: .npz with inputs and labels, or package.module:callable; without labels for "
+        "agreement, cosine and sqnr alone"
     )
     calibration: str = Field(description="data to calibrate on, other than the labelled: .npz, or a callable")
     metric: Several[str] = Field(
         default="accuracy",
-        description="accuracy, or package.module:score with score(outputs, labels) -> (batch,); several by name: "
-        "{accuracy: accuracy, night: package.module:at_night}",
+        description="accuracy, or package.module:score with score(outputs, labels) -> (batch,); against the float "
+        "model, without labels: agreement (top-1), cosine, sqnr with a floor in dB; several by name: {accuracy: "
+        "accuracy, night: package.module:at_night}",
     )
     higher_is_better: Several[bool] = Field(
         default=True, description="false for errors and losses; of several metrics, by name where they differ"
@@ -199,7 +221,7 @@ def read_config(path: str | Path, changes: Mapping[str, Any] | None = None) -> C
         values = yaml.load(text, _Loader)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "is no text"
-        raise ArgumentError(f"config {path}: {reason}") from error
+        raise ArgumentError(f"config {path}: {reason}; halfstep init MODEL writes one") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}, line {mark.line + 1}" if mark is not None else str(path)
@@ -228,13 +250,24 @@ def make_config(values: Mapping[str, Any], source: str, lines: Mapping[Key, int]
         raise ArgumentError(_message(error.errors()[0], source, lines or {})) from error
 
 
+#: What is needed where a value is of another type, by pydantic's word for the mistake.
+_NEEDED = {
+    "bool_type": "true or false",
+    "dict_type": "keys and values",
+    "float_type": "a number, without quotes or unit",
+    "int_type": "a whole number, without quotes or unit",
+    "list_type": "a list",
+    "string_type": "a text: in quotes if it looks like a number",
+}
+
+
 def _message(mistake: Mapping[str, Any], source: str, lines: Mapping[Key, int]) -> str:
     key: Key = tuple(part for part in mistake["loc"] if part not in (_ONE, _EACH))
     while key not in lines and len(key) > 1 and not isinstance(key[-1], str):
         key = key[:-1]
     place = f"{source}, line {lines[key]}" if key in lines else source
     name = ".".join(map(str, key))
-    if mistake["type"] == "extra_forbidden":
+    if mistake["type"] in ("extra_forbidden", "invalid_key"):
         known = list(_part(key[:-1]).model_fields)
         near = difflib.get_close_matches(str(key[-1]), known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
@@ -243,7 +276,9 @@ def _message(mistake: Mapping[str, Any], source: str, lines: Mapping[Key, int]) 
         return f"{source}: {name} is missing: {_field(key).description}"
     if mistake["type"] == "value_error":
         return f"{place}: {name}: {mistake['ctx']['error']}"
-    needed = mistake["msg"].removeprefix("Input should be ")
+    needed = _NEEDED.get(mistake["type"]) or mistake["msg"].removeprefix("Input should be ")
+    if mistake["type"] == "model_type":
+        needed = f"keys and values: {', '.join(_part(key).model_fields)}"
     return f"{place}: {name} is {mistake['input']!r}, needed {needed}"
 
 

@@ -1,7 +1,8 @@
 """Progress of long loops, told to whoever listens; nobody by default.
 
-The command line listens and draws bars. Library code only wraps its loops in :func:`track`. The same loops ask before
-every step whether to go on, so that a bound on time can end any of them.
+The command line and :func:`halfstep.quantize` listen and draw bars (:mod:`halfstep.live`). Library code only wraps its
+loops in :func:`track`. The same loops ask before every step whether to go on, so that a bound on time can end any of
+them.
 """
 
 from __future__ import annotations
@@ -46,6 +47,11 @@ def listening(listener: Listener) -> Iterator[None]:
         yield
     finally:
         _LISTENER.reset(token)
+
+
+def heard() -> bool:
+    """Whether somebody listens."""
+    return _LISTENER.get() is not None
 
 
 def say(sentence: str) -> None:

@@ -77,6 +77,8 @@ class Recipe:
             float".
         ends: the spec of the first and last layers (those with no other layer before or behind them) where no pattern
             matches; None: the default. A network that has no other layers gets the default throughout.
+        portable: whether weights of 8 bits get 7 where integer kernels for processors without dot-product instructions
+            would saturate; see :meth:`int8`.
 
     >>> Recipe.int8().override("fc", None).spec("fc") is None
     True
@@ -85,11 +87,20 @@ class Recipe:
     default: LayerSpec = LayerSpec()
     overrides: tuple[tuple[str, LayerSpec | None], ...] = ()
     ends: LayerSpec | None = None
+    portable: bool | None = None
 
     @classmethod
-    def int8(cls) -> Recipe:
-        """Weights and activations in 8 bits."""
-        return cls()
+    def int8(cls, portable: bool | None = None) -> Recipe:
+        """Weights and activations in 8 bits.
+
+        On x86 processors without VNNI, kernels add two products of 8 by 8 bits in 16 bits and saturate: the same file
+        then gives other answers, often much worse ones. Weights of 7 bits cannot overflow there.
+
+        Args:
+            portable: True gives weights 7 bits wherever a sum can saturate, so that the file answers alike on every
+                processor. False leaves them 8. None, the default, does what the processor that this runs on needs.
+        """
+        return cls(portable=portable)
 
     @classmethod
     def uniform(
@@ -98,6 +109,7 @@ class Recipe:
         activations: int | Format | None = 8,
         weight_granularity: Granularity | None = None,
         ends: int | None = 8,
+        portable: bool | None = None,
     ) -> Recipe:
         """Uniform formats: bits or a format for each side, None for float.
 
@@ -108,6 +120,7 @@ class Recipe:
             ends: bits that the first and last layers get on a side that asks for fewer than :data:`FEW_BITS`, unless
                 an override says otherwise: they hold few of the parameters and much of the accuracy. None: no
                 exception is made.
+            portable: see :meth:`int8`.
 
         Raises:
             RecipeError: if bits are not 2 to 16, or both sides are None.
@@ -119,16 +132,17 @@ class Recipe:
             None if activations is None else TensorSpec(activations),
         )
         sides = LayerSpec(_widened(default.weights, ends), _widened(default.activations, ends))
-        return cls(default, ends=None if sides == default else sides)
+        return cls(default, ends=None if sides == default else sides, portable=portable)
 
     @classmethod
-    def dynamic(cls, weights: int = 8, group: int | None = None) -> Recipe:
+    def dynamic(cls, weights: int = 8, group: int | None = None, portable: bool | None = None) -> Recipe:
         """Activations in 8 bits with ranges computed at run time, from each tensor itself: nothing to calibrate.
 
         Args:
             weights: bits.
             group: None for one range per activation tensor and one per output channel of a weight. Otherwise weights
                 have a range for each so many neighbours along the input axis, activations for each row and group.
+            portable: see :meth:`int8`.
 
         Raises:
             RecipeError: if the bits are not 2 to 8, or the group is no power of two from 16.
@@ -136,7 +150,7 @@ class Recipe:
         if not 2 <= weights <= 8:
             raise RecipeError(f"weights: got {weights} bits, needed 2 to 8 beside activations of 8 bits")
         granularity = None if group is None else PerGroup(1, group)
-        return cls(LayerSpec(TensorSpec(weights, granularity)).with_dynamic_activations())
+        return cls(LayerSpec(TensorSpec(weights, granularity)).with_dynamic_activations(), portable=portable)
 
     @classmethod
     def weight_only(cls, bits: int | Format = 4, group: int | None = 128) -> Recipe:

@@ -18,32 +18,42 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset
 
 from halfstep.errors import ArgumentError, DataError, named
+from halfstep.graph.capture import check_parameters
 from halfstep.graph.inputs import ModelInputs, batch_size, call_arguments, tensors_of
 from halfstep.graph.precision import hand_over, other_types
 from halfstep.progress import say
 
 #: Under these names checkpoints of a training keep the state dict beside optimizers and counters.
 _INSIDE = ("state_dict", "model_state_dict", "model", "net", "weights")
-#: How many names a message lists.
-_FEW = 3
+#: How many names a message lists, and how many letters of another's message it holds.
+_FEW, _LETTERS = 3, 300
 
 
-def find_callable(name: str) -> Callable[..., Any]:
+def find_callable(
+    name: str, needed: str = "package.module:callable, for instance my_package.models:resnet"
+) -> Callable[..., Any]:
     """The callable that ``package.module:callable`` names; the current directory is searched too.
+
+    Args:
+        name: of the callable.
+        needed: what to ask for where it is no such name.
 
     Raises:
         ArgumentError: saying which part of the name cannot be found.
     """
     module_name, colon, attribute = name.partition(":")
     if not colon or not module_name or not attribute:
+        raise ArgumentError(f"{name!r}: needed {needed}")
+    if module_name.endswith(".py") or "/" in module_name:
+        dotted = ".".join(Path(module_name).with_suffix("").parts).lstrip("./")
         raise ArgumentError(
-            f"{name!r}: needed package.module:callable, for instance my_package.models:resnet"
+            f"{name!r}: got the path of a file, needed the name that Python imports it by, as {dotted}:{attribute}"
         )
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
         found: Any = importlib.import_module(module_name)
-    except Exception as error:  # the user's code runs here and may raise anything
+    except (Exception, SystemExit) as error:  # the user's code runs here and may raise anything
         raise ArgumentError(f"{name!r}: cannot import {module_name}: {_reason(error)}") from error
     for part in attribute.split("."):
         if not hasattr(found, part):
@@ -64,12 +74,15 @@ def load_model(name: str, weights: Path | None = None) -> nn.Module:
 
     Raises:
         ArgumentError: if it returns no module, or the weights do not fit.
+        CaptureError: if a parameter is none that can be quantized.
     """
     model = _call(name)
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"{name!r}: returned a {type(model).__name__}, needed a torch.nn.Module")
     if weights is not None:
         load_weights(model, weights)
+    with named(repr(name)):
+        check_parameters(model)
     return model.eval()
 
 
@@ -140,7 +153,10 @@ def _read_state(path: Path) -> Mapping[str, Any]:
             "the state dict: torch.save(model.state_dict(), path)"
         ) from error
     except Exception as error:  # torch, zipfile and safetensors raise a dozen kinds
-        raise ArgumentError(f"weights {path}: cannot be read: {_reason(error)}") from error
+        raise ArgumentError(
+            f"weights {path}: cannot be read: {_reason(error)}; needed .safetensors, or what "
+            "torch.save(model.state_dict(), path) writes"
+        ) from error
     if not isinstance(state, Mapping):
         raise ArgumentError(
             f"weights {path}: holds a {type(state).__name__}, needed a state dict: names and tensors"
@@ -200,16 +216,15 @@ def check_input(model: nn.Module, inputs: ModelInputs, source: str) -> None:
         raise DataError(f"{source}: the model does not take {given}: {_reason(error)}{advice}") from error
 
 
-def load_labelled(name: str, batch: int, model: nn.Module) -> Iterable[Any]:
+def load_labelled(name: str, batch: int) -> Iterable[Any]:
     """Labelled batches: from an ``.npz`` with ``inputs`` and ``labels``, or from a callable.
 
-    Files that are not compressed stay on the disk until a batch is used. Floats become those that the model computes
-    in, which is said, and other labels int64.
+    Files that are not compressed stay on the disk until a batch is used. Floats become float32, in which models
+    compute, which is said. Other labels become int64.
 
     Args:
         name: of the file, or ``package.module:callable``; see :func:`load_inputs`.
         batch: examples in a batch of a file.
-        model: that the data are for.
 
     Raises:
         DataError: if the file cannot be read, lacks an array, or holds Python objects.
@@ -222,15 +237,15 @@ def load_labelled(name: str, batch: int, model: nn.Module) -> Iterable[Any]:
         raise DataError(
             f"{name}: has {len(inputs)} inputs but {len(labels)} labels; needed one label an input"
         )
-    inputs = _as_float(inputs, model, f"{name}: inputs")
-    labels = _as_float(labels, model, f"{name}: labels")
+    inputs = _as_float(inputs, f"{name}: inputs")
+    labels = _as_float(labels, f"{name}: labels")
     if not labels.is_floating_point() and labels.dtype is not torch.bool:
         labels = labels.long()
     return list(zip(inputs.split(batch), labels.split(batch), strict=True))
 
 
-def load_inputs(name: str, batch: int, limit: int, model: nn.Module) -> Iterable[Any]:
-    """Calibration batches: from an ``.npz`` with ``inputs``, or from a callable.
+def load_inputs(name: str, batch: int, limit: int | None) -> Iterable[Any]:
+    """Batches without labels: from an ``.npz`` with ``inputs``, or from a callable.
 
     A callable is used as it is: what it returns is iterated for every pass over the data, and where that can be
     iterated only once (a generator), the callable is called anew. A ``Dataset`` and a tensor are put into batches.
@@ -238,35 +253,39 @@ def load_inputs(name: str, batch: int, limit: int, model: nn.Module) -> Iterable
     Args:
         name: of the file, or ``package.module:callable``.
         batch: examples in a batch of a file, dataset or tensor.
-        limit: at most so many examples, the first ones.
-        model: that the data are for.
+        limit: at most so many examples, the first ones; None for all.
 
     Raises:
         DataError: as :func:`load_labelled`.
     """
     if not name.endswith(".npz"):
-        return _First(name, _batches(name, batch), limit)
+        batches = _batches(name, batch)
+        return batches if limit is None else _First(name, batches, limit)
     inputs = _read_npz(Path(name), ("inputs",))["inputs"][:limit]
-    return list(_as_float(inputs, model, f"{name}: inputs").split(batch))
+    return list(_as_float(inputs, f"{name}: inputs").split(batch))
 
 
-def _call(name: str) -> Any:
-    function = find_callable(name)
+def _call(name: str, **options: str) -> Any:
+    function = find_callable(name, **options)
     try:
         return function()
-    except Exception as error:  # the user's code, again
+    except (Exception, SystemExit) as error:  # the user's code, again
         raise ArgumentError(f"{name!r}: raised {_reason(error)}") from error
 
 
-def _reason(error: Exception) -> str:
-    """An exception's kind, and the first line of its text if it has any."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+def _reason(error: BaseException) -> str:
+    """An exception's kind, and the beginning of its text in one line if it has any."""
+    words = " ".join(str(error).split())
+    if len(words) > _LETTERS:
+        words = f"{words[:_LETTERS]} ..."
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__
 
 
 def _batches(name: str, batch: int) -> Iterable[Any]:
     """What a callable returns, as something that can be iterated again and again."""
-    data = _call(name)
+    data = _call(
+        name, needed="an .npz file, or package.module:callable, for instance my_package.data:batches"
+    )
     if isinstance(data, Iterator):
         return _Anew(name, data)
     if isinstance(data, torch.Tensor) and data.dim():
@@ -325,14 +344,12 @@ def _first_of(batch: Any, count: int) -> Any:
     )
 
 
-def _as_float(tensor: torch.Tensor, model: nn.Module, what: str) -> torch.Tensor:
-    """Floats in the type that the model computes in: numpy makes 64 bits unless told otherwise."""
-    own = {value.dtype for value in model.state_dict().values()}
-    wanted = torch.float64 if torch.float64 in own and torch.float32 not in own else torch.float32
-    if not tensor.is_floating_point() or tensor.dtype is wanted:
+def _as_float(tensor: torch.Tensor, what: str) -> torch.Tensor:
+    """Floats as float32: numpy makes 64 bits unless told otherwise."""
+    if not tensor.is_floating_point() or tensor.dtype is torch.float32:
         return tensor
-    say(f"{what} are {tensor.dtype}: converted to {wanted}, which the model computes in")
-    return tensor.to(wanted)
+    say(f"{what} are {tensor.dtype}: converted to torch.float32, which the model computes in")
+    return tensor.float()
 
 
 def _read_npz(path: Path, names: tuple[str, ...]) -> dict[str, torch.Tensor]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from onnx import load
 
+from halfstep.cli.job import restore
 from halfstep.ladder import tune as tuning
 from halfstep.runtime.deployed import DeployedModel
 from tests.cli.commands import halfstep
@@ -144,3 +145,46 @@ def test_what_is_not_of_the_run_is_refused(folder):
     done = halfstep(folder, "export", "run", "again.onnx")
     assert done.returncode == 2
     assert "run: its checkpoint is not of the network that 'deep:other' returns now: " in done.stderr
+
+
+def test_a_baseline_holds_later_runs_to_what_was_recorded(folder):
+    (folder / "held.yaml").write_text(
+        "model: deep:net\nlabelled: lab.npz\ncalibration: cal.npz\nmax_drop: 0.1\ndirectory: run\nthreads: 1\n"
+        "recipe: {float_layers: ['2']}\nrungs: [ptq]\n"
+    )
+    halfstep(folder, "quantize", "held.yaml")
+    recorded = json.loads((folder / "run" / "outcome.json").read_text())
+    assert recorded["environment"]["onnxruntime"] and recorded["saturable"] is not None
+    done = halfstep(folder, "verify", "run", "--baseline", "run/outcome.json")
+    assert done.returncode == 0, done.stdout
+    next(layer for layer in recorded["layers"] if layer["name"] == "2")["integer"] = True
+    recorded["parity"]["top1"] = 1.5  # no file can
+    (folder / "better.json").write_text(json.dumps(recorded))
+    done = halfstep(folder, "verify", "run", "--baseline", "better.json")
+    assert done.returncode == 3
+    assert "failed: layer '2' ran on integers and is in float now: left in float by the recipe" in done.stdout
+    assert "answers are the simulation's, 150.00% were" in done.stdout
+    failures = json.loads(halfstep(folder, "verify", "run", "--json", "--baseline", "better.json").stdout)[
+        "failures"
+    ]
+    assert len(failures) == 2
+    for text, message in (("{}", "needed the outcome.json of one"), ("{", "cannot be read")):
+        (folder / "none.json").write_text(text)
+        done = halfstep(folder, "verify", "run", "--baseline", "none.json")
+        assert done.returncode == 2 and message in done.stderr
+
+
+def test_a_run_keeps_the_weights_that_the_processor_of_its_beginning_needed(folder, monkeypatch):
+    """Though the one that it goes on with needs others."""
+    for need in (True, False):
+        monkeypatch.setattr("halfstep.ladder.portability.saturates_here", lambda need=need: need)
+        there = ("--max-drop", "0.1", "--rungs", "ptq", "--directory", f"run{need}")
+        run(folder, *there)
+        journal = (folder / f"run{need}" / "journal.jsonl").read_text()
+        assert ("weights have 7 bits instead of 8" in journal) == need
+        monkeypatch.setattr("halfstep.ladder.portability.saturates_here", lambda need=need: not need)
+        run(folder, *there)  # goes on
+        monkeypatch.chdir(folder)
+        model, _, _ = restore(folder / f"run{need}", None)
+        weights = {site.format.bits for site in model.placement.sites if site.is_weight}
+        assert weights == {7 if need else 8}

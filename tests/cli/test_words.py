@@ -8,10 +8,11 @@ import pytest
 import torch
 from rich.table import Table
 
-from halfstep.cli.console import Bars, err, out
+from halfstep.cli.console import err, out
 from halfstep.config import commented
 from halfstep.errors import RunError
 from halfstep.ladder.outcome import Outcome
+from halfstep.live import Bars
 from tests.cli.commands import halfstep, words_of
 
 MODEL = """

@@ -45,7 +45,7 @@ def test_residual(target):
     ],
 )
 def test_formats(target, activations):
-    q = hs.prepare(Residual(), torch.randn(2, 4, 8, 8), target=target)
+    q = hs.prepare(Residual(), torch.randn(2, 4, 8, 8), hs.Recipe.int8(portable=False), target)
     assert q.sites["relu"].format == activations
     assert q.sites["a.weight"].format == hs.Integer(8, signed=True, symmetric=True)
     assert q.sites["a.weight"].granularity == hs.PerChannel(0)
@@ -122,3 +122,56 @@ def test_a_branch_that_is_read_elsewhere_is_not_taken_in():
 
     q = hs.prepare(Shared(), torch.randn(2, 4, 8, 8), target="openvino")
     assert [name for name in q.sites if not name.endswith("weight")] == ["x", "a", "add"]
+
+
+class Widths(nn.Module):
+    """Convs (one depthwise, one with two outputs of each channel), products of activations, a table, a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.deep = nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3, groups=8)
+        self.twice, self.table, self.fc = nn.Conv2d(8, 16, 1, groups=8), nn.Embedding(9, 16), nn.Linear(16, 4)
+
+    def forward(self, x, ids):
+        x = self.twice(F.relu(self.deep(F.relu(self.conv(x))))).flatten(2).transpose(1, 2)
+        x = x + self.table(ids)[:, None]
+        return self.fc((x @ x.transpose(1, 2)) @ x)
+
+
+def weight_bits(recipe, target="onnxruntime", **choices):
+    q = hs.prepare(Widths(), (torch.randn(2, 4, 8, 8), torch.tensor([1, 2])), recipe, target)
+    for name, layers in choices.items():
+        setattr(q, name, layers)
+    return {
+        site.name.removesuffix(".weight"): site.format.bits for site in q.placement.sites if site.is_weight
+    }
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+def test_portable_weights_have_7_bits_where_two_products_may_exceed_16(target):
+    found = weight_bits(hs.Recipe.int8(portable=True), target)
+    assert {name: bits for name, bits in found.items() if name != "table"} == {
+        "conv": 7,
+        "deep": 8,
+        "twice": 7,
+        "fc": 7,
+    }
+    assert found.get("table", 8) == 8
+    assert set(weight_bits(hs.Recipe.int8(portable=False), target).values()) == {8}
+
+
+def test_portable_weights_beside_other_formats():
+    usual = weight_bits(hs.Recipe.uniform(8, 4, ends=None, portable=True))
+    assert usual["conv"] == 8  # codes of 4 bits: 2 * 15 * 127 fits
+    assert weight_bits(hs.Recipe.uniform(4, 8, ends=None, portable=True))["conv"] == 4
+    assert weight_bits(hs.Recipe.weight_only(8, None))["fc"] == 8
+    assert weight_bits(hs.Recipe.dynamic(portable=True))["fc"] == 7
+    assert weight_bits(hs.Recipe.dynamic(8, group=16, portable=True))["fc"] == 8  # groups are added otherwise
+    assert set(weight_bits(hs.Recipe.int8(portable=True), "tensorrt").values()) == {8}
+
+
+@pytest.mark.parametrize("step", ["float_layers", "int16_layers", "dynamic_layers"])
+def test_a_weight_keeps_its_portable_format_whatever_layers_are_elsewhere(step):
+    usual = weight_bits(hs.Recipe.int8(portable=True))
+    found = weight_bits(hs.Recipe.int8(portable=True), **{step: ["conv", "fc"]})
+    assert found == {name: bits for name, bits in usual.items() if name in found}

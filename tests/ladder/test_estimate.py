@@ -124,5 +124,8 @@ def test_what_it_takes_is_said_in_words(model):
         said,
     ), said
     assert counted(said)["partial"] == evaluations_at_most(search)
+    search.started -= 60  # the minutes are over
+    late = estimate(search, find_rungs(["ptq", "partial", "qat"]), Means(training))
+    assert "of repairs" not in late and "about -" not in late
     plain = estimate(Search(model, metric, Goal(0.5, score), made), find_rungs(["ptq"]), Means())
     assert "600 s of repairs" in plain and "not counted" not in plain and "budget" not in plain

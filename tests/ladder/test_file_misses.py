@@ -31,7 +31,7 @@ def spoil(monkeypatch, rungs, examples=16):
 
 def test_the_climb_goes_on_where_only_the_simulation_meets_the_target(monkeypatch, tmp_path):
     spoil(monkeypatch, ("ptq",))
-    settings = {"recipe": hs.Recipe.uniform(8, 8), "max_drop": 0.05, "max_float": 1.0}
+    settings = {"recipe": hs.Recipe.uniform(6, 8), "max_drop": 0.05, "max_float": 1.0}
     outcome = climb(tmp_path / "run", **settings)
     first, second = outcome.path
     assert (first.rung, first.met, first.file_met) == ("ptq", True, False)
@@ -111,12 +111,12 @@ def refuse(monkeypatch, rungs):
             raise RefusedError("they part at site 'x'")
         return written(model, path, metadata, check)
 
-    monkeypatch.setattr("halfstep.ladder.deploy.export_onnx", strict)
+    monkeypatch.setattr("halfstep.ladder.exports.export_onnx", strict)
 
 
 def test_a_refused_file_counts_as_missed_and_the_climb_goes_on(monkeypatch, tmp_path):
     refuse(monkeypatch, ("ptq",))
-    settings = {"recipe": hs.Recipe.uniform(8, 8), "max_drop": 0.05, "max_float": 1.0}
+    settings = {"recipe": hs.Recipe.uniform(6, 8), "max_drop": 0.05, "max_float": 1.0}
     outcome = climb(tmp_path / "run", **settings)
     first, second = outcome.path
     assert (first.rung, first.met, first.file_met, first.file_score) == ("ptq", True, False, None)
@@ -154,11 +154,11 @@ def test_where_every_file_is_refused_the_outcome_says_so(monkeypatch, tmp_path):
 
 
 def test_a_tuned_file_that_is_refused_is_put_back(monkeypatch):
-    def leave_one_in_float(model, threads):
+    def leave_one_in_float(model, threads, among):
         model.float_layers = ["2"]
         return hs.Tuning(("2",), 1.0, 3)
 
-    monkeypatch.setattr("halfstep.ladder.speed.tune", leave_one_in_float)
+    monkeypatch.setattr("halfstep.ladder.measured.tune", leave_one_in_float)
     written = export_onnx
 
     def strict(model, path, metadata=None, check=True):
@@ -166,7 +166,7 @@ def test_a_tuned_file_that_is_refused_is_put_back(monkeypatch):
             raise RefusedError("they part at site 'x'")
         return written(model, path, metadata, check)
 
-    monkeypatch.setattr("halfstep.ladder.deploy.export_onnx", strict)
+    monkeypatch.setattr("halfstep.ladder.exports.export_onnx", strict)
     outcome = climb(None, recipe=hs.Recipe.uniform(8, 8), max_drop=0.05, rungs=("ptq",), tune=True)
     assert outcome.met and outcome.float_layers == ()
     assert any("put back: its file, refused (they part at site 'x'), would" in s for s in outcome.decisions)
@@ -176,7 +176,7 @@ def test_a_place_that_cannot_be_written_to_still_ends_the_call(monkeypatch):
     def full(*_, **__):
         raise ExportError("cannot write: no space left on device")
 
-    monkeypatch.setattr("halfstep.ladder.deploy.export_onnx", full)
+    monkeypatch.setattr("halfstep.ladder.exports.export_onnx", full)
     with pytest.raises(ExportError, match="no space left"):
         climb(None, recipe=hs.Recipe.uniform(8, 8), max_drop=0.05, rungs=("ptq",))
 

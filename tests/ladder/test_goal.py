@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from halfstep.errors import ArgumentError, MetricError
-from halfstep.evaluate import CallableMetric, Score, Several
+from halfstep.evaluate import Accuracy, CallableMetric, Score, Several
 from halfstep.ladder.aim import Aim
 from halfstep.ladder.goal import Goal
 
@@ -73,6 +73,20 @@ def test_evidence_without_single_scores_says_so():
         (
             lambda: Aim(float("nan")).goal(Score(1.0), ACCURACY),
             r"^max_drop: got nan, needed a number of at least 0",
+        ),
+        (
+            lambda: Aim(2.0).check(Accuracy([])),
+            r"^max_drop: got 2, needed at most 1, since no score lies lower; 0.01 is one point of an accuracy",
+        ),
+        (
+            lambda: Aim(relative_drop=1.5).check(Accuracy([])),
+            r"^relative_drop: got 1.5, needed at most 1, since no score lies lower; 0.01 is one percent$",
+        ),
+        (
+            lambda: Aim({"top 1": 2.0}, floor={"loss": 9.0}).check(
+                Several({"top 1": Accuracy([]), "loss": LOSS})
+            ),
+            r"^max_drop of 'top 1': got 2, needed at most 1",
         ),
         (
             lambda: Goal(0.1, Score(1.0), confidence=95),

@@ -196,6 +196,16 @@ def test_a_directory_of_another_model_is_refused(tmp_path):
             journal.claim("model", "abd")
 
 
+def test_what_was_claimed_in_words_is_told(tmp_path):
+    written(tmp_path)
+    with Journal(tmp_path) as journal:
+        journal.claim("configuration", "max_drop 0.01", words=True)
+        with pytest.raises(
+            RunError, match=r"with another configuration \(max_drop 0.01, now max_drop 0.2\); choose another"
+        ):
+            journal.claim("configuration", "max_drop 0.2", words=True)
+
+
 def test_checkpoints_come_back_to_the_last_bit(tmp_path):
     tensors = {"a": torch.randn(3, 4), "b": torch.arange(5, dtype=torch.int32), "c": torch.tensor(2.5)}
     with Journal(tmp_path) as journal:

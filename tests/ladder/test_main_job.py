@@ -171,13 +171,19 @@ def test_a_directory_that_cannot_be_written_is_found_before_any_work(tmp_path):
 @pytest.mark.parametrize(
     ("asked", "needed"),
     [
-        (["partial"], r"'partial', needed 'ptq' first: .*; give rungs=\['ptq', 'partial'\]"),
-        (["qat"], r"'qat', needed 'ptq' first: .*; give rungs=\['ptq', 'qat'\]"),
+        (
+            ["partial"],
+            r"'partial', needed 'ptq' first: .*; give rungs=\['ptq', 'partial'\] \(--rungs ptq,partial\)",
+        ),
+        (["qat"], r"'qat', needed 'ptq' first: .*; give rungs=\['ptq', 'qat'\] \(--rungs ptq,qat\)"),
         (
             ["qat", "ptq"],
-            r"'qat', 'ptq', needed each once and from the bottom up; give rungs=\['ptq', 'qat'\]",
+            r"'qat', 'ptq', needed each once and from the bottom up; give rungs=\['ptq', 'qat'\] \(--rungs ptq,qat\)",
         ),
-        (["ptq", "ptq"], r"'ptq', 'ptq', needed each once and from the bottom up; give rungs=\['ptq'\]"),
+        (
+            ["ptq", "ptq"],
+            r"'ptq', 'ptq', needed each once and from the bottom up; give rungs=\['ptq'\] \(--rungs ptq\)",
+        ),
     ],
 )
 def test_rungs_are_climbed_from_the_bottom_up(asked, needed):
@@ -190,6 +196,8 @@ def test_rungs_and_budgets_that_cannot_be():
         ArgumentError, match=r"rungs: got 'ptk', needed some of 'ptq'.*; did you mean 'ptq'\?"
     ):
         small(rungs=("ptk",))
+    with pytest.raises(ArgumentError, match=r"rungs: got 'QAT', .*; did you mean 'qat'\?"):
+        small(rungs=("ptq", "QAT"))
     with pytest.raises(ArgumentError, match=r"rungs: got none"):
         small(rungs=())
     with pytest.raises(ArgumentError, match=r"budget: evaluations is 0, needed a number above 0"):

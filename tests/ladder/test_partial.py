@@ -11,7 +11,7 @@ from halfstep.evaluate import EarlyStopping, Score, share_of_error
 from halfstep.ladder.costs import microseconds
 from halfstep.ladder.goal import Goal
 from halfstep.ladder.groups import groups_of
-from halfstep.ladder.halves import Halves
+from halfstep.ladder.halves import ADVICE, Halves
 from halfstep.ladder.journal import Journal
 from halfstep.ladder.partial import climb_partial
 from halfstep.ladder.search import Search, float_evaluation
@@ -350,6 +350,22 @@ def test_which_half_loses_it(accuracy):
     assert hs.partial(weights_per_tensor(), accuracy, max_drop=0.06).halves is None  # there is no other half
 
 
+@pytest.mark.parametrize(
+    ("weights", "activations", "allowed", "cause"),
+    [
+        (0.06, 0.01, 0.05, "weights"),
+        (0.01, 0.06, 0.05, "activations"),
+        (0.06, 0.06, 0.05, "both"),
+        (0.04, 0.04, 0.05, "neither"),
+        (0.01, -0.01, -0.02, "weights"),  # held to more than float, since files lose more
+        (0.0, -0.01, -0.02, "nothing"),
+    ],
+)
+def test_the_half_that_loses_most_is_the_cause(weights, activations, allowed, cause):
+    found = Halves(weights, activations, weights + activations, allowed)
+    assert found.cause == cause and str(found).endswith(ADVICE[cause])
+
+
 def test_pins(model, accuracy):
     options = hs.Partial(keep_float=("0",), keep_quantized=("6",))
     result = hs.partial(model, accuracy, 0.06, options)
@@ -464,8 +480,9 @@ def test_refusing_clear_cases_for_good_takes_few_examples(model, accuracy):
     start = search.full_evaluations
     climb_partial(search)
     assert "does not meet the target" in search.decisions[-1]
-    # The start and the most in float are scored whole; the refusals are clear cases, and confirmed with few examples.
-    assert 2 <= search.full_evaluations - start < 2.6
+    # The start and the most in float are scored whole; the refusals are clear cases, and confirmed with few examples,
+    # of which the later shares of the error take more.
+    assert 2 <= search.full_evaluations - start < 2.75
 
 
 def test_a_step_is_left_out_at_its_share_of_the_error(monkeypatch):
@@ -553,9 +570,3 @@ def test_every_single_layer_can_be_the_only_one_or_the_only_one_not(name):
             model.float_layers = names
             assert all(site.calibrated for site in model.sites.values())
         model.float_layers = []
-
-
-def test_halves_that_lose_nothing_are_no_cause_even_where_less_than_nothing_is_allowed():
-    """A file that loses more than its simulation leaves simulations a target beyond float's score."""
-    assert Halves(0.0, -0.01, 0.0, allowed=-1e-9).cause == "neither"
-    assert Halves(0.02, 0.0, 0.02, allowed=-1e-9).cause == "weights"

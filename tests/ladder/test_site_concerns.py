@@ -9,7 +9,7 @@ from torch import nn
 
 import halfstep as hs
 from halfstep.errors import DataError, NotObservedError
-from halfstep.ladder.concerns import halving, sentences, watching
+from halfstep.ladder.concerns import Seen, halving, look, sentences, watching
 from halfstep.progress import listening
 
 X = torch.randn(256, 4, generator=torch.Generator().manual_seed(0))
@@ -90,12 +90,40 @@ def test_other_data_are_told_apart_at_the_sites_where_they_differ():
 def test_watching_counts_apart_and_only_the_first_examples():
     q = observed()
     before = q.sites["input"].histogram.count
-    with watching(q, examples=100) as seen:
+    seen = Seen(q, examples=100)
+    with watching(q, seen):
         for part in X.split(64):
             q(part)
-    assert seen["input"].count == 2 * 64 * 4
+    assert seen.histograms["input"].count == 100 * 4 and seen.full
+    assert str(seen) == "100 examples of the evaluation were looked at"
     assert q.sites["input"].histogram.count == before
     assert not any(module._forward_pre_hooks for module in (q, *q.sites.values()))
+
+
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_what_is_looked_at_is_spread_over_the_data(size):
+    q, watched, run = observed(), [], []
+    seen, alone = Seen(q, len(X), 32), Seen(q, len(X), 32)
+    with watching(q, seen):
+        for part in X.split(size):
+            before = seen.counted
+            q(part)
+            watched.append(seen.counted - before)
+    q.register_forward_pre_hook(lambda _, args: run.append(len(args[0])))
+    look(q, X.split(size), alone)
+    assert seen.counted == sum(run) == 32 and max(watched) <= -(-size // 8)
+    assert sum(watched[: len(watched) // 2]) == pytest.approx(16, abs=1)
+    assert str(seen) == "32 of 256 examples of the evaluation were looked at"
+    one, two = (each.histograms["input"].state_dict() for each in (seen, alone))
+    assert all(torch.equal(one[part], two[part]) for part in one)  # an interrupted run sees the same examples
+
+
+def test_a_warning_says_what_it_rests_on():
+    labelled = [(3 + X, torch.zeros(256, dtype=torch.int64))] * 4
+    with pytest.warns(
+        UserWarning, match=r"values differ .*; 512 of 1,024 examples of the evaluation were looked"
+    ):
+        hs.quantize(net(), X[:2], [X], hs.Accuracy(labelled), 1.0, hs.Recipe.uniform(7, 8), rungs=("ptq",))
 
 
 def test_halves_are_compared_and_add_up_to_what_one_pass_holds():

@@ -238,3 +238,20 @@ def test_the_rung_evaluates_a_few_and_leaves_the_best(model, monkeypatch):
     assert score.value == 0.6
     assert len(search.evaluations) == 3
     assert search.evaluations[1].what.removeprefix("PTQ, ") in search.decisions[-1]
+
+
+def test_calibrators_are_mixed_only_where_the_nearest_one_misses(model, monkeypatch):
+    monkeypatch.setattr(ptq, "REPAIR_SECONDS", 0.0)
+    mixed, mix = [], ptq.mix
+    monkeypatch.setattr(ptq, "mix", lambda *a: mixed.append(mix(*a)) or mixed[-1])
+    options = BestOf((hs.Max(), hs.Percentile(99.9), hs.MSE()))
+    search = Search(observed(model, 8, 3), Fixed([0.95]), Goal(0.1, Score(1.0)))
+    assert climb_ptq(search, options).value == 0.95
+    assert not mixed and len(search.evaluations) == 1
+
+    search = Search(observed(model, 8, 3), Fixed([0.3, 0.6, 0.5]), Goal(0.1, Score(1.0)))
+    assert climb_ptq(search, options).value == 0.6
+    (found,), whole = mixed, hs.calibrate(observed(model, 8, 3), options)
+    assert len(search.evaluations) == 3 and f"3 of {len(found.candidates)} candidates" in search.decisions[-1]
+    assert [str(candidate) for candidate in found.candidates] == [str(each) for each in whole.candidates]
+    assert [each.fidelity for each in found.candidates] == [each.fidelity for each in whole.candidates]

@@ -29,7 +29,7 @@ def test_classes_are_the_last_axis_and_in_maps_the_second():
 def test_without_classes_there_is_no_answer_to_share():
     for found in (parity(X[:, :1], X[:, :1] + 0.1), parity(X, X + 0.1, classes=False)):
         assert (found.top1, found.examples) == (None, 0)
-        assert found.reaches() and found.rows() == [
+        assert found.reaches(15.0) and found.rows() == [
             ("outputs against the simulation's", f"{found.sqnr:.1f} dB")
         ]
 
@@ -37,9 +37,9 @@ def test_without_classes_there_is_no_answer_to_share():
 def test_integers_alone_agree_where_they_are_equal():
     answers = torch.tensor([0, 1, 2, 1])
     found = parity(answers, torch.tensor([0, 1, 1, 1]))
-    assert found == Parity(0.75, None, 4) and found.reaches()
+    assert found == Parity(0.75, None, 4) and found.reaches(15.0)
     assert found.rows() == [("same answer as the simulation", "75.00% of 4")]
-    assert not parity(answers, torch.tensor([1, 0, 1, 1])).reaches()
+    assert not parity(answers, torch.tensor([1, 0, 1, 1])).reaches(15.0)
 
 
 def test_of_several_outputs_the_first_floats_are_the_answer():
@@ -50,7 +50,7 @@ def test_of_several_outputs_the_first_floats_are_the_answer():
 
 def test_equal_outputs_are_said_to_be():
     found = parity(X, X.clone())
-    assert found == Parity(1.0, math.inf, 4, equal=True) and found.reaches()
+    assert found == Parity(1.0, math.inf, 4, equal=True) and found.reaches(15.0)
     assert found.rows()[1] == ("outputs against the simulation's", "equal to the last bit")
     again = Parity.of({"top1": 1.0, "sqnr": None, "examples": 4, "equal": True})
     assert again.rows() == found.rows()
@@ -59,9 +59,9 @@ def test_equal_outputs_are_said_to_be():
 def test_outputs_that_are_no_numbers_are_not_alike():
     broken = X.clone()
     broken[0, 0] = math.nan
-    assert math.isnan(parity(X, broken).sqnr) and not parity(X, broken).reaches()
+    assert math.isnan(parity(X, broken).sqnr) and not parity(X, broken).reaches(15.0)
     broken[0, 0] = math.inf
-    assert parity(X, broken).sqnr == -math.inf and not parity(X, broken).reaches()
+    assert parity(X, broken).sqnr == -math.inf and not parity(X, broken).reaches(15.0)
 
 
 def test_decibels():

@@ -3,36 +3,46 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, dtype, nn
+from torch.utils._pytree import tree_structure
 
 from halfstep.config import Config, RecipePart, make_config, read_config, to_yaml
-from halfstep.errors import ArgumentError, DataError, HalfstepError, RunError
-from halfstep.evaluate import Accuracy, Metric
+from halfstep.errors import ArgumentError, DataError, HalfstepError, RunError, named
+from halfstep.evaluate import SQNR, Accuracy, AgainstFloat, Agreement, Cosine, Metric, Scorer
 from halfstep.files import write_whole
 from halfstep.granularity import PerTensor
+from halfstep.graph.inputs import batch_size
 from halfstep.graph.precision import in_float32, other_types
 from halfstep.ladder.budget import Budget
-from halfstep.ladder.journal import Journal, Saved
+from halfstep.ladder.journal import Entry, Journal, Saved
 from halfstep.model import QuantizedModel
 from halfstep.recipe import Recipe
 from halfstep.sources import check_input, find_callable, load_inputs, load_labelled, load_model
+from halfstep.targets import find_target
 from halfstep.training.options import Loss, Training
 
 #: A run's own copy of what it was told.
 CONFIG = "config.yaml"
 
 
+#: Metrics that compare with the float model and need no labels, by their words.
+UNLABELLED: dict[str, Callable[[Iterable[Any]], AgainstFloat]] = {
+    "agreement": Agreement,
+    "cosine": Cosine,
+    "sqnr": SQNR,
+}
+
 #: How each kind of recipe is made.
 _RECIPES: dict[str, Callable[[RecipePart], Recipe]] = {
     "static": lambda part: Recipe.uniform(
-        part.weights, part.activations, PerTensor() if part.per_tensor else None
+        part.weights, part.activations, PerTensor() if part.per_tensor else None, portable=part.portable
     ),
-    "dynamic": lambda part: Recipe.dynamic(part.weights or 8, part.group),
+    "dynamic": lambda part: Recipe.dynamic(part.weights or 8, part.group, part.portable),
     "weight_only": lambda part: Recipe.weight_only(part.weights or 4, part.group),
 }
 
@@ -62,16 +72,24 @@ class Job:
         """
         weights = None if config.weights is None else Path(config.weights)
         model = load_model(config.model, weights)
-        inputs = load_inputs(config.calibration, config.batch, config.examples, model)
+        inputs = load_inputs(config.calibration, config.batch, config.examples)
         source = f"calibration {config.calibration!r}"
         example = next(iter(inputs), None)
         if example is None:
             raise DataError(f"{source}: got no batch, needed at least one")
+        with named(source):
+            size = batch_size(example)
+        if size < 2:
+            raise DataError(
+                f"{source}: got a first batch of {size}, needed 2 examples to capture the network with"
+            )
         check_input(model, example, source)
         return cls(config, model, inputs, example)
 
-    def metrics(self) -> dict[str, Metric]:
+    def metrics(self) -> dict[str, Scorer]:
         """The metrics over the labelled data by name; one that is alone has the name ``""``.
+
+        Where none of them needs labels the data may be without.
 
         Raises:
             HalfstepError: naming what cannot be found or read.
@@ -84,14 +102,24 @@ class Job:
                 f"higher_is_better: got the name {min(unknown)!r}, needed true or false"
                 + (f" for {', '.join(map(repr, specs))}" if isinstance(asked, dict) else "")
             )
-        labelled = self._labelled(self.config.labelled, "labelled")
-        return {name: _metric(spec, labelled, higher.get(name, True)) for name, spec in specs.items()}
+        makers = {name: _maker(spec, higher.get(name, True)) for name, spec in specs.items()}
+        labelled: Iterable[Any] = ()
+        if set(specs.values()) <= set(UNLABELLED):
+            inputs = self._inputs(self.config.labelled)
+        else:
+            labelled = self._labelled(self.config.labelled, "labelled")
+            inputs = _without_labels(labelled)
+        return {
+            name: make(inputs if specs[name] in UNLABELLED else labelled) for name, make in makers.items()
+        }
 
     @property
     def classifies(self) -> bool:
-        """Whether an accuracy is asked for, so that outputs are logits."""
+        """Whether an accuracy or agreement is asked for, so that outputs are logits."""
         asked = self.config.metric
-        return "accuracy" in (asked.values() if isinstance(asked, dict) else (asked,))
+        return not {"accuracy", "agreement"}.isdisjoint(
+            asked.values() if isinstance(asked, dict) else (asked,)
+        )
 
     def recipe(self) -> Recipe:
         """What to quantize, and how."""
@@ -107,25 +135,50 @@ class Job:
         if part is None:
             return None
         known: dict[str | None, Loss | None] = {"cross_entropy": nn.functional.cross_entropy, None: None}
-        loss = known[part.loss] if part.loss in known else find_callable(str(part.loss))
+        loss = (
+            known[part.loss]
+            if part.loss in known
+            else find_callable(str(part.loss), "cross_entropy, or package.module:loss")
+        )
         labelled = self._labelled(part.data, "training data")
         return Training(labelled, loss, epochs=part.epochs, learning_rate=part.learning_rate, seed=part.seed)
 
     def _labelled(self, name: str, what: str) -> Iterable[Any]:
-        """Labelled batches; those of a file are seen to have the calibration data's type before anything is run.
+        """Labelled batches, of inputs as the calibration data are."""
+        found = load_labelled(name, self.config.batch)
+        if name.endswith(".npz"):
+            self._check(next(iter(found))[0], name, what)
+        return found
+
+    def _inputs(self, name: str) -> Iterable[Any]:
+        """Batches of inputs to judge on, with the labels left out where there are some.
+
+        The calibration data show what inputs are, so that a pair (inputs, labels) is known.
+        """
+        found = load_inputs(name, self.config.batch, None)
+        first = next(iter(found), None)
+        if name.endswith(".npz"):
+            self._check(first, name, "labelled")
+        kind = tree_structure(self.example)
+        if tree_structure(first) != kind and isinstance(first, (tuple, list)) and len(first) == 2:
+            return _without_labels(found) if tree_structure(first[0]) == kind else found
+        return found
+
+    def _check(self, inputs: Any, name: str, what: str) -> None:
+        """See that a file's inputs are what the model takes, before anything is run.
 
         A model that is not in float32 takes floats in either type.
         """
-        found = load_labelled(name, self.config.batch, self.model)
-        if name.endswith(".npz") and isinstance(self.example, Tensor):
-            inputs, _ = next(iter(found))
-            types = other_types(self.model)
-            if in_float32(inputs[:0], types).dtype != in_float32(self.example[:0], types).dtype:
-                raise DataError(
-                    f"{what} {name!r}: got inputs of {inputs.dtype}, needed {self.example.dtype}, as the calibration "
-                    "data have"
-                )
-        return found
+        if isinstance(self.example, Tensor) and self._type_of(inputs) is not self._type_of(self.example):
+            raise DataError(
+                f"{what} {name!r}: got inputs of {inputs.dtype}, needed {self.example.dtype}, as the calibration "
+                "data have"
+            )
+        check_input(self.model, inputs, f"{what} {name!r}")
+
+    def _type_of(self, inputs: Tensor) -> dtype:
+        """The type that inputs are computed in."""
+        return in_float32(inputs[:0], other_types(self.model)).dtype
 
     def budget(self) -> Budget:
         """What the search may cost."""
@@ -139,11 +192,13 @@ class Job:
         """
         write_whole(path, to_yaml(self.config.model_dump()).encode())
 
-    def prepare(self) -> QuantizedModel:
-        """The model with its sites, not observed."""
+    def prepare(self, entries: Iterable[Entry] = ()) -> QuantizedModel:
+        """The model with its sites, not observed; the recipe settled as in the run with these entries."""
         from halfstep.ladder.climb import prepare
+        from halfstep.ladder.portability import settle
 
-        return prepare(self.model, self.example, self.recipe(), self.config.target)
+        recipe = settle(self.recipe(), find_target(self.config.target), entries)
+        return prepare(self.model, self.example, recipe, self.config.target)
 
     def observed(self) -> QuantizedModel:
         """The model with its sites, after one pass over the calibration data."""
@@ -154,11 +209,33 @@ class Job:
         return model
 
 
-def _metric(spec: str, labelled: Iterable[Any], higher_is_better: bool) -> Metric:
+def _without_labels(labelled: Iterable[Any]) -> Iterable[Any]:
+    """The inputs of labelled batches; of a list as a list, whose examples can be picked."""
+    pairs = isinstance(labelled, list) and all(isinstance(item, (tuple, list)) for item in labelled)
+    return [item[0] for item in labelled] if pairs else _FirstOfPairs(labelled)
+
+
+class _FirstOfPairs:
+    """The same of what is iterated anew each time."""
+
+    def __init__(self, labelled: Iterable[Any]) -> None:
+        self._labelled = labelled
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self._labelled:
+            yield item[0]
+
+
+def _maker(spec: str, higher_is_better: bool) -> Callable[[Iterable[Any]], Scorer]:
+    """From data to the metric that a word or name stands for."""
     if spec == "accuracy":
-        return Accuracy(labelled)
-    score: Callable[..., Any] = find_callable(spec)
-    return Metric(labelled, score, higher_is_better)
+        return Accuracy
+    if spec in UNLABELLED:
+        return UNLABELLED[spec]
+    score: Callable[..., Any] = find_callable(
+        spec, "accuracy, agreement, cosine, sqnr, or package.module:score"
+    )
+    return lambda labelled: Metric(labelled, score, higher_is_better)
 
 
 def find_config(source: Path) -> Config:
@@ -221,11 +298,13 @@ def restore(run: Path, rung: str | None) -> tuple[QuantizedModel, dict[str, Any]
     """
     from halfstep.ladder.calibration import SAMPLE_EXAMPLES
     from halfstep.ladder.checkpoints import Checkpoints
+    from halfstep.ladder.journal import read
     from halfstep.ladder.snapshot import Snapshot
 
-    record, saved = _kept(run, rung)
+    entries = read(run)
+    record, saved = _kept(run, entries, rung)
     job = Job.load(find_config(run))
-    model = job.prepare()
+    model = job.prepare(entries)
     sample = itertools.islice(job.calibration, max(1, SAMPLE_EXAMPLES // job.config.batch))
     put_back = {name: frozenset(layers) for name, layers in record["put_back"].items()}
     try:
@@ -242,12 +321,11 @@ def restore(run: Path, rung: str | None) -> tuple[QuantizedModel, dict[str, Any]
     return restored, record, job
 
 
-def _kept(run: Path, rung: str | None) -> tuple[dict[str, Any], Saved]:
+def _kept(run: Path, entries: list[Entry], rung: str | None) -> tuple[dict[str, Any], Saved]:
     """The record of what is to be restored, and its checkpoint."""
     from halfstep.ladder.deploy import OUTCOME
-    from halfstep.ladder.journal import read, read_checkpoint
+    from halfstep.ladder.journal import read_checkpoint
 
-    entries = read(run)
     ends = [entry.data for entry in entries if entry.kind == OUTCOME and "key" in entry.data]
     if ends and rung is None:
         return ends[-1], read_checkpoint(run, entries, OUTCOME, ends[-1]["key"])

@@ -26,7 +26,7 @@ def quantize(
         str | None,
         typer.Option(
             help="Data to judge on: .npz with inputs and labels, or package.module:callable that returns "
-            "batches (inputs, labels)."
+            "batches (inputs, labels); for agreement, cosine and sqnr alone the labels may be left out."
         ),
     ] = None,
     calibration: Annotated[
@@ -43,6 +43,7 @@ def quantize(
         list[str] | None,
         typer.Option(
             help="accuracy (the default), or package.module:score, a function (outputs, labels) -> (batch,) floats; "
+            "against the float model, without labels: agreement (the same class), cosine, sqnr with a --floor in dB; "
             "NAME=METRIC for each of several, all of which must keep to their targets."
         ),
     ] = None,
@@ -95,6 +96,14 @@ def quantize(
     ] = None,
     activation_bits: Annotated[
         int | None, typer.Option(help="Bits of the activations, 2 to 16; 8 by default.")
+    ] = None,
+    portable: Annotated[
+        bool | None,
+        typer.Option(
+            "--portable/--no-portable",
+            help="Weights of 7 bits where sums would saturate on x86 processors without VNNI, so that the file answers "
+            "alike everywhere; by default as this machine's processor needs it.",
+        ),
     ] = None,
     rungs: Annotated[
         str | None, typer.Option(help="Rungs to climb, from the bottom; all by default: ptq,partial,qat.")
@@ -151,7 +160,13 @@ def quantize(
     config = config_from(
         source,
         flags,
-        {"kind": recipe, "weights": weight_bits, "activations": activation_bits, "group": group},
+        {
+            "kind": recipe,
+            "weights": weight_bits,
+            "activations": activation_bits,
+            "group": group,
+            "portable": portable,
+        },
         {"evaluations": evaluations, "minutes": minutes},
     )
     ladder = [rung.name for rung in find_rungs(tuple(RUNGS if config.rungs is None else config.rungs))]

@@ -12,6 +12,7 @@ from halfstep.evaluate.metric import Metric
 from halfstep.evaluate.order import Shuffled, cannot_shuffle
 from halfstep.evaluate.score import Score, Scorer
 from halfstep.evaluate.sequential import SequentialTest, Side
+from halfstep.evaluate.set_metric import SetMetric
 from halfstep.evaluate.several import Several
 
 
@@ -110,6 +111,8 @@ def early_stopping(scorer: Scorer, reference: Score) -> EarlyStopping | str:
     """Early stopping for ``scorer``, or the reason why there is none, in words."""
     if isinstance(scorer, Several):
         return "several metrics are judged on all examples"
+    if isinstance(scorer, SetMetric):
+        return "the metric is a number of the whole set, of which some of the examples say nothing sure"
     if not isinstance(scorer, Metric) or reference.per_example is None:
         return "the metric has no scores of single examples (hs.Metric has)"
     if scorer.bounds is None:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
-from halfstep.errors import HalfstepError, MetricError, named
+from halfstep.errors import HalfstepError, MetricError
+from halfstep.evaluate.data_metric import Answer, DataMetric, Labelled, some
 from halfstep.evaluate.score import Score, Scorer
-from halfstep.graph.inputs import ModelInputs, call_arguments
-
-Labelled = Iterable[tuple[ModelInputs, Any]]
-Progress = Callable[[int], None]
+from halfstep.evaluate.set_metric import accumulates
 
 
-class Metric:
+class Metric(DataMetric):
     """The mean of a score over labelled examples.
 
     Args:
@@ -46,70 +44,33 @@ class Metric:
             len(bounds) == 2 and all(map(math.isfinite, bounds)) and bounds[0] < bounds[1]
         ):
             raise MetricError(f"metric: bounds are {bounds}, needed two finite numbers, the smaller first")
-        self.labelled = list(labelled) if isinstance(labelled, Iterator) else labelled
+        super().__init__(labelled, higher_is_better)
         self.score = score
-        self.higher_is_better = higher_is_better
         self.bounds, self.shuffled = bounds, shuffled
 
-    def evaluate(self, model: Callable[..., Any], progress: Progress | None = None) -> Score:
-        """Score ``model`` on all examples.
-
-        Args:
-            model: called on each batch of inputs.
-            progress: called with the number of examples after each batch.
-
-        Raises:
-            MetricError: if there is no example, or the score raises, has a wrong shape, is not finite, or lies
-                outside the bounds.
-        """
-        scores = []
-        for batch in self.stream(model):
-            scores.append(batch)
-            if progress is not None:
-                progress(len(batch))
-        return self.joined(scores)
-
-    @staticmethod
-    def joined(scores: list[torch.Tensor]) -> Score:
-        """The score over all batches.
+    def joined(self, batches: Sequence[torch.Tensor]) -> Score:
+        """The mean over the examples of all batches.
 
         Raises:
             MetricError: if there is none.
         """
-        if not scores:
-            raise MetricError("metric: the labelled data are empty; give at least one (inputs, labels) batch")
-        return Score.mean(torch.cat(scores))
+        return Score.mean(torch.cat(list(some(batches))))
 
-    def stream(self, model: Callable[..., Any], labelled: Labelled | None = None) -> Iterator[torch.Tensor]:
-        """The examples' scores, (batch,) float64, batch by batch, so that one can stop in between.
-
-        Args:
-            model: called on each batch of inputs.
-            labelled: batches to score instead of the metric's own.
-
-        Raises:
-            MetricError: as :meth:`evaluate`.
-        """
-        for index, (outputs, labels) in enumerate(
-            answers(model, self.labelled if labelled is None else labelled)
-        ):
-            yield self.scores(outputs, labels, index)
-
-    def scores(self, outputs: Any, labels: Any, index: int) -> torch.Tensor:
-        """The scores of the examples in batch ``index``, (batch,) float64.
+    def scores(self, answer: Answer) -> torch.Tensor:
+        """The scores of a batch's examples, (batch,) float64.
 
         Raises:
             MetricError: if the score raises, has a wrong shape, is not finite, or lies outside the bounds.
         """
         try:
-            scores = self.score(outputs, labels)
+            scores = self.score(answer.outputs, answer.labels)
         except HalfstepError:
             raise
         except Exception as error:
             raise MetricError(
-                f"metric: score(outputs, labels) raised {type(error).__name__}: {error} (batch {index})"
+                f"metric: score(outputs, labels) raised {type(error).__name__}: {error} (batch {answer.batch})"
             ) from error
-        return self._check(scores, index)
+        return self._check(scores, answer.batch)
 
     def _check(self, scores: Any, index: int) -> torch.Tensor:
         if not isinstance(scores, torch.Tensor) or scores.dim() != 1:
@@ -158,6 +119,11 @@ class Accuracy(Metric):
                 f"Accuracy: got outputs of shape {tuple(logits.shape)} and labels of shape {tuple(labels.shape)}, "
                 "needed (batch, classes) and (batch,); use hs.Metric with a score of your own for anything else"
             )
+        places = labels.long()[:, None]
+        if not torch.equal(places[:, 0].to(labels.dtype), labels):
+            raise MetricError(
+                f"Accuracy: got labels of {labels.dtype} with fractions or NaN, needed class indices"
+            )
         if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
             raise MetricError(
                 f"Accuracy: labels go from {int(labels.min())} to {int(labels.max())}, but the model has "
@@ -165,9 +131,6 @@ class Accuracy(Metric):
             )
         if self.top > logits.shape[1]:
             raise MetricError(f"Accuracy: top is {self.top}, but the model has {logits.shape[1]} classes")
-        places = labels.long()[:, None]
-        if not torch.equal(places[:, 0].to(labels.dtype), labels):
-            raise MetricError(f"Accuracy: got labels of {labels.dtype} with fractions, needed class indices")
         right = logits.gather(1, places)  # (batch, 1)
         before = torch.arange(logits.shape[1], device=logits.device) < places
         ahead = (logits > right) | ((logits == right) & before)
@@ -179,7 +142,8 @@ class CallableMetric:
     """Any function from a model to a number: ``hs.CallableMetric(error_rate, higher_is_better=False)``.
 
     A plain function given as a metric is one whose numbers are better the higher they are. Without scores of single
-    examples there are no confidence intervals and no early stopping; :class:`Metric` has both.
+    examples there are no confidence intervals and no early stopping; :class:`Metric` has both, and
+    :class:`SetMetric` has intervals.
 
     Args:
         function: called with a module that is called as the user's model is.
@@ -189,7 +153,7 @@ class CallableMetric:
     def __init__(self, function: Callable[[Any], float], higher_is_better: bool = True) -> None:
         self.function, self.higher_is_better = function, higher_is_better
 
-    def evaluate(self, model: Callable[..., Any], progress: Progress | None = None) -> Score:
+    def evaluate(self, model: Callable[..., Any]) -> Score:
         """Score ``model`` by calling the function.
 
         Raises:
@@ -207,25 +171,6 @@ class CallableMetric:
         return Score(value)
 
 
-def answers(model: Callable[..., Any], labelled: Labelled) -> Iterator[tuple[Any, Any]]:
-    """The model's outputs and the labels, batch by batch, without gradients.
-
-    Raises:
-        MetricError: if a batch is no pair (inputs, labels).
-        DataError: naming the batch, if its inputs are not what the model takes.
-    """
-    for index, item in enumerate(labelled):
-        if not (isinstance(item, (tuple, list)) and len(item) == 2):
-            raise MetricError(
-                f"metric: batch {index} is a {type(item).__name__}, needed a pair (inputs, labels)"
-            )
-        inputs, labels = item
-        args, kwargs = call_arguments(inputs)
-        with named(f"metric: batch {index}"), torch.no_grad():
-            outputs = model(*args, **kwargs)
-        yield outputs, labels
-
-
 def as_scorer(metric: Any) -> Scorer:
     """``metric`` as a scorer: a Metric as it is, any other callable wrapped.
 
@@ -234,11 +179,16 @@ def as_scorer(metric: Any) -> Scorer:
     """
     if isinstance(metric, Scorer):
         return metric
+    if accumulates(metric):
+        raise MetricError(
+            f"metric: got {type(metric).__name__}, which is to be updated with outputs and labels; needed its data "
+            "too: hs.SetMetric(labelled, it)"
+        )
     if callable(metric):
         return CallableMetric(metric)
     raise MetricError(
-        f"metric: got {type(metric).__name__}, needed hs.Accuracy(labelled), hs.Metric(labelled, score), or a function "
-        "from a model to a float"
+        f"metric: got {type(metric).__name__}, needed hs.Accuracy(labelled), hs.Metric(labelled, score), "
+        "hs.SetMetric(labelled, update, compute), or a function from a model to a float"
     )
 
 

@@ -8,6 +8,7 @@ import torch
 
 from halfstep.evaluate.bootstrap import bootstrap_interval
 from halfstep.evaluate.discordant import mcnemar, tango_interval
+from halfstep.evaluate.resampling import Resampled, resampled_interval, why_no_interval
 from halfstep.evaluate.score import Score
 
 #: Why there is no interval where next to all examples differ alike.
@@ -46,6 +47,7 @@ class Drop:
         confidence: with which the upper ends of all candidates examined hold together, and so the lower ends; where
             only one was examined, with which the interval holds.
         count: the pairs it rests on.
+        unit: what was paired, ``"examples"``, or ``"batches"`` where examples could not be told apart.
         method: how the interval was found.
         p_value: how often chance would make a difference at least as large between two equally good models; only of
             scores of two values, and of this one comparison, whatever else was looked at.
@@ -62,6 +64,7 @@ class Drop:
     p_value: float | None = None
     examined: int = 1
     reason: str = ""
+    unit: str = "examples"
 
     @property
     def correction(self) -> str:
@@ -91,8 +94,9 @@ def paired_drop(
 
     Much narrower than the two scores' own intervals, because examples that are hard for one are hard for the other.
     Scores of two values, such as hits and misses, get Tango's interval and McNemar's exact test, others the paired
-    bootstrap. There is no interval without scores of single examples or with other examples, nor where the bounds are
-    unknown and next to all examples differ alike: what a rare one could lose is then anyone's guess.
+    bootstrap. Numbers of a whole set get it too, from what they are on sets drawn from it. There is no interval without
+    either, or with other examples, nor where the bounds are unknown and next to all examples differ alike: what a rare
+    one could lose is then anyone's guess.
 
     The ends of the k-th candidate examined err with a share of what ``confidence`` leaves that falls with k, see
     :func:`share_of_error`: of many candidates on the same examples some look better than they are, and those are kept.
@@ -113,6 +117,9 @@ def paired_drop(
     drop = Drop(
         sign * (reference.value - candidate.value), confidence=confidence, examined=candidate.examined
     )
+    alone = 1 - 2 * share_of_error(1 - confidence, candidate.examined)
+    if reference.resampled is not None and candidate.resampled is not None:
+        return _of_sets(drop, reference.resampled, candidate.resampled, sign, alone)
     first, second = reference.per_example, candidate.per_example
     if first is None or second is None:
         return replace(drop, reason="the metric gives no scores of single examples")
@@ -122,7 +129,6 @@ def paired_drop(
         )
     differences = sign * (first - second)
     drop = replace(drop, count=len(differences))
-    alone = 1 - 2 * share_of_error(1 - confidence, candidate.examined)
     if (values := _two_values(first, second, bounds)) is not None:
         lost, won = int((differences > 0).sum()), int((differences < 0).sum())
         width = values[1] - values[0]
@@ -133,6 +139,16 @@ def paired_drop(
         return replace(drop, reason=UNKNOWN.format(len(differences)))
     low, high = bootstrap_interval(differences, alone, widest)
     return replace(drop, low=low, high=high, method="bootstrap")
+
+
+def _of_sets(drop: Drop, reference: Resampled, candidate: Resampled, sign: int, confidence: float) -> Drop:
+    """The drop of a number of a whole set, with its interval."""
+    drop = replace(drop, count=reference.count, unit=reference.unit)
+    if reason := why_no_interval(reference, candidate):
+        return replace(drop, reason=reason)
+    ends = resampled_interval(reference, candidate, sign * drop.value, (1 - confidence) / 2)
+    low, high = sorted(sign * end for end in ends)
+    return replace(drop, low=low, high=high, method=f"bootstrap over {drop.unit}")
 
 
 def _two_values(

@@ -8,6 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from halfstep.evaluate.resampling import Resampled
+
 
 @dataclass(frozen=True)
 class Score:
@@ -20,12 +22,15 @@ class Score:
         others: of several metrics, the scores of those after the first, by name.
         examined: how many candidates of a search had been looked at on the same examples by then, this one included;
             1 for a model by itself. What is said of its drop is corrected for them.
+        resampled: where ``value`` is no mean but a number of the whole set, what it is on sets drawn from it; else
+            None.
     """
 
     value: float
     per_example: torch.Tensor | None = None
     others: Mapping[str, Score] = field(default_factory=dict)
     examined: int = 1
+    resampled: Resampled | None = None
 
     @classmethod
     def mean(cls, per_example: torch.Tensor) -> Score:
@@ -40,7 +45,27 @@ class Score:
     @property
     def count(self) -> int | None:
         """How many examples were scored, where that is known."""
-        return None if self.per_example is None else len(self.per_example)
+        if self.per_example is not None:
+            return len(self.per_example)
+        examples = self.resampled is not None and self.resampled.unit == "examples"
+        return self.resampled.count if self.resampled is not None and examples else None
+
+    @property
+    def paired(self) -> bool:
+        """Whether it can be compared with another one on the same examples."""
+        return self.per_example is not None or self.resampled is not None
+
+    def unpaired(self) -> Score:
+        """The value alone."""
+        return replace(self, per_example=None, resampled=None)
+
+    def repeats(self, other: Score) -> bool:
+        """Whether ``other`` says the same, example by example or resample by resample."""
+        if self.per_example is not None and other.per_example is not None:
+            return torch.equal(self.per_example, other.per_example)
+        if self.resampled is not None and other.resampled is not None:
+            return self.resampled.repeats(other.resampled)
+        return False
 
     def __float__(self) -> float:
         return self.value

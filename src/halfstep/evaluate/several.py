@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch
-
 from halfstep.errors import MetricError, named
-from halfstep.evaluate.metric import Accuracy, Labelled, Metric, answers, as_scorer
+from halfstep.evaluate.against_float import AgainstFloat, Agreement, answered
+from halfstep.evaluate.data_metric import DataMetric, Labelled, answers
+from halfstep.evaluate.metric import Accuracy, as_scorer
 from halfstep.evaluate.score import Score, Scorer
 
 
@@ -45,13 +46,13 @@ class Several:
         for names in self._sharing():
             found |= self._shared(names, model) if len(names) > 1 else self._alone(names[0], model)
         leading, *others = self.metrics
-        return Score(found[leading].value, found[leading].per_example, {name: found[name] for name in others})
+        return replace(found[leading], others={name: found[name] for name in others})
 
     def _sharing(self) -> list[list[str]]:
         """The names of metrics that one pass over the data can serve, together."""
         groups: dict[int, list[str]] = {}
         for name, metric in self.metrics.items():
-            data = metric.labelled if isinstance(metric, Metric) and _plain(metric) else metric
+            data = metric.labelled if isinstance(metric, DataMetric) and metric.plain else metric
             groups.setdefault(id(data), []).append(name)
         return list(groups.values())
 
@@ -60,18 +61,17 @@ class Several:
             return {name: self.metrics[name].evaluate(model)}
 
     def _shared(self, names: Sequence[str], model: Callable[..., Any]) -> dict[str, Score]:
-        metrics = {name: metric for name in names if isinstance(metric := self.metrics[name], Metric)}
-        taken: dict[str, list[torch.Tensor]] = {name: [] for name in names}
-        for index, (outputs, labels) in enumerate(answers(model, metrics[names[0]].labelled)):
+        metrics = {name: metric for name in names if isinstance(metric := self.metrics[name], DataMetric)}
+        taken: dict[str, list[Any]] = {name: [] for name in names}
+        for answer in answers(model, metrics[names[0]].labelled):
             for name, metric in metrics.items():
                 with named(f"{name!r}"):
-                    taken[name].append(metric.scores(outputs, labels, index))
-        return {name: Metric.joined(batches) for name, batches in taken.items()}
-
-
-def _plain(metric: Metric) -> bool:
-    """Whether it goes through its data as :class:`Metric` does, and in no way of its own."""
-    return type(metric).evaluate is Metric.evaluate and type(metric).stream is Metric.stream
+                    taken[name].append(metric.scores(answer))
+        found = {}
+        for name, metric in metrics.items():
+            with named(f"{name!r}"):
+                found[name] = metric.joined(taken[name])
+        return found
 
 
 def as_scorers(metric: Any) -> Scorer:
@@ -89,15 +89,32 @@ def parts(scorer: Scorer) -> Mapping[str, Scorer]:
 
 
 def classifies(scorer: Scorer) -> bool:
-    """Whether a metric of ``scorer`` is an :class:`Accuracy`, so that the model's outputs are known to be logits."""
-    return any(isinstance(part, Accuracy) for part in parts(scorer).values())
+    """Whether a metric of ``scorer`` looks for the largest logit, so that outputs are known to be logits."""
+    return any(isinstance(part, (Accuracy, Agreement)) for part in parts(scorer).values())
 
 
 def labelled_data(scorer: Scorer) -> list[Labelled]:
     """The different labelled data that the metrics of ``scorer`` judge on, where that can be seen."""
     found = {
-        id(metric.labelled): metric.labelled
+        id(metric.source): metric.labelled
         for metric in parts(scorer).values()
-        if isinstance(metric, Metric)
+        if isinstance(metric, DataMetric)
     }
     return list(found.values())
+
+
+def against(scorer: Scorer, model: Callable[..., Any]) -> Scorer:
+    """``scorer``, those of its metrics that compare with a float model and know none yet with the answers of ``model``.
+
+    Raises:
+        MetricError: if an answer is none that can be compared with.
+        DataError: naming the batch, if the model does not take its inputs.
+    """
+    known = parts(scorer)
+    waiting = {
+        name: part for name, part in known.items() if isinstance(part, AgainstFloat) and part.place is None
+    }
+    if not waiting:
+        return scorer
+    complete = {**known, **answered(waiting, model)}
+    return Several(complete) if isinstance(scorer, Several) else complete[""]

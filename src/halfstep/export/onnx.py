@@ -17,6 +17,7 @@ from halfstep.runtime.deployed import DeployedModel
 from halfstep.runtime.parity import MINIMUM_EQUAL, Parity, compare
 from halfstep.runtime.rules import lint
 from halfstep.runtime.runtimes import RULES
+from halfstep.runtime.saturation import saturable_layers, saturates_here
 
 #: The float network's file rounds like the network does, in another order: dB of the outputs that it keeps to at least.
 FLOAT_SQNR = 40.0
@@ -56,8 +57,8 @@ def export_onnx(
 
     with replacing(Path(path), lambda file: save(build_quantized(model, metadata or {}), file)) as temporary:
         _check_rules(model, temporary)
-        if check:
-            _check_parity(model, temporary)
+        if check and (found := mismatch(model, temporary)):
+            raise RefusedError(f"{found}. Nothing was written under the final name")
     return Path(path)
 
 
@@ -130,24 +131,41 @@ def _check_float(model: QuantizedModel, path: Path) -> None:
         )
 
 
-def _check_parity(model: QuantizedModel, path: Path) -> None:
-    """Hold the file's answers to the example inputs to :data:`MINIMUM_SQNR`."""
+def mismatch(model: QuantizedModel, path: Path) -> str:
+    """Where and why a file answers the example inputs otherwise than its simulation; empty if it does not.
+
+    Outputs that differ because a value lay near to a tie, and was rounded to the other side, are none.
+    """
     args, kwargs = model.captured.example_inputs
     deployed = DeployedModel(path, model.captured.in_spec, model.captured.out_spec)
     with model.using(Mode.QUANTIZE):
         parity = compare(model, deployed, [kwargs or args])
     if parity.reaches(MINIMUM_SQNR):
-        return
+        return ""
     from halfstep.export.parting import agreements
 
     parting = [a for a in agreements(model, path, kwargs or args) if not a.sqnr >= MINIMUM_SQNR]
-    if parting:
-        raise RefusedError(
-            f"the file's outputs differ from the simulation's: {_shortfall(parity, MINIMUM_SQNR)}, and not by the "
-            f"rounding of ties alone: on the file's own codes they part at {parting[0]}, needed {MINIMUM_SQNR:.0f} dB. "
-            "Nothing was written under the final name; leave the layer before that site in float, and report it: the "
-            "runtime's kernel computes something else than its operator says, or halfstep than it simulates"
+    if not parting:
+        return ""
+    return (
+        f"the file's outputs differ from the simulation's: {_shortfall(parity, MINIMUM_SQNR)}, and not by the rounding "
+        f"of ties alone: on the file's own codes they part at {parting[0]}, needed {MINIMUM_SQNR:.0f} dB; "
+        + _cure(model, path)
+    )
+
+
+def _cure(model: QuantizedModel, path: Path) -> str:
+    """What to do about a file that answers otherwise than it says."""
+    if model.target.pair_sums and saturates_here() and (saturable := saturable_layers(path)):
+        return (
+            "this processor has no instructions for 8-bit dot products (VNNI), and its kernels add products of weights "
+            f"of 8 bits in 16 bits, which saturate ({', '.join(map(repr, saturable[:3]))}): use "
+            "hs.Recipe.int8(portable=True), which gives them 7 bits"
         )
+    return (
+        "leave the layer before that site in float, and report it: the runtime's kernel computes something else than "
+        "its operator says, or halfstep than it simulates"
+    )
 
 
 def _shortfall(parity: Parity, least: float) -> str:

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnx
 import torch
 from torch import Tensor
@@ -58,8 +57,9 @@ class Agreement:
 def agreements(model: QuantizedModel, path: Path, inputs: ModelInputs) -> list[Agreement]:
     """Agreement at every site of an activation, in order of execution, and of the outputs.
 
-    The file is run with the codes of every site (the floats, where the range is computed at run time) as further
-    outputs; that leaves its kernels as they are. Sites of which the file shows neither are passed over.
+    The file is run with what its codes at every site stand for (the floats, where the range is computed at run time) as
+    further outputs. That leaves its kernels as they are, which the codes themselves would not: OpenVINO keeps signed
+    ones then, for which kernels without VNNI halve the weights. Sites of which the file shows neither are passed over.
 
     Args:
         model: the simulation.
@@ -78,7 +78,7 @@ def agreements(model: QuantizedModel, path: Path, inputs: ModelInputs) -> list[A
 def run_watched(
     model: QuantizedModel, path: Path, inputs: ModelInputs
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """The file's outputs, and what it has at each site: codes as int32, or the floats that a range is computed from."""
+    """The file's outputs, and what it has at each site: codes, or the floats that a range is computed from."""
     onnx_model = onnx.load(path)
     watched = _watched(model, onnx_model.graph)
     count = len(onnx_model.graph.output)
@@ -90,19 +90,26 @@ def run_watched(
         onnx.save(onnx_model, file, save_as_external_data=path.stat().st_size > 2**30)
         session = find_runtime(model.target.runtime).open(file, None)
         arrays = session.run([to_numpy(tensor) for tensor in model.file_inputs(inputs)])
-    tensors = [_tensor(array) for array in arrays]
+    tensors = list(map(torch.from_numpy, arrays))
     values = dict(zip(names, tensors, strict=True))
-    return tensors[:count], {site: values[tensor] for site, tensor in watched.items()}
+    seen = {site: values[tensor] for site, tensor in watched.items()}
+    return tensors[:count], {
+        site: value if model.sites[site].dynamic else _codes(model.sites[site], value)
+        for site, value in seen.items()
+    }
 
 
 def _watched(model: QuantizedModel, graph: onnx.GraphProto) -> dict[str, str]:
-    """The tensor of the file that shows each site: its codes, or what a run-time range is computed from."""
+    """The tensor of the file that shows each site: the floats of its codes, or what a run-time range is computed from.
+
+    The former get a node of their own.
+    """
     constant = {tensor.name for tensor in graph.initializer} | {value.name for value in graph.input}
     at_run_time = {
         layer.name: name for layer in model.layers for name in layer.sites if model.sites[name].dynamic
     }
     found = {}
-    for node in graph.node:
+    for node in list(graph.node):
         owner, _, kind = node.name.rpartition("/")
         if node.op_type == "MatMulNBits":
             owner = at_run_time.get(owner, "")
@@ -110,7 +117,11 @@ def _watched(model: QuantizedModel, graph: onnx.GraphProto) -> dict[str, str]:
         if site is None or kind != node.op_type or owner in found:
             continue
         if not site.dynamic and kind == "QuantizeLinear":
-            found[owner] = node.output[0]
+            found[owner] = f"{node.output[0]}/watched"
+            operands = [node.output[0], *node.input[1:]]
+            shown = onnx.helper.make_node("DequantizeLinear", operands, [found[owner]], found[owner])
+            shown.attribute.extend(node.attribute)
+            graph.node.append(shown)
         elif site.dynamic and node.input[0] not in constant:
             found[owner] = node.input[0]
     return found
@@ -158,6 +169,10 @@ def _compared(name: str, module: FakeQuantize, x: Tensor, codes: Tensor) -> tupl
     return Agreement(name, sqnr, others, codes.numel(), furthest), signal * scale
 
 
-def _tensor(array: np.ndarray) -> Tensor:
-    """Floats as they are, codes of any type as int32."""
-    return torch.from_numpy(array if np.issubdtype(array.dtype, np.floating) else array.astype(np.int32))
+def _codes(module: FakeQuantize, floats: Tensor) -> Tensor:
+    """The codes that a site's floats stand for, as int32."""
+    scale, zero_point = (
+        module.granularity.expand(parameter, floats.shape).cpu().double()
+        for parameter in (module.scale, module.zero_point)
+    )
+    return ((floats.double() / scale).round() + zero_point).int()

@@ -6,8 +6,9 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from halfstep.errors import ExportError
+from halfstep.errors import DataError, ExportError
 from halfstep.export.onnx import export_float
 from halfstep.fake_quantize import Mode
 from halfstep.formats import Integer
@@ -16,10 +17,14 @@ from halfstep.graph.inputs import ModelInputs
 from halfstep.graph.placement import Layer
 from halfstep.model import QuantizedModel
 from halfstep.runtime.deployed import DeployedModel, to_numpy
-from halfstep.runtime.kernels import Kernels, inspect_kernels, layer_times
+from halfstep.runtime.kernels import Kernels, inspect_kernels, layer_of, layer_times
 from halfstep.runtime.latency import Latency, race
 from halfstep.runtime.parity import Parity, compare
+from halfstep.runtime.saturation import saturable_layers
 from halfstep.runtime.size import file_size
+
+#: A file that gives the simulation's answer to so many fewer of the examples than it did answers otherwise.
+FEWER_ANSWERS = 0.01
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,8 @@ class Verification:
         float_size: bytes of the float file.
         microseconds: that each layer and operator takes of a run on the first batch, by name, measured in runs of its
             own; without what the runtime does in between. Empty where the target's hardware is not here.
+        saturable: layers that may answer otherwise on x86 processors without VNNI, where integer kernels add two
+            products in 16 bits; empty if the file answers alike on every processor.
     """
 
     parity: Parity
@@ -64,6 +71,7 @@ class Verification:
     size: int
     float_size: int
     microseconds: Mapping[str, float] = field(default_factory=dict)
+    saturable: tuple[str, ...] = ()
 
     @property
     def integer_layers(self) -> int:
@@ -126,12 +134,58 @@ def verify(
             file_size(path),
             file_size(float_path),
             layer_times(path, [to_numpy(leaf) for leaf in leaves], threads, runtime),
+            saturable_layers(path) if model.target.pair_sums else (),
         )
+
+
+def regressions(proof: Verification, baseline: Mapping[str, Any]) -> tuple[str, ...]:
+    """How a file falls behind what was recorded of it on another machine or with other versions; empty if in nothing.
+
+    Args:
+        proof: the file as it is proven now.
+        baseline: what :meth:`.Outcome.to_dict` (``outcome.json``) recorded.
+
+    Returns:
+        A sentence for each layer or operator that ran on integers and does not now, and one where the file gives the
+        simulation's answer to fewer examples, by more than :data:`FEWER_ANSWERS` and more than one.
+
+    Raises:
+        DataError: if ``baseline`` is no such record.
+    """
+    try:
+        integer = {layer["name"] for layer in baseline["layers"] if layer["integer"]}
+        floating = {name for name, _, _ in (tuple(op.values()) for op in baseline["float_operators"])}
+        known = Parity.of(baseline["parity"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise DataError(
+            f"baseline: got no record of a run ({type(error).__name__}: {error}), needed the outcome.json of one"
+        ) from None
+    lost = [
+        f"layer {layer.name!r} ran on integers and is in float now: {layer.reason}"
+        for layer in proof.layers
+        if layer.name in integer and not layer.integer
+    ]
+    lost += [
+        f"{kind} {name!r} ran on integers and is in float now: it {reason}"
+        for name, kind, reason in proof.float_operators
+        if name not in floating
+    ]
+    now = proof.parity
+    if now.top1 is not None and known.top1 is not None:
+        fewer = known.top1 - now.top1
+        if fewer > FEWER_ANSWERS and fewer * now.examples > 1.5:
+            lost.append(
+                f"{now.top1:.2%} of {now.examples:,} answers are the simulation's, {known.top1:.2%} were"
+            )
+    return tuple(lost)
 
 
 def layer_fates(model: QuantizedModel, kernels: Kernels) -> tuple[LayerFate, ...]:
     """Every layer of ``model``, with what the runtime made of it."""
-    integer, packed = ({name.split("/")[0] for name in names} for names in (kernels.integer, kernels.packed))
+    names = {layer.name for layer in model.layers}
+    integer, packed = (
+        {layer_of(node, names) for node in nodes} for nodes in (kernels.integer, kernels.packed)
+    )
     fates = []
     for layer in model.layers:
         real = layer.name in integer
@@ -168,7 +222,8 @@ def float_fates(model: QuantizedModel, kernels: Kernels) -> tuple[tuple[str, str
 
     Those that placement left there, and those (adds, pools) that it put between quantizers in vain.
     """
-    integer = {name.split("/")[0] for name in kernels.integer}
+    names = {op.name for op in model.placement.followers}
+    integer = {layer_of(node, names) for node in kernels.integer}
     floating = {op.name: (op.operator.kind, op.reason) for op in model.placement.float_operators}
     for op in model.placement.followers:
         if op.name not in integer:

@@ -122,8 +122,10 @@ def _segment_means(
 
 @cache
 def _compiled_boundaries() -> Callable[[Numbers, Numbers, Numbers, int], NDArray[np.int64]]:
-    """Compile the dynamic programme; numba is loaded here, where it is first needed."""
+    """Compile the dynamic programme, or load it; numba is imported here, where it is first needed."""
     from numba import njit
+
+    from halfstep.machine_code import compiled
 
     @njit(nogil=True)
     def cost(w: Any, wx: Any, wxx: Any, i: int, j: int) -> Any:
@@ -131,7 +133,6 @@ def _compiled_boundaries() -> Callable[[Numbers, Numbers, Numbers, int], NDArray
         spread = wxx[j] - wxx[i] - (wx[j] - wx[i]) ** 2 / (w[j] - w[i])
         return max(spread, 0.0)
 
-    @njit(nogil=True)
     def boundaries(w: Any, wx: Any, wxx: Any, levels: int) -> Any:
         n = len(w) - 1
         best = np.empty(n + 1)
@@ -170,5 +171,4 @@ def _compiled_boundaries() -> Callable[[Numbers, Numbers, Numbers, int], NDArray
             edges[k] = start[k, edges[k + 1]]
         return edges
 
-    compiled: Callable[[Numbers, Numbers, Numbers, int], NDArray[np.int64]] = boundaries
-    return compiled
+    return compiled(boundaries, "kmeans_boundaries")

@@ -122,8 +122,10 @@ class _Loops(NamedTuple):
 
 @cache
 def _compiled() -> _Loops:
-    """Compile the loops; numba is loaded here, where it is first needed."""
+    """Compile the loops, or load them; numba is imported here, where it is first needed."""
     from numba import njit
+
+    from halfstep.machine_code import compiled
 
     # Not by moving the thresholds down by a bit: below zero that is a subnormal number, which a processor may take for
     # zero itself.
@@ -135,8 +137,7 @@ def _compiled() -> _Loops:
     def at_or_above(number: Any, bound: Any) -> Any:
         return number >= bound
 
-    def replacing(passes: Callable[[Any, Any], Any]) -> Callable[..., None]:
-        @njit(nogil=True)
+    def replacing(passes: Callable[[Any, Any], Any], name: str) -> Callable[..., None]:
         def replace(x: Any, bits: Any, values: Any, bounds: Any, starts: Any) -> None:
             for i in range(x.size):
                 number = x[i]
@@ -145,9 +146,8 @@ def _compiled() -> _Loops:
                     code += 1
                 x[i] = values[code] if number == number else number  # NaN stays NaN
 
-        return replace
+        return compiled(replace, name)
 
-    @njit(nogil=True)
     def totals(x: Any, bits: Any, amounts: Any, bounds: Any, starts: Any) -> Any:
         sums = np.zeros((4, bounds.size))  # four, so that an addition need not wait for the one before
         for i in range(x.size):
@@ -158,4 +158,8 @@ def _compiled() -> _Loops:
             sums[i & 3, code] += amounts[i] if number == number else 0.0
         return sums.sum(0)
 
-    return _Loops(replacing(above), replacing(at_or_above), totals)
+    return _Loops(
+        replacing(above, "replace"),
+        replacing(at_or_above, "replace_ties_up"),
+        compiled(totals, "totals"),
+    )

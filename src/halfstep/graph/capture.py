@@ -136,7 +136,7 @@ def capture(model: nn.Module, example_inputs: ModelInputs) -> Captured:
             precision that it has or traced (the message names the module and line at fault), keeps state between
             calls, or answers differently from its own graph.
     """
-    _check_parameters(model)
+    check_parameters(model)
     size = batch_size(example_inputs)
     if size < 2:
         raise CaptureError(
@@ -335,7 +335,12 @@ def _float_outputs(outputs: Any) -> list[torch.Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
 
 
-def _check_parameters(model: nn.Module) -> None:
+def check_parameters(model: nn.Module) -> None:
+    """See that every parameter is finite and, of floats, float32.
+
+    Raises:
+        CaptureError: naming the first that is not.
+    """
     for name, tensor in model.named_parameters():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())

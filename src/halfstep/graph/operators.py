@@ -139,6 +139,14 @@ def input_axis(op: Operator) -> int:
     return -2 if op.kind == "matmul" else 1
 
 
+def is_depthwise(op: Operator) -> bool:
+    """Whether a conv makes each of its output channels of one input channel, and of each input channel one."""
+    if op.kind != "conv" or op.weight is None:
+        return False
+    outputs, inputs = op.weight.meta["val"].shape[:2]
+    return bool(inputs == 1 and outputs == op.inputs[0].meta["val"].shape[1])
+
+
 def _kind(node: fx.Node) -> str:
     if node.target in _GLOBAL_POOLS:
         size = node.args[1]

@@ -5,15 +5,18 @@ The simulated graph has a quantizer exactly where the exported file has a Quanti
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import fx
 
+from halfstep.formats import Format
 from halfstep.granularity import Granularity, PerGroup
 from halfstep.graph.biases import stored_biases
 from halfstep.graph.choices import Choices
 from halfstep.graph.ends import ends
 from halfstep.graph.granularities import activation_granularity, weight_granularity
 from halfstep.graph.names import readable_names
-from halfstep.graph.operators import Operator, constant_operands, describe
+from halfstep.graph.operators import Operator, constant_operands, describe, is_depthwise
 from halfstep.graph.placement import INT16, FloatOperator, Follower, Layer, Placement, Position, Site
 from halfstep.graph.signs import nonnegative
 from halfstep.recipe import ACTIVATIONS, LayerSpec, Recipe, TensorSpec
@@ -53,7 +56,7 @@ def takes_run_time_ranges(op: Operator, target: Target) -> bool:
 
 class _Placer:
     def __init__(self, graph: fx.Graph, target: Target, recipe: Recipe, choices: Choices) -> None:
-        self.graph, self.target, self.choices = graph, target, choices
+        self.graph, self.target, self.recipe, self.choices = graph, target, recipe, choices
         self.names = readable_names(graph)
         self.order = {node: index for index, node in enumerate(graph.nodes)}
         self.operators = {n: op for n in graph.nodes if (op := describe(n)) is not None}
@@ -61,6 +64,7 @@ class _Placer:
         outermost = ends(graph, layers)
         if len(outermost) == len(layers):  # an exception that leaves no rule
             outermost = set()
+        self.asked = {node: recipe.spec(self.names[node], node in outermost) for node in layers}
         self.specs: dict[fx.Node, LayerSpec | None] = {
             node: choices.spec(recipe, self.names[node], node in outermost) for node in layers
         }
@@ -353,6 +357,8 @@ class _Placer:
             specs = [spec.weights for user in users if (spec := self.specs[user]) and spec.weights]
             chosen = max(specs, key=lambda spec: spec.bits)
             fmt, granularity = self.target.weight_format(chosen), weight_granularity(chosen, op)
+            if self.recipe.portable:
+                fmt = min((self._portable(fmt, user) for user in users), key=_bits)
             by_node: dict[fx.Node, list[fx.Node]] = {}
             for user in users:
                 weight = self.operators[user].weight
@@ -362,6 +368,32 @@ class _Placer:
             sites.append(Site(name, fmt, granularity, positions, is_weight=True))
         self.weight_names = {user: name for name, users in readers.items() for user in users}
         return sites
+
+    def _portable(self, weight: Format, node: fx.Node) -> Format:
+        """A weight's format for a layer whose integer kernels may add pairs of products in 16 bits.
+
+        It does not depend on the choices: a weight keeps its format, and what was learned for it, whatever layers go to
+        float. Depthwise kernels add each product in 32 bits.
+        """
+        op = self.operators[node]
+        if op.kind not in self.target.layers or is_depthwise(op):
+            return weight
+        specs = [spec for value in op.inputs for spec in self._asked_of(value)]
+        integer = [spec for spec in specs if not isinstance(spec.granularity, PerGroup) and spec.bits <= 8]
+        formats = (
+            self.target.activation_format(spec, negative) for spec in integer for negative in (False, True)
+        )
+        return min((self.target.portable_format(weight, each) for each in formats), key=_bits, default=weight)
+
+    def _asked_of(self, value: fx.Node) -> Iterator[TensorSpec]:
+        """What the recipe asks of ``value`` for every layer that reads it, directly or moved."""
+        for user in value.users:
+            if user in self.asked:
+                spec = self.asked[user]
+                if spec is not None and spec.activations is not None:
+                    yield spec.activations
+            elif self._moves(user):
+                yield from self._asked_of(user)
 
     def _layers(self) -> tuple[Layer, ...]:
         layers = []
@@ -394,6 +426,10 @@ class _Placer:
             reason = self.reasons.get(node) or self.target.reasons.get(op.kind, unknown)
             found.append(FloatOperator(self.names[node], op, reason))
         return tuple(found)
+
+
+def _bits(format: Format) -> int:
+    return format.bits
 
 
 def _run_time_suffix(granularity: Granularity) -> str:

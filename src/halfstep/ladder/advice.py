@@ -35,17 +35,21 @@ def advise(search: Search, path: Sequence[Reached], deployed: Score) -> tuple[st
             "few bits lose"
         )
     bits = [site.format.bits for site in search.model.sites.values()]
-    if bits and min(bits) < 8:
+    if bits and min(bits) < 7:  # 7 may be a processor's need
         advice.append(f"{min(bits)} bits are few: 8 bits for the side that loses more")
     if 0 < search.calibrated < FEW:
         advice.append(f"{search.calibrated} calibration examples are few; {FEW} or more give steadier ranges")
-    for part in goal.standings(deployed):
+    for (asked, _), part in zip(goal.each(deployed), goal.standings(deployed), strict=True):
         if part.met:
             continue
         of = f" for {part.metric}" if part.metric else ""
         if goal.strict and part.high is None:
             advice.append(f"A strict target{of} cannot be met without an interval: {part.unsure}")
             continue
-        needed = part.high if goal.strict else part.drop
-        advice.append(f"A max_drop of {needed:.4g}{of} would be met by what was found")
+        needed = part.high if goal.strict and part.high is not None else part.drop
+        target = f"max_drop of {needed:.4g}"
+        if asked.target == "floor":
+            worst = part.float_score + (-needed if asked.higher_is_better else needed)
+            target = f"floor of {worst:.4g}"
+        advice.append(f"A {target}{of} would be met by what was found")
     return tuple(advice)

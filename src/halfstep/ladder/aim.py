@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 from halfstep.errors import ArgumentError, named
-from halfstep.evaluate import Metric, Score, Scorer, parts
+from halfstep.evaluate import SQNR, Metric, Score, Scorer, parts
 from halfstep.ladder.goal import Goal
 
 #: Asked where nothing is said: one point of an accuracy from 0 to 1.
@@ -52,10 +52,10 @@ class Aim:
             self._target(name)
 
     def check(self, scorer: Scorer) -> None:
-        """See that every name is a metric's.
+        """See that every name is a metric's, and that a metric with bounds can miss what is asked of it.
 
         Raises:
-            ArgumentError: with the nearest name that is.
+            ArgumentError: with the nearest name that is, the largest drop that can be, or the target that can be.
         """
         known = list(filter(None, parts(scorer)))
         for target, asked in self._given().items():
@@ -66,6 +66,26 @@ class Aim:
                     needed = f"one of {', '.join(map(repr, known))}" if known else "a number, for one metric"
                     raise ArgumentError(f"{target}: got the name {name!r}, needed {needed}{hint}")
 
+        for name, part in parts(scorer).items():
+            target, asked = self._target(name)
+            if isinstance(part, SQNR) and target != "floor":
+                floor = f"{{{name!r}: 30}}" if name else "30"
+                raise ArgumentError(
+                    f"{target}{f' of {name!r}' * bool(name)}: got {asked:g} for hs.SQNR, needed the fewest dB allowed, "
+                    f"such as floor={floor}: beside itself the float model has no noise, so a drop says nothing"
+                )
+            bounds = part.bounds if isinstance(part, Metric) else None
+            if bounds is None or target == "floor":
+                continue
+            most, unit = bounds[1] - bounds[0], "one point of an accuracy from 0 to 1"
+            if target == "relative_drop":
+                most, unit = (1.0 if bounds[0] >= 0 and part.higher_is_better else math.inf), "one percent"
+            if asked > most:
+                of = f" of {name!r}" if name else ""
+                raise ArgumentError(
+                    f"{target}{of}: got {asked:g}, needed at most {most:g}, since no score lies lower; 0.01 is {unit}"
+                )
+
     def goal(self, float_score: Score, scorer: Scorer) -> Goal:
         """The target against a float model's score.
 
@@ -73,7 +93,6 @@ class Aim:
             ArgumentError: if the float model itself does not meet it, or a number or name is out of its domain.
             MetricError: if a strict target is asked of a metric without scores of single examples.
         """
-        self.check(scorer)
         (first, leading), *others = parts(scorer).items()
         goal = self._goal(first, float_score, leading)
         rest = {name: self._goal(name, float_score.others[name], part) for name, part in others}
@@ -85,7 +104,14 @@ class Aim:
             max_drop = TARGETS[target](asked, float_score.value, scorer.higher_is_better)
             bounds = scorer.bounds if isinstance(scorer, Metric) else None
             return Goal(
-                max_drop, float_score, scorer.higher_is_better, self.confidence, self.strict, bounds, name
+                max_drop,
+                float_score,
+                scorer.higher_is_better,
+                self.confidence,
+                self.strict,
+                bounds,
+                name,
+                target=target,
             )
 
     def _target(self, name: str) -> tuple[str, float]:

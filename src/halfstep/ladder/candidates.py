@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from halfstep.calibrators import Calibrator, Concern, WeightCalibrator
+from halfstep.calibrators import Calibrator, Concern, WeightCalibrator, data_concerns, disagreements
 from halfstep.ladder.concerns import SiteConcern
 from halfstep.ladder.fidelity import Fidelity, Measure
 from halfstep.ladder.journal import Journal, exact
-from halfstep.ladder.ranges import Answer, Answers, set_ranges
+from halfstep.ladder.ranges import Answer, Answers, activation_sites, set_ranges
 from halfstep.model import QuantizedModel
 
 FLOAT = "float"  # in a candidate's place for weights or activations that are not quantized
@@ -91,8 +91,8 @@ class Sweep:
             "concerns": [str(concern) for concern in self.concerns],
         }
 
-    def keep(self, journal: Journal, key: str) -> None:
-        """Keep all of it, ranges included, under a key of what it was computed from."""
+    def keep(self, journal: Journal, name: str, key: str) -> None:
+        """Keep all of it, ranges included, under a name and a key of what it was computed from."""
         tensors = {
             f"{end}|{index}|{site}": getattr(answer, end)
             for index, candidate in enumerate(self.candidates)
@@ -117,20 +117,21 @@ class Sweep:
             "activations_alone": None if self.activations_alone is None else asdict(self.activations_alone),
             "concerns": [[each.site, each.concern.kind, each.concern.message] for each in self.concerns],
         }
-        journal.save("sweep", tensors, key, exact(data))
+        journal.save(name, tensors, key, exact(data))
 
     @classmethod
     def kept(
-        cls, journal: Journal, key: str, calibrators: Iterable[Calibrator | WeightCalibrator]
+        cls, journal: Journal, name: str, key: str, calibrators: Iterable[Calibrator | WeightCalibrator]
     ) -> Sweep | None:
-        """What :meth:`keep` kept under ``key``, if it did.
+        """What :meth:`keep` kept, if it did.
 
         Args:
             journal: that has it.
+            name: the same.
             key: the same.
             calibrators: those that were compared.
         """
-        saved = journal.load("sweep", key)
+        saved = journal.load(name, key)
         if saved is None:
             return None
         data, by_name = saved.data, {str(calibrator): calibrator for calibrator in calibrators}
@@ -182,3 +183,20 @@ class Sweep:
     def best_by_measure(self) -> Candidate:
         """The one whose outputs are nearest to the float network's."""
         return min(self.candidates, key=lambda candidate: candidate.fidelity.loss(self.by))
+
+
+def site_concerns(model: QuantizedModel, candidates: Sequence[Candidate]) -> tuple[SiteConcern, ...]:
+    """What the data say against the first candidate's ranges, and where the calibrators of all disagree."""
+    found = []
+    for name, module in activation_sites(model).items():
+        chosen = candidates[0].answers[name].calibrator
+        assert isinstance(chosen, Calibrator)
+        answers = [candidate.answers[name] for candidate in candidates]
+        ranges = {
+            answer.calibrator: (float(answer.low.min()), float(answer.high.max()))
+            for answer in answers
+            if isinstance(answer.calibrator, Calibrator)
+        }
+        at_site = [*data_concerns(module.histogram, (chosen,)), *disagreements(ranges)]
+        found += [SiteConcern(name, concern) for concern in at_site]
+    return tuple(found)

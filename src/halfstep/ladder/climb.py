@@ -7,14 +7,15 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from halfstep.errors import ArgumentError
-from halfstep.evaluate import Scorer, as_scorers, parts
+from halfstep.evaluate import Scorer, as_scorers, labelled_data, parts
 from halfstep.export.onnx import export_float
 from halfstep.graph.capture import capture
 from halfstep.graph.decompose import decompose
@@ -24,22 +25,26 @@ from halfstep.ladder.aim import Aim, Asked
 from halfstep.ladder.ascent import ascend
 from halfstep.ladder.budget import Budget
 from halfstep.ladder.calibration import observe
-from halfstep.ladder.concerns import halving, look, sentences, unlike_sites, watching
+from halfstep.ladder.concerns import Seen, halving, look, sentences, unlike_sites, watching
 from halfstep.ladder.deploy import deploy, file_score
 from halfstep.ladder.doubts import doubts
+from halfstep.ladder.exports import Exports
+from halfstep.ladder.float_model import knowing_float
 from halfstep.ladder.identity import Claimed, Examples, claim
 from halfstep.ladder.journal import Journal
 from halfstep.ladder.outcome import Outcome
 from halfstep.ladder.partial import Partial
 from halfstep.ladder.pins import pinned
+from halfstep.ladder.portability import PORTABLE, settle
+from halfstep.ladder.refits import refit
 from halfstep.ladder.rung import Means, Rung
 from halfstep.ladder.rungs import RUNGS, find_rungs
 from halfstep.ladder.search import Search, float_evaluation
 from halfstep.ladder.speed import favour_speed
+from halfstep.live import shown
 from halfstep.model import QuantizedModel
 from halfstep.progress import steps
 from halfstep.recipe import Recipe
-from halfstep.statistics import Histogram
 from halfstep.targets import Target, find_target
 from halfstep.training.check import check_trainable
 from halfstep.training.options import Training, check_training
@@ -68,9 +73,11 @@ def prepare(
         RecipeError: if a pattern of the recipe matches no layer.
     """
     found = find_target(target)
+    settled = settle(recipe or Recipe.int8(), found)
     with steps("capturing"):
         captured = decompose(fold(capture(model, example_inputs)), found.decomposed)
-        prepared = QuantizedModel(captured, found, recipe or Recipe.int8())
+        prepared = QuantizedModel(captured, found, settled)
+    prepared.refit = refit
     for note in captured.notes:
         warnings.warn(note, stacklevel=2)
     return prepared
@@ -99,6 +106,7 @@ def quantize(
     tune: bool = False,
     fresh: bool = False,
     command: str = "",
+    progress: bool = True,
 ) -> Outcome:
     """Quantize ``model`` so that its score drops by no more than allowed, and prove it on the deployed file.
 
@@ -115,8 +123,9 @@ def quantize(
             scores are what the drop is measured from; inputs may come in its type or in float32.
         example_inputs: a tensor, a tuple or a dict, with a batch of at least 2.
         calibration: model inputs, each a tensor, a tuple or a dict; iterated once.
-        metric: :class:`Accuracy`, :class:`Metric`, or any callable from a model to a float; or several of them by name,
-            all of which must keep to their targets. The first one leads: single figures are its.
+        metric: :class:`Accuracy`, :class:`Metric`, :class:`SetMetric`, or any callable from a model to a float; without
+            labels :class:`Agreement`, :class:`Cosine` or :class:`SQNR`; or several of them by name, all of which must
+            keep to their targets. The first one leads: single figures are its.
         max_drop: in the metric's unit, against the float model on the same examples; 0.01 unless another target is
             given. Of several metrics, one number for each or a dict of numbers by name; so ``relative_drop`` and
             ``floor`` too.
@@ -143,6 +152,7 @@ def quantize(
             the target still holds; a decision says which.
         fresh: begin anew in a used directory; what an earlier run left there is moved to a folder in it.
         command: what to type to do it again; the report shows it.
+        progress: show what is being done: bars on a terminal and in notebooks, the log called ``"halfstep"`` elsewhere.
 
     Raises:
         HalfstepError: a subclass that says what was wrong with the model, the data, the metric or the directory.
@@ -155,11 +165,12 @@ def quantize(
         check_training(training)
     aim = Aim(max_drop, relative_drop, floor, confidence, strict)
     found, recipe = find_target(target), recipe or Recipe.int8()
-    with Journal(directory, fresh) as journal, tempfile.TemporaryDirectory() as name:
+    with shown(progress), Journal(directory, fresh) as journal, tempfile.TemporaryDirectory() as name:
         temporary = Path(name)
         scorer = as_scorers(metric)
         aim.check(scorer)
-        prepared = prepare(model, example_inputs, recipe, found)
+        settled = settle(recipe, found, journal.entries)
+        prepared = prepare(model, example_inputs, settled, found)
         names = [rung.name for rung in ladder]
         if partial is not None and "partial" in names:
             pinned(prepared, partial.keep_float, partial.keep_quantized)
@@ -168,14 +179,18 @@ def quantize(
         with steps("exporting the float network"):  # what cannot be deployed is known now
             float_file = export_float(prepared, temporary / "float.onnx")
         claimed = claim(journal, prepared, scorer, aim, training)
+        if recipe.portable is None:
+            journal.write(PORTABLE, portable=settled.portable)
+        scorer = knowing_float(scorer, prepared)
         search = _begin(journal, prepared, scorer, aim, calibration, budget or Budget(), claimed)
         search.started = started
-        _settle(search, ladder, aim, command)
-        score_file = functools.partial(file_score, search, temporary / "model.onnx", threads)
+        _write_settings(search, ladder, aim, command)
+        exports = Exports(temporary)
+        score_file = functools.partial(file_score, search, exports, threads)
         path = ascend(search, ladder, Means(training, partial, threads, tune), max_float, score_file)
         if tune:
             favour_speed(search, threads, score_file)
-        return deploy(search, path, journal.folder or temporary, float_file, threads)
+        return deploy(search, path, exports, journal.folder or temporary, float_file, threads)
 
 
 def _begin(
@@ -188,10 +203,12 @@ def _begin(
     claimed: Claimed,
 ) -> Search:
     """The float baseline and the statistics, with what is to be said of the data: what every rung starts from."""
-    with watching(prepared) as seen:
+    data = labelled_data(scorer)
+    seen = Seen(prepared)
+    with nullcontext() if data else watching(prepared, seen):
         baseline, _ = float_evaluation(scorer, prepared, journal, claimed.unseen)
     scores = (baseline, *baseline.others.values())
-    journal.write("paired", paired=any(score.per_example is not None for score in scores))
+    journal.write("paired", paired=any(score.paired for score in scores))
     search = Search(prepared, scorer, aim.goal(baseline, scorer), journal=journal, budget=budget, rung="data")
     for note in prepared.captured.notes:
         search.decide(note, aloud=False)  # a warning has said it
@@ -200,10 +217,17 @@ def _begin(
             f"What cannot be compared when this run goes on: {', '.join(claimed.unseen)}. The float model is scored "
             "again then, to see that it scores the same; fresh=True (--fresh) begins anew"
         )
+    if claimed.unseen_in_training and journal.folder is not None:
+        search.decide(
+            f"What cannot be compared of the training: {', '.join(claimed.unseen_in_training)}. Where it changes and "
+            "this run goes on, what was trained before stays; fresh=True (--fresh) begins anew"
+        )
     kept = search.checkpoints.statistics()
     if kept is None:
-        if not any(histogram.count for histogram in seen.values()):  # another model was scored, or none
-            seen = look(prepared, scorer)
+        if data:
+            spread = all(isinstance(batches, (list, tuple)) for batches in data)
+            seen = Seen(prepared, len(claimed.judged.seen) if spread else 0)
+            look(prepared, (item[0] for batches in data for item in batches), seen)
         said = _observe(search, calibration, claimed.judged, seen)
         for sentence in said:
             warnings.warn(sentence, stacklevel=3)
@@ -217,9 +241,7 @@ def _begin(
     return search
 
 
-def _observe(
-    search: Search, calibration: Iterable[ModelInputs], judged: Examples, seen: Mapping[str, Histogram]
-) -> list[str]:
+def _observe(search: Search, calibration: Iterable[ModelInputs], judged: Examples, seen: Seen) -> list[str]:
     """Observe the calibration data and keep the statistics; what is to be said of the data, in sentences."""
     model, calibrated = search.model, Examples()
     with halving(model) as unsteady:
@@ -253,7 +275,7 @@ def _compare(calibration: Iterable[ModelInputs], known: Sequence[bytes], journal
     ]
 
 
-def _settle(search: Search, ladder: Sequence[Rung], aim: Aim, command: str) -> None:
+def _write_settings(search: Search, ladder: Sequence[Rung], aim: Aim, command: str) -> None:
     """Write down what was asked, with every default resolved."""
     model, goal = search.model, search.goal
     search.journal.write(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from halfstep.calibrators import Calibrator, Concern, data_concerns, disagreements, unlike, unsteady
 from halfstep.errors import named
-from halfstep.evaluate import Scorer, labelled_data
 from halfstep.fake_quantize import Mode
 from halfstep.graph.inputs import ModelInputs, batch_size
 from halfstep.ladder.ranges import activation_sites
@@ -20,8 +19,9 @@ from halfstep.model import QuantizedModel, run
 from halfstep.progress import track
 from halfstep.statistics import Histogram
 
-#: So many examples of the evaluation's data are looked at: enough to see that they are of another kind.
-LOOKED_AT = 2048
+#: So many examples of the evaluation's data are looked at: enough to see that they are of another kind, and no more
+#: than calibration usually has, so that this costs no more.
+LOOKED_AT = 512
 _NAMED = 3  # sites that a sentence names
 
 
@@ -41,6 +41,42 @@ class SiteConcern:
         return f"site {self.site!r}: {self.concern}"
 
 
+class Seen:
+    """What passed the activations' sites: of a bounded number of examples, spread evenly over data of known number.
+
+    Args:
+        model: whose sites.
+        total: how many examples there are; 0 where that is not known, and the first ones are counted.
+        examples: how many are counted at most.
+
+    Attributes:
+        histograms: by site.
+        counted: examples so far.
+    """
+
+    def __init__(self, model: QuantizedModel, total: int = 0, examples: int = LOOKED_AT) -> None:
+        self.histograms = {name: Histogram() for name in activation_sites(model)}
+        self.counted = self._passed = 0
+        self._total, self._examples = total, examples
+
+    def take(self, size: int) -> int:
+        """How many examples of the next batch, of ``size``, are to be counted: its first ones."""
+        self._passed += size
+        share = min(1.0, self._examples / self._total) if self._total else 1.0
+        count = min(self._examples, round(self._passed * share)) - self.counted
+        self.counted += count
+        return count
+
+    @property
+    def full(self) -> bool:
+        """Whether no further example is counted."""
+        return self.counted >= self._examples
+
+    def __str__(self) -> str:
+        of = f" of {self._total:,}" if self._total > self.counted else ""
+        return f"{self.counted:,}{of} examples of the evaluation were looked at"
+
+
 def concerns(
     model: QuantizedModel,
     calibrators: Sequence[Calibrator] = (),
@@ -54,7 +90,8 @@ def concerns(
     Args:
         model: observed.
         calibrators: those that shall be used; two or more are compared.
-        evaluation: inputs like those the model will see, run once here; None compares with nothing.
+        evaluation: inputs like those the model will see; the first :data:`LOOKED_AT` examples are run here. None
+            compares with nothing.
 
     Returns:
         In the graph's order; empty if all is well.
@@ -63,7 +100,9 @@ def concerns(
         DataError: an evaluation batch has a wrong shape or type.
     """
     sites = activation_sites(model)
-    seen = {} if evaluation is None else _observed(model, evaluation)
+    seen = Seen(model)
+    if evaluation is not None:
+        look(model, evaluation, seen)
     found = []
     for name, module in sites.items():
         histogram = module.histogram
@@ -71,69 +110,79 @@ def concerns(
         if histogram.count:
             if len(calibrators) > 1:
                 at_site += disagreements({c: c.range(histogram, module.format) for c in calibrators})
-            if name in seen and seen[name].count:
-                at_site += unlike(histogram, seen[name])
+            at_site += _unlike(name, histogram, seen)
         found += [SiteConcern(name, concern) for concern in at_site]
     return tuple(found)
 
 
-def unlike_sites(model: QuantizedModel, seen: Mapping[str, Histogram]) -> tuple[SiteConcern, ...]:
+def unlike_sites(model: QuantizedModel, seen: Seen) -> tuple[SiteConcern, ...]:
     """The activations whose values in ``seen`` are distributed unlike those that were calibrated on."""
     return tuple(
         SiteConcern(name, concern)
         for name, module in activation_sites(model).items()
-        if module.histogram.count and name in seen and seen[name].count
-        for concern in unlike(module.histogram, seen[name])
+        for concern in _unlike(name, module.histogram, seen)
     )
 
 
-@contextmanager
-def watching(model: QuantizedModel, examples: int = LOOKED_AT) -> Iterator[dict[str, Histogram]]:
+def watching(model: QuantizedModel, seen: Seen) -> AbstractContextManager[None]:
     """Count what passes the activations' sites in the block, apart from the statistics for calibration.
 
     Args:
         model: any mode.
-        examples: the count ends with the batch that reaches this number.
-
-    Yields:
-        The histograms by site, filled as the model runs.
+        seen: filled as the model runs.
     """
-    sites = activation_sites(model)
-    seen = {name: Histogram() for name in sites}
-    passed, counting = 0, False
+    return _counting(model, seen, seen.take)
+
+
+def look(model: QuantizedModel, batches: Iterable[ModelInputs], seen: Seen) -> Seen:
+    """Run the float model on those examples that ``seen`` counts, and on no others; ``seen`` filled.
+
+    Raises:
+        DataError: a batch has a wrong shape or type.
+    """
+    with _counting(model, seen, lambda size: size), model.using(Mode.FLOAT), torch.no_grad():
+        for index, inputs in enumerate(track(batches, "looking at evaluation data")):
+            with named(f"evaluation batch {index}"):
+                if count := seen.take(batch_size(inputs)):
+                    run(model, model.captured.examples(inputs, 0, count))
+            if seen.full:
+                break
+    return seen
+
+
+@contextmanager
+def _counting(model: QuantizedModel, seen: Seen, take: Callable[[int], int]) -> Iterator[None]:
+    """Count the first examples of every batch that runs in the block, as many as ``take`` says of its size."""
+    size = count = 0
 
     def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal passed, counting
-        counting = passed < examples
-        passed += batch_size(kwargs or args)
+        nonlocal size, count
+        size = batch_size(kwargs or args)
+        count = take(size)
 
-    def count(name: str, x: Tensor) -> None:
-        if counting:
-            seen[name].update(x)
+    def look_at(name: str, x: Tensor) -> None:
+        if count:
+            by_example = x.dim() > 0 and len(x) % size == 0  # also (batch * heads, ...)
+            seen.histograms[name].update(x[: len(x) // size * count] if by_example else x)
 
     handles = [model.register_forward_pre_hook(begin, with_kwargs=True)]
     handles += [
-        module.register_forward_pre_hook(lambda _, args, name=name: count(name, args[0]))
-        for name, module in sites.items()
+        module.register_forward_pre_hook(lambda _, args, name=name: look_at(name, args[0]))
+        for name, module in activation_sites(model).items()
     ]
     try:
-        yield seen
+        yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def look(model: QuantizedModel, scorer: Scorer, examples: int = LOOKED_AT) -> dict[str, Histogram]:
-    """What the float model sees of the labelled data, up to a number of examples; empty where they cannot be seen."""
-    passed = 0
-    with watching(model, examples) as seen, model.using(Mode.FLOAT), torch.no_grad():
-        for batches in labelled_data(scorer):
-            for inputs, _ in batches:
-                run(model, inputs)
-                passed += batch_size(inputs)
-                if passed >= examples:
-                    return seen
-    return seen
+def _unlike(name: str, calibrated: Histogram, seen: Seen) -> list[Concern]:
+    """What is to be said of a site where other values were seen, and what that rests on."""
+    now = seen.histograms.get(name)
+    if now is None or not (now.count and calibrated.count):
+        return []
+    return [replace(concern, message=f"{concern.message}; {seen}") for concern in unlike(calibrated, now)]
 
 
 @contextmanager
@@ -182,11 +231,3 @@ def sentences(found: Sequence[SiteConcern]) -> list[str]:
         )
         lines.append(str(some[0]) + (f" (so too {more})" if others else ""))
     return lines
-
-
-def _observed(model: QuantizedModel, batches: Iterable[ModelInputs]) -> dict[str, Histogram]:
-    with watching(model) as seen, model.using(Mode.FLOAT), torch.no_grad():
-        for index, batch in enumerate(track(batches, "observing evaluation data")):
-            with named(f"evaluation batch {index}"):
-                run(model, batch)
-    return seen

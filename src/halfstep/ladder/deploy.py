@@ -10,16 +10,17 @@ from typing import Any
 
 from halfstep.errors import RefusedError
 from halfstep.evaluate import Score, classifies
-from halfstep.export.onnx import copy_file, export_onnx
+from halfstep.export.onnx import copy_file
 from halfstep.export.verify import verify
 from halfstep.ladder.advice import advise
 from halfstep.ladder.environment import runtime_identity
 from halfstep.ladder.evaluation import Verdict
+from halfstep.ladder.exports import CHECKED, UNCHECKED, Exports, rung_of
 from halfstep.ladder.files import measure_files
 from halfstep.ladder.outcome import Outcome
 from halfstep.ladder.portrait import portray_input, portray_sites
 from halfstep.ladder.rung import Reached
-from halfstep.ladder.search import Candidate, Search, timed_evaluation
+from halfstep.ladder.search import Search, timed_evaluation
 from halfstep.progress import steps
 from halfstep.runtime.deployed import DeployedModel
 
@@ -28,9 +29,14 @@ OUTCOME = "outcome"
 
 
 def deploy(
-    search: Search, path: Sequence[Reached], place: Path, float_file: Path, threads: int | None
+    search: Search,
+    path: Sequence[Reached],
+    exports: Exports,
+    place: Path,
+    float_file: Path,
+    threads: int | None,
 ) -> Outcome:
-    """Export the best candidate to ``place``, verify the file, and score it on its runtime.
+    """Put the best candidate's file in ``place``, verify it, and score it on its runtime.
 
     Where its file is refused, the next best candidate that a rung ended with takes its place. Where every file is, the
     best one's is written as ``refused.onnx``, for those who want to see what is wrong; the target is not met then,
@@ -39,11 +45,12 @@ def deploy(
     Args:
         search: its model is the best candidate.
         path: the rungs climbed.
+        exports: the files of candidates.
         place: a directory.
         float_file: the float network's, for comparison; copied to ``place``.
         threads: of the runtime.
     """
-    file, score, refused = _file_that_holds(search, place, threads)
+    file, score, refused = _file_that_holds(search, exports, place, threads)
     model, best = search.model, search.best
     assert best is not None
     advice = advise(search, path, score)
@@ -53,10 +60,10 @@ def deploy(
         float_file = copy_file(float_file, place / float_file.name)
     with steps("verifying on the runtime"):
         proof = verify(file, model, model.sample, float_file, threads, classes=classifies(search.scorer))
-    files = measure_files(search, proof, score.value, float_file, threads)
+    files = measure_files(search, exports, proof, score.value, float_file, threads)
     outcome = Outcome(
         met=search.asked.met(score) and not refused,
-        rung=_rung_of(search, best),
+        rung=rung_of(search, best),
         float_score=search.asked.float_score.value,
         score=best.score.value,
         deployed_score=score.value,
@@ -80,7 +87,9 @@ def deploy(
     return replace(outcome, entries=tuple(search.journal.entries))
 
 
-def _file_that_holds(search: Search, place: Path, threads: int | None) -> tuple[Path, Score, str]:
+def _file_that_holds(
+    search: Search, exports: Exports, place: Path, threads: int | None
+) -> tuple[Path, Score, str]:
     """The file of the best candidate whose file is not refused, and its score; else the best one's, and why it is.
 
     The search's best, and its model, are that candidate afterwards.
@@ -88,33 +97,35 @@ def _file_that_holds(search: Search, place: Path, threads: int | None) -> tuple[
     best, why = search.best, ""
     assert best is not None
     others = {id(candidate): candidate for candidate in search.reached.values() if candidate is not best}
-    file, refused = place / "model.onnx", place / "refused.onnx"
+    file, refused = place / CHECKED, place / UNCHECKED
     for candidate in (best, *sorted(others.values(), key=search.rank)):
         search.best = candidate
         candidate.snapshot.restore()
         try:
-            _, score = file_score(search, file, threads)
+            _, score = file_score(search, exports, threads)
         except RefusedError as error:
             search.decide(f"The file of {candidate.what} is refused: {error}")
             why = why or str(error)
         else:
             refused.unlink(missing_ok=True)  # an earlier run's
-            return file, score, ""
+            return copy_file(exports.file(search, candidate), file), score, ""
     search.best = best
     best.snapshot.restore()
     file.unlink(missing_ok=True)
-    _, score = file_score(search, refused, threads, check=False)
-    return refused, score, why
+    _, score = file_score(search, exports, threads, check=False)
+    return copy_file(exports.file(search, best, check=False), refused), score, why
 
 
-def file_score(search: Search, file: Path, threads: int | None, check: bool = True) -> tuple[str, Score]:
-    """Export the best candidate to ``file`` and score it on its runtime; the key that is remembered by, and the score.
+def file_score(
+    search: Search, exports: Exports, threads: int | None, check: bool = True
+) -> tuple[str, Score]:
+    """Score the best candidate's file on its runtime; the key that is remembered by, and the score.
 
     The very same bytes are not scored again by the same versions on the same processor.
 
     Args:
         search: its model is the best candidate.
-        file: written anew.
+        exports: the files of candidates.
         threads: of the runtime.
         check: whether the file must answer as the simulation.
 
@@ -124,13 +135,7 @@ def file_score(search: Search, file: Path, threads: int | None, check: bool = Tr
     """
     model, best = search.model, search.best
     assert best is not None
-    about = {
-        "float_score": repr(search.asked.float_score.value),
-        "score": repr(best.score.value),
-        "rung": _rung_of(search, best),
-    }
-    with steps("exporting"):
-        export_onnx(model, file, about, check)
+    file = exports.file(search, best, check)
     key = f"file {hashlib.sha256(file.read_bytes()).hexdigest()}, {runtime_identity(model.target.runtime)}"
     if (known := search.recall(key)) is not None:
         return key, known.score
@@ -143,11 +148,6 @@ def file_score(search: Search, file: Path, threads: int | None, check: bool = Tr
     return key, score
 
 
-def _rung_of(search: Search, best: Candidate) -> str:
-    """The first rung that ended with this candidate; the one that was climbed last if none did."""
-    return next((name for name, reached in search.reached.items() if reached is best), search.rung)
-
-
 def _write_down(search: Search, outcome: Outcome, files: list[dict[str, Any]]) -> None:
     """The end of the journal, and the network itself, to export it again.
 
@@ -155,7 +155,7 @@ def _write_down(search: Search, outcome: Outcome, files: list[dict[str, Any]]) -
     """
     best = search.best
     assert best is not None
-    known_by_now = ("history", "decisions", "path", "latency_ms", "microseconds")
+    known_by_now = ("history", "decisions", "path", "latency_ms", "microseconds", "environment")
     record = {name: value for name, value in outcome.to_dict().items() if name not in known_by_now}
     latency = {name: asdict(value) for name, value in outcome.verification.latency.items()}
     times = {name: round(time, 2) for name, time in outcome.verification.microseconds.items()}

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from halfstep.evaluate import Score
+from halfstep.evaluate import Resampled, Score
 from halfstep.ladder.journal import Entry, Journal
 
 
@@ -100,12 +100,17 @@ def _pack(score: Score) -> dict[str, Any]:
     """A score as plain data, to the last bit."""
     others = {name: _pack(part) for name, part in score.others.items()}
     plain = {"value": score.value, "per_example": _plain(score.per_example)}
+    if score.resampled is not None:
+        plain["resampled"] = {name: _plain(value) for name, value in vars(score.resampled).items()}
     return {**plain, "others": others} if others else plain
 
 
 def _unpack(data: dict[str, Any]) -> Score:
     others = {name: _unpack(part) for name, part in data.get("others", {}).items()}
-    return Score(data["value"], _rich(data["per_example"]), others)
+    resampled = data.get("resampled")
+    if resampled is not None:
+        resampled = Resampled(**{name: _rich(value) for name, value in resampled.items()})
+    return Score(data["value"], _rich(data["per_example"]), others, resampled=resampled)
 
 
 def _plain(value: Any) -> Any:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from halfstep.export.onnx import export_onnx
 from halfstep.export.verify import Verification
 from halfstep.ladder.budget import BudgetSpent
+from halfstep.ladder.exports import Exports
 from halfstep.ladder.search import Candidate, Search
 from halfstep.progress import interruptible, track
 from halfstep.runtime.deployed import DeployedModel
@@ -19,7 +18,12 @@ from halfstep.runtime.size import file_size
 
 
 def measure_files(
-    search: Search, proof: Verification, final: float, float_file: Path, threads: int | None
+    search: Search,
+    exports: Exports,
+    proof: Verification,
+    final: float,
+    float_file: Path,
+    threads: int | None,
 ) -> list[dict[str, Any]]:
     """The float file, the best of each rung below the last one, and the final file.
 
@@ -29,6 +33,7 @@ def measure_files(
 
     Args:
         search: after the climb.
+        exports: the files of candidates.
         proof: of the final file.
         final: its score.
         float_file: its float counterpart.
@@ -46,14 +51,14 @@ def measure_files(
     below = {name: candidate for name, candidate in search.reached.items() if candidate is not search.best}
     try:
         with interruptible(search.check_time):
-            return points + (_race(search, below, float_file, threads) if below else [])
+            return points + (_race(search, exports, below, float_file, threads) if below else [])
     except BudgetSpent as spent:
         search.decide(f"size and speed of what came before were not measured, the budget is spent: {spent}")
         return points
 
 
 def _race(
-    search: Search, below: Mapping[str, Candidate], float_file: Path, threads: int | None
+    search: Search, exports: Exports, below: Mapping[str, Candidate], float_file: Path, threads: int | None
 ) -> list[dict[str, Any]]:
     """Write, run and compare the candidates' files; the model is the best one again afterwards."""
     best = search.best
@@ -61,18 +66,16 @@ def _race(
     captured, inputs = search.model.captured, search.model.file_inputs(search.model.sample[0])
     specs = captured.in_spec, captured.out_spec
     runtime = search.model.target.runtime
-    with tempfile.TemporaryDirectory() as directory:
-        models = {"float": DeployedModel(float_file, *specs, threads, runtime)}
-        sizes = {}
-        try:
-            for name, candidate in track(below.items(), "files of the rungs", len(below)):
-                path = Path(directory) / f"{name}.onnx"
-                file = export_onnx(candidate.snapshot.restore(), path, check=False)
-                models[name] = DeployedModel(file, *specs, threads, runtime)
-                sizes[name] = file_size(file)
-        finally:
-            best.snapshot.restore()
-        latency = race({name: functools.partial(model, *inputs) for name, model in models.items()})
+    models = {"float": DeployedModel(float_file, *specs, threads, runtime)}
+    sizes = {}
+    try:
+        for name, candidate in track(below.items(), "files of the rungs", len(below)):
+            file = exports.file(search, candidate, check=False)
+            models[name] = DeployedModel(file, *specs, threads, runtime)
+            sizes[name] = file_size(file)
+    finally:
+        best.snapshot.restore()
+    latency = race({name: functools.partial(model, *inputs) for name, model in models.items()})
     return [
         _point(name, candidate.score.value, sizes[name], latency[name]) for name, candidate in below.items()
     ]

@@ -74,6 +74,7 @@ class Goal:
         bounds: the smallest and the largest score that an example can have; None if unknown.
         name: of the metric; empty where there is only one.
         others: of several metrics, the goals of those after the first, by name.
+        target: what was asked for, ``"max_drop"``, ``"relative_drop"`` or ``"floor"``.
 
     Raises:
         ArgumentError: if the confidence is not between 0.5 and 1.
@@ -88,16 +89,18 @@ class Goal:
     bounds: tuple[float, float] | None = None
     name: str = ""
     others: Mapping[str, Goal] = field(default_factory=dict)
+    target: str = "max_drop"
 
     def __post_init__(self) -> None:
         if not 0.5 <= self.confidence < 1:
             raise ArgumentError(
                 f"confidence: got {self.confidence}, needed a number from 0.5 to below 1, such as 0.95"
             )
-        if self.strict and self.float_score.per_example is None:
+        if self.strict and not self.float_score.paired:
             raise MetricError(
                 "a strict goal needs the scores of single examples in the same order each time: use "
-                "hs.Metric(labelled, score) or hs.Accuracy(labelled), or let the point estimate decide (strict=False)"
+                "hs.Metric(labelled, score), hs.Accuracy(labelled) or hs.SetMetric(labelled, update, compute), or let "
+                "the point estimate decide (strict=False)"
             )
 
     def drop(self, score: Score) -> float:
@@ -216,6 +219,6 @@ class Goal:
         if drop.low > self.max_drop:
             return f"The {interval}, lies wholly above the allowed {self.max_drop:g}."
         return (
-            f"The {interval}, includes the allowed {self.max_drop:g}: other examples could decide otherwise "
+            f"The {interval}, includes the allowed {self.max_drop:g}: other {drop.unit} could decide otherwise "
             f"({drop.count:,} were used)."
         )

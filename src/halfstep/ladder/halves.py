@@ -32,12 +32,15 @@ class Halves:
 
     @property
     def cause(self) -> str:
-        """``"weights"``, ``"activations"``, ``"both"``, or ``"neither"`` where each alone is within the allowed."""
+        """``"weights"``, ``"activations"``, ``"both"``; ``"neither"`` where each alone is within the allowed.
+
+        ``"nothing"`` where none loses anything and the target asks for more than float.
+        """
         weights, activations = max(self.weights, 0.0), max(self.activations, 0.0)
-        if max(weights, activations) <= max(
-            self.allowed, 0.0
-        ):  # less than 0 where float itself is not enough
+        if weights <= self.allowed and activations <= self.allowed:
             return "neither"
+        if not weights + activations:
+            return "nothing"
         share = weights / (weights + activations)
         return "weights" if share >= MOST else "activations" if share <= 1 - MOST else "both"
 
@@ -66,6 +69,7 @@ ADVICE = {
     "activations": "the activations lose it. Another calibrator, ranges computed at run time, or 16-bit activations "
     "in few layers help; more bits for the weights will not",
     "both": "both lose a part of it; layers with both halves in float are the surest cure",
+    "nothing": "neither half loses anything by itself; what is missing is what files lose beside their simulations",
     "neither": "each half alone would do; their errors add up. A few layers in float, or one half in more bits, "
     "suffice",
 }

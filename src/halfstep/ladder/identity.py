@@ -14,7 +14,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from halfstep.errors import RunError
-from halfstep.evaluate import CallableMetric, Metric, Scorer, labelled_data, parts
+from halfstep.evaluate import CallableMetric, DataMetric, Scorer, labelled_data, parts
 from halfstep.graph.inputs import ModelInputs, batch_size, call_arguments
 from halfstep.identity import Identity, rows_of_bytes, state_of
 from halfstep.ladder.aim import Aim
@@ -23,16 +23,24 @@ from halfstep.ladder.journal import Journal
 from halfstep.model import QuantizedModel
 from halfstep.training.options import Training
 
+#: Why the very same code may be refused: counters and caches are content too.
+_HINT = (
+    "It is known by its code, defaults, closure and attributes; a class leaves what makes no difference out of what "
+    "its __getstate__ returns"
+)
+
 
 class Examples:
     """The digests of examples, collected as batches pass.
 
     Attributes:
         seen: a digest for each example's inputs, in order.
+        unknown: what could not be read, by where it was found.
     """
 
     def __init__(self) -> None:
         self.seen: list[bytes] = []
+        self.unknown: list[str] = []
         self._labelled: list[bytes] = []
         self._others: list[str] = []
 
@@ -44,11 +52,13 @@ class Examples:
         """
         count = batch_size(inputs)
         rows, rest = _by_example(pytree.tree_leaves(call_arguments(inputs)), count)
-        own, others = _by_example(pytree.tree_leaves(labels), count)
+        own, others = _by_example([] if labels is None else pytree.tree_leaves(labels), count)
         self.seen += rows
         self._labelled += [_hash(a + b) for a, b in zip(rows, own, strict=True)]
         if others or rest:
-            self._others.append(Identity(len(self.seen), rest, others).digest)
+            identity = Identity(len(self.seen), rest, others)
+            self._others.append(identity.digest)
+            self.unknown = list(dict.fromkeys([*self.unknown, *identity.unknown]))
 
     def digest(self) -> str:
         """Of all examples with their labels in order, however they are cut into batches."""
@@ -69,10 +79,12 @@ class Claimed:
     Attributes:
         judged: the examples that the metric judges on, where they can be seen.
         unseen: what the metric depends on and cannot be compared with an earlier run's, in words; empty if all can.
+        unseen_in_training: the same of the training.
     """
 
     judged: Examples
     unseen: tuple[str, ...]
+    unseen_in_training: tuple[str, ...] = ()
 
 
 def claim(
@@ -94,18 +106,19 @@ def claim(
             "another directory, or begin anew in this one with fresh=True (--fresh)"
         )
     packages = environment()
-    journal.claim("version of halfstep", packages.get("halfstep", "unknown"))
+    journal.claim("version of halfstep", packages.get("halfstep", "unknown"), words=True)
     journal.claim("model", prepared.captured.content)
     journal.claim("recipe", repr(prepared.recipe))
     asked = f"target {prepared.target.name}, {aim}, confidence {aim.confidence:g}"
-    journal.claim("configuration", asked)
+    journal.claim("configuration", asked, words=True)
     identities = {name: _metric_identity(part) for name, part in parts(scorer).items()}
-    journal.claim("metric", Identity({name: each.digest for name, each in identities.items()}).digest)
+    together = Identity({name: each.digest for name, each in identities.items()}).digest
+    journal.claim("metric", together, hint=_HINT)
     unseen = [f"{name} {what}".lstrip() for name, each in identities.items() for what in each.unknown]
     unseen += [
         f"metric {name!r}" if name else "the metric, a function that reads what it wants"
         for name, part in parts(scorer).items()
-        if not isinstance(part, Metric)
+        if not isinstance(part, DataMetric)
     ]
     surroundings = [each.surroundings for each in identities.values()]
     if journal.changed("surroundings", digests=surroundings):
@@ -113,32 +126,33 @@ def claim(
     judged = _labelled_examples(scorer)
     if judged.seen:
         _claim_examples(journal, judged)
+    unseen += [f"labelled data {what}" for what in judged.unknown]
+    unseen_in_training: list[str] = []
     if training is not None:
-        journal.claim("training", training.content())
-        if journal.changed(
-            "training surroundings", digest=Identity(training.loss, training.labelled).surroundings
-        ):
+        identity = training.identity()
+        journal.claim("training", identity.digest, hint=_HINT)
+        unseen_in_training = identity.unknown
+        if journal.changed("training surroundings", digest=identity.surroundings):
             warnings.warn(
                 "training: global variables that its code refers to are not what they were when this run began; what "
                 "was trained rests on the old ones; begin anew with fresh=True (--fresh) if they matter",
                 stacklevel=4,
             )
     journal.write("environment", packages=packages)
-    return Claimed(judged, tuple(unseen))
+    return Claimed(judged, tuple(unseen), tuple(unseen_in_training))
 
 
 def _metric_identity(scorer: Scorer) -> Identity:
-    """A metric without its labelled data, which are claimed by themselves."""
+    """A metric without its data, which are claimed by themselves."""
     if isinstance(scorer, CallableMetric):
         return Identity(scorer.function, scorer.higher_is_better)
     state = state_of(scorer)
     if isinstance(state, dict):
-        score = state.get("score")
-        own = isinstance(score, MethodType) and score.__self__ is scorer  # the class's
         state = {
             name: value
             for name, value in state.items()
-            if name != "labelled" and not (own and name == "score")
+            if name != "labelled"
+            and not (isinstance(value, MethodType) and value.__self__ is scorer)  # the class's
         }
     return Identity(type(scorer), state)
 

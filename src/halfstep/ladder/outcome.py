@@ -11,6 +11,7 @@ from typing import Any
 from halfstep.export.onnx import export_onnx
 from halfstep.export.verify import Verification
 from halfstep.files import write_whole
+from halfstep.ladder.environment import environment
 from halfstep.ladder.evaluation import Evaluation
 from halfstep.ladder.goal import Standing
 from halfstep.ladder.journal import Entry, finite
@@ -114,6 +115,8 @@ class Outcome:
             "bytes": proof.size,
             "float_bytes": proof.float_size,
             "kernels": proof.kernels.counts,
+            "saturable": list(proof.saturable),
+            "environment": environment(),
             "layers": [asdict(layer) for layer in proof.layers],
             "float_operators": [
                 dict(zip(("name", "kind", "reason"), op, strict=True)) for op in proof.float_operators

@@ -12,6 +12,7 @@ from halfstep.evaluate import Drop, as_scorers
 from halfstep.identity import Identity
 from halfstep.ladder.aim import Aim, Asked
 from halfstep.ladder.evaluation import Evaluation
+from halfstep.ladder.float_model import knowing_float
 from halfstep.ladder.groups import groups_of
 from halfstep.ladder.halves import Halves
 from halfstep.ladder.identity import claim
@@ -120,6 +121,7 @@ def partial(
             unseen = claim(journal, model, scorer, aim).unseen
             own = [(name, x) for name, x in model.named_parameters() if not name.startswith("quantizers.")]
             journal.claim("parameters", Identity(own).digest)
+        scorer = knowing_float(scorer, model)
         score, _ = float_evaluation(scorer, model, journal, unseen)
         search = Search(model, scorer, aim.goal(score, scorer), journal=journal, rung="partial")
         found = climb_partial(search, options)

@@ -6,12 +6,14 @@ import functools
 from collections.abc import Callable
 from dataclasses import asdict, replace
 
+from halfstep.calibrators import Calibrator, WeightCalibrator
 from halfstep.evaluate import Score, classifies
 from halfstep.identity import Identity
 from halfstep.ladder.best_of import BestOf
-from halfstep.ladder.candidates import Sweep
+from halfstep.ladder.candidates import MIXED, Sweep
 from halfstep.ladder.concerns import sentences
 from halfstep.ladder.journal import exact
+from halfstep.ladder.mixing import mix
 from halfstep.ladder.repairs import Pass, Trial, repair
 from halfstep.ladder.search import Search
 from halfstep.ladder.sweep import judge, sweep
@@ -24,9 +26,10 @@ REPAIR_SECONDS = 600.0
 def climb_ptq(search: Search, options: BestOf | None = None) -> Score:
     """Rank every calibrator without labels, evaluate the metric on the best few, and return the best score.
 
-    Evaluation stops at the first candidate that meets the goal: whatever is left would only polish. If none does, the
-    best one is repaired, within :data:`REPAIR_SECONDS` or what the budget leaves, and the repairs stay if the metric
-    rises with them.
+    Evaluation stops at the first candidate that meets the goal: whatever is left would only polish. So a calibrator for
+    each site is looked for only where the nearest one for all sites misses. If none meets the goal, the best one is
+    repaired, within :data:`REPAIR_SECONDS` or what the budget leaves, and the repairs stay if the metric rises with
+    them.
 
     Args:
         search: its model observed; it is left with the best candidate's ranges.
@@ -35,18 +38,18 @@ def climb_ptq(search: Search, options: BestOf | None = None) -> Score:
     """
     if options is None:
         options = BestOf(by="kl" if classifies(search.scorer) else "sqnr")
-    found = _swept(search, replace(options, metric=None))
+    uniform = replace(options, metric=None, mixed=False)
+    found = _kept_sweep(search, "sweep", uniform, lambda: sweep(search.model, uniform))
     _explain(search, found)
+    found, score = _judged(search, found, 1 if options.mixed else options.finalists)
+    if options.mixed and not search.goal.met(score):  # else it would only polish
+        ranked = found
+        found = _kept_sweep(search, "mixed", options, lambda: mix(search.model, ranked, options))
+        if found.best.activations == MIXED:
+            search.decide(f"a calibrator for each site brings the outputs nearer: {found.best.fidelity}")
+        found, score = _judged(search, found, options.finalists)
     for sentence in sentences(found.concerns):
         search.decide(sentence)
-    found, score = judge(
-        found,
-        search.model,
-        lambda candidate: search.evaluate(f"PTQ, {candidate}"),
-        search.goal.loss,
-        search.goal.met,
-        options.finalists,
-    )
     search.journal.write("sweep", **found.to_dict())
     search.decide(
         f"PTQ with {found.best} scores {search.goal.words(score)}; {found.evaluations} of {len(found.candidates)} "
@@ -55,12 +58,25 @@ def climb_ptq(search: Search, options: BestOf | None = None) -> Score:
     return score if search.goal.met(score) else _repaired(search, score)
 
 
-def _swept(search: Search, options: BestOf) -> Sweep:
-    """The comparison of calibrations: an interrupted run's, or a new one."""
-    key = Identity(search.checkpoints.key, repr(options)).digest
-    if (found := Sweep.kept(search.journal, key, (*options.calibrators, *options.weights))) is None:
-        found = sweep(search.model, options)
-        found.keep(search.journal, key)
+def _judged(search: Search, found: Sweep, finalists: int) -> tuple[Sweep, Score]:
+    """Let the metric decide among the first few, until one meets the goal."""
+    return judge(
+        found,
+        search.model,
+        lambda candidate: search.evaluate(f"PTQ, {candidate}"),
+        search.goal.loss,
+        search.goal.met,
+        finalists,
+    )
+
+
+def _kept_sweep(search: Search, name: str, options: BestOf, compute: Callable[[], Sweep]) -> Sweep:
+    """A comparison of calibrations: an interrupted run's, or a new one; the model has the best one's ranges."""
+    key = Identity(search.checkpoints.key, repr(replace(options, metric=None))).digest
+    calibrators: list[Calibrator | WeightCalibrator] = [*options.calibrators, *options.weights]
+    if (found := Sweep.kept(search.journal, name, key, calibrators)) is None:
+        found = compute()
+        found.keep(search.journal, name, key)
     found.best.apply(search.model)
     return found
 

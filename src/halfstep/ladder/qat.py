@@ -16,6 +16,7 @@ from halfstep.fake_quantize import Mode
 from halfstep.files import lock
 from halfstep.ladder.aim import Aim, Asked
 from halfstep.ladder.evaluation import Verdict as Scored
+from halfstep.ladder.float_model import knowing_float
 from halfstep.ladder.search import Search, float_evaluation, timed_evaluation
 from halfstep.model import QuantizedModel
 from halfstep.training.checkpoint import FILE, OtherTraining, before
@@ -70,7 +71,9 @@ def _train(
             raise ArgumentError(f"{what}: needs a metric; give hs.train(..., metric=hs.Accuracy(labelled))")
         return _fit(model, training, None, folder)
     scorer, aim = as_scorers(metric), Aim(0.0 if max_drop is None else max_drop)
-    aim.check(scorer)
+    if max_drop is not None:
+        aim.check(scorer)
+    scorer = knowing_float(scorer, model)
     float_score, made = float_evaluation(scorer, model)
     goal = aim.goal(float_score, scorer)
     search = Search(model, scorer, goal, made)

@@ -22,7 +22,7 @@ from halfstep.progress import protected
 def _ptq_cost(search: Search, means: Means) -> Cost:
     """The finalists and what repairs made of the best; every calibrator on the kept examples."""
     left = search.seconds_left()
-    seconds = REPAIR_SECONDS if left is None else min(REPAIR_SECONDS, left)
+    seconds = REPAIR_SECONDS if left is None else min(REPAIR_SECONDS, max(0.0, left))
     return Cost(FINALISTS + 1, passes_at_most() * kept_examples(search.model), seconds)
 
 
@@ -69,7 +69,7 @@ RUNGS: dict[str, Rung] = {
             _climb_qat,
             _qat_cost,
             _qat_missing,
-            lambda means: "" if means.training is None else means.training.content(),
+            lambda means: "" if means.training is None else means.training.identity().digest,
         ),
     )
 }
@@ -87,20 +87,18 @@ def find_rungs(names: Sequence[str]) -> list[Rung]:
     wanted = f"needed some of {', '.join(map(repr, RUNGS))}"
     for name in names:
         if name not in RUNGS:
-            near = difflib.get_close_matches(str(name), RUNGS, n=1)
+            near = difflib.get_close_matches(str(name).lower(), RUNGS, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ArgumentError(f"rungs: got {name!r}, {wanted}{hint}")
     if not names:
         raise ArgumentError(f"rungs: got none, {wanted}")
     asked, lowest = ", ".join(map(repr, names)), next(iter(RUNGS))
     ordered = [name for name in RUNGS if name in names or name == lowest]
+    give = f"give rungs={ordered} (--rungs {','.join(ordered)})"
     if lowest not in names:
         raise ArgumentError(
-            f"rungs: got {asked}, needed {lowest!r} first: the others start from the ranges that it finds; give "
-            f"rungs={ordered}"
+            f"rungs: got {asked}, needed {lowest!r} first: the others start from the ranges that it finds; {give}"
         )
     if list(names) != ordered:
-        raise ArgumentError(
-            f"rungs: got {asked}, needed each once and from the bottom up; give rungs={ordered}"
-        )
+        raise ArgumentError(f"rungs: got {asked}, needed each once and from the bottom up; {give}")
     return [RUNGS[name] for name in ordered]

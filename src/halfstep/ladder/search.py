@@ -15,12 +15,15 @@ from halfstep.errors import RunError
 from halfstep.evaluate import EarlyStopping, Metric, Score, Scorer, early_stopping, parts, share_of_error
 from halfstep.fake_quantize import Mode
 from halfstep.granularity import PerTensor
+from halfstep.graph.choices import Choices
 from halfstep.ladder.budget import Budget, BudgetSpent
 from halfstep.ladder.checkpoints import Checkpoints
 from halfstep.ladder.evaluation import Evaluation, Verdict, keep, kept
 from halfstep.ladder.fingerprint import fingerprint
 from halfstep.ladder.goal import Goal
 from halfstep.ladder.journal import Journal
+from halfstep.ladder.pieces import scored
+from halfstep.ladder.refits import Refits
 from halfstep.ladder.snapshot import Snapshot, put_back_in
 from halfstep.model import QuantizedModel
 from halfstep.progress import protected, say, steps
@@ -91,7 +94,9 @@ class Search:
 
     def __post_init__(self) -> None:
         self.asked = self.goal
+        self._scored = scored(self.model, self.scorer)
         self.checkpoints = Checkpoints(self.journal, self.model)
+        self.refits = Refits(self.model, self.checkpoints)
         self._asked: set[str] = set()
         self._examined: dict[str, int] = {}
         for entry in self.journal.of("evaluation"):
@@ -105,6 +110,11 @@ class Search:
     def hold_to(self, goal: Goal) -> None:
         """Hold simulations to another goal; what is remembered is judged by the one that holds."""
         self.goal = goal
+
+    def choose(self, choices: Choices) -> None:
+        """Let other layers be put back, and what repairs had learned be fitted anew for them."""
+        self.model.choose(choices)
+        self.refits()
 
     @property
     def never_early(self) -> str:
@@ -168,9 +178,9 @@ class Search:
         ):  # what was begun is scored: its verdict is worth the time
             if taken is not None and self._stopper is not None:
                 seen = len(taken) if self.picks else 0
-                score = self._stopper.finish(self.model, taken)
+                score = self._stopper.finish(self._scored, taken)
             else:
-                score = self.scorer.evaluate(self.model)
+                score = self.scorer.evaluate(self._scored)
         score = score.numbered(self.examined(key) or 1)
         count = None if score.count is None else score.count - seen
         verdict = Verdict(self.goal.met(score), score, complete=True)
@@ -204,12 +214,12 @@ class Search:
         start, before = time.perf_counter(), self._taken(key)
         with protected(), steps(f"judging {what}", self._stopper.total) as advance:
             scores, side = self._stopper.run(
-                self.model, goal.max_drop, level, accept=not goal.strict, progress=advance, seen=before
+                self._scored, goal.max_drop, level, accept=not goal.strict, progress=advance, seen=before
             )
         if known is not None and before is not None and len(scores) == len(before):
             return known
         complete = len(scores) == self._stopper.total
-        score = self._stopper.finish(self.model, scores) if complete else Score.mean(scores)
+        score = self._stopper.finish(self._scored, scores) if complete else Score.mean(scores)
         score = score.numbered(examined or 1)
         met = goal.met(score) if complete else side == "below"
         verdict = Verdict(met, score, complete, None if complete else goal.max_drop)
@@ -393,6 +403,7 @@ def float_evaluation(
     """
     journal = journal or Journal()
     made: list[Evaluation] = []
+    network = model.handed_over
 
     def once(what: str, key: str, score_it: Callable[[], tuple[Score, int | None]]) -> Score:
         for entry in journal.of("evaluation"):
@@ -405,8 +416,6 @@ def float_evaluation(
         made.append(Evaluation(what, score.value, seconds, score.count, total, key, "float"))
         keep(journal, made[-1], Verdict(True, score, complete=True))
         return score
-
-    network = model.handed_over
 
     def whole() -> tuple[Score, int | None]:
         score = scorer.evaluate(network)
@@ -477,9 +486,7 @@ def _compared(first: Score, second: Score, name: str) -> Score:
             "(fixed seeds, no random augmentation, no sampling)",
             stacklevel=3,
         )
-    if first.per_example is None:
-        return first
-    if second.per_example is not None and torch.equal(first.per_example, second.per_example):
+    if not first.paired or first.repeats(second):
         return first
     warnings.warn(
         f"{metric}: the scores of single examples differ between two evaluations of the float model, so candidates "
@@ -487,4 +494,4 @@ def _compared(first: Score, second: Score, name: str) -> Score:
         "(a loader with shuffle=False)",
         stacklevel=3,
     )
-    return replace(first, per_example=None)
+    return first.unpaired()

@@ -12,6 +12,7 @@ from typing import Any
 from halfstep.errors import ArgumentError, HalfstepError
 from halfstep.evaluate import as_scorer
 from halfstep.ladder.agreement import kendall_tau
+from halfstep.ladder.float_model import knowing_float
 from halfstep.ladder.goal import Goal
 from halfstep.ladder.groups import Group, groups_of
 from halfstep.ladder.methods import METHODS, UNITS, Alone, Method, find_method
@@ -167,7 +168,7 @@ def sensitivity(
     """
     search = None
     if metric is not None:
-        scorer = as_scorer(metric)
+        scorer = knowing_float(as_scorer(metric), model)
         score, made = float_evaluation(scorer, model)
         search = Search(model, scorer, Goal(0.0, score, scorer.higher_is_better), made)
     return rank(model, search, groups_of(model), method, measured, examples)
@@ -182,6 +183,18 @@ def rank(
     examples: int = 256,
 ) -> Sensitivity:
     """:func:`sensitivity` of chosen groups, with the evaluations of a search."""
+    with model.compensations.set_aside():  # they hold for one set of layers in float, and here are many
+        return _rank(model, search, groups, method, measured, examples)
+
+
+def _rank(
+    model: QuantizedModel,
+    search: Search | None,
+    groups: tuple[Group, ...],
+    method: str | Method | None,
+    measured: int,
+    examples: int,
+) -> Sensitivity:
     start = time.perf_counter()
     probe = Probe(model, search, examples)
     chosen = find_method(default_loss(probe) if method is None else method)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from halfstep.calibrators import Calibrator, data_concerns, disagreements
 from halfstep.evaluate import Score, as_scorer
 from halfstep.fake_quantize import Mode
 from halfstep.ladder.best_of import FINALISTS, BestOf
-from halfstep.ladder.candidates import FLOAT, MIXED, Candidate, Sweep
-from halfstep.ladder.concerns import SiteConcern
+from halfstep.ladder.candidates import FLOAT, Candidate, Sweep, site_concerns
 from halfstep.ladder.fidelity import Fidelity, Reference
-from halfstep.ladder.influence import influences
+from halfstep.ladder.float_model import knowing_float
+from halfstep.ladder.mixing import PASSES, mix
 from halfstep.ladder.ranges import (
-    Answer,
     Answers,
     activation_answers,
     activation_sites,
@@ -42,9 +40,11 @@ def sweep(model: QuantizedModel, options: BestOf) -> Sweep:
     reference.check(options.by)
     runs = _Runs(model, reference, options)
     found = runs.sweep()
+    if options.mixed:
+        found = mix(model, found, options, reference)
     found.best.apply(model)
     if options.metric is not None:
-        scorer = as_scorer(options.metric)
+        scorer = knowing_float(as_scorer(options.metric), model)
         sign = -1.0 if scorer.higher_is_better else 1.0
         found, _ = judge(
             found,
@@ -60,11 +60,10 @@ def sweep(model: QuantizedModel, options: BestOf) -> Sweep:
 def passes_at_most(options: BestOf | None = None) -> int:
     """A bound on the passes of a sweep over its examples.
 
-    The float network's own, each calibrator of the weights and of the activations, up to five mixtures of these, the
-    backward pass that proposes them (which takes as long as two), and the activations alone.
+    The float network's own, each calibrator of the weights and of the activations, the activations alone, and mixing.
     """
     options = options or BestOf()
-    return 1 + len(options.weights) + len(options.calibrators) + (5 + 3 if options.mixed else 0) + 1
+    return 2 + len(options.weights) + len(options.calibrators) + options.mixed * PASSES
 
 
 def judge(
@@ -107,8 +106,6 @@ class _Runs:
 
     def __init__(self, model: QuantizedModel, reference: Reference, options: BestOf) -> None:
         self.model, self.reference, self.options = model, reference, options
-        self.passes = 0  # beside those that the reference counts
-        self.every: dict[Calibrator, Answers] = {}  # of the activations
 
     def sweep(self) -> Sweep:
         weights, weights_alone = self._weights()
@@ -123,10 +120,10 @@ class _Runs:
             tuple(candidates),
             self.options.by,
             self.reference.examples,
-            self.reference.passes + self.passes,
+            self.reference.passes,
             weights_alone={c.weights: c.fidelity for c in weights_alone} if both else {},
             activations_alone=activations_alone,
-            concerns=self._concerns(candidates[0].answers),
+            concerns=site_concerns(self.model, candidates),
         )
 
     def _weights(self) -> tuple[Candidate | None, list[Candidate]]:
@@ -139,72 +136,14 @@ class _Runs:
         return (min(found, key=self._loss) if found else None), found
 
     def _activations(self, weights: Candidate | None) -> list[Candidate]:
-        """Every calibrator of the activations, and each site's own, with the weights' chosen."""
-        self.every = {c: activation_answers(self.model, c) for c in self.options.calibrators}
-        named = {str(calibrator): answers for calibrator, answers in self.every.items()}
-        found = [self._candidate(name, answers, weights) for name, answers in _distinct(named)]
-        if self.options.mixed and len(found) > 1:
-            uniform = min(found, key=self._loss)
-            mixed = self._mixed(uniform, weights, self._proposals(uniform, list(self.every.values())))
-            if mixed is not uniform:
-                found.append(mixed)
-        return found
+        """Every calibrator of the activations, with the weights' chosen."""
+        named = {str(c): activation_answers(self.model, c) for c in self.options.calibrators}
+        return [self._candidate(name, answers, weights) for name, answers in _distinct(named)]
 
     def _candidate(self, name: str, activations: Answers, weights: Candidate | None) -> Candidate:
         answers = {**activations, **(weights.answers if weights else {})}
         set_ranges(self.model, answers)
         return Candidate(name, weights.weights if weights else FLOAT, self._measure(), answers=answers)
-
-    def _proposals(self, uniform: Candidate, every: Sequence[Answers]) -> list[tuple[str, Answer]]:
-        """Sites where another calibrator promises nearer outputs, with its answer, the most promising first."""
-        choices: dict[str, list[Answer]] = {}
-        for site in every[0]:
-            choices[site] = [uniform.answers[site]]
-            for answers in every:
-                if not any(answers[site].agrees(other) for other in choices[site]):
-                    choices[site].append(answers[site])
-        ranges = {site: [(answer.low, answer.high) for answer in some] for site, some in choices.items()}
-        losses = influences(self.model, self.reference, ranges, self.options.by)
-        self.passes += 1
-        gains = {site: loss[0] - min(loss) for site, loss in losses.items()}
-        return [
-            (site, choices[site][losses[site].index(min(losses[site]))])
-            for site in sorted(gains, key=lambda site: -gains[site])
-            if gains[site] > 0
-        ]
-
-    def _mixed(
-        self, uniform: Candidate, weights: Candidate | None, proposals: Sequence[tuple[str, Answer]]
-    ) -> Candidate:
-        """The uniform candidate with other calibrators at the sites where that brings the outputs nearer.
-
-        Proposals look at one site at a time; the outputs with all sites quantized decide: on all proposals at once,
-        and if that fails, on a quarter of them at a time.
-        """
-        best = uniform
-        for parts in (1, 4):
-            size = max(1, -(-len(proposals) // parts))
-            for start in range(0, len(proposals), size):
-                changed = {**best.answers, **dict(proposals[start : start + size])}
-                activations = {site: changed[site] for site in activation_sites(self.model)}
-                best = min(best, self._candidate(MIXED, activations, weights), key=self._loss)
-            if best is not uniform or len(proposals) <= 1:
-                break
-        return best
-
-    def _concerns(self, winner: Answers) -> tuple[SiteConcern, ...]:
-        """What the data say against the winner, and where the calibrators disagree."""
-        found = []
-        for name, module in activation_sites(self.model).items():
-            chosen = winner[name].calibrator
-            assert isinstance(chosen, Calibrator)
-            ranges = {
-                calibrator: (float(answers[name].low.min()), float(answers[name].high.max()))
-                for calibrator, answers in self.every.items()
-            }
-            at_site = [*data_concerns(module.histogram, (chosen,)), *disagreements(ranges)]
-            found += [SiteConcern(name, concern) for concern in at_site]
-        return tuple(found)
 
     def _loss(self, candidate: Candidate) -> float:
         return candidate.fidelity.loss(self.options.by)

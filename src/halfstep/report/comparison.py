@@ -5,6 +5,7 @@ from __future__ import annotations
 from halfstep.ladder.goal import Standing
 from halfstep.report.html import size
 from halfstep.report.run import Run
+from halfstep.runtime.saturation import holds_on
 
 
 def comparison(first: Run, second: Run) -> list[tuple[str, str, str]]:
@@ -31,6 +32,7 @@ def _facts(run: Run) -> dict[str, str]:
         **{each.metric: str(each) for each in (Standing(**m) for m in end["metrics"]) if each.metric},
         "float layers": ", ".join(end["float_layers"]) or "none",
         "integer layers": f"{sum(layer['integer'] for layer in end['layers'])} of {len(end['layers'])}",
+        "answers hold on": holds_on(end.get("saturable", ())),
         "file": size(end["bytes"]),
         "speed over float": f"{latency['speedup']:.2f}x",
         "evaluations": str(end["evaluations"]),

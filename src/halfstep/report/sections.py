@@ -12,6 +12,7 @@ from halfstep.report.html import Html, escape, figure, number, size, table
 from halfstep.report.picture import as_formats_see_it
 from halfstep.report.run import Run
 from halfstep.runtime.parity import Parity
+from halfstep.runtime.saturation import holds_on
 
 #: What the confidence of the intervals is that of.
 CORRECTED = (
@@ -45,6 +46,7 @@ def summary(run: Run) -> str:
         ("layers left in float", str(len(end["float_layers"]))),
         ("layers on integer kernels", f"{integer} of {len(end['layers'])}"),
         *Parity.of(end["parity"]).rows(),
+        ("answers hold on", holds_on(end.get("saturable", ()))),
         ("file", f"{size(end['bytes'])}, {end['bytes'] / end['float_bytes']:.2f} of float"),
         (
             "speed over float",

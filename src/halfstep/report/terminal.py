@@ -6,6 +6,7 @@ from rich.table import Table
 
 from halfstep.export.verify import Verification
 from halfstep.ladder.outcome import Outcome
+from halfstep.runtime.saturation import holds_on
 
 
 def summary(outcome: Outcome) -> Table:
@@ -34,6 +35,7 @@ def proof_rows(proof: Verification) -> list[tuple[str, str]]:
     return [
         *proof.parity.rows(),
         ("layers on integer kernels", f"{proof.integer_layers} of {len(proof.layers)}"),
+        ("answers hold on", holds_on(proof.saturable)),
         ("file size", f"{proof.size / 1024:,.0f} KiB, {proof.size / proof.float_size:.2f} of float"),
         ("latency", f"{quantized.median:.2f} ms ± {quantized.spread / 2:.0%}"),
         ("speed over float", f"{quantized.speedup:.2f}x (float against itself {null.speedup:.2f}x)"),

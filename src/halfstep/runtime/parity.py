@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -11,12 +11,10 @@ import torch
 from torch.utils import _pytree as pytree
 
 from halfstep.errors import DataError
+from halfstep.evaluate import class_axis
 from halfstep.graph.inputs import ModelInputs, call_arguments
 
-#: Two models are alike if their outputs differ by no more than this signal-to-noise ratio in dB.
-#: Integer kernels round where the simulation does not, which costs a code here and there: 40 to 60 dB are usual.
-MINIMUM_SQNR = 15.0
-#: The same for models that return integers alone, such as classes, where rounding may tip a few: the share that is
+#: What models that return integers alone, such as classes, must reach, where rounding may tip a few: the share that is
 #: equal.
 MINIMUM_EQUAL = 0.5
 
@@ -46,7 +44,7 @@ class Parity:
         """From plain data, where infinity and NaN have become None."""
         return cls(data["top1"], data["sqnr"], data["examples"], data.get("equal", False))
 
-    def reaches(self, least: float = MINIMUM_SQNR) -> bool:
+    def reaches(self, least: float) -> bool:
         """Whether they agree to so many dB, which NaN never does; of integers alone, to :data:`MINIMUM_EQUAL`."""
         if self.sqnr is None:
             return self.top1 is None or self.top1 >= MINIMUM_EQUAL
@@ -112,16 +110,6 @@ def compare(
         decisions,
         equal,
     )
-
-
-def class_axis(shape: Sequence[int]) -> int | None:
-    """The axis of the classes that scores of this shape are of; None where there are no two classes.
-
-    >>> class_axis((8, 10)), class_axis((8, 21, 64, 64)), class_axis((8, 1))
-    (1, 1, None)
-    """
-    axis = len(shape) - 1 if len(shape) < 4 else 1
-    return axis if axis >= 1 and shape[axis] > 1 else None
 
 
 def signal_to_noise(wanted: torch.Tensor, got: torch.Tensor) -> float:

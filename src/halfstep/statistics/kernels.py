@@ -5,8 +5,7 @@ one 64-bit word: the upper 24 bits count, the lower 40 add up the offsets within
 of words take turns, so that a run of equal values (the sixes of a ReLU6, a constant) does not wait for its own last
 addition.
 
-The kernels are compiled at the first call of a process and not cached on disk, because numba refuses to
-cache, with an error at definition, where neither the installation nor the home directory can be written.
+The kernels are compiled at a user's first call and kept (see :mod:`halfstep.machine_code`).
 """
 
 from __future__ import annotations
@@ -48,8 +47,10 @@ class Kernels:
 
 @cache
 def kernels() -> Kernels:
-    """Compile; numba is imported here and not with the package."""
+    """Compile, or load what was compiled before; numba is imported here and not with the package."""
     from numba import njit, prange
+
+    from halfstep.machine_code import compiled
 
     one = 1 << 40
     sums = one - 1
@@ -216,7 +217,6 @@ def kernels() -> Kernels:
         span[0], span[1], span[2], span[3] = SIGN, -1, 0, 0
         specials[:] = 0
 
-    @njit(nogil=True)
     def hand_over(
         size: int,
         ends: Any,
@@ -264,4 +264,8 @@ def kernels() -> Kernels:
             share = words[words.size * i // shares + reached[i] : words.size * (i + 1) // shares]
             reached[i] += tally(share, tables[i], spans[i], specials[i], ends[:, 0], offered[i], filled[i])
 
-    return Kernels(njit(nogil=True)(count), njit(nogil=True, parallel=True)(count), hand_over)
+    return Kernels(
+        compiled(count, "one_by_one"),
+        compiled(count, "at_once", parallel=True),
+        compiled(hand_over, "hand_over"),
+    )

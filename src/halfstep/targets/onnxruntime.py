@@ -26,7 +26,7 @@ ONNXRUNTIME = Target(
     decomposed=frozenset({"silu", "hardswish"}),
     lowering=Lowering(
         integer_bias=True,
-        weight_bits=7,  # not 8: kernels without VNNI add two products of 8 by 8 bits in 16, and saturate
+        weight_bits=7,  # not 8: sums of pairs would saturate
         full_rank_bias=True,
         guarded_floats=True,
         saturated_gates=True,
@@ -35,6 +35,7 @@ ONNXRUNTIME = Target(
     tables=frozenset({"embedding"}),
     simulated_bits=frozenset({16}),
     packed=True,
+    pair_sums=True,
     reasons={
         **shared("onnxruntime"),
         "conv_transpose": no_kernel("onnxruntime", "its weight stays float"),

@@ -27,6 +27,7 @@ OPENVINO = Target(
     ),
     absorbed=frozenset({"relu", "clip"}),
     fused=_FUSED,
+    pair_sums=True,
     reasons={
         **shared("openvino"),
         **dict.fromkeys(_FUSED, _IN_THE_LAYER),

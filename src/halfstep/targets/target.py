@@ -74,6 +74,8 @@ class Target:
         activation_bits: widths its kernels execute; other widths are simulated on the inputs of layers only.
         simulated_bits: widths that it has no kernels for, but whose codes its files may hold: it computes in float
             between them, so that a file shows what hardware with such kernels would answer.
+        pair_sums: on x86 processors without dot-product instructions (VNNI), its kernels add two products of codes in
+            16 bits, and saturate.
         runtime: the one of :mod:`halfstep.runtime` that runs its files here and says what became integer.
         lowering: how it wants the file written.
     """
@@ -94,6 +96,7 @@ class Target:
     activation_bits: frozenset[int] = frozenset({8})
     simulated_bits: frozenset[int] = frozenset()
     signed: Integer | None = None
+    pair_sums: bool = False
     runtime: str = "onnxruntime"
     lowering: Lowering = Lowering()
 
@@ -112,6 +115,25 @@ class Target:
     def weight_format(self, spec: TensorSpec) -> Format:
         """The format of a weight: the spec's own, or this target's flavour at the spec's bits."""
         return _flavour(self.weights, spec)
+
+    def portable_format(self, weight: Format, activation: Format) -> Format:
+        """The weight's format with at most so many bits that two products with activations add up to 16 bits.
+
+        Kernels shift signed activations to unsigned codes first.
+
+        >>> from halfstep.targets import find_target
+        >>> int8, codes = Integer(8), Integer(8, signed=False, symmetric=False)
+        >>> print(find_target("onnxruntime").portable_format(int8, codes))
+        s7 scale
+        >>> print(find_target("onnxruntime").portable_format(int8, replace(codes, bits=4)))
+        s8 scale
+        """
+        if not (self.pair_sums and isinstance(weight, Integer) and isinstance(activation, Integer)):
+            return weight
+        largest = activation.quant_max + (128 if activation.signed else 0)
+        while weight.bits > 2 and 2 * largest * max(-weight.quant_min, weight.quant_max) >= 2**15:
+            weight = replace(weight, bits=weight.bits - 1)
+        return weight
 
     def stretch(self, weight: Format) -> int:
         """What the codes of a weight are multiplied by in the file, and its scale divided by: a power of two."""

@@ -1,0 +1,118 @@
+"""Batches in pieces of the size that a network runs fastest at, where its answers do not depend on that.
+
+A layer's output for a large batch is memory that the operating system hands over page by page; small ones stay in the
+caches. Which size is best depends on the network and the machine, so it is measured on the first batches.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from halfstep.evaluate import DataMetric, Scorer, parts
+from halfstep.graph.inputs import batch_size, tensors_of
+from halfstep.model import QuantizedModel, run
+
+#: Sizes that are tried, the first one before the others: no others are tried where that gains nothing.
+SIZES = (64, 32, 128)
+#: The share of a whole batch's time that pieces must take at most; less than that may be noise.
+WORTHWHILE = 0.9
+
+
+class InPieces(nn.Module):
+    """A model that takes batches as they are, runs them in pieces where that is faster, and returns whole answers.
+
+    The first batch of a shape runs whole. The second one runs whole and in pieces: a size is used from then on if its
+    answer is equal to the last bit. What was found holds for the same shapes, mode and layers in float: kernels, and
+    with them the order of sums, are chosen by these and not by values.
+
+    Args:
+        model: what runs.
+    """
+
+    def __init__(self, model: QuantizedModel) -> None:
+        super().__init__()
+        self.model = model
+        self._warm: set[object] = set()  # what ran once
+        self._sizes: dict[object, int] = {}  # of pieces, by what runs
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else a metric's function asks of a model is the model's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model returns for the same arguments."""
+        inputs = kwargs or args
+        kind = self._kind(inputs)
+        if kind in self._sizes:
+            return self._in_pieces(inputs, self._sizes[kind])
+        if kind in self._warm:
+            answer, self._sizes[kind] = self._find(inputs)
+            return answer
+        self._warm.add(kind)
+        return self.model(*args, **kwargs)
+
+    def _kind(self, inputs: Any) -> object:
+        shapes = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors_of(inputs)]
+        modes = [site.mode for site in self.model.sites.values()]
+        return repr((shapes, modes, self.model.choices.to_dict()))
+
+    def _find(self, inputs: Any) -> tuple[Any, int]:
+        """The whole answer, and the size that gives the same one in the least time; the batch's own where none does."""
+        count = batch_size(inputs)
+        answer, seconds = _timed(lambda: run(self.model, inputs))
+        best, least = count, WORTHWHILE * seconds
+        for size in (size for size in SIZES if size <= count // 2):
+            pieces, seconds = _timed(lambda size=size: self._in_pieces(inputs, size))  # type: ignore[misc]
+            if seconds < least and pieces is not None and _equal(answer, pieces):
+                best, least = size, seconds
+            if best == count:
+                break
+        return answer, best
+
+    def _in_pieces(self, inputs: Any, size: int) -> Any:
+        """The answer put together from pieces; None if something in it does not belong to single examples."""
+        count = batch_size(inputs)
+        if size >= count:
+            return run(self.model, inputs)
+        starts = range(0, count, size)
+        each = [
+            run(self.model, self.model.captured.examples(inputs, start, min(count, start + size)))
+            for start in starts
+        ]
+        leaves = [pytree.tree_leaves(answer) for answer in each]
+        for start, some in zip(starts, leaves, strict=True):
+            rows = min(size, count - start)
+            if not all(isinstance(leaf, torch.Tensor) and leaf.dim() and len(leaf) == rows for leaf in some):
+                return None
+        joined = [torch.cat(column) for column in zip(*leaves, strict=True)]
+        return pytree.tree_unflatten(joined, pytree.tree_structure(each[0]))
+
+
+def scored(model: QuantizedModel, scorer: Scorer) -> nn.Module:
+    """What a metric scores instead of ``model``: itself, in pieces where the metric sees no more than the answers."""
+    plain = all(isinstance(part, DataMetric) and part.plain for part in parts(scorer).values())
+    return InPieces(model) if plain else model
+
+
+def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    start = time.perf_counter()
+    result = work()
+    return result, time.perf_counter() - start
+
+
+def _equal(whole: Any, pieces: Any) -> bool:
+    """Whether two answers are the same to the last bit; NaN equals nothing."""
+    (one, kind), (other, same) = pytree.tree_flatten(whole), pytree.tree_flatten(pieces)
+    return kind == same and all(
+        isinstance(a, torch.Tensor) and torch.equal(a, b) and a.stride() == b.stride()
+        for a, b in zip(one, other, strict=True)
+    )

@@ -1,0 +1,131 @@
+"""Evaluation in pieces: as fast as the fastest size, and the very same answers."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+import halfstep as hs
+from halfstep.ladder import pieces
+from halfstep.ladder.pieces import InPieces, scored
+
+X = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
+
+
+class Net(nn.Module):
+    """A conv-free network whose answer may depend on the other examples, or hold something that is no example's."""
+
+    def __init__(self, centred=False, extra=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.centred, self.extra = nn.Linear(4, 3), centred, extra
+
+    def forward(self, x):
+        y = self.layer(x - x.mean(0) if self.centred else x)
+        return (y, y.mean()) if self.extra else y
+
+
+@pytest.fixture
+def took(monkeypatch):
+    """Seconds that the whole batch and then each size are said to take, round and round."""
+    seconds = [1.0, 0.5, 0.6]
+    calls = itertools.count()
+    monkeypatch.setattr(pieces, "_timed", lambda work: (work(), seconds[next(calls) % len(seconds)]))
+    monkeypatch.setattr(pieces, "SIZES", (64, 32))
+    return seconds
+
+
+def watched(q):
+    sizes = []
+    q.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    return sizes
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [([1.0, 0.5, 0.6], [64, 64, 64, 8]), ([1.0, 0.5, 0.4], [32] * 6 + [8]), ([1.0, 0.95, 0.1], [200])],
+)
+def test_the_third_batch_runs_at_the_size_that_was_fastest(took, seconds, expected):
+    took[:] = seconds
+    q = hs.prepare(Net(), X[:2])
+    sizes, model = watched(q), InPieces(q)
+    with torch.no_grad():
+        whole = q(X)
+        assert torch.equal(model(X), whole) and torch.equal(model(X), whole)
+        sizes.clear()
+        assert torch.equal(model(X), whole)
+    assert sizes == expected
+
+
+def test_what_depends_on_the_other_examples_is_never_cut(took):
+    q = hs.prepare(Net(centred=True), X[:2])
+    sizes, model = watched(q), InPieces(q)
+    with torch.no_grad():
+        answers = [model(X) for _ in range(3)]
+        assert all(torch.equal(answer, q(X)) for answer in answers)
+    assert sizes[-2:] == [200, 200]
+
+
+def test_nor_what_answers_with_more_than_one_row_an_example(took):
+    model = InPieces(hs.prepare(Net(extra=True), X[:2]))
+    sizes = watched(model.model)
+    with torch.no_grad():
+        assert [[*map(len, map(torch.atleast_1d, model(X)))] for _ in range(3)] == [[200, 1]] * 3
+    assert sizes[-1] == 200
+
+
+def test_other_shapes_and_other_layers_in_float_are_tried_anew(took):
+    q = hs.prepare(Net(), X[:2])
+    hs.observe(q, [X])
+    hs.calibrate(q)
+    sizes, model = watched(q), InPieces(q)
+    with torch.no_grad():
+        for _ in range(3):
+            model(X)
+        model(X[:150])  # a shape that was not checked
+        assert sizes[-1] == 150
+        q.float_layers = ["layer"]
+        model(X)
+        assert sizes[-1] == 200
+
+
+def test_a_score_sees_whole_batches_and_the_same_answers_as_without(took):
+    seen = []
+
+    def score(outputs, labels):
+        seen.append(len(outputs))
+        return outputs.sum(1) + labels
+
+    metric = hs.Metric([(X, torch.zeros(200))] * 4, score)
+    q = hs.prepare(Net(), X[:2])
+    whole = metric.evaluate(q)
+    sizes = watched(q)
+    assert torch.equal(metric.evaluate(scored(q, metric)).per_example, whole.per_example)
+    assert set(seen) == {200} and min(sizes) < 200
+
+
+class Own(hs.Accuracy):
+    def stream(self, model, labelled=None):
+        yield from super().stream(model.captured and model, labelled)
+
+
+def test_a_metric_that_goes_its_own_way_gets_the_model_itself():
+    q, labelled = hs.prepare(Net(), X[:2]), [(X, torch.zeros(200, dtype=torch.int64))]
+    assert scored(q, Own(labelled)) is q and scored(q, hs.CallableMetric(lambda model: 0.0)) is q
+    assert isinstance(scored(q, hs.Accuracy(labelled)), InPieces)
+
+
+def test_a_run_goes_on_whatever_size_was_fastest_then(monkeypatch, tmp_path, took):
+    labels = Net()(X).argmax(1)
+
+    def run():
+        metric = hs.Accuracy([(X, labels)] * 4)
+        recipe = hs.Recipe.uniform(7, 8)
+        return hs.quantize(Net(), X[:2], [X + 1e-3], metric, 0.1, recipe, directory=tmp_path, rungs=("ptq",))
+
+    first = run()
+    monkeypatch.setattr(pieces, "SIZES", ())
+    again = run()
+    assert again.evaluations == first.evaluations and again.score == first.score
+    assert again.deployed_score == first.deployed_score
