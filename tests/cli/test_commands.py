@@ -172,7 +172,7 @@ def test_a_target_that_is_missed_ends_with_3(folder):
         (("mine:net", "good.npz", "good.npy"), "'good.npy': needed an .npz file, or package.module:callable"),
         (
             ("mine:net", "good.npz", "good.npz", "--metric", "acuracy"),
-            "'acuracy': needed accuracy, or package",
+            "'acuracy': needed accuracy, agreement, cosine, sqnr, or package",
         ),
         (("mine:net", "good.npz", "good.npz", "--max-drop", "2"), "max_drop: got 2, needed at most 1"),
         (("mine:net", "good.npz", "good.npz", "--rungs", "qat"), "(--rungs ptq,qat)"),
