@@ -2,13 +2,14 @@
 
 import enum
 import functools
+import importlib
 import operator
 import random
 import re
 import subprocess
 import sys
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque, namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,31 @@ class Slotted:
 
     def __init__(self, value):
         self.value = value
+
+
+class Settings(dict):
+    __getattr__ = dict.__getitem__
+
+
+class Rows(list):
+    def __init__(self, rows, scale=1):
+        super().__init__(rows)
+        self.scale = scale
+
+    def __iter__(self):
+        return (row * self.scale for row in list.__iter__(self))
+
+
+class Noisy(Rows):
+    def __iter__(self):
+        return (row + random.random() for row in list.__iter__(self))
+
+
+class Letters(frozenset):
+    pass
+
+
+Point = namedtuple("Point", "x y")
 
 
 class Told:
@@ -112,6 +138,13 @@ PAIRS = {
     "list or tuple": ([1, 2], (1, 2)),
     "dict": ({"a": 1}, {"a": 2}),
     "ordered dict": (OrderedDict(a=1), OrderedDict(b=1)),
+    "dict of one's own": (Settings(a=1), Settings(a=2)),
+    "list of one's own": (Rows([1]), Rows([2])),
+    "attribute of a list": (Rows([1], 1), Rows([1], 2)),
+    "code of a list": (Rows([1]), Noisy([1])),
+    "set of one's own": (Letters("ab"), Letters("ac")),
+    "queue": (deque([1, 2]), deque([2, 1])),
+    "record": (Point(1, 2), Point(2, 1)),
     "set": ({"a", "b"}, {"a", "c"}),
     "number or text": (1, "1"),
     "number or bool": (1, True),
@@ -141,6 +174,8 @@ def test_equal_values_are_equal_whoever_holds_them():
     assert digest(Told(1, "a cache")) == digest(Told(1, "another"))
     assert digest({"a", "b", "c"}) == digest({"c", "b", "a"})
     assert digest(X.T.T) == digest(X)
+    for make in (lambda: Settings(a=1), lambda: Noisy([1.0]), lambda: Letters("abc"), lambda: Point(1, "a")):
+        assert Identity(make()).unknown == [] and digest(make()) == digest(make())
 
 
 def test_a_value_that_holds_itself():
@@ -172,6 +207,26 @@ def test_global_variables_are_told_apart_from_code():
     assert digest(one) == digest(other)
     assert Identity(one).surroundings != Identity(other).surroundings
     assert Identity(above(1)).surroundings == ""
+
+
+def test_what_modules_hold_counts_however_it_is_reached(tmp_path, monkeypatch):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "__init__.py").write_text("from own import metrics, limits\n")
+    (tmp_path / "own" / "metrics.py").write_text(
+        "from own import limits\nK = 1\ndef score(o, l): return o * K * limits.K\n"
+    )
+    (tmp_path / "own" / "limits.py").write_text("import own\nK = 2\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    own = importlib.import_module("own")
+    by_name, by_path = own.metrics.score, compiled("def score(o, l): return own.metrics.score(o, l)", own=own)
+    seen = {(Identity(by_name).surroundings, Identity(by_path).surroundings)}
+    for module, value in ((own.limits, 3), (own.metrics, 4)):
+        monkeypatch.setattr(module, "K", value)
+        seen.add((Identity(by_name).surroundings, Identity(by_path).surroundings))
+    assert len({one for one, _ in seen}) == len({other for _, other in seen}) == 3
+    before = digest(by_path)
+    monkeypatch.setattr(own.metrics, "score", own.metrics.score.__get__(1))
+    assert digest(by_path) != before
 
 
 def test_what_cannot_be_read_is_listed(tmp_path):

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from halfstep.errors import ArgumentError, CaptureError, DataError
+from halfstep.errors import ArgumentError, DataError
 from halfstep.progress import listening
 from halfstep.sources import (
     check_input,
@@ -181,7 +181,6 @@ def test_floats_become_the_models_and_labels_indices(tmp_path, heard):
         (X[:, :3], r"here: the model does not take \(2, 3\) of torch.float32: RuntimeError: "),
         ((X, LABELS), r"here: the model does not take .*int64: TypeError: .* arguments .*, and no labels$"),
         (3, r"here: model inputs: got int, needed a tensor"),
-        (X[:1], r"here: got a first batch of 1, needed 2 examples: the network is captured with them"),
         (X / X, r"here: 1 of the first batch's 80 values are NaN"),
     ],
 )
@@ -192,10 +191,6 @@ def test_what_the_model_does_not_take_is_said_at_the_start(inputs, message):
 
 
 # callables
-
-
-def half():
-    return net().half()
 
 
 def leaves():
@@ -209,11 +204,6 @@ def talks():
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        (
-            "half",
-            CaptureError,
-            "parameter '0.weight' is torch.float16, needed torch.float32: .* model.float()",
-        ),
         ("leaves", ArgumentError, "raised SystemExit: bye$"),
         ("talks", ArgumentError, "raised RuntimeError: no file at this address x{276} ...$"),
         ("net.nothing", ArgumentError, "has no 'net.nothing'$"),

@@ -221,7 +221,7 @@ def read_config(path: str | Path, changes: Mapping[str, Any] | None = None) -> C
         values = yaml.load(text, _Loader)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "is no text"
-        raise ArgumentError(f"config {path}: {reason}") from error
+        raise ArgumentError(f"config {path}: {reason}; halfstep init MODEL writes one") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}, line {mark.line + 1}" if mark is not None else str(path)

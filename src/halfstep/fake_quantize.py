@@ -243,6 +243,18 @@ class FakeQuantize(nn.Module):
             x, self.scale, zero_point, self._format, self.granularity, self.gradient
         )
 
+    def codes(self, x: torch.Tensor) -> torch.Tensor:
+        """The codes of :meth:`rounded`, in the format's dtype."""
+        return functional.quantize(
+            self.shifted(x), self.scale, self.zero_point, self.format, self.granularity
+        )
+
+    def round_to_codes(self, weight: torch.Tensor, codes: torch.Tensor) -> None:
+        """:meth:`round_to` the numbers of these codes."""
+        codes = codes.to(weight.device)
+        parameters = self.scale, self.zero_point, self.format, self.granularity
+        self.round_to(weight, functional.dequantize(codes, *parameters, weight.dtype))
+
     def shifted(self, x: torch.Tensor) -> torch.Tensor:
         """What is quantized when ``x`` passes: ``x`` itself, or moved to where a learned rounding wants it."""
         return x if self.offset is None else x + self.offset.to(x.device)

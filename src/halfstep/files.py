@@ -27,9 +27,9 @@ def appearing(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(temporary)
         os.replace(temporary, path)
+        sync(path.parent)
     except OSError as error:
         raise RunError(
             f"cannot write {path}: {error.strerror}; choose a directory you own, with space"
@@ -47,6 +47,17 @@ def write_whole(path: Path, content: bytes) -> None:
     """
     with appearing(path) as temporary:
         temporary.write_bytes(content)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # directories cannot be opened there
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 #: Open locks; a forked child lets go of its copies, or it would hold them when the parent is gone.

@@ -16,7 +16,8 @@ import re
 import sys
 import sysconfig
 import types
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,15 @@ _PLAIN = (
 _RANDOM = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator)
 #: What a loader keeps for itself while it is iterated.
 _PASSING = {"_iterator", "_DataLoader__multiprocessing_context", "_IterableDataset_len_called"}
+#: What may hold values in a way of its own, and how to see them in the built-in way.
+_CONTAINERS: Mapping[type, Callable[[Any], Any]] = {
+    dict: lambda value: dict(dict.items(value)),
+    list: lambda value: list(list.__iter__(value)),
+    tuple: lambda value: tuple(tuple.__iter__(value)),
+    set: lambda value: set(set.__iter__(value)),
+    frozenset: lambda value: frozenset(frozenset.__iter__(value)),
+    deque: lambda value: list(deque.__iter__(value)),
+}
 #: What a class holds beside what its author wrote.
 _NOT_WRITTEN = {
     *("__dict__", "__weakref__", "__module__", "__doc__", "__annotations__", "__firstlineno__"),
@@ -93,6 +103,8 @@ class Identity:
             return f"tensor {value.dtype} {tuple(value.shape)}", rows_of_bytes(value).data, ()
         if isinstance(value, (np.ndarray, np.generic)):
             return self._array(np.asarray(value), where)
+        if isinstance(value, (*_CONTAINERS, Mapping)) and not _installed(type(value)):
+            return self._object(value, where or type(value).__name__)
         if isinstance(value, Mapping) and type(value).__module__ in ("builtins", "collections", "types"):
             pairs = [
                 pair for key, part in value.items() for pair in ((where, key), (f"{where}[{key!r}]", part))
@@ -151,21 +163,34 @@ class Identity:
             return "function", _name(function), parts
         written = (code, function.__defaults__, function.__kwdefaults__, vars(function))
         parts += [(where, part) for part in written]
-        names = _names(code)
+        parts += self._named(function.__globals__, str(function.__module__), _names(code), where)
+        return "function", function.__qualname__, parts
+
+    def _named(
+        self,
+        variables: Mapping[str, Any],
+        owner: str,
+        names: Sequence[str],
+        where: str,
+        walked: Set[str] = frozenset(),
+    ) -> list[tuple[str, Any]]:
+        """What the code that refers to ``names`` calls of a module's variables; the rest is added to the globals."""
+        parts: list[tuple[str, Any]] = []
         for name in names:
-            if name not in function.__globals__:
+            if name not in variables:
                 continue
-            value, place = function.__globals__[name], f"{where}, global {name}"
+            value, place, full = variables[name], f"{where}, global {name}", f"{owner}.{name}"
             if isinstance(value, types.ModuleType) and not _installed(value):
                 # of ``scores.topk`` the module's name and the function's stand in the same list
-                found = [vars(value).get(part) for part in names]
-                parts += [(place, part) for part in found if isinstance(part, (types.FunctionType, type))]
+                inner = value.__name__
+                if inner not in walked:
+                    parts += self._named(vars(value), inner, names, place, walked | {inner})
             elif callable(value) or isinstance(value, types.ModuleType):
                 parts.append((place, value))
-            elif name not in self._globals:
-                self._globals[name] = b""  # for globals that refer to themselves
-                self._globals[name] = self._digest_of(value, place)
-        return "function", function.__qualname__, parts
+            elif full not in self._globals:
+                self._globals[full] = b""  # for globals that refer to themselves
+                self._globals[full] = self._digest_of(value, place)
+        return parts
 
     def _class(self, kind: type, where: str) -> _Anatomy:
         """What is written in every class of the user's own that it consists of."""
@@ -199,7 +224,9 @@ class Identity:
             for name in _slots(base)
             if hasattr(value, name)
         }
-        return "object", "", [*parts, (where, state), (where, slots)]
+        held = next((base for base in _CONTAINERS if isinstance(value, base)), None)
+        content = [] if held is None else [(where, _CONTAINERS[held](value))]
+        return "object", "", [*parts, (where, state), (where, slots), *content]
 
     def _reduced(self, value: Any, where: str) -> Any:
         """The parts that an object of compiled code would be pickled as; nothing is pickled."""

@@ -14,6 +14,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from halfstep.bias_shift import BiasShift, BiasSteps
+from halfstep.compensation import Compensations, Place, places
 from halfstep.errors import ArgumentError, DataError, RunError
 from halfstep.fake_quantize import FakeQuantize, Mode
 from halfstep.formats import Integer
@@ -49,6 +50,7 @@ class Chosen:
         layers = dict.fromkeys(model.layer_names)  # a dict: looked up by name, and in order for messages
         names = {name for pattern in patterns for name in match_layers(pattern, layers)}
         model.choose(replace(model.choices, **{self.name: frozenset(names)}))
+        model.fit_anew()
 
 
 class QuantizedModel(nn.Module):
@@ -79,6 +81,8 @@ class QuantizedModel(nn.Module):
     placement: Placement
     mode: Mode
     sample: list[ModelInputs]  # a bounded part of the calibration data, kept for scoring
+    compensations: Compensations  # what repairs learned for other choices of layers
+    refit: Callable[[QuantizedModel], object] | None  # fits it anew for these; repairs bring it along
     _shelf: dict[str, nn.Module]  # the quantizers of other choices of layers too, with what they saw
     _keys: dict[str, str]  # from sites to quantizers
     _in_use: dict[str, FakeQuantize]
@@ -109,6 +113,7 @@ class QuantizedModel(nn.Module):
         self._shelf, self._keys, self._in_use = {}, {}, {}
         self.mode = Mode.FLOAT
         self.sample = []
+        self.compensations, self.refit = Compensations(self._places), None
         self._names = readable_names(self.graph)
         self.choices = Choices()
         self._build()
@@ -149,10 +154,23 @@ class QuantizedModel(nn.Module):
         return dict(self._shifts)
 
     def choose(self, choices: Choices) -> None:
-        """Place the sites anew with other layers at the steps between the recipe and float."""
+        """Place the sites anew with other layers at the steps between the recipe and float.
+
+        What repairs learned is in force only for layers before which all is quantized as it was then; it comes back
+        with those choices.
+        """
         if choices != self.choices:
-            self.choices = choices
-            self._build()
+            with self.compensations.following():
+                self.choices = choices
+                self._build()
+
+    def fit_anew(self) -> None:
+        """Fit anew what repairs learned for other choices of layers; assigning ``float_layers`` and its like does."""
+        if self.compensations.missing and self.refit is not None:
+            self.refit(self)
+
+    def _places(self) -> dict[str, Place]:
+        return places(self.graph, self.placement, self._in_use, self._shifts, self.weight)
 
     def weight(self, name: str) -> torch.Tensor:
         """The parameter (or buffer) called ``name`` in the user's model."""
@@ -381,6 +399,7 @@ class QuantizedModel(nn.Module):
                     "before loading"
                 )
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        self.compensations.settle()  # what is loaded is what is wanted
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedModel:
         """A model of its own with the same parameters, ranges, statistics and float layers."""
@@ -391,6 +410,7 @@ class QuantizedModel(nn.Module):
         twin._shelf = {key: copy.deepcopy(module, memo) for key, module in self._shelf.items()}
         twin.quantizers.clear()
         twin.sample = self.sample
+        twin.compensations, twin.refit = self.compensations.copy(twin._places), self.refit
         twin._keys, twin.mode, twin.choices = dict(self._keys), self.mode, self.choices
         twin._build()
         return twin

@@ -180,7 +180,7 @@ def _few(items: Sequence[str], what: str) -> str:
 
 
 def check_input(model: nn.Module, inputs: ModelInputs, source: str) -> None:
-    """See that ``model`` takes the first examples of the data, and that they are numbers, and two at least.
+    """See that ``model`` takes the first examples of the data, and that they are numbers.
 
     Args:
         model: in evaluation mode.
@@ -188,14 +188,10 @@ def check_input(model: nn.Module, inputs: ModelInputs, source: str) -> None:
         source: what to call the data in a message.
 
     Raises:
-        DataError: with the model's own words and what was given to it, or how many examples or NaN there are.
+        DataError: with the model's own words and what was given to it, or how many values are NaN.
     """
     with named(source):
         args, kwargs = call_arguments(_first_of(inputs, 2))
-        if (size := batch_size(inputs)) < 2:
-            raise DataError(
-                f"got a first batch of {size}, needed 2 examples: the network is captured with them"
-            )
     for tensor in tensors_of(inputs):
         if bad := int(torch.isnan(tensor).sum()):
             raise DataError(f"{source}: {bad} of the first batch's {tensor.numel()} values are NaN")

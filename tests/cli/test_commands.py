@@ -51,6 +51,9 @@ def folder(tmp_path_factory):
     np.savez(folder / "unlabelled.npz", inputs=inputs)
     np.savez(folder / "empty.npz", inputs=inputs[:0], labels=labels[:0])
     np.savez(folder / "nan.npz", inputs=np.full((64, 4), np.nan, np.float32))
+    np.savez(folder / "void.npz", inputs=np.full((64, 4), np.nan, np.float32), labels=labels)
+    np.savez(folder / "vague.npz", inputs=inputs, labels=np.full(64, np.nan))
+    np.savez(folder / "one.npz", inputs=inputs[:1])
     np.savez(folder / "wide.npz", inputs=np.ones((64, 5), np.float32))
     np.savez(folder / "objects.npz", inputs=np.array([{}], dtype=object), labels=labels)
     (folder / "broken.npz").write_bytes(b"no zip")
@@ -156,7 +159,23 @@ def test_a_target_that_is_missed_ends_with_3(folder):
         (("mine:net", "unlabelled.npz"), "has no array 'labels'; it has 'inputs'"),
         (("mine:net", "objects.npz"), "cannot be read as an .npz of plain arrays"),
         (("mine:net", "broken.npz"), "cannot be read as an .npz of plain arrays"),
-        (("mine:net", "good.npz", "nan.npz"), "values are NaN"),
+        (
+            ("mine:net", "good.npz", "nan.npz"),
+            "calibration 'nan.npz': 256 of the first batch's 256 values are NaN",
+        ),
+        (("mine:net", "void.npz"), "labelled 'void.npz': 256 of the first batch's 256 values are NaN"),
+        (("mine:net", "vague.npz"), "Accuracy: got labels of torch.float32 with fractions or NaN"),
+        (
+            ("mine:net", "good.npz", "one.npz"),
+            "calibration 'one.npz': got a first batch of 1, needed 2 examples",
+        ),
+        (("mine:net", "good.npz", "good.npy"), "'good.npy': needed an .npz file, or package.module:callable"),
+        (
+            ("mine:net", "good.npz", "good.npz", "--metric", "acuracy"),
+            "'acuracy': needed accuracy, agreement, cosine, sqnr, or package",
+        ),
+        (("mine:net", "good.npz", "good.npz", "--max-drop", "2"), "max_drop: got 2, needed at most 1"),
+        (("mine:net", "good.npz", "good.npz", "--rungs", "qat"), "(--rungs ptq,qat)"),
         (("mine:net", "good.npz", "empty.npz"), "needed at least one"),
         (
             ("mine:net", "good.npz", "wide.npz"),

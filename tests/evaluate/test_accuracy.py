@@ -37,7 +37,7 @@ def test_logits_with_a_nan_predict_nothing():
     [
         ([0, 3], 1, r"labels go from 0 to 3, but the model has 3 classes \(0 to 2\)"),
         ([0, -1], 1, r"labels go from -1 to 0, but"),
-        ([0, 1.5], 1, r"got labels of torch.float32 with fractions, needed class indices"),
+        ([0, 1.5], 1, r"got labels of torch.float32 with fractions or NaN, needed class indices"),
         ([0, 1], 4, r"top is 4, but the model has 3 classes"),
         ([[0], [1]], 1, r"labels of shape \(2, 1\), needed \(batch, classes\) and \(batch,\)"),
     ],

@@ -169,8 +169,8 @@ def test_a_kill_leaves_the_old_file_or_the_new_one_whole(tmp_path, monkeypatch, 
 def test_files_are_on_the_disk_before_they_get_their_names(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "EXTERNAL_ABOVE", 0)
     done = []
-    sync, rename = replacing._sync, os.replace
-    monkeypatch.setattr(replacing, "_sync", lambda path: (done.append(("sync", path.suffix)), sync(path)))
+    sync, rename = replacing.sync, os.replace
+    monkeypatch.setattr(replacing, "sync", lambda path: (done.append(("sync", path.suffix)), sync(path)))
     recorded = {"replace": lambda old, new: (done.append(("rename", new.suffix)), rename(old, new))}
     monkeypatch.setattr(replacing, "os", types.SimpleNamespace(**{**vars(os), **recorded}))
     written(tmp_path / "large.onnx", 1.0)

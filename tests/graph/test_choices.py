@@ -13,7 +13,7 @@ from halfstep.export.verify import layer_fates
 from halfstep.graph.choices import Choices
 from halfstep.ladder.groups import groups_of
 from halfstep.ladder.snapshot import Snapshot
-from halfstep.ladder.steps import STEPS, put
+from halfstep.ladder.steps import STEPS, choices
 from halfstep.runtime.deployed import DeployedModel
 from halfstep.runtime.kernels import inspect_kernels
 from halfstep.runtime.parity import compare
@@ -154,7 +154,9 @@ def test_a_candidate_of_several_steps_is_placed_once(monkeypatch):
         hs.QuantizedModel, "_build", lambda model: (built.append(model.choices), build(model))
     )
     first, second, third, *_ = groups_of(q)
-    put(q, {"float_layers": frozenset(first.layers)}, {second: STEPS["int16"], third: STEPS["dynamic"]})
+    q.choose(
+        choices({"float_layers": frozenset(first.layers)}, {second: STEPS["int16"], third: STEPS["dynamic"]})
+    )
     wanted = Choices(*(frozenset(group.layers) for group in (first, second, third)))
     assert built == [wanted]
     before.restore()

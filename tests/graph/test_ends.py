@@ -23,7 +23,7 @@ class Two(nn.Module):
 @pytest.fixture(scope="module")
 def q():
     x = torch.randn(2, 4)
-    return hs.prepare(Two(), (x, x), hs.Recipe.uniform(4, 4))
+    return hs.prepare(Two(), (x, x), hs.Recipe.uniform(4, 4, portable=False))
 
 
 def bits(q):
@@ -39,18 +39,19 @@ def test_few_bits_leave_the_ends_at_eight(q):
     assert bits(q) == {"left": (8, 8), "right": (8, 8), "middle": (4, 4), "up": (8, 8), "down": (8, 8)}
 
 
+EIGHT = hs.Recipe.uniform(4, 8, portable=False)
 CHAIN = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
 
 
 @pytest.mark.parametrize(
     ("recipe", "expected"),
     [
-        (hs.Recipe.uniform(4, 8), [(8, 8), (8, 4), (8, 8)]),
+        (EIGHT, [(8, 8), (8, 4), (8, 8)]),
         (hs.Recipe.uniform(6, 8), [(8, 6), (8, 6), (8, 6)]),
         (hs.Recipe.uniform(4, 8, ends=None), [(8, 4), (8, 4), (8, 4)]),
         (hs.Recipe.uniform(3, 8, ends=6), [(8, 6), (8, 3), (8, 6)]),
-        (hs.Recipe.uniform(4, 8).override("0", hs.LayerSpec(hs.TensorSpec(3))), [(8, 3), (8, 4), (8, 8)]),
-        (hs.Recipe.uniform(4, 8).override("4", None), [(8, 8), (8, 4), ()]),
+        (EIGHT.override("0", hs.LayerSpec(hs.TensorSpec(3))), [(8, 3), (8, 4), (8, 8)]),
+        (EIGHT.override("4", None), [(8, 8), (8, 4), ()]),
     ],
 )
 def test_recipes(recipe, expected):

@@ -21,7 +21,7 @@ class Net(nn.Module):
 
 
 def placed(forward):
-    q = hs.prepare(Net(forward), torch.randn(2, 4, 8, 8))
+    q = hs.prepare(Net(forward), torch.randn(2, 4, 8, 8), hs.Recipe.int8(portable=False))
     return [name for name in q.sites if not name.endswith("weight")], q
 
 

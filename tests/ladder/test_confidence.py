@@ -47,6 +47,37 @@ def test_a_strict_goal_accepts_what_loses_the_allowed_in_as_few_searches_as_it_s
     assert sum(first <= 40 for first in uncounted) > 4 * expected  # what counting is for
 
 
+@pytest.mark.parametrize(("examples", "share"), [(1000, 0.5), (4000, 0.5)])
+def test_a_climb_that_builds_on_its_luckiest_accepts_as_few(examples, share):
+    """Each rung's candidates are changes of the best one before it, which they share so much of their losses with."""
+    runs, accepted, uncounted = 1000, 0, 0
+    generator = torch.Generator().manual_seed(0)
+    least = ALLOWED - 1.5 * math.sqrt((LOST + WON) / examples)  # drops above are far from being met
+    for _ in range(runs):
+        right = torch.rand(examples, generator=generator) < 0.5
+        rate = torch.where(right, 2 * LOST, 2 * WON)
+        fresh = rate * (1 - share) / (1 - rate * share)
+        goal = Goal(ALLOWED, Score.mean(right.double()), strict=True, bounds=(0.0, 1.0))
+        best, luck, number = torch.rand(examples, generator=generator) < rate, -1.0, 0
+        first, first_uncounted = False, False
+        for rung in (3, 1, 16, 20):  # calibrations, repairs, partial quantization, training
+            parent = best
+            for _ in range(rung):
+                number += 1
+                kept = parent & (torch.rand(examples, generator=generator) < share)
+                lost = kept | (torch.rand(examples, generator=generator) < fresh)
+                score = Score.mean((right ^ lost).double())
+                if score.value > luck:
+                    best, luck = lost, score.value
+                if goal.drop(score) <= least:
+                    first |= goal.met(score.numbered(number))
+                    first_uncounted |= goal.met(score)
+        assert number == CANDIDATES
+        accepted, uncounted = accepted + first, uncounted + first_uncounted
+    assert accepted <= 0.05 * runs
+    assert uncounted > 0.2 * runs
+
+
 @pytest.fixture
 def model():
     torch.manual_seed(0)

@@ -150,6 +150,8 @@ def test_where_every_file_is_refused_the_outcome_says_so(monkeypatch, tmp_path):
         outcome.score, abs=0.02
     )  # of the refused file, which is there
     assert outcome.advice[0] == "No file answers as its simulation: they part at site 'x'"
+    assert outcome.to_dict()["refused"] == "they part at site 'x'"
+    assert repr(outcome).startswith("Outcome: not met, its file refused, on rung ptq: float 1.0000, ")
     assert not (tmp_path / "model.onnx").exists() and (tmp_path / "refused.onnx").exists()
 
 

@@ -162,9 +162,12 @@ def test_a_forked_child_does_not_hold_the_lock(tmp_path):
         "import os, sys, time\n"
         "from halfstep.ladder.journal import Journal\n"
         "journal = Journal(sys.argv[1])\n"
+        "read, write = os.pipe()\n"
         "if os.fork() == 0:\n"
+        "    os.write(write, b'x')\n"
         "    time.sleep(60)\n"
         "    os._exit(0)\n"
+        "os.read(read, 1)  # the child is on its way\n"
         "os.kill(os.getpid(), 9)"
     )
     with warnings.catch_warnings():
@@ -194,6 +197,16 @@ def test_a_directory_of_another_model_is_refused(tmp_path):
         journal.claim("model", "abc")
         with pytest.raises(RunError, match="belongs to a run with another model; choose another directory"):
             journal.claim("model", "abd")
+
+
+def test_what_was_claimed_in_words_is_told(tmp_path):
+    written(tmp_path)
+    with Journal(tmp_path) as journal:
+        journal.claim("configuration", "max_drop 0.01", words=True)
+        with pytest.raises(
+            RunError, match=r"with another configuration \(max_drop 0.01, now max_drop 0.2\); choose another"
+        ):
+            journal.claim("configuration", "max_drop 0.2", words=True)
 
 
 def test_checkpoints_come_back_to_the_last_bit(tmp_path):

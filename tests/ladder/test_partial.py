@@ -480,8 +480,9 @@ def test_refusing_clear_cases_for_good_takes_few_examples(model, accuracy):
     start = search.full_evaluations
     climb_partial(search)
     assert "does not meet the target" in search.decisions[-1]
-    # The start and the most in float are scored whole; the refusals are clear cases, and confirmed with few examples.
-    assert 2 <= search.full_evaluations - start < 2.5
+    # The start and the most in float are scored whole; the refusals are clear cases, and confirmed with few examples,
+    # of which the later shares of the error take more.
+    assert 2 <= search.full_evaluations - start < 2.75
 
 
 def test_a_step_is_left_out_at_its_share_of_the_error(monkeypatch):
@@ -569,9 +570,3 @@ def test_every_single_layer_can_be_the_only_one_or_the_only_one_not(name):
             model.float_layers = names
             assert all(site.calibrated for site in model.sites.values())
         model.float_layers = []
-
-
-def test_halves_that_lose_nothing_are_no_cause_even_where_less_than_nothing_is_allowed():
-    """A file that loses more than its simulation leaves simulations a target beyond float's score."""
-    assert Halves(0.0, -0.01, 0.0, allowed=-1e-9).cause == "neither"
-    assert Halves(0.02, 0.0, 0.02, allowed=-1e-9).cause == "weights"

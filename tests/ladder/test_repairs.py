@@ -12,8 +12,9 @@ from halfstep.errors import ArgumentError, DataError, NotObservedError
 from halfstep.evaluate import Score, as_scorer
 from halfstep.ladder import ptq, repairs
 from halfstep.ladder.best_of import BestOf
+from halfstep.ladder.fidelity import halves
 from halfstep.ladder.goal import Goal
-from halfstep.ladder.repairs import PASSES, halves
+from halfstep.ladder.repairs import PASSES
 from halfstep.ladder.search import Search
 from halfstep.progress import listening
 from halfstep.repair.record import Repair, Treated

@@ -10,6 +10,7 @@ from climbing import climb, data, network
 import halfstep as hs
 from halfstep.errors import RunError
 from halfstep.graph.capture import capture
+from halfstep.ladder.environment import environment
 from halfstep.ladder.identity import Examples
 
 
@@ -121,7 +122,7 @@ def test_a_function_over_other_data_is_refused(tmp_path):
         return accuracy
 
     ptq(tmp_path, over(0))
-    with pytest.raises(RunError, match="belongs to a run with another metric"):
+    with pytest.raises(RunError, match=r"belongs to a run with another metric;.* __getstate__ returns$"):
         ptq(tmp_path, over(1))
 
 
@@ -141,6 +142,37 @@ def test_what_a_function_reads_is_seen_by_scoring_again(tmp_path):
         RunError, match=r"another metric: the float model scores 0\.\d+ now, and 1 when the run began"
     ):
         ptq(tmp_path / "run", accuracy)
+
+
+def hit(outputs, labels):
+    return (outputs.argmax(1) == labels).float()
+
+
+class Streamed(list):
+    """Batches that an open file could change."""
+
+    def __init__(self, batches, file):
+        super().__init__(batches)
+        self.file = file
+
+
+def test_what_cannot_be_compared_is_said_at_the_start(tmp_path):
+    with (tmp_path / "text").open("w") as file:
+        metric = hs.Metric(
+            [(x, (y, file)) for x, y in labelled()], lambda outputs, labels: hit(outputs, labels[0])
+        )
+        training = hs.Training(Streamed([data(5)], file), loss_on(1.0), epochs=1)
+        first = climb(tmp_path / "run", metric=metric, rungs=("ptq", "qat"), training=training)
+    said = [sentence for sentence in first.decisions if "cannot be compared" in sentence]
+    assert len(said) == 2
+    assert (
+        "labelled data [0] (a TextIOWrapper, which can be iterated only once). The float model is scored"
+        in said[0]
+    )
+    assert (
+        "of the training: Streamed['file'] (a TextIOWrapper, which" in said[1]
+        and "fresh=True (--fresh)" in said[1]
+    )
 
 
 THRESHOLD = 0.0
@@ -184,7 +216,8 @@ def test_another_order_is_no_matter_where_nothing_was_paired(tmp_path):
 
 def test_another_confidence_is_another_configuration(tmp_path):
     ptq(tmp_path, hs.Accuracy(labelled()), confidence=0.6)
-    with pytest.raises(RunError, match="another configuration"):
+    changed = r"another configuration \(.* confidence 0.6, now .* confidence 0.99\)"
+    with pytest.raises(RunError, match=changed):
         ptq(tmp_path, hs.Accuracy(labelled()), confidence=0.99)
 
 
@@ -241,3 +274,36 @@ def test_a_directory_of_an_earlier_halfstep_is_refused(tmp_path):
         journal.claim("model", "abc")
     with pytest.raises(RunError, match=r"was written by an earlier halfstep.*fresh=True"):
         ptq(tmp_path, hs.Accuracy(labelled()))
+
+
+def test_what_was_measured_elsewhere_is_measured_again_and_another_halfstep_is_refused(tmp_path, monkeypatch):
+    made = []
+
+    class Watched(hs.Accuracy):
+        """Notes what it scores."""
+
+        def __getstate__(self):
+            return {}
+
+        def evaluate(self, model, progress=None):
+            made.append(type(model).__name__)
+            return super().evaluate(model, progress)
+
+    def elsewhere(name):
+        there = {**environment(), name: "another"}
+        for room in ("environment", "identity"):
+            monkeypatch.setattr(f"halfstep.ladder.{room}.environment", lambda: there)
+
+    first = ptq(tmp_path, Watched(labelled()))
+    assert made.count("DeployedModel") == 1
+    made.clear()
+    ptq(tmp_path, Watched(labelled()))
+    assert made == []
+    for name in ("onnxruntime", "processor"):
+        elsewhere(name)
+        assert ptq(tmp_path, Watched(labelled())).deployed_score == first.deployed_score
+        assert made == ["DeployedModel"]
+        made.clear()
+    elsewhere("halfstep")
+    with pytest.raises(RunError, match=r"another version of halfstep \(.*, now another\)"):
+        ptq(tmp_path, Watched(labelled()))

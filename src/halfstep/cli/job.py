@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, dtype, nn
 from torch.utils._pytree import tree_structure
 
 from halfstep.config import Config, RecipePart, make_config, read_config, to_yaml
-from halfstep.errors import ArgumentError, DataError, HalfstepError, RunError
+from halfstep.errors import ArgumentError, DataError, HalfstepError, RunError, named
 from halfstep.evaluate import SQNR, Accuracy, AgainstFloat, Agreement, Cosine, Metric, Scorer
 from halfstep.files import write_whole
 from halfstep.granularity import PerTensor
+from halfstep.graph.inputs import batch_size
 from halfstep.graph.precision import in_float32, other_types
 from halfstep.ladder.budget import Budget
 from halfstep.ladder.journal import Entry, Journal, Saved
@@ -76,6 +77,12 @@ class Job:
         example = next(iter(inputs), None)
         if example is None:
             raise DataError(f"{source}: got no batch, needed at least one")
+        with named(source):
+            size = batch_size(example)
+        if size < 2:
+            raise DataError(
+                f"{source}: got a first batch of {size}, needed 2 examples to capture the network with"
+            )
         check_input(model, example, source)
         return cls(config, model, inputs, example)
 
@@ -140,7 +147,7 @@ class Job:
         """Labelled batches, of inputs as the calibration data are."""
         found = load_labelled(name, self.config.batch)
         if name.endswith(".npz"):
-            self._check_type(next(iter(found))[0], name, what)
+            self._check(next(iter(found))[0], name, what)
         return found
 
     def _inputs(self, name: str) -> Iterable[Any]:
@@ -151,24 +158,27 @@ class Job:
         found = load_inputs(name, self.config.batch, None)
         first = next(iter(found), None)
         if name.endswith(".npz"):
-            self._check_type(first, name, "labelled")
+            self._check(first, name, "labelled")
         kind = tree_structure(self.example)
         if tree_structure(first) != kind and isinstance(first, (tuple, list)) and len(first) == 2:
             return _without_labels(found) if tree_structure(first[0]) == kind else found
         return found
 
-    def _check_type(self, inputs: Any, name: str, what: str) -> None:
-        """See that a file's inputs have the calibration data's type, before anything is run.
+    def _check(self, inputs: Any, name: str, what: str) -> None:
+        """See that a file's inputs are what the model takes, before anything is run.
 
         A model that is not in float32 takes floats in either type.
         """
-        if isinstance(self.example, Tensor):
-            types = other_types(self.model)
-            if in_float32(inputs[:0], types).dtype != in_float32(self.example[:0], types).dtype:
-                raise DataError(
-                    f"{what} {name!r}: got inputs of {inputs.dtype}, needed {self.example.dtype}, as the calibration "
-                    "data have"
-                )
+        if isinstance(self.example, Tensor) and self._type_of(inputs) is not self._type_of(self.example):
+            raise DataError(
+                f"{what} {name!r}: got inputs of {inputs.dtype}, needed {self.example.dtype}, as the calibration "
+                "data have"
+            )
+        check_input(self.model, inputs, f"{what} {name!r}")
+
+    def _type_of(self, inputs: Tensor) -> dtype:
+        """The type that inputs are computed in."""
+        return in_float32(inputs[:0], other_types(self.model)).dtype
 
     def budget(self) -> Budget:
         """What the search may cost."""
@@ -184,7 +194,8 @@ class Job:
 
     def prepare(self, entries: Iterable[Entry] = ()) -> QuantizedModel:
         """The model with its sites, not observed; the recipe settled as in the run with these entries."""
-        from halfstep.ladder.climb import prepare, settle
+        from halfstep.ladder.climb import prepare
+        from halfstep.ladder.portability import settle
 
         recipe = settle(self.recipe(), find_target(self.config.target), entries)
         return prepare(self.model, self.example, recipe, self.config.target)

@@ -12,7 +12,7 @@ from halfstep.errors import ArgumentError
 
 T = TypeVar("T")
 
-Threads = Annotated[int | None, typer.Option(help="Threads of the runtime; all cores by default.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the runtime; all cores by default.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, for machines.")]
 Source = Annotated[
     Path, typer.Argument(metavar="CONFIG.yaml|RUN", help="A configuration, or a run's directory.")

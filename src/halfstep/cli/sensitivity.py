@@ -20,7 +20,9 @@ def sensitivity(
             "in float; kl by default where outputs can be logits, else sqnr."
         ),
     ] = None,
-    measured: Annotated[int, typer.Option(help="Also measure the metric's drop for so many groups.")] = 0,
+    measured: Annotated[
+        int, typer.Option(min=0, help="Also measure the metric's drop for so many groups.")
+    ] = 0,
     plot: Annotated[Path | None, typer.Option(help="Draw the table to this file (needs matplotlib).")] = None,
     as_json: Json = False,
 ) -> None:

@@ -119,6 +119,11 @@ class Accuracy(Metric):
                 f"Accuracy: got outputs of shape {tuple(logits.shape)} and labels of shape {tuple(labels.shape)}, "
                 "needed (batch, classes) and (batch,); use hs.Metric with a score of your own for anything else"
             )
+        places = labels.long()[:, None]
+        if not torch.equal(places[:, 0].to(labels.dtype), labels):
+            raise MetricError(
+                f"Accuracy: got labels of {labels.dtype} with fractions or NaN, needed class indices"
+            )
         if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
             raise MetricError(
                 f"Accuracy: labels go from {int(labels.min())} to {int(labels.max())}, but the model has "
@@ -126,9 +131,6 @@ class Accuracy(Metric):
             )
         if self.top > logits.shape[1]:
             raise MetricError(f"Accuracy: top is {self.top}, but the model has {logits.shape[1]} classes")
-        places = labels.long()[:, None]
-        if not torch.equal(places[:, 0].to(labels.dtype), labels):
-            raise MetricError(f"Accuracy: got labels of {labels.dtype} with fractions, needed class indices")
         right = logits.gather(1, places)  # (batch, 1)
         before = torch.arange(logits.shape[1], device=logits.device) < places
         ahead = (logits > right) | ((logits == right) & before)

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from halfstep.errors import ExportError
+from halfstep.files import sync
 from halfstep.runtime.size import parts
 
 
@@ -54,12 +55,12 @@ def _publish(temporary: Path, path: Path) -> None:
     """Weights first, the file that names them last, each on the disk before it gets its name."""
     file, *weights = parts(temporary)
     for part in (*weights, file):
-        _sync(part)
+        sync(part)
     for part in weights:
         os.replace(part, path.with_name(part.name))
-    _sync(path.parent)
+    sync(path.parent)
     os.replace(file, path)
-    _sync(path.parent)
+    sync(path.parent)
     kept = {part.name for part in weights}
     for other in path.parent.iterdir():
         if (
@@ -96,16 +97,5 @@ def _locked(folder: Path, must: bool = False) -> Iterator[None]:
         with suppress(*() if must else (OSError,)):
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
-    finally:
-        os.close(handle)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a directory, are on the disk."""
-    if path.is_dir() and os.name == "nt":
-        return  # directories cannot be opened there
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
     finally:
         os.close(handle)

@@ -17,7 +17,7 @@ from halfstep.graph.inputs import ModelInputs
 from halfstep.graph.placement import Layer
 from halfstep.model import QuantizedModel
 from halfstep.runtime.deployed import DeployedModel, to_numpy
-from halfstep.runtime.kernels import Kernels, inspect_kernels, layer_times
+from halfstep.runtime.kernels import Kernels, inspect_kernels, layer_of, layer_times
 from halfstep.runtime.latency import Latency, race
 from halfstep.runtime.parity import Parity, compare
 from halfstep.runtime.saturation import saturable_layers
@@ -182,7 +182,10 @@ def regressions(proof: Verification, baseline: Mapping[str, Any]) -> tuple[str, 
 
 def layer_fates(model: QuantizedModel, kernels: Kernels) -> tuple[LayerFate, ...]:
     """Every layer of ``model``, with what the runtime made of it."""
-    integer, packed = ({name.split("/")[0] for name in names} for names in (kernels.integer, kernels.packed))
+    names = {layer.name for layer in model.layers}
+    integer, packed = (
+        {layer_of(node, names) for node in nodes} for nodes in (kernels.integer, kernels.packed)
+    )
     fates = []
     for layer in model.layers:
         real = layer.name in integer
@@ -219,7 +222,8 @@ def float_fates(model: QuantizedModel, kernels: Kernels) -> tuple[tuple[str, str
 
     Those that placement left there, and those (adds, pools) that it put between quantizers in vain.
     """
-    integer = {name.split("/")[0] for name in kernels.integer}
+    names = {op.name for op in model.placement.followers}
+    integer = {layer_of(node, names) for node in kernels.integer}
     floating = {op.name: (op.operator.kind, op.reason) for op in model.placement.float_operators}
     for op in model.placement.followers:
         if op.name not in integer:

@@ -33,6 +33,8 @@ def other_types(model: nn.Module) -> tuple[torch.dtype, ...]:
 
 def in_float32(values: Values, types: Collection[torch.dtype]) -> Values:
     """``values``, any structure of tensors, with those of one of ``types`` in float32."""
+    if not types:
+        return values
     converted: Values = pytree.tree_map_only(
         Tensor, lambda x: x.to(COMPUTED) if x.dtype in types else x, values
     )
@@ -77,9 +79,8 @@ class HandedOver(nn.Module):
         """Where the parameters are."""
         return next((tensor.device for tensor in self.parameters()), torch.device("cpu"))
 
-    @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the user's model returns, without gradients."""
+        """What the user's model returns."""
 
         def cast(path: pytree.KeyPath, value: Any) -> Any:
             known = isinstance(value, Tensor) and value.is_floating_point()
@@ -126,12 +127,13 @@ def hand_over(
     }
     own = next(tensor.dtype for tensor in (*model.parameters(), *model.buffers()) if tensor.dtype in types)
     found = HandedOver(model, types, given)
-    try:
-        found(*args, **kwargs)
-    except Exception:
-        other = HandedOver(model, types, dict.fromkeys(given, own))
-        with suppress(Exception):
-            other(*args, **kwargs)
-            return other
-        raise
+    with torch.no_grad():
+        try:
+            found(*args, **kwargs)
+        except Exception:
+            other = HandedOver(model, types, dict.fromkeys(given, own))
+            with suppress(Exception):
+                other(*args, **kwargs)
+                return other
+            raise
     return found

@@ -15,6 +15,7 @@ from halfstep.graph.inputs import batch_size
 from halfstep.identity import Identity
 from halfstep.ladder.budget import BudgetSpent
 from halfstep.ladder.fingerprint import fingerprint
+from halfstep.ladder.portability import narrower_weights
 from halfstep.ladder.rung import Means, Reached, Rung
 from halfstep.ladder.search import Candidate, Search
 from halfstep.ladder.snapshot import Snapshot
@@ -53,6 +54,8 @@ def ascend(
             search.decide(f"{rung.title} is left out: it needs {missing}")
     ladder = [rung for rung in ladder if not rung.missing(means)]
     search.decide(estimate(search, ladder, means))
+    if said := narrower_weights(search):
+        search.decide(said)
     path: list[Reached] = []
     spare: Candidate | None = None
     for index, rung in enumerate(ladder):

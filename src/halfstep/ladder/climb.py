@@ -9,7 +9,6 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from halfstep.graph.capture import capture
 from halfstep.graph.decompose import decompose
 from halfstep.graph.fold import fold
 from halfstep.graph.inputs import ModelInputs
-from halfstep.graph.place import place
 from halfstep.ladder.aim import Aim, Asked
 from halfstep.ladder.ascent import ascend
 from halfstep.ladder.budget import Budget
@@ -33,10 +31,12 @@ from halfstep.ladder.doubts import doubts
 from halfstep.ladder.exports import Exports
 from halfstep.ladder.float_model import knowing_float
 from halfstep.ladder.identity import Claimed, Examples, claim
-from halfstep.ladder.journal import Entry, Journal
+from halfstep.ladder.journal import Journal
 from halfstep.ladder.outcome import Outcome
 from halfstep.ladder.partial import Partial
 from halfstep.ladder.pins import pinned
+from halfstep.ladder.portability import PORTABLE, settle
+from halfstep.ladder.refits import refit
 from halfstep.ladder.rung import Means, Rung
 from halfstep.ladder.rungs import RUNGS, find_rungs
 from halfstep.ladder.search import Search, float_evaluation
@@ -45,13 +45,9 @@ from halfstep.live import shown
 from halfstep.model import QuantizedModel
 from halfstep.progress import steps
 from halfstep.recipe import Recipe
-from halfstep.runtime.saturation import saturates_here
 from halfstep.targets import Target, find_target
 from halfstep.training.check import check_trainable
 from halfstep.training.options import Training, check_training
-
-#: The entry of the journal that says how a recipe's ``portable`` was settled where the recipe leaves it open.
-PORTABLE = "portable"
 
 
 def prepare(
@@ -81,17 +77,10 @@ def prepare(
     with steps("capturing"):
         captured = decompose(fold(capture(model, example_inputs)), found.decomposed)
         prepared = QuantizedModel(captured, found, settled)
+    prepared.refit = refit
     for note in captured.notes:
         warnings.warn(note, stacklevel=2)
     return prepared
-
-
-def settle(recipe: Recipe, target: Target, entries: Iterable[Entry] = ()) -> Recipe:
-    """The recipe with ``portable`` said: as the run with these entries has it, else as this processor needs it."""
-    if recipe.portable is not None:
-        return recipe
-    known = [entry.data["portable"] for entry in entries if entry.kind == PORTABLE]
-    return replace(recipe, portable=known[-1] if known else target.pair_sums and saturates_here())
 
 
 def quantize(
@@ -151,9 +140,9 @@ def quantize(
             so the lower ends. Each is widened for the candidates examined on the same examples before.
         strict: demand that the upper end of the interval keeps to the target, not only the drop that was measured. If
             the labelled examples are a random sample, a network that drops by more than the target on all such data is
-            then accepted with a probability of at most 1 - confidence, however many candidates are tried; about, where
-            they build on the luckiest before them, see :class:`.Goal`. Not strict, nothing of the kind is promised: of
-            many candidates the first that passes is likely to be worse than it looks.
+            then accepted with a probability of at most 1 - confidence, however many candidates are tried, see
+            :class:`.Goal`; docs/confidence.md says how many examples that takes. Not strict, nothing of the kind is
+            promised: of many candidates the first that passes is likely to be worse than it looks.
         rungs: which to climb, from the bottom up: ``"ptq"`` always.
         budget: what the search may cost; None for no bound.
         partial: how to look for layers to put back to float.
@@ -196,8 +185,6 @@ def quantize(
         search = _begin(journal, prepared, scorer, aim, calibration, budget or Budget(), claimed)
         search.started = started
         _write_settings(search, ladder, aim, command)
-        if recipe.portable is None and settled.portable:
-            _say_portable(search)
         exports = Exports(temporary)
         score_file = functools.partial(file_score, search, exports, threads)
         path = ascend(search, ladder, Means(training, partial, threads, tune), max_float, score_file)
@@ -229,6 +216,11 @@ def _begin(
         search.decide(
             f"What cannot be compared when this run goes on: {', '.join(claimed.unseen)}. The float model is scored "
             "again then, to see that it scores the same; fresh=True (--fresh) begins anew"
+        )
+    if claimed.unseen_in_training and journal.folder is not None:
+        search.decide(
+            f"What cannot be compared of the training: {', '.join(claimed.unseen_in_training)}. Where it changes and "
+            "this run goes on, what was trained before stays; fresh=True (--fresh) begins anew"
         )
     kept = search.checkpoints.statistics()
     if kept is None:
@@ -304,23 +296,6 @@ def _write_settings(search: Search, ladder: Sequence[Rung], aim: Aim, command: s
         budget=str(search.budget),
         command=command,
     )
-
-
-def _say_portable(search: Search) -> None:
-    """Say which weights have fewer bits than asked because this processor needs it."""
-    model = search.model
-    asked = place(model.graph, model.target, replace(model.recipe, portable=False), model.choices)
-    formats = {site.name: site.format for site in asked.sites if site.is_weight}
-    narrower = [
-        site for site in model.placement.sites if site.is_weight and site.format != formats[site.name]
-    ]
-    if narrower:
-        search.decide(
-            f"{len(narrower)} of {len(formats)} weights have {narrower[0].format.bits} bits instead of "
-            f"{formats[narrower[0].name].bits}: where this run began, integer kernels add products in 16 bits, which "
-            "would saturate (an x86 processor without VNNI). portable=True says so on every processor, and the file "
-            "answers alike on all of them; portable=False keeps the bits"
-        )
 
 
 def _watched(batches: Iterable[ModelInputs], examples: Examples) -> Iterator[ModelInputs]:

@@ -78,6 +78,7 @@ def deploy(
         path=tuple(path),
         advice=advice,
         metrics=search.asked.standings(score),
+        refused=refused,
     )
     _write_down(search, outcome, files)
     if search.journal.folder is not None:

@@ -111,6 +111,11 @@ class Reference:
         first = self._outputs[0][0]
         return first.is_floating_point() and first.dim() >= 2 and first.shape[-1] >= 2
 
+    @property
+    def by(self) -> Measure:
+        """The measure that suits the outputs: the divergence if they can be logits."""
+        return "kl" if self.has_classes else "sqnr"
+
     def check(self, by: Measure) -> None:
         """Raise unless the outputs can be measured so.
 
@@ -124,6 +129,25 @@ class Reference:
                 f"by: got 'kl' for outputs of shape {tuple(self._outputs[0][0].shape)}, needed logits (..., classes); "
                 "choose by='sqnr'"
             )
+
+
+def halves(
+    model: QuantizedModel, batches: Sequence[ModelInputs]
+) -> tuple[list[ModelInputs], list[ModelInputs]]:
+    """The first and the second half of every batch; a single example is in both.
+
+    The odd one of a batch goes to the half that has fewer: of batches of one every second.
+    """
+    first, second, ahead = [], [], 0  # by how many the second has more
+    for batch in batches:
+        size = batch_size(batch)
+        middle = (size + ahead) // 2
+        ahead += size - 2 * middle
+        if middle:
+            first.append(model.captured.examples(batch, 0, middle))
+        if middle < size:
+            second.append(model.captured.examples(batch, middle, size))
+    return first or second, second
 
 
 def _first(model: QuantizedModel, batches: Sequence[ModelInputs], examples: int) -> Iterator[ModelInputs]:

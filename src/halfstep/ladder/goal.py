@@ -54,12 +54,13 @@ class Goal:
 
     What a strict goal guarantees: let the labelled examples be drawn at random from those that count. Then a search
     accepts a network whose drop over all that count exceeds ``max_drop`` with a probability of at most 1 -
-    ``confidence``, however many candidates it looks at: the k-th is held to a share 1 / (k (k + 1)) of that error,
-    see :func:`halfstep.evaluate.share_of_error`. That holds for candidates that would be tried whatever the others
-    score. Those that are changes of the best one so far inherit its luck; in simulated climbs that begin each rung so,
-    3% to 7% were accepted wrongly at 0.95 (``bench.confidence``). Of other scores than hits and misses the intervals
-    are approximate. A goal that is not strict guarantees nothing of examples that were not seen: at the k-th
-    candidate whose drop is a little above what is allowed, luck is sure to help one sooner or later.
+    ``confidence``, however many candidates it looks at: the k-th is held to a share of that error, see
+    :func:`halfstep.evaluate.share_of_error`. For candidates that would be tried whatever the others score that is a
+    theorem, with a quarter of the error to spare. Those that are changes of the best one so far inherit its luck, which
+    the quarter is for: in simulated climbs that begin each rung so, 2% to 5% were accepted wrongly at 0.95
+    (``bench.confidence``). Of other scores than hits and misses the intervals are approximate. A goal that is not
+    strict guarantees nothing of examples that were not seen: at the k-th candidate whose drop is a little above what is
+    allowed, luck is sure to help one sooner or later.
 
     Attributes:
         max_drop: in the metric's unit; negative where a candidate must be better than float.

@@ -37,9 +37,7 @@ class Halves:
         ``"nothing"`` where none loses anything and the target asks for more than float.
         """
         weights, activations = max(self.weights, 0.0), max(self.activations, 0.0)
-        if max(weights, activations) <= max(
-            self.allowed, 0.0
-        ):  # less than 0 where float itself is not enough
+        if weights <= self.allowed and activations <= self.allowed:
             return "neither"
         if not weights + activations:
             return "nothing"

@@ -11,7 +11,7 @@ from halfstep.ladder.groups import Group, names_of
 from halfstep.ladder.measured import file_times, tuned
 from halfstep.ladder.search import Candidate, Search
 from halfstep.ladder.snapshot import Snapshot
-from halfstep.ladder.steps import STEPS, Assignment, put
+from halfstep.ladder.steps import STEPS, Assignment, choices
 
 #: An assignment that meets the goal, and its score.
 Settled = tuple[Assignment, Score]
@@ -39,18 +39,13 @@ def hasten(
         threads: of the runtime, for one operator; None for all cores.
     """
     model = search.model
-    put(model, base, {})
-    quantized = model.choices
-    states = []
-    for assignment, _ in found:
-        put(model, base, assignment)
-        states.append(model.choices)
+    states = [choices(base, assignment) for assignment, _ in found]
     times = file_times(search, states, threads) if len(states) > 1 else [0.0]
     assignment, score = found[times.index(min(times))]
-    put(model, base, assignment)
+    search.choose(choices(base, assignment))
     assignment, score = _joined(search, base, (assignment, score), free, threads)
     everything = Choices(float_layers=frozenset(model.layer_names))
-    ours, integers, floats = file_times(search, [model.choices, quantized, everything], threads)
+    ours, integers, floats = file_times(search, [model.choices, choices(base, {}), everything], threads)
     verdict = (
         f"A batch takes {ours:.0f} us so, {integers:.0f} us quantized throughout, {floats:.0f} us in float."
     )
@@ -79,12 +74,12 @@ def _joined(
         return settled
     joined = [group for group in rest if set(group.layers) <= search.model.float_layers]
     wider = {**assignment, **dict.fromkeys(joined, to_float)}
-    put(search.model, base, wider)
+    search.choose(choices(base, wider))
     names = ", ".join(tuning.float_layers)
     joint = search.evaluate(f"with {names} in float too")
     if search.goal.met(joint):
         search.decide(f"{tuning}: beside other float layers they need no conversion.")
         return wider, joint
     search.decide(f"With {names} in float too the file would be faster and miss the target.")
-    put(search.model, base, assignment)
+    search.choose(choices(base, assignment))
     return settled

@@ -23,16 +23,24 @@ from halfstep.ladder.journal import Journal
 from halfstep.model import QuantizedModel
 from halfstep.training.options import Training
 
+#: Why the very same code may be refused: counters and caches are content too.
+_HINT = (
+    "It is known by its code, defaults, closure and attributes; a class leaves what makes no difference out of what "
+    "its __getstate__ returns"
+)
+
 
 class Examples:
     """The digests of examples, collected as batches pass.
 
     Attributes:
         seen: a digest for each example's inputs, in order.
+        unknown: what could not be read, by where it was found.
     """
 
     def __init__(self) -> None:
         self.seen: list[bytes] = []
+        self.unknown: list[str] = []
         self._labelled: list[bytes] = []
         self._others: list[str] = []
 
@@ -48,7 +56,9 @@ class Examples:
         self.seen += rows
         self._labelled += [_hash(a + b) for a, b in zip(rows, own, strict=True)]
         if others or rest:
-            self._others.append(Identity(len(self.seen), rest, others).digest)
+            identity = Identity(len(self.seen), rest, others)
+            self._others.append(identity.digest)
+            self.unknown = list(dict.fromkeys([*self.unknown, *identity.unknown]))
 
     def digest(self) -> str:
         """Of all examples with their labels in order, however they are cut into batches."""
@@ -69,10 +79,12 @@ class Claimed:
     Attributes:
         judged: the examples that the metric judges on, where they can be seen.
         unseen: what the metric depends on and cannot be compared with an earlier run's, in words; empty if all can.
+        unseen_in_training: the same of the training.
     """
 
     judged: Examples
     unseen: tuple[str, ...]
+    unseen_in_training: tuple[str, ...] = ()
 
 
 def claim(
@@ -94,13 +106,14 @@ def claim(
             "another directory, or begin anew in this one with fresh=True (--fresh)"
         )
     packages = environment()
-    journal.claim("version of halfstep", packages.get("halfstep", "unknown"))
+    journal.claim("version of halfstep", packages.get("halfstep", "unknown"), words=True)
     journal.claim("model", prepared.captured.content)
     journal.claim("recipe", repr(prepared.recipe))
     asked = f"target {prepared.target.name}, {aim}, confidence {aim.confidence:g}"
-    journal.claim("configuration", asked)
+    journal.claim("configuration", asked, words=True)
     identities = {name: _metric_identity(part) for name, part in parts(scorer).items()}
-    journal.claim("metric", Identity({name: each.digest for name, each in identities.items()}).digest)
+    together = Identity({name: each.digest for name, each in identities.items()}).digest
+    journal.claim("metric", together, hint=_HINT)
     unseen = [f"{name} {what}".lstrip() for name, each in identities.items() for what in each.unknown]
     unseen += [
         f"metric {name!r}" if name else "the metric, a function that reads what it wants"
@@ -113,18 +126,20 @@ def claim(
     judged = _labelled_examples(scorer)
     if judged.seen:
         _claim_examples(journal, judged)
+    unseen += [f"labelled data {what}" for what in judged.unknown]
+    unseen_in_training: list[str] = []
     if training is not None:
-        journal.claim("training", training.content())
-        if journal.changed(
-            "training surroundings", digest=Identity(training.loss, training.labelled).surroundings
-        ):
+        identity = training.identity()
+        journal.claim("training", identity.digest, hint=_HINT)
+        unseen_in_training = identity.unknown
+        if journal.changed("training surroundings", digest=identity.surroundings):
             warnings.warn(
                 "training: global variables that its code refers to are not what they were when this run began; what "
                 "was trained rests on the old ones; begin anew with fresh=True (--fresh) if they matter",
                 stacklevel=4,
             )
     journal.write("environment", packages=packages)
-    return Claimed(judged, tuple(unseen))
+    return Claimed(judged, tuple(unseen), tuple(unseen_in_training))
 
 
 def _metric_identity(scorer: Scorer) -> Identity:

@@ -170,21 +170,24 @@ class Journal:
         """All entries of a kind, in order."""
         return [entry for entry in self.entries if entry.kind == kind]
 
-    def claim(self, what: str, digest: str) -> None:
+    def claim(self, what: str, digest: str, words: bool = False, hint: str = "") -> None:
         """Say which model, data or configuration this run is about; a run in a used directory must say the same.
 
         Args:
             what: "model", "recipe", "metric" ...
             digest: of its content.
+            words: whether that is words to be read.
+            hint: what may help whoever is refused.
 
         Raises:
             RunError: if the directory belongs to another one.
         """
         for entry in self.of("claim"):
             if entry.data["what"] == what and entry.data["digest"] != digest:
+                both = f" ({entry.data['digest']}, now {digest})" if words else ""
                 raise RunError(
-                    f"directory {self.folder} belongs to a run with another {what}; choose another directory, or begin "
-                    "anew in this one with fresh=True (--fresh)"
+                    f"directory {self.folder} belongs to a run with another {what}{both}; choose another directory, or "
+                    f"begin anew in this one with fresh=True (--fresh){hint and f'. {hint}'}"
                 )
         self.write("claim", what=what, digest=digest)
 

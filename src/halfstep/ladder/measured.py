@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from halfstep.graph.choices import Choices
@@ -43,8 +43,14 @@ def tuned(search: Search, threads: int | None, among: Collection[str] | None = N
     """:func:`.tune` of the search's model, which is left with what was found."""
     asked = {"among": None if among is None else sorted(among), "rounds": ROUNDS}
     model = search.model
-    known = _measured(search, "tuning", asked, threads, lambda: asdict(tune(model, threads, among=among)))
-    model.float_layers = model.float_layers | set(known["float_layers"])
+
+    def measure() -> dict[str, Any]:
+        with model.compensations.set_aside():  # a file is as fast without them
+            return asdict(tune(model, threads, among=among))
+
+    known = _measured(search, "tuning", asked, threads, measure)
+    floats = model.float_layers | set(known["float_layers"])
+    search.choose(replace(model.choices, float_layers=floats))
     return Tuning(tuple(known["float_layers"]), known["saved"], known["tried"])
 
 

@@ -42,6 +42,8 @@ class Outcome:
         path: the rungs climbed, in order, and what came of each.
         advice: what would help, if the target was not met.
         entries: the journal, from which the report is made.
+        refused: why no file answers as its simulation, so that the target is not met whatever the file scores; empty
+            where one does.
     """
 
     met: bool
@@ -61,6 +63,7 @@ class Outcome:
     advice: tuple[str, ...] = ()
     entries: tuple[Entry, ...] = ()
     metrics: tuple[Standing, ...] = ()
+    refused: str = ""
 
     def export(self, path: str | Path) -> Path:
         """Write the quantized network to ``path`` as ONNX.
@@ -95,6 +98,7 @@ class Outcome:
         proof = self.verification
         record = {
             "met": self.met,
+            "refused": self.refused,
             "rung": self.rung,
             "target": self.model.target.name,
             "recipe": repr(self.model.recipe),
@@ -133,7 +137,7 @@ class Outcome:
         write_whole(path, (json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n").encode())
 
     def __repr__(self) -> str:
-        verdict = "met" if self.met else "not met"
+        verdict = "met" if self.met else "not met, its file refused," if self.refused else "not met"
         return (
             f"Outcome: {verdict} on rung {self.rung}: float {self.float_score:.4f}, simulated {self.score:.4f}, "
             f"deployed {self.deployed_score:.4f} (allowed drop {self.max_drop:g}), {self.evaluations} evaluations"

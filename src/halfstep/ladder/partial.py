@@ -22,7 +22,7 @@ from halfstep.ladder.pins import pinned
 from halfstep.ladder.prefix import QUESTIONS, WALKS, without_needless
 from halfstep.ladder.search import Search
 from halfstep.ladder.sensitivity import LayerSensitivity, Sensitivity, rank
-from halfstep.ladder.steps import STEPS, Assignment, Step, find_steps, put
+from halfstep.ladder.steps import STEPS, Assignment, Step, choices, find_steps
 
 #: Groups times examples of a ranking, and examples at least: 32 groups are ranked on all kept examples.
 RANKED, LEAST_RANKED = 32 * SAMPLE_EXAMPLES, 32
@@ -83,6 +83,8 @@ def climb_partial(search: Search, options: Partial | None = None, threads: int |
 
     At least one layer stays quantized: with every layer in float any target is met, by the float model.
 
+    What repairs learned for the layers behind those put back is fitted anew for every candidate, without labels.
+
     Args:
         search: its model calibrated.
         options: how to look for them.
@@ -94,10 +96,16 @@ def climb_partial(search: Search, options: Partial | None = None, threads: int |
     Raises:
         RecipeError: if a pattern matches no layer, or layers are pinned both ways.
     """
-    options = options or Partial()
+    score = _climb(search, options or Partial(), threads)
+    if said := search.refits.sentence():
+        search.decide(said)
+    return score
+
+
+def _climb(search: Search, options: Partial, threads: int | None) -> Score:
     model, goal, early = search.model, search.goal, search.early
     base, groups = pinned(model, options.keep_float, options.keep_quantized)
-    put(model, base, {})
+    search.choose(choices(base, {}))
     model.set_mode(Mode.QUANTIZE)
     start = search.evaluate("the pinned layers in float" if options.keep_float else "all layers quantized")
     if goal.met(start) or not groups:
@@ -177,7 +185,7 @@ class _Walk:
         if (halves := where_is_the_loss(search)) is not None:
             search.found["halves"] = halves
             search.decide(str(halves))
-        put(model, base, {})
+        search.choose(choices(base, {}))
         free = names_of(groups)
         self.all_free = all(layer.reason or layer.name in free for layer in model.layers)
         #: What early verdicts refused, in words.
@@ -219,7 +227,7 @@ class _Walk:
             for search.early in dict.fromkeys((early, False)):
                 seen = "More"
                 if (assignment := self.find()) is not None:
-                    put(search.model, self.base, assignment)
+                    search.choose(choices(self.base, assignment))
                     wrong = f"{_many(len(assignment))} put back"
                     seen, score = "All", search.evaluate(f"{wrong}, on all examples")
                     if search.goal.met(score):
@@ -244,7 +252,7 @@ class _Walk:
 
     def holds(self, assignment: Assignment, what: str, final: bool = False) -> bool:
         """Whether the goal is met with groups put to their steps; ``final`` as for :meth:`.Search.judge`."""
-        put(self.search.model, self.base, assignment)
+        self.search.choose(choices(self.base, assignment))
         verdict = self.search.judge(what, final)
         if not (verdict.met or verdict.complete):
             self.refused[frozenset(assignment.items())] = what
@@ -266,7 +274,7 @@ class _Walk:
         The most that may be put back is evaluated on all examples, which its score is needed for anyway.
         """
         if self.refused and (able := self.able[self.steps[-1]]):
-            put(self.search.model, self.base, dict.fromkeys(able, self.steps[-1]))
+            self.search.choose(choices(self.base, dict.fromkeys(able, self.steps[-1])))
             if self.search.goal.met(self.search.evaluate(self._everything(able))):
                 return self._everything(able)
         refused, self.refused = self.refused, {}
@@ -350,13 +358,13 @@ class _Walk:
         missed = "Partial quantization does not meet the target."
         if able:
             everything = self._everything(able)
-            put(search.model, self.base, dict.fromkeys(able, step))
+            search.choose(choices(self.base, dict.fromkeys(able, step)))
             score = search.evaluate(everything)
             missed += (
                 f" With {everything} it scores {search.goal.words(score)}. {search.goal.evidence(score)}"
             )
         if search.goal.loss(score) >= search.goal.loss(start):
-            put(search.model, self.base, {})
+            search.choose(choices(self.base, {}))
             score = start
         cure = "Unpin layers, or train"
         if self.all_free and not step.quantizes:

@@ -41,6 +41,13 @@ class InPieces(nn.Module):
         self._warm: set[object] = set()  # what ran once
         self._sizes: dict[object, int] = {}  # of pieces, by what runs
 
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else a metric's function asks of a model is the model's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns for the same arguments."""
         inputs = kwargs or args

@@ -71,6 +71,7 @@ def weight_answers(model: QuantizedModel, calibrator: WeightCalibrator) -> dict[
 
 def set_ranges(model: QuantizedModel, answers: Answers) -> None:
     """Give sites their ranges, widen weights' where a bias needs it, and let the model quantize from now on."""
+    model.compensations.forget()
     for name, answer in answers.items():
         module = model.sites[name]
         module.set_range(answer.low, answer.high)

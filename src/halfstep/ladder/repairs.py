@@ -14,7 +14,7 @@ from halfstep.evaluate import as_scorer
 from halfstep.fake_quantize import Mode
 from halfstep.graph.inputs import ModelInputs, batch_size
 from halfstep.ladder.budget import BudgetSpent
-from halfstep.ladder.fidelity import Fidelity, Measure, Reference
+from halfstep.ladder.fidelity import Fidelity, Measure, Reference, halves
 from halfstep.ladder.float_model import knowing_float
 from halfstep.model import QuantizedModel
 from halfstep.progress import interruptible, may_go_on, protected, track
@@ -159,7 +159,7 @@ def repair(
     fitted, held = halves(model, sample_of(model, batches))
     model.set_mode(Mode.QUANTIZE)
     reference = Reference(model, sum(map(batch_size, held)), held)
-    by: Measure = "kl" if reference.has_classes else "sqnr"
+    by = reference.by
     untouched = Snapshot.of(model)
     scorer = None if metric is None else knowing_float(as_scorer(metric), model)
     score_before = None if scorer is None else scorer.evaluate(model)
@@ -200,25 +200,6 @@ def repair(
         None if score_after is None else score_after.value,
         put_back,
     )
-
-
-def halves(
-    model: QuantizedModel, batches: Sequence[ModelInputs]
-) -> tuple[list[ModelInputs], list[ModelInputs]]:
-    """The first and the second half of every batch; a single example is in both.
-
-    The odd one of a batch goes to the half that has fewer: of batches of one every second.
-    """
-    first, second, ahead = [], [], 0  # by how many the second has more
-    for batch in batches:
-        size = batch_size(batch)
-        middle = (size + ahead) // 2
-        ahead += size - 2 * middle
-        if middle:
-            first.append(model.captured.examples(batch, 0, middle))
-        if middle < size:
-            second.append(model.captured.examples(batch, middle, size))
-    return first or second, second
 
 
 def _try(

@@ -69,7 +69,7 @@ RUNGS: dict[str, Rung] = {
             _climb_qat,
             _qat_cost,
             _qat_missing,
-            lambda means: "" if means.training is None else means.training.content(),
+            lambda means: "" if means.training is None else means.training.identity().digest,
         ),
     )
 }

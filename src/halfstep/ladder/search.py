@@ -15,6 +15,7 @@ from halfstep.errors import RunError
 from halfstep.evaluate import EarlyStopping, Metric, Score, Scorer, early_stopping, parts, share_of_error
 from halfstep.fake_quantize import Mode
 from halfstep.granularity import PerTensor
+from halfstep.graph.choices import Choices
 from halfstep.ladder.budget import Budget, BudgetSpent
 from halfstep.ladder.checkpoints import Checkpoints
 from halfstep.ladder.evaluation import Evaluation, Verdict, keep, kept
@@ -22,6 +23,7 @@ from halfstep.ladder.fingerprint import fingerprint
 from halfstep.ladder.goal import Goal
 from halfstep.ladder.journal import Journal
 from halfstep.ladder.pieces import scored
+from halfstep.ladder.refits import Refits
 from halfstep.ladder.snapshot import Snapshot, put_back_in
 from halfstep.model import QuantizedModel
 from halfstep.progress import protected, say, steps
@@ -94,6 +96,7 @@ class Search:
         self.asked = self.goal
         self._scored = scored(self.model, self.scorer)
         self.checkpoints = Checkpoints(self.journal, self.model)
+        self.refits = Refits(self.model, self.checkpoints)
         self._asked: set[str] = set()
         self._examined: dict[str, int] = {}
         for entry in self.journal.of("evaluation"):
@@ -107,6 +110,11 @@ class Search:
     def hold_to(self, goal: Goal) -> None:
         """Hold simulations to another goal; what is remembered is judged by the one that holds."""
         self.goal = goal
+
+    def choose(self, choices: Choices) -> None:
+        """Let other layers be put back, and what repairs had learned be fitted anew for them."""
+        self.model.choose(choices)
+        self.refits()
 
     @property
     def never_early(self) -> str:

@@ -183,6 +183,18 @@ def rank(
     examples: int = 256,
 ) -> Sensitivity:
     """:func:`sensitivity` of chosen groups, with the evaluations of a search."""
+    with model.compensations.set_aside():  # they hold for one set of layers in float, and here are many
+        return _rank(model, search, groups, method, measured, examples)
+
+
+def _rank(
+    model: QuantizedModel,
+    search: Search | None,
+    groups: tuple[Group, ...],
+    method: str | Method | None,
+    measured: int,
+    examples: int,
+) -> Sensitivity:
     start = time.perf_counter()
     probe = Probe(model, search, examples)
     chosen = find_method(default_loss(probe) if method is None else method)

@@ -79,9 +79,9 @@ def find_steps(names: tuple[str, ...]) -> tuple[Step, ...]:
 Assignment = Mapping[Group, Step]
 
 
-def put(model: QuantizedModel, base: Mapping[str, frozenset[str]], assignment: Assignment) -> None:
-    """Put groups to their steps, and every other layer where ``base`` (attribute -> layers) has it."""
+def choices(base: Mapping[str, frozenset[str]], assignment: Assignment) -> Choices:
+    """The groups at their steps, and every other layer where ``base`` (attribute -> layers) has it."""
     put = {step.attribute: set(base.get(step.attribute, ())) for step in STEPS.values()}
     for group, step in assignment.items():
         put[step.attribute].update(group.layers)
-    model.choose(Choices(**{attribute: frozenset(layers) for attribute, layers in put.items()}))
+    return Choices(**{attribute: frozenset(layers) for attribute, layers in put.items()})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from halfstep.ladder.costs import ROUNDS, microseconds
 from halfstep.ladder.groups import Group, groups_of
@@ -80,9 +80,11 @@ def tune(
         cost, best = min(zip(again, candidates, strict=True), key=lambda pair: pair[0])
         if cost >= 0:
             break
-        model.float_layers = model.float_layers | set(best.layers)
+        floats = model.float_layers | set(best.layers)
+        model.choose(replace(model.choices, float_layers=floats))
         found += best.layers
         saved -= cost
+    model.fit_anew()
     order = {name: index for index, name in enumerate(model.layer_names)}
     return Tuning(tuple(sorted(found, key=order.__getitem__)), saved, tried)
 

@@ -36,14 +36,10 @@ def correct_bias(model: QuantizedModel, batches: Iterable[ModelInputs] | None = 
     notes: list[str] = []
     for step in while_time_lasts(walk(model, sample_of(model, batches), "bias correction"), notes):
         name, clock = step.layer.name, time.perf_counter()
-        shift, parameter = model.shifts.get(name), step.layer.operator.bias
-        if shift is None or parameter is None:
+        if name not in model.shifts:
             skipped.append((name, "it has no bias; give it one (of zeros) to have it corrected"))
             continue
-        error = mean_error(step)
-        bias = model.weight(str(parameter.target)).detach()
-        rounding = shift(bias) - shift.corrected(bias)  # in the error too, and no business of the shift
-        shift.shift.add_((error + rounding).to(shift.shift))
+        error = shift_bias(model, step)
         treated.append(Treated(name, _rms(error), _rms(mean_error(step)), time.perf_counter() - clock))
     return Repair(
         "bias correction",
@@ -53,6 +49,17 @@ def correct_bias(model: QuantizedModel, batches: Iterable[ModelInputs] | None = 
         tuple(notes),
         time.perf_counter() - start,
     )
+
+
+def shift_bias(model: QuantizedModel, step: Step) -> Tensor:
+    """Take the mean error of a layer's channels off its bias, and return what it was; the layer has a shift."""
+    shift, parameter = model.shifts[step.layer.name], step.layer.operator.bias
+    assert parameter is not None
+    error = mean_error(step)
+    bias = model.weight(str(parameter.target)).detach()
+    rounding = shift(bias) - shift.corrected(bias)  # in the error too, and no business of the shift
+    shift.shift.add_((error + rounding).to(shift.shift))
+    return error
 
 
 def mean_error(step: Step) -> Tensor:

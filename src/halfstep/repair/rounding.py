@@ -15,7 +15,7 @@ from halfstep.repair.moments import gather, too_large
 from halfstep.repair.quadratic import DAMPING, Grid, Quadratic
 from halfstep.repair.ranges import sample_of
 from halfstep.repair.record import OUTPUT_ERROR, Repair, Treated
-from halfstep.repair.walk import walk, while_time_lasts
+from halfstep.repair.walk import Step, walk, while_time_lasts
 
 #: Sweeps over all inputs of a layer at most; most settle after five.
 SWEEPS = 20
@@ -88,28 +88,29 @@ def round_layers(
             skipped.append((step.layer.name, reason))
             continue
         clock = time.perf_counter()
-        weight = LayerWeight.of(model, step.layer)
-        moments = gather(weight.op, weight.rows(), step.inputs, step.float_inputs)
-        form = Quadratic.of(moments, weight.rows())
-        if form.singular:
-            notes.append(
-                f"{step.layer.name}: its inputs do not span all directions on the sample (singular second moments); "
-                f"damped by {DAMPING:.0%} of their mean square"
-            )
-        old = weight.rounded_rows().double()
-        new = find(form, Grid.of(weight), old)
-        was, now = moments.error(old), moments.error(new)
-        better = now < was
-        if bool(better.any()):
-            weight.round_to(torch.where(better[..., None], new, old))
-        treated.append(
-            Treated(
-                step.layer.name,
-                float(was.sum()),
-                float(torch.where(better, now, was).sum()),
-                time.perf_counter() - clock,
-            )
-        )
+        was, now, note = round_layer(model, step, find)
+        notes += [note] * bool(note)
+        treated.append(Treated(step.layer.name, was, now, time.perf_counter() - clock))
     return Repair(
         name, OUTPUT_ERROR, tuple(treated), tuple(skipped), tuple(notes), time.perf_counter() - start
     )
+
+
+def round_layer(model: QuantizedModel, step: Step, find: Round) -> tuple[float, float, str]:
+    """Round the rows of a layer that is not unfit; its output error before and after, and a note if there is one."""
+    weight = LayerWeight.of(model, step.layer)
+    moments = gather(weight.op, weight.rows(), step.inputs, step.float_inputs)
+    form = Quadratic.of(moments, weight.rows())
+    old = weight.rounded_rows().double()
+    new = find(form, Grid.of(weight), old)
+    was, now = moments.error(old), moments.error(new)
+    better = now < was
+    if bool(better.any()):
+        weight.round_to(torch.where(better[..., None], new, old))
+    note = ""
+    if form.singular:
+        note = (
+            f"{step.layer.name}: its inputs do not span all directions on the sample (singular second moments); "
+            f"damped by {DAMPING:.0%} of their mean square"
+        )
+    return float(was.sum()), float(torch.where(better, now, was).sum()), note

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from halfstep.runtime.file_graph import load
 from halfstep.runtime.runtime import Kernels
 from halfstep.runtime.runtimes import find_runtime, runtime_of
 
@@ -45,12 +46,25 @@ def layer_times(
     chosen = runtime_of(path) if runtime is None else find_runtime(runtime)
     if chosen.profile is None:
         return {}
+    layers = {node.name.rpartition("/")[0] for node in load(path, weights=False).graph.node} - {""}
     found: dict[str, float] = {}
     for node, time in chosen.profile(Path(path), threads, arrays).items():
-        layer, slash, _ = node.partition("/")
-        if slash:
+        if layer := layer_of(node, layers):
             found[layer] = found.get(layer, 0.0) + time
     return found
 
 
-__all__ = ["Kernels", "inspect_kernels", "layer_times"]
+def layer_of(node: str, layers: Collection[str]) -> str:
+    """The one of ``layers`` that a node called ``layer/operator`` is of; empty if it is of none.
+
+    Layers' names may have slashes of their own, and a runtime may have appended to the node's.
+    """
+    name = node
+    while "/" in name:
+        name = name.rpartition("/")[0]
+        if name in layers:
+            return name
+    return ""
+
+
+__all__ = ["Kernels", "inspect_kernels", "layer_of", "layer_times"]

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from halfstep.errors import ArgumentError
 from halfstep.progress import may_go_on
 
 #: Runs that a profile of single nodes is the median of.
@@ -33,6 +34,8 @@ class Latency:
 #: A contestant's runs add up to this many milliseconds, if ``enough_rounds`` counts them: a run of a fraction of a
 #: millisecond is at the mercy of the scheduler, and many of them are not.
 STEADY = 150.0
+#: Fewer rounds tell nothing of how much a figure varies.
+FEWEST = 3
 #: But never more than this many rounds for one that was asked for.
 MOST = 10
 
@@ -54,9 +57,14 @@ def race(
 
     Args:
         contestants: what to run, by name; the first is the one that speed-ups refer to.
-        rounds: counted rounds, at least 3.
+        rounds: counted rounds, at least :data:`FEWEST`.
         warmup: rounds that do not count.
+
+    Raises:
+        ArgumentError: if the rounds are too few for a spread.
     """
+    if rounds < FEWEST:
+        raise ArgumentError(f"rounds: got {rounds}, needed at least {FEWEST}, or there is no spread to state")
     times: dict[str, list[float]] = {name: [] for name in contestants}
     names = list(contestants)
     for index in range(warmup + rounds):

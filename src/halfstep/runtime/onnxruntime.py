@@ -14,6 +14,7 @@ import numpy as np
 
 from halfstep.cores import available_cores
 from halfstep.errors import RefusedError
+from halfstep.runtime.file_graph import FileGraph
 from halfstep.runtime.latency import PROFILED, per_run
 from halfstep.runtime.runtime import Kernels, Runtime
 
@@ -149,6 +150,7 @@ def profile(path: Path, threads: int | None, arrays: Sequence[np.ndarray]) -> di
         RefusedError: if the runtime cannot load the file.
     """
     times: dict[str, list[int]] = {}
+    graph = FileGraph.read(path)
     with tempfile.TemporaryDirectory() as directory:
         session = open_session(path, threads, profile=Path(directory) / "profile")
         feed = dict(zip([value.name for value in session.get_inputs()], arrays, strict=True))
@@ -156,8 +158,19 @@ def profile(path: Path, threads: int | None, arrays: Sequence[np.ndarray]) -> di
             session.run(None, feed)
         for event in json.loads(Path(session.end_profiling()).read_text()):
             if event["cat"] == "Node" and event["name"].endswith(KERNEL):
-                times.setdefault(_original(event["name"].removesuffix(KERNEL)), []).append(event["dur"])
+                name = _original(event["name"].removesuffix(KERNEL))
+                if event["args"].get("op_name") in HEAVY:
+                    name = _multiplier(graph, name)
+                times.setdefault(name, []).append(event["dur"])
     return per_run(times, PROFILED)
+
+
+def _multiplier(graph: FileGraph, name: str) -> str:
+    """The conv or product of a node that multiplies, which the runtime may call by the activation fused into it."""
+    node = next((node for node in graph.nodes if node.name == name), None)
+    while node is not None and node.op_type not in HEAVY:
+        node = graph.makers.get(node.input[0])
+    return name if node is None else str(node.name)
 
 
 def _on_integers(node: onnx.NodeProto) -> bool:
@@ -168,7 +181,7 @@ def _on_integers(node: onnx.NodeProto) -> bool:
 
 def _original(name: str) -> str:
     """A node's name without what the runtime's passes append to it."""
-    return re.sub(r"(_token_\d+|/MatMulScaleFusion/)$", "", name)
+    return re.sub(r"(_token_\d+|/MatMulScaleFusion/|_nchwc)$", "", name)
 
 
 ONNXRUNTIME = Runtime("onnxruntime", OnnxRuntimeSession, inspect, profile)

@@ -105,7 +105,7 @@ def before(path: Path) -> Path:
 
 def fingerprint(state: Mapping[str, torch.Tensor], training: Training) -> str:
     """A digest of where a training starts and what it is told."""
-    return Identity(sorted(state.items()), training.content()).digest
+    return Identity(sorted(state.items()), training.identity().digest).digest
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:

@@ -135,9 +135,9 @@ class Training:
             if option.name not in ("labelled", "loss", "control", "checkpoint_every")
         }
 
-    def content(self) -> str:
-        """A digest of the options that decide about the result, of the loss, and of the data as far as can be read."""
-        return Identity(self.describe(), self.loss, self.labelled).digest
+    def identity(self) -> Identity:
+        """The content of the options that decide about the result, of the loss, and of the data."""
+        return Identity(self.describe(), self.loss, self.labelled)
 
 
 def check_training(training: Any) -> None:
@@ -155,12 +155,13 @@ def check_training(training: Any) -> None:
 def default_rate(bits: int, optimizer: str) -> float:
     """The learning rate at the start for a model whose fewest bits at any site are ``bits``.
 
-    AdamW: 2e-3 for 4 bits and fewer, 1e-4 for 8 and more, geometrically between; SGD: ten times as much.
+    AdamW: 1e-4 for 7 bits and more, which hardly need training; below, geometrically up to 2e-3 for 4 and fewer. SGD:
+    ten times as much.
 
-    >>> default_rate(8, "adamw"), default_rate(2, "adamw"), round(default_rate(6, "adamw"), 6)
+    >>> default_rate(7, "adamw"), default_rate(2, "adamw"), round(default_rate(6, "adamw"), 6)
     (0.0001, 0.002, 0.000447)
     """
-    few = min(max((8 - bits) / 4, 0.0), 1.0)
+    few = 0.0 if bits >= 7 else min((8 - bits) / 4, 1.0)
     return OPTIMIZERS[optimizer].gentle_rate * math.pow(FEW_BITS_FACTOR, few)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,13 +72,11 @@ class MovingRanges:
         self.sites = [module for module in model.sites.values() if not module.dynamic]
         self.parameters: list[nn.Parameter] = []
         self._following: list[Callable[[], None]] = []
+        _take_up(model)
         for site in model.placement.sites:
             module = model.sites[site.name]
             if module.dynamic:  # its range comes from each tensor
                 continue
-            if module.offset is not None:  # a learned rounding: the weight itself goes where it wants it
-                model.weight(site.name).data.copy_(module.shifted(model.weight(site.name)))
-                module.offset = None
             binary = site.is_weight and isinstance(module.format, Codebook) and module.format.levels == 2
             how = options.activations
             if site.is_weight:
@@ -132,6 +131,29 @@ class MovingRanges:
                 for name, buffer in module.named_buffers(recurse=False):
                     buffer.copy_(buffers[name])
             self.move(self.moving)
+
+
+@torch.no_grad()
+def _take_up(model: QuantizedModel) -> None:
+    """Let weights and biases themselves be where learned roundings and shifts have them.
+
+    Training goes on from there, whatever is put back to float afterwards. A bias that several layers read stays, and so
+    do their shifts.
+    """
+    for site in model.placement.sites:
+        module = model.sites[site.name]
+        if module.offset is not None:
+            weight = model.weight(site.name)
+            weight.copy_(module.shifted(weight))
+            module.offset = None
+    readers = Counter(layer.operator.bias for layer in model.layers)
+    for layer in model.layers:
+        shift, node = model.shifts.get(layer.name), layer.operator.bias
+        if shift is not None and node is not None and readers[node] == 1:
+            bias = model.weight(str(node.target))
+            bias.copy_(shift.corrected(bias))
+            shift.shift.zero_()
+    model.compensations.forget()
 
 
 def _follower(model: QuantizedModel, module: FakeQuantize, name: str) -> Callable[[], None]:
