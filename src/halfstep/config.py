@@ -195,6 +195,10 @@ class Config(Part):
     target: Literal["onnxruntime", "openvino", "tensorrt"] = Field(
         default="onnxruntime", description="runtime to deploy to"
     )
+    dynamic: dict[str, dict[int, str]] | None = Field(
+        default=None,
+        description="sizes that vary beside the batch, by input and dimension: {ids: {1: tokens}, mask: {1: tokens}}",
+    )
     recipe: Defaulted[RecipePart] = Field(default_factory=RecipePart, description="what to quantize, and how")
     training: TrainingPart | None = Field(
         default=None, description="for the last rung: data, loss, epochs, learning_rate; null leaves it out"

@@ -198,7 +198,7 @@ class Job:
         from halfstep.ladder.portability import settle
 
         recipe = settle(self.recipe(), find_target(self.config.target), entries)
-        return prepare(self.model, self.example, recipe, self.config.target)
+        return prepare(self.model, self.example, recipe, self.config.target, dynamic=self.config.dynamic)
 
     def observed(self) -> QuantizedModel:
         """The model with its sites, after one pass over the calibration data."""

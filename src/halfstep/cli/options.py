@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -48,3 +49,21 @@ def by_name(flag: str, given: Sequence[str] | None, convert: Callable[[str], T])
     if len(values) < len(pairs) or "" in values:
         raise ArgumentError(f"{flag}: got {', '.join(given)}, needed NAME=VALUE for each of several metrics")
     return values
+
+
+def by_dimension(given: Sequence[str] | None) -> dict[str, dict[int, str]] | None:
+    """The sizes that ``--dynamic`` lets vary, by input and dimension.
+
+    Raises:
+        ArgumentError: for what is no INPUT:DIMENSION=NAME.
+
+    >>> by_dimension(["ids:1=tokens", "mask:1=tokens"])
+    {'ids': {1: 'tokens'}, 'mask': {1: 'tokens'}}
+    """
+    found: dict[str, dict[int, str]] = {}
+    for text in given or ():
+        place = re.fullmatch(r"(\w+):(\d+)=(\w+)", text)
+        if place is None:
+            raise ArgumentError(f"--dynamic: got {text!r}, needed INPUT:DIMENSION=NAME, such as ids:1=tokens")
+        found.setdefault(place[1], {})[int(place[2])] = place[3]
+    return found or None

@@ -11,7 +11,7 @@ import typer
 
 from halfstep.cli.console import INTERRUPTED, err, progress
 from halfstep.cli.ending import finish
-from halfstep.cli.options import FRESH, Fresh, Json, Threads, by_name
+from halfstep.cli.options import FRESH, Fresh, Json, Threads, by_dimension, by_name
 
 
 def quantize(
@@ -76,6 +76,13 @@ def quantize(
     target: Annotated[
         str | None,
         typer.Option(help="Runtime that the file is for: onnxruntime (the default), openvino or tensorrt."),
+    ] = None,
+    dynamic: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A size that varies beside the batch: INPUT:DIMENSION=NAME, such as ids:1=tokens; once for each, and "
+            "one name for sizes that are always the same."
+        ),
     ] = None,
     recipe: Annotated[
         str | None,
@@ -151,6 +158,7 @@ def quantize(
         "strict": strict,
         "tune": tune,
         "target": target,
+        "dynamic": by_dimension(dynamic),
         "rungs": None if rungs is None else [name.strip() for name in rungs.split(",")],
         "directory": directory,
         "batch": batch,
@@ -193,6 +201,7 @@ def quantize(
                 tune=config.tune,
                 recipe=job.recipe(),
                 target=config.target,
+                dynamic=config.dynamic,
                 directory=folder,
                 threads=config.threads,
                 budget=job.budget(),

@@ -18,11 +18,12 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from halfstep.errors import ExportError
-from halfstep.graph.capture import quiet, varies
+from halfstep.graph.capture import quiet
 from halfstep.graph.insert import insert
 from halfstep.graph.names import readable_names
 from halfstep.graph.placement import Placement, Position, Site
 from halfstep.graph.rooted import PREFIX, rooted
+from halfstep.graph.shapes import Axes, varies
 from halfstep.model import QuantizedModel
 
 OPSET = 21
@@ -68,7 +69,7 @@ def _marker() -> Any:
 
 
 def trace(model: QuantizedModel, quantized: bool) -> ir.Model:
-    """The network as ONNX, opset 21, with a dynamic batch.
+    """The network as ONNX, opset 21, with a dynamic batch and what else may vary.
 
     Args:
         model: the network; its parameters are read as they are.
@@ -97,8 +98,12 @@ def trace(model: QuantizedModel, quantized: bool) -> ir.Model:
     tensors = [x.detach().cpu() if isinstance(x, torch.Tensor) else x for x in flat]
     inputs = [node for node in model.graph.nodes if node.op == "placeholder"]
     values = [node.meta.get("val") for node in inputs]
-    dynamic = [isinstance(value, torch.Tensor) and value.dim() and varies(value.shape[0]) for value in values]
-    shapes = [{0: torch.export.Dim.DYNAMIC} if each else None for each in dynamic]
+    shapes = [
+        {d: torch.export.Dim.DYNAMIC for d, size in enumerate(value.shape) if varies(size)}
+        if isinstance(value, torch.Tensor)
+        else None
+        for value in values
+    ]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     try:
         with quiet():
@@ -120,6 +125,8 @@ def trace(model: QuantizedModel, quantized: bool) -> ir.Model:
     assert program is not None
     names = [str(node.target) for node in inputs if isinstance(node.meta.get("val"), torch.Tensor)]
     _name(program.model.graph, names, model.captured.out_spec.names(names))
+    traced = [value.shape for value in values if isinstance(value, torch.Tensor)]
+    _name_sizes(program.model.graph, traced, model.captured.axes)
     return program.model
 
 
@@ -132,6 +139,20 @@ def _name(graph: ir.Graph, inputs: Sequence[str], outputs: Sequence[str]) -> Non
         own = name.removeprefix(PREFIX)
         if own not in graph.initializers:
             value.name = own
+
+
+def _name_sizes(graph: ir.Graph, traced: Sequence[Sequence[Any]], axes: Axes) -> None:
+    """Call the sizes that vary as the user does; torch's exporter has symbols of its own for them."""
+    names: dict[str, str] = {}
+    for value, sizes in zip(graph.inputs, traced, strict=True):
+        for symbol, size in zip(value.shape or (), sizes, strict=True):
+            if isinstance(symbol, ir.SymbolicDim) and symbol.value is not None:
+                names.setdefault(symbol.value, axes.name(size))
+    values = [*graph.inputs, *(value for node in graph.all_nodes() for value in node.outputs)]
+    for value in values:
+        for place, symbol in enumerate(value.shape or ()):
+            if isinstance(symbol, ir.SymbolicDim) and symbol.value is not None:
+                value.shape[place] = re.sub(r"\w+", lambda found: names.get(found[0], found[0]), symbol.value)
 
 
 def _mark_biases(module: fx.GraphModule, model: QuantizedModel, copies: dict[fx.Node, fx.Node]) -> None:

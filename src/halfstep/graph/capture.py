@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import io
 import logging
 import math
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -18,11 +18,12 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from halfstep.errors import CaptureError, DataError
-from halfstep.graph.explain import explain, where, words
+from halfstep.graph.explain import explain, fixed_at, where, words
 from halfstep.graph.inputs import ModelInputs, batch_size, call_arguments, move
 from halfstep.graph.outputs import Outputs
 from halfstep.graph.precision import HandedOver, hand_over, in_float32, model_in_float32, other_types
 from halfstep.graph.rooted import PREFIX, Rooted, bind, unrooted
+from halfstep.graph.shapes import BATCH, Axes, Dynamic, Names, axes_of, by_name, input_names, named, varies
 from halfstep.graph.unfold import FoldedNorm, tensors
 from halfstep.identity import Identity
 
@@ -43,6 +44,7 @@ class Captured:
         out_spec: how the tuple of the graph's values is put together to what the user's model returns.
         example_inputs: ``(args, kwargs)`` that the graph was traced with, batch of at least 2.
         batched: for each placeholder, whether its first dimension is the (dynamic) batch.
+        axes: the sizes that vary beside the batch, by name.
         folded: the batch norms that are no longer in the graph, one record for each layer they were folded into.
         originals: the user's parameters and buffers that are not in the graph, by name; weights that a batch norm was
             folded into are not kept twice.
@@ -58,6 +60,7 @@ class Captured:
     out_spec: Outputs
     example_inputs: tuple[tuple[Any, ...], dict[str, Any]]
     batched: tuple[bool, ...]
+    axes: Axes = field(default_factory=Axes)
     folded: list[FoldedNorm] = field(default_factory=list)
     originals: dict[str, torch.Tensor] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
@@ -78,18 +81,12 @@ class Captured:
         """
         placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
         for node, value in zip(placeholders, flat, strict=True):
-            wanted = node.meta.get("val")
-            if not isinstance(wanted, torch.Tensor):
-                continue
-            if not isinstance(value, torch.Tensor):
+            if isinstance(node.meta.get("val"), torch.Tensor) and not isinstance(value, torch.Tensor):
                 raise DataError(f"input {node.target!r}: got {type(value).__name__}, needed a tensor")
-            got, needed = list(value.shape), list(wanted.shape)
-            if len(got) != len(needed) or any(
-                not varies(size) and size != given for given, size in zip(got, needed, strict=True)
-            ):
-                sizes = ["batch" if varies(size) else str(size) for size in needed]
-                raise DataError(f"input {node.target!r}: got shape {tuple(got)}, needed ({', '.join(sizes)})")
-            if value.dtype != wanted.dtype:
+        self.axes.check(placeholders, flat)
+        for node, value in zip(placeholders, flat, strict=True):
+            wanted = node.meta.get("val")
+            if isinstance(wanted, torch.Tensor) and value.dtype != wanted.dtype:
                 others = "".join(f" or {dtype}" for dtype in self.types if wanted.is_floating_point())
                 raise DataError(
                     f"input {node.target!r}: got {value.dtype}, needed {wanted.dtype}{others} as in example_inputs; "
@@ -118,21 +115,26 @@ class Captured:
         return self.out_spec.restore(bind(self.graph, self.module)(*in_float32(flat, self.types)))
 
 
-def capture(model: nn.Module, example_inputs: ModelInputs) -> Captured:
-    """Capture ``model`` in evaluation mode with a dynamic batch dimension.
+def capture(model: nn.Module, example_inputs: ModelInputs, dynamic: Dynamic | None = None) -> Captured:
+    """Capture ``model`` in evaluation mode with a dynamic batch dimension, and others that may vary.
 
     The model is copied first and never mutated. The graph's outputs are compared with the model's on the example
-    inputs, and on a batch one larger. A model in half precision or float64 is converted to float32 before it is traced;
-    what was handed over is kept beside it, since that is what its scores are compared with.
+    inputs, on a batch one larger, and on inputs that are shorter in what else varies. A model in half precision or
+    float64 is converted to float32 before it is traced; what was handed over is kept beside it, since that is what its
+    scores are compared with.
 
     Args:
         model: any module that :func:`torch.export.export` can trace.
         example_inputs: a tensor, a tuple or a dict of inputs with a batch of at least 2. The first dimension of the
             first tensor is the batch. That of another one is if it has the same size and must have (as far as the
             tracing and a trial show), or is the first dimension of an output.
+        dynamic: what else may vary: names by input and dimension, ``{"ids": {1: "tokens"}, "mask": {1: "tokens"}}``, or
+            another example whose sizes differ where they may. Dimensions of one name have one size.
 
     Raises:
-        CaptureError: if a parameter is not finite, the batch is smaller than 2, the model cannot be run in the
+        ArgumentError: if ``dynamic`` names an input or a dimension that is not there, or one name for two sizes.
+        CaptureError: if the model's code fixes a size that was to vary (the message names the module and line), if a
+            parameter is not finite, the batch is smaller than 2, the model cannot be run in the
             precision that it has or traced (the message names the module and line at fault), keeps state between
             calls, or answers differently from its own graph.
     """
@@ -163,8 +165,8 @@ def capture(model: nn.Module, example_inputs: ModelInputs) -> Captured:
             ) from error
         own, (args, kwargs) = model_in_float32(own, types), in_float32((args, kwargs), types)
     flat, in_spec = pytree.tree_flatten((args, kwargs))
-    varying = tuple(isinstance(x, torch.Tensor) and x.dim() > 0 and x.shape[0] == size for x in flat)
-    program = _export(own, args, kwargs, in_spec, varying, types)
+    given = named(dynamic, input_names(own, args, kwargs), flat, in_spec)
+    program = _export(own, args, kwargs, in_spec, given, types)
     if program.graph_signature.buffers_to_mutate:
         changed = (name.removeprefix(PREFIX) for name in program.graph_signature.buffers_to_mutate.values())
         names = ", ".join(map(repr, changed))
@@ -177,8 +179,11 @@ def capture(model: nn.Module, example_inputs: ModelInputs) -> Captured:
     assert isinstance(traced, fx.GraphModule) and out_spec is not None
     graph, module, fixed = unrooted(traced)
     originals, graph_names = _not_read(own, graph)
-    content = Identity(str(graph), sorted(tensors(module).items()), types).digest
-    batched = _batched(graph, module, flat)
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    axes = axes_of(program, inputs, given)
+    sizes = [given] if any(given) else []
+    content = Identity(str(graph), sorted(tensors(module).items()), types, *sizes).digest
+    batched = _batched(graph, module, flat, axes)
     captured = Captured(
         graph,
         module,
@@ -186,12 +191,15 @@ def capture(model: nn.Module, example_inputs: ModelInputs) -> Captured:
         Outputs(out_spec, fixed),
         (args, kwargs),
         batched,
+        axes,
         originals=originals,
         names=graph_names,
         content=content,
         handed_over=handed_over,
     )
     check_equal(captured, own)
+    if any(given):
+        _check_shorter(captured, own)
     if handed_over is not None:
         captured.notes = (_said_of(handed_over, captured),)
     return captured
@@ -211,12 +219,7 @@ def _said_of(handed_over: HandedOver, captured: Captured) -> str:
     )
 
 
-def varies(size: int | torch.SymInt) -> bool:
-    """Whether a dimension of a traced tensor may have any size."""
-    return not isinstance(size, int) and size.node.maybe_as_int() is None
-
-
-def _batched(graph: fx.Graph, module: nn.Module, flat: Sequence[Any]) -> tuple[bool, ...]:
+def _batched(graph: fx.Graph, module: nn.Module, flat: Sequence[Any], axes: Axes) -> tuple[bool, ...]:
     """For each placeholder, whether its first dimension is the batch.
 
     The tracing gives sizes that must be equal one symbol, and those that may differ one each: that of a table of which
@@ -229,7 +232,8 @@ def _batched(graph: fx.Graph, module: nn.Module, flat: Sequence[Any]) -> tuple[b
         value = node.meta.get("val") if isinstance(node, fx.Node) else None
         if not isinstance(value, torch.Tensor) or not value.dim() or not varies(value.shape[0]):
             return ""
-        return str(value.shape[0])
+        symbol = str(value.shape[0])
+        return symbol if axes.names.get(symbol, BATCH) == BATCH else ""
 
     sizes = [first_size(node) for node in graph.nodes if node.op == "placeholder"]
     (end,) = (node for node in graph.nodes if node.op == "output")
@@ -270,33 +274,67 @@ def check_equal(captured: Captured, model: nn.Module) -> None:
     Raises:
         CaptureError: naming the output, the relative error, and whether the model agrees with itself.
     """
-    args, kwargs = captured.example_inputs
-    flat, spec = pytree.tree_flatten((args, kwargs))
+    flat = pytree.tree_leaves(captured.example_inputs)
     longer = [
         torch.cat([x, x[:1]]) if batched else x for x, batched in zip(flat, captured.batched, strict=True)
     ]
     for leaves in (flat, longer):
-        call_args, call_kwargs = pytree.tree_unflatten(leaves, spec)
-        with torch.no_grad():
-            try:
-                wanted = _float_outputs(model(*call_args, **call_kwargs))
-            except Exception as failure:
-                raise CaptureError(explain(model, failure, leaves, captured.types)) from failure
-            got = _float_outputs(captured(*call_args, **call_kwargs))
-            for index, (a, b) in enumerate(zip(got, wanted, strict=True)):
-                error = relative_error(a, b)
-                if error <= TOLERANCE:
-                    continue
-                again = _float_outputs(model(*call_args, **call_kwargs))[index]
-                cause = (
-                    "the model answers differently when asked twice (randomness in evaluation mode?)"
-                    if relative_error(again, b) > TOLERANCE
-                    else "the captured graph computes something else; please report the model's architecture"
-                )
-                raise CaptureError(
-                    f"output {index} of the captured graph differs from the model's by {error:.1e} (relative), "
-                    f"allowed {TOLERANCE:.0e}: {cause}"
-                )
+        try:
+            wanted = _answers(model, leaves, captured.in_spec)
+        except Exception as failure:
+            raise CaptureError(explain(model, failure, leaves, captured.types)) from failure
+        _hold(captured, model, leaves, wanted)
+
+
+def _check_shorter(captured: Captured, model: nn.Module) -> None:
+    """The same for inputs that are shorter in what may vary beside the batch: by one, or half as long, or a quarter.
+
+    Models that cannot take the one (an image whose sides are no multiples of four) may take the other.
+    """
+    flat = pytree.tree_leaves(captured.example_inputs)
+    inputs = [node for node in captured.graph.nodes if node.op == "placeholder"]
+    for shorten in (lambda size: size - 1, lambda size: size // 2, lambda size: size // 4):
+        leaves = list(flat)
+        for index, node in enumerate(inputs):
+            value = node.meta.get("val")
+            for dimension, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+                if str(size) in captured.axes.names and captured.axes.name(size) != BATCH:
+                    leaves[index] = leaves[index].narrow(
+                        dimension, 0, max(1, shorten(flat[index].shape[dimension]))
+                    )
+        try:
+            wanted = _answers(model, leaves, captured.in_spec)
+        except Exception:  # the model's own limits; the graph has them too
+            continue
+        _hold(captured, model, leaves, wanted)
+        return
+
+
+def _answers(model: Any, leaves: Sequence[Any], spec: pytree.TreeSpec) -> list[torch.Tensor]:
+    args, kwargs = pytree.tree_unflatten(leaves, spec)
+    with torch.no_grad():
+        return _float_outputs(model(*args, **kwargs))
+
+
+def _hold(
+    captured: Captured, model: nn.Module, leaves: Sequence[Any], wanted: Sequence[torch.Tensor]
+) -> None:
+    """Raise unless the graph answers these inputs as ``wanted``."""
+    got = _answers(captured, leaves, captured.in_spec)
+    for index, (a, b) in enumerate(zip(got, wanted, strict=True)):
+        error = relative_error(a, b)
+        if error <= TOLERANCE:
+            continue
+        again = _answers(model, leaves, captured.in_spec)[index]
+        cause = (
+            "the model answers differently when asked twice (randomness in evaluation mode?)"
+            if relative_error(again, b) > TOLERANCE
+            else "the captured graph computes something else; please report the model's architecture"
+        )
+        raise CaptureError(
+            f"output {index} of the captured graph differs from the model's by {error:.1e} (relative), "
+            f"allowed {TOLERANCE:.0e}: {cause}"
+        )
 
 
 @contextmanager
@@ -355,27 +393,48 @@ def _export(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     in_spec: pytree.TreeSpec,
-    varying: tuple[bool, ...],
+    given: Sequence[Names],
     types: tuple[torch.dtype, ...],
 ) -> torch.export.ExportedProgram:
-    # The batch must vary; what only happens to have its size may turn out to be fixed.
-    hints = [
-        torch.export.Dim.DYNAMIC if True not in varying[:i] else torch.export.Dim.AUTO
-        for i in range(len(varying))
-    ]
-    dynamic = [{0: hint} if varies else None for hint, varies in zip(hints, varying, strict=True)]
-    shapes_args, shapes_kwargs = pytree.tree_unflatten(dynamic, in_spec)
+    leaves = pytree.tree_leaves((args, kwargs))
+    size = batch_size(kwargs or args)
+    hints: list[dict[int, Any] | None] = []
+    for leaf, names in zip(leaves, given, strict=True):
+        hint: dict[int, Any] = dict.fromkeys(names, torch.export.Dim.DYNAMIC)
+        if isinstance(leaf, torch.Tensor) and leaf.dim() and leaf.shape[0] == size and 0 not in names:
+            # The batch must vary; what only happens to have its size may turn out to be fixed.
+            hint[0] = torch.export.Dim.AUTO if any(hints) else torch.export.Dim.DYNAMIC
+        hints.append(hint or None)
+    shapes_args, shapes_kwargs = pytree.tree_unflatten(hints, in_spec)
     # torch wants one tree; keyword arguments go by their names, positional ones by the signature's.
-    shapes = _by_name(model, shapes_args, shapes_kwargs)
+    shapes = by_name(model, shapes_args, shapes_kwargs)
+
+    def trace() -> torch.export.ExportedProgram:
+        return torch.export.export(Rooted(model), args, kwargs, dynamic_shapes=shapes)
+
     try:
         with quiet():
-            program = torch.export.export(Rooted(model), args, kwargs, dynamic_shapes=shapes)
             # An empty table functionalises and keeps conv, linear, softmax ... whole.
-            functional: torch.export.ExportedProgram = program.run_decompositions({})
+            functional: torch.export.ExportedProgram = trace().run_decompositions({})
             return functional
     except Exception as error:
-        leaves = pytree.tree_leaves((args, kwargs))
-        raise CaptureError(explain(model, error, leaves, types)) from error
+        fixed = re.search(
+            r"L\['(\w+)'\]\S*\.size\(\)\[(\d+)\] as dynamic but your code specialized it .*\((\d+)\)",
+            str(error),
+        )
+        if fixed is None:
+            raise CaptureError(explain(model, error, leaves, types)) from error
+        name, dimension, number = fixed.groups()
+        place = fixed_at(trace, model, int(number))
+        what = (
+            "the batch size"
+            if dimension == "0"
+            else f"dimension {dimension} of input {name!r}, which is to vary,"
+        )
+        raise CaptureError(
+            f"the model's code fixes {what} at the example's {number}{f': {place}' if place else ''}; take it from "
+            f"{name}.shape[{dimension}] there" + ("" if dimension == "0" else ", or leave it out of dynamic")
+        ) from error
 
 
 @contextmanager
@@ -389,31 +448,3 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
-
-
-def _by_name(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    parameters = inspect.signature(model.forward).parameters
-    names = list(parameters)
-    shapes: dict[str, Any] = {}
-    for index, shape in enumerate(args):
-        if index < len(names) and parameters[names[index]].kind is inspect.Parameter.VAR_POSITIONAL:
-            shapes[names[index]] = tuple(args[index:])
-            break
-        if index >= len(names):
-            raise CaptureError(
-                f"example_inputs: got {len(args)} positional inputs, but {type(model).__name__}.forward takes "
-                f"{len(names)}"
-            )
-        shapes[names[index]] = shape
-    variadic = [n for n, p in parameters.items() if p.kind is inspect.Parameter.VAR_KEYWORD]
-    for name, shape in kwargs.items():
-        if name in parameters:
-            shapes[name] = shape
-        elif variadic:
-            shapes.setdefault(variadic[0], {})[name] = shape
-        else:
-            raise CaptureError(
-                f"example_inputs: {type(model).__name__}.forward takes no argument {name!r}; it takes "
-                f"{', '.join(names)}"
-            )
-    return shapes

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -20,17 +22,52 @@ _TYPES_DIFFER = re.compile(r"dtype|type \(|Half|BFloat16|Double")
 
 def where(model: nn.Module, error: Exception) -> str:
     """The user's module and line at which ``error`` was raised, where that is known, and its first line."""
+    found = _places(model, traceback.walk_tb(error.__traceback__))
+    kind = type(error).__name__
+    text = str(error).strip().splitlines()
+    return f"{found[-1] + ': ' if found else ''}{text[0] if text else kind} ({kind})"
+
+
+def fixed_at(trace: Callable[[], Any], model: nn.Module, size: int) -> str:
+    """The user's module and line that made a dimension of this ``size`` the number that it is in the example.
+
+    Torch tells it only while it traces, so the model is traced once more.
+
+    Returns:
+        The place, or nothing where torch decided it by itself.
+    """
+    places: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if re.match(rf"set_replacement s\d+ = {size}\b", record.getMessage()):
+                places.extend(_places(model, traceback.walk_stack(None))[:1])
+
+    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    before = log.handlers, log.level, log.propagate
+    log.handlers, log.propagate = [Listener()], False
+    log.setLevel(logging.INFO)
+    try:
+        trace()
+    except Exception:  # the same as before: only the place is wanted
+        return places[0] if places else ""
+    finally:
+        log.handlers, level, log.propagate = before
+        log.setLevel(level)
+    return ""
+
+
+def _places(model: nn.Module, frames: Iterable[tuple[FrameType, int]]) -> list[str]:
+    """Those frames that run a method of a module of the user's, in words."""
     paths = {id(module): name or type(model).__name__ for name, module in model.named_modules()}
-    place = ""
-    for frame, line in traceback.walk_tb(error.__traceback__):
+    found = []
+    for frame, line in frames:
         code = frame.f_code
         owner = frame.f_locals.get(code.co_varnames[0]) if code.co_varnames else None
         file = code.co_filename
         if id(owner) in paths and isinstance(owner, nn.Module) and not file.startswith(_OURS_AND_TORCHS):
-            place = f"module {paths[id(owner)]!r}, {file}:{line}: "
-    kind = type(error).__name__
-    text = str(error).strip().splitlines()
-    return f"{place}{text[0] if text else kind} ({kind})"
+            found.append(f"module {paths[id(owner)]!r}, {file}:{line}")
+    return found
 
 
 def explain(
@@ -59,10 +96,10 @@ def explain(
             "the path taken depends on the values of a tensor, which a fixed graph cannot express: replace the "
             "`if`/`while` by torch.where or masking, or capture the submodule without it"
         )
-    elif "Constraint" in kind or "specialized" in str(error) or "Dim.DYNAMIC" in str(error):
+    elif "Constraint" in kind or "Dim.DYNAMIC" in str(error):
         advice = (
-            "the code fixes the batch size (for instance a reshape or loop that uses a Python number for it): "
-            "take it from x.shape[0] instead"
+            "the code holds for some sizes only of a dimension that varies: give it padded inputs, leave the dimension "
+            "out of dynamic, or make the code hold for all sizes"
         )
     else:
         advice = (

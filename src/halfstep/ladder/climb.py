@@ -21,6 +21,7 @@ from halfstep.graph.capture import capture
 from halfstep.graph.decompose import decompose
 from halfstep.graph.fold import fold
 from halfstep.graph.inputs import ModelInputs
+from halfstep.graph.shapes import Dynamic
 from halfstep.ladder.aim import Aim, Asked
 from halfstep.ladder.ascent import ascend
 from halfstep.ladder.budget import Budget
@@ -55,6 +56,8 @@ def prepare(
     example_inputs: ModelInputs,
     recipe: Recipe | None = None,
     target: str | Target = "onnxruntime",
+    *,
+    dynamic: Dynamic | None = None,
 ) -> QuantizedModel:
     """Capture ``model``, fold its batch norms, and place its sites; it passes floats until observed and calibrated.
 
@@ -63,6 +66,8 @@ def prepare(
         example_inputs: a tensor, a tuple or a dict, with a batch of at least 2.
         recipe: what to quantize, and how; :meth:`Recipe.int8` if None.
         target: where it will run.
+        dynamic: dimensions that may vary beside the batch, which is the first: names by input and dimension, such as
+            ``{"ids": {1: "tokens"}, "mask": {1: "tokens"}}``; or another example, whose sizes differ where they may.
 
     Warns of a model in half precision or float64 that it is computed in float32 from here on. It may then be given
     inputs of either type, and returns float32, as the files do; scores are compared with the model as it was handed
@@ -75,7 +80,7 @@ def prepare(
     found = find_target(target)
     settled = settle(recipe or Recipe.int8(), found)
     with steps("capturing"):
-        captured = decompose(fold(capture(model, example_inputs)), found.decomposed)
+        captured = decompose(fold(capture(model, example_inputs, dynamic)), found.decomposed)
         prepared = QuantizedModel(captured, found, settled)
     prepared.refit = refit
     for note in captured.notes:
@@ -107,6 +112,7 @@ def quantize(
     fresh: bool = False,
     command: str = "",
     progress: bool = True,
+    dynamic: Dynamic | None = None,
 ) -> Outcome:
     """Quantize ``model`` so that its score drops by no more than allowed, and prove it on the deployed file.
 
@@ -152,6 +158,7 @@ def quantize(
             the target still holds; a decision says which.
         fresh: begin anew in a used directory; what an earlier run left there is moved to a folder in it.
         command: what to type to do it again; the report shows it.
+        dynamic: dimensions of the inputs that may vary beside the batch, as :func:`prepare` takes them.
         progress: show what is being done: bars on a terminal and in notebooks, the log called ``"halfstep"`` elsewhere.
 
     Raises:
@@ -170,7 +177,7 @@ def quantize(
         scorer = as_scorers(metric)
         aim.check(scorer)
         settled = settle(recipe, found, journal.entries)
-        prepared = prepare(model, example_inputs, settled, found)
+        prepared = prepare(model, example_inputs, settled, found, dynamic=dynamic)
         names = [rung.name for rung in ladder]
         if partial is not None and "partial" in names:
             pinned(prepared, partial.keep_float, partial.keep_quantized)
