@@ -184,6 +184,18 @@ def test_a_target_that_is_missed_ends_with_3(folder):
         (("mine:net", "good.npz", "good.npz", "--weights", "good.npz"), "weights good.npz: cannot be read: "),
         (("mine:net", "good.npz", "good.npz", "--directory", "mine.py/run"), "cannot be written"),
         (
+            ("mine:net", "good.npz", "good.npz", "--dynamic", "input=features"),
+            "--dynamic: got 'input=features', needed INPUT:DIMENSION=NAME",
+        ),
+        (
+            ("mine:net", "good.npz", "good.npz", "--dynamic", "x:1=features"),
+            "dynamic: got input 'x', needed one of 'input'",
+        ),
+        (
+            ("mine:net", "good.npz", "good.npz", "--dynamic", "input:1=features"),
+            "fixes dimension 1 of input 'input', which is to vary, at the example's 4",
+        ),
+        (
             ("mine:net", "good.npz", "good.npz", "--weight-bits", "1"),
             "command line: recipe.weights is 1, needed greater",
         ),

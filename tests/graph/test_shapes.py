@@ -130,5 +130,5 @@ def test_what_dynamic_cannot_be(text_model, dynamic, message):
 
 
 def test_two_names_for_one_size_are_refused(text_model):
-    with pytest.raises(CaptureError, match="'tokens' and 'others' .* always have the same size"):
+    with pytest.raises(CaptureError, match=r"'tokens' and 'others' .* always have the same size"):
         capture(text_model, text(2, 8), {"ids": {1: "tokens"}, "mask": {1: "others"}})

@@ -148,11 +148,15 @@ def _name_sizes(graph: ir.Graph, traced: Sequence[Sequence[Any]], axes: Axes) ->
         for symbol, size in zip(value.shape or (), sizes, strict=True):
             if isinstance(symbol, ir.SymbolicDim) and symbol.value is not None:
                 names.setdefault(symbol.value, axes.name(size))
-    values = [*graph.inputs, *(value for node in graph.all_nodes() for value in node.outputs)]
-    for value in values:
-        for place, symbol in enumerate(value.shape or ()):
-            if isinstance(symbol, ir.SymbolicDim) and symbol.value is not None:
-                value.shape[place] = re.sub(r"\w+", lambda found: names.get(found[0], found[0]), symbol.value)
+
+    def renamed(size: int | ir.SymbolicDim) -> int | str | None:
+        if isinstance(size, int) or size.value is None:
+            return size if isinstance(size, int) else None
+        return re.sub(r"\w+", lambda found: names.get(found[0], found[0]), size.value)
+
+    for value in [*graph.inputs, *(value for node in graph.all_nodes() for value in node.outputs)]:
+        if value.shape:
+            value.shape = ir.Shape(map(renamed, value.shape))
 
 
 def _mark_biases(module: fx.GraphModule, model: QuantizedModel, copies: dict[fx.Node, fx.Node]) -> None:

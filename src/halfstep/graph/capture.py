@@ -293,15 +293,15 @@ def _check_shorter(captured: Captured, model: nn.Module) -> None:
     """
     flat = pytree.tree_leaves(captured.example_inputs)
     inputs = [node for node in captured.graph.nodes if node.op == "placeholder"]
-    for shorten in (lambda size: size - 1, lambda size: size // 2, lambda size: size // 4):
+    for divisor in (1, 2, 4):
         leaves = list(flat)
         for index, node in enumerate(inputs):
             value = node.meta.get("val")
             for dimension, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
                 if str(size) in captured.axes.names and captured.axes.name(size) != BATCH:
-                    leaves[index] = leaves[index].narrow(
-                        dimension, 0, max(1, shorten(flat[index].shape[dimension]))
-                    )
+                    longest = flat[index].shape[dimension]
+                    length = max(1, longest - 1 if divisor == 1 else longest // divisor)
+                    leaves[index] = leaves[index].narrow(dimension, 0, length)
         try:
             wanted = _answers(model, leaves, captured.in_spec)
         except Exception:  # the model's own limits; the graph has them too

@@ -103,7 +103,7 @@ def named(
         return [{} for _ in flat]
     if isinstance(dynamic, Mapping) and all(isinstance(value, Mapping) for value in dynamic.values()):
         return _by_input(dynamic, names, flat)
-    others, other_spec = pytree.tree_flatten(call_arguments(dynamic))  # type: ignore[arg-type]
+    others, other_spec = pytree.tree_flatten(call_arguments(dynamic))
     if other_spec != spec:
         raise ArgumentError(
             "dynamic: got an example of another structure than example_inputs, needed the same inputs in other sizes"
@@ -191,11 +191,11 @@ def axes_of(
                     "always have the same size in this model; give them one name"
                 )
     for symbol, bounds in program.range_constraints.items():
-        name = axes.names.get(str(symbol))
-        if name is not None:
+        called = axes.names.get(str(symbol))
+        if called is not None:
             least, most = float(bounds.lower), float(bounds.upper)
             # Tracing never sees sizes of 0 and 1; it says no more of the least size than that.
-            axes.limits[name] = (least if least > 2 else 1, most if most < 2**40 else math.inf)
+            axes.limits[called] = (least if least > 2 else 1, most if most < 2**40 else math.inf)
     return axes
 
 
