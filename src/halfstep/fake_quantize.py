@@ -117,9 +117,7 @@ class FakeQuantize(nn.Module):
         return x
 
     def _observe(self, x: torch.Tensor) -> None:
-        before = self.histogram.nan_count
-        self.histogram.update(x)
-        if nans := self.histogram.nan_count - before:
+        if nans := self.histogram.update(x):
             raise DataError(
                 f"site {self.name!r}: {nans} of {x.numel()} values are NaN; look for NaN in the calibration data, or "
                 "for a layer that overflows on it"

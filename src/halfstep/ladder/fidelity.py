@@ -13,6 +13,7 @@ from torch import Tensor
 from halfstep.errors import ArgumentError, MetricError, NotObservedError
 from halfstep.fake_quantize import Mode
 from halfstep.graph.inputs import ModelInputs, batch_size
+from halfstep.ladder.abreast import abreast
 from halfstep.model import QuantizedModel, run
 from halfstep.progress import track
 from halfstep.runtime.parity import compared, decibels, error_power, power
@@ -84,7 +85,8 @@ class Reference:
         self.batches = list(_first(model, batches, examples))
         self.examples = sum(map(batch_size, self.batches))
         with model.using(Mode.FLOAT), torch.no_grad():
-            outputs = [run(model, batch) for batch in track(self.batches, "float outputs")]
+            found = abreast(model, lambda _, batch: run(model, batch), track(self.batches, "float outputs"))
+            outputs = list(found)
         self._outputs = [compared(output) for output in outputs]
         if not self._outputs[0]:
             raise MetricError(f"the model's outputs ({type(outputs[0]).__name__}) hold no tensor to compare")
@@ -95,8 +97,8 @@ class Reference:
         divergence = signal = noise = 0.0
         decisions = 0
         with torch.no_grad():
-            for index, batch in enumerate(track(self.batches, what)):
-                wanted, got = self._outputs[index], compared(run(model, batch))
+            answers = abreast(model, lambda _, batch: compared(run(model, batch)), track(self.batches, what))
+            for wanted, got in zip(self._outputs, answers, strict=True):
                 if self.has_classes:
                     divergence += float(divergences(wanted[0], got[0]).sum())
                     decisions += math.prod(wanted[0].shape[:-1])

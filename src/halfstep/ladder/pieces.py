@@ -1,14 +1,15 @@
 """Batches in pieces of the size that a network runs fastest at, where its answers do not depend on that.
 
 A layer's output for a large batch is memory that the operating system hands over page by page; small ones stay in the
-caches. Which size is best depends on the network and the machine, so it is measured on the first batches.
+caches. Pieces are computed side by side. Which size is best depends on the network and the machine, so it is measured
+on the first batches.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from torch.utils import _pytree as pytree
 from halfstep.evaluate import DataMetric, Scorer, parts
 from halfstep.graph.inputs import batch_size, tensors_of
 from halfstep.model import QuantizedModel, run
+from halfstep.side_by_side import side_by_side
 
 #: Sizes that are tried, the first one before the others: no others are tried where that gains nothing.
 SIZES = (64, 32, 128)
@@ -24,11 +26,19 @@ SIZES = (64, 32, 128)
 WORTHWHILE = 0.9
 
 
+class _Cut(NamedTuple):
+    """How a batch is cut: examples a piece, and how many pieces run at once; None for as many as there are threads."""
+
+    size: int
+    workers: int | None = 1
+
+
 class InPieces(nn.Module):
     """A model that takes batches as they are, runs them in pieces where that is faster, and returns whole answers.
 
     The first batch of a shape runs whole. The second one runs whole and in pieces: a size is used from then on if its
-    answer is equal to the last bit. What was found holds for the same shapes, mode and layers in float: kernels, and
+    answer is equal to the last bit, side by side or, where that makes a difference, one after the other. What was found
+    holds for the same shapes, mode and layers in float: kernels, and
     with them the order of sums, are chosen by these and not by values.
 
     Args:
@@ -39,7 +49,7 @@ class InPieces(nn.Module):
         super().__init__()
         self.model = model
         self._warm: set[object] = set()  # what ran once
-        self._sizes: dict[object, int] = {}  # of pieces, by what runs
+        self._cuts: dict[object, _Cut] = {}  # by what runs
 
     def __getattr__(self, name: str) -> Any:
         """Whatever else a metric's function asks of a model is the model's."""
@@ -52,10 +62,10 @@ class InPieces(nn.Module):
         """What the model returns for the same arguments."""
         inputs = kwargs or args
         kind = self._kind(inputs)
-        if kind in self._sizes:
-            return self._in_pieces(inputs, self._sizes[kind])
+        if kind in self._cuts:
+            return self._in_pieces(inputs, self._cuts[kind])
         if kind in self._warm:
-            answer, self._sizes[kind] = self._find(inputs)
+            answer, self._cuts[kind] = self._find(inputs)
             return answer
         self._warm.add(kind)
         return self.model(*args, **kwargs)
@@ -65,29 +75,37 @@ class InPieces(nn.Module):
         modes = [site.mode for site in self.model.sites.values()]
         return repr((shapes, modes, self.model.choices.to_dict()))
 
-    def _find(self, inputs: Any) -> tuple[Any, int]:
-        """The whole answer, and the size that gives the same one in the least time; the batch's own where none does."""
+    def _find(self, inputs: Any) -> tuple[Any, _Cut]:
+        """The whole answer, and the cut that gives the same one in the least time; none where none does."""
         count = batch_size(inputs)
         answer, seconds = _timed(lambda: run(self.model, inputs))
-        best, least = count, WORTHWHILE * seconds
+        best, least = _Cut(count), WORTHWHILE * seconds
+        workers = self._workers()
         for size in (size for size in SIZES if size <= count // 2):
-            pieces, seconds = _timed(lambda size=size: self._in_pieces(inputs, size))  # type: ignore[misc]
+            cut = _Cut(size, workers)
+            pieces, seconds = _timed(lambda cut=cut: self._in_pieces(inputs, cut))  # type: ignore[misc]
+            if workers != 1 and pieces is not None and not _equal(answer, pieces):
+                # Operators may add up in another order where several threads share them.
+                cut = _Cut(size, workers := 1)
+                pieces, seconds = _timed(lambda cut=cut: self._in_pieces(inputs, cut))  # type: ignore[misc]
             if seconds < least and pieces is not None and _equal(answer, pieces):
-                best, least = size, seconds
-            if best == count:
+                best, least = cut, seconds
+            if best.size == count:
                 break
         return answer, best
 
-    def _in_pieces(self, inputs: Any, size: int) -> Any:
+    def _workers(self) -> int | None:
+        """How many pieces run at once: one on an accelerator, which is shared anyway."""
+        return None if self.model.device.type == "cpu" else 1
+
+    def _in_pieces(self, inputs: Any, cut: _Cut) -> Any:
         """The answer put together from pieces; None if something in it does not belong to single examples."""
-        count = batch_size(inputs)
+        count, (size, workers) = batch_size(inputs), cut
         if size >= count:
             return run(self.model, inputs)
         starts = range(0, count, size)
-        each = [
-            run(self.model, self.model.captured.examples(inputs, start, min(count, start + size)))
-            for start in starts
-        ]
+        parts = (self.model.captured.examples(inputs, start, min(count, start + size)) for start in starts)
+        each = list(side_by_side(lambda part: run(self.model, part), parts, workers))
         leaves = [pytree.tree_leaves(answer) for answer in each]
         for start, some in zip(starts, leaves, strict=True):
             rows = min(size, count - start)

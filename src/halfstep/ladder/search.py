@@ -403,7 +403,8 @@ def float_evaluation(
     """
     journal = journal or Journal()
     made: list[Evaluation] = []
-    network = model.handed_over
+    # In float32 it is the model itself, which may run in pieces.
+    network = scored(model, scorer) if model.handed_over is model else model.handed_over
 
     def once(what: str, key: str, score_it: Callable[[], tuple[Score, int | None]]) -> Score:
         for entry in journal.of("evaluation"):

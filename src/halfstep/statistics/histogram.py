@@ -68,11 +68,11 @@ class Histogram:
         self._pending: device.Tally | None = None  # what torch has counted and not yet handed over
         self._batch_ranges: list[tuple[float, float]] | None = [] if batch_ranges else None
 
-    def update(self, x: Tensor) -> None:
-        """Count every element of ``x``.
+    def update(self, x: Tensor) -> int:
+        """Count every element of ``x``, and return how many are NaN.
 
         An empty tensor changes nothing. A tensor that is dense in memory is read in place, whatever its
-        strides.
+        strides. Several threads may count at once.
 
         Args:
             x: any shape; float32, float16 or bfloat16, on any device.
@@ -85,21 +85,22 @@ class Histogram:
                 f"histogram: got a {x.dtype} tensor, needed float32, float16 or bfloat16; convert it"
             )
         if x.numel() == 0:
-            return
+            return 0
         flat = _flat(x.detach())
         if self._batch_ranges is not None:
             self._batch_ranges += _finite_range(flat)
         if flat.device.type != "cpu" or counting.interpreted():
-            if self._pending is None or self._pending.device != flat.device:
-                self._settle()
-                self._pending = device.Tally(flat.device)
-            self._pending.add(flat)
-            return
-        threads = torch.get_num_threads()
+            with counting.HANDING_OVER:
+                if self._pending is None or self._pending.device != flat.device:
+                    self._settle()
+                    self._pending = device.Tally(flat.device)
+                return self._pending.add(flat)
+        threads, nans = torch.get_num_threads(), 0
         # Narrow types are widened piece by piece, to bound the copy.
         for piece in (flat,) if flat.dtype == torch.float32 else flat.split(counting.PIECE):
             words = piece.float().numpy().view(np.int32)
-            counting.count(words, self._counts, self._offsets, self._specials, self._tails, threads)
+            nans += counting.count(words, self._counts, self._offsets, self._specials, self._tails, threads)
+        return nans
 
     def merge(self, other: Histogram) -> None:
         """Add what another histogram saw: the result is that of one histogram that saw both streams.
