@@ -10,7 +10,8 @@ import halfstep as hs
 from halfstep.ladder import pieces
 from halfstep.ladder.pieces import InPieces, scored
 
-X = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
+#: Quarters, so that no order of summation makes a difference.
+X = torch.randn(200, 4, generator=torch.Generator().manual_seed(0)).mul(4).round() / 4
 
 
 class Net(nn.Module):
@@ -20,6 +21,9 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.layer, self.centred, self.extra = nn.Linear(4, 3), centred, extra
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.mul_(64).round_().div_(64)
 
     def forward(self, x):
         y = self.layer(x - x.mean(0) if self.centred else x)

@@ -51,10 +51,15 @@ def count(
         piece = words[start : start + PIECE]
         shares = max(1, min(threads, piece.size // PER_THREAD))
         workspace = _workspace(shares)
-        done = False
+        done, least = False, tails.least(piece)
         while not done:  # the kernel comes back early when no more can be offered
             # What the tails hold grows meanwhile, if others hand over: then more is offered than they take.
-            _run(piece, shares, tails.ends, *workspace)
+            _run(
+                piece,
+                shares,
+                tails.ends if least is None else np.maximum(least, tails.ends[:, :1]),
+                *workspace,
+            )
             with HANDING_OVER:
                 before = specials[NAN]
                 done = kernels().hand_over(piece.size, tails.ends, counts, offsets, specials, *workspace)
