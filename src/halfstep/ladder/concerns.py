@@ -12,7 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halfstep.calibrators import Calibrator, Concern, data_concerns, disagreements, unlike, unsteady
+from halfstep.calibrators import (
+    Calibrator,
+    Concern,
+    data_concerns,
+    disagreements,
+    range_of,
+    unlike,
+    unsteady,
+)
 from halfstep.errors import named
 from halfstep.fake_quantize import Mode
 from halfstep.graph.inputs import ModelInputs, batch_size, call_arguments
@@ -112,7 +120,7 @@ def concerns(
         at_site = data_concerns(histogram, calibrators)
         if histogram.count:
             if len(calibrators) > 1:
-                at_site += disagreements({c: c.range(histogram, module.format) for c in calibrators})
+                at_site += disagreements({c: range_of(c, histogram, module.format) for c in calibrators})
             at_site += _unlike(name, histogram, seen)
         found += [SiteConcern(name, concern) for concern in at_site]
     return tuple(found)

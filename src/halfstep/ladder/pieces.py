@@ -8,7 +8,7 @@ on the first batches.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,10 +20,11 @@ from halfstep.graph.inputs import batch_size, tensors_of
 from halfstep.model import QuantizedModel, run
 from halfstep.side_by_side import side_by_side
 
-#: Sizes that are tried, the first one before the others: no others are tried where that gains nothing.
-SIZES = (64, 32, 128)
-#: The share of a whole batch's time that pieces must take at most; less than that may be noise.
-WORTHWHILE = 0.9
+#: Sizes that are tried, the first one on the first batch.
+SIZES = (64, 128, 256)
+#: The shares of a whole batch's time that pieces must take at most: less than the second one is no noise, and less than
+#: the first not what was loaded for the whole batch, which came before.
+CLEARLY, WORTHWHILE = 0.5, 0.9
 
 
 class _Cut(NamedTuple):
@@ -36,7 +37,8 @@ class _Cut(NamedTuple):
 class InPieces(nn.Module):
     """A model that takes batches as they are, runs them in pieces where that is faster, and returns whole answers.
 
-    The first batch of a shape runs whole. The second one runs whole and in pieces: a size is used from then on if its
+    The first batch of a shape runs whole and in pieces of one size, which is used from then on if it is clearly faster;
+    else the second one runs in other sizes too, since the first pays for what is loaded. A size is used only if its
     answer is equal to the last bit, side by side or, where that makes a difference, one after the other. What was found
     holds for the same shapes, mode and layers in float: kernels, and
     with them the order of sums, are chosen by these and not by values.
@@ -61,27 +63,30 @@ class InPieces(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns for the same arguments."""
         inputs = kwargs or args
-        kind = self._kind(inputs)
+        kind, count = self._kind(inputs), batch_size(inputs)
         if kind in self._cuts:
             return self._in_pieces(inputs, self._cuts[kind])
         if kind in self._warm:
-            answer, self._cuts[kind] = self._find(inputs)
+            answer, self._cuts[kind] = self._find(inputs, _sizes(count), WORTHWHILE)
             return answer
         self._warm.add(kind)
-        return self.model(*args, **kwargs)
+        answer, cut = self._find(inputs, _sizes(count)[:1], CLEARLY)
+        if cut.size < count:
+            self._cuts[kind] = cut
+        return answer
 
     def _kind(self, inputs: Any) -> object:
         shapes = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors_of(inputs)]
         modes = [site.mode for site in self.model.sites.values()]
         return repr((shapes, modes, self.model.choices.to_dict()))
 
-    def _find(self, inputs: Any) -> tuple[Any, _Cut]:
-        """The whole answer, and the cut that gives the same one in the least time; none where none does."""
+    def _find(self, inputs: Any, sizes: Sequence[int], share: float) -> tuple[Any, _Cut]:
+        """The whole answer, and the cut that gives the same one in the least time, at most that share; or none."""
         count = batch_size(inputs)
         answer, seconds = _timed(lambda: run(self.model, inputs))
-        best, least = _Cut(count), WORTHWHILE * seconds
+        best, least = _Cut(count), share * seconds
         workers = self._workers()
-        for size in (size for size in SIZES if size <= count // 2):
+        for size in sizes:
             cut = _Cut(size, workers)
             pieces, seconds = _timed(lambda cut=cut: self._in_pieces(inputs, cut))  # type: ignore[misc]
             if workers != 1 and pieces is not None and not _equal(answer, pieces):
@@ -90,8 +95,6 @@ class InPieces(nn.Module):
                 pieces, seconds = _timed(lambda cut=cut: self._in_pieces(inputs, cut))  # type: ignore[misc]
             if seconds < least and pieces is not None and _equal(answer, pieces):
                 best, least = cut, seconds
-            if best.size == count:
-                break
         return answer, best
 
     def _workers(self) -> int | None:
@@ -113,6 +116,12 @@ class InPieces(nn.Module):
                 return None
         joined = [torch.cat(column) for column in zip(*leaves, strict=True)]
         return pytree.tree_unflatten(joined, pytree.tree_structure(each[0]))
+
+
+def _sizes(count: int) -> list[int]:
+    """The sizes to try for a batch: those of :data:`SIZES` that cut it, and the one that gives each thread a piece."""
+    share = -(-count // torch.get_num_threads())
+    return list(dict.fromkeys(size for size in (*SIZES, share) if 0 < size <= (count + 1) // 2))
 
 
 def scored(model: QuantizedModel, scorer: Scorer) -> nn.Module:

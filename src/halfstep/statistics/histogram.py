@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from fractions import Fraction
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +31,8 @@ from halfstep.statistics.keys import (
     significand,
 )
 from halfstep.statistics.tails import TAIL, Tails
+
+Answer = TypeVar("Answer")
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -66,6 +69,7 @@ class Histogram:
         self._specials: Int64 = np.zeros(SPECIALS, np.int64)
         self._tails = Tails.empty()
         self._pending: device.Tally | None = None  # what torch has counted and not yet handed over
+        self._answers: dict[Hashable, Any] = {}  # to what was asked since the last change
         self._batch_ranges: list[tuple[float, float]] | None = [] if batch_ranges else None
 
     def update(self, x: Tensor) -> int:
@@ -86,6 +90,7 @@ class Histogram:
             )
         if x.numel() == 0:
             return 0
+        self._answers.clear()
         flat = _flat(x.detach())
         if self._batch_ranges is not None:
             self._batch_ranges += _finite_range(flat)
@@ -115,6 +120,7 @@ class Histogram:
             raise ArgumentError(
                 "merge: one histogram keeps batch ranges, the other does not; observe both alike"
             )
+        self._answers.clear()
         self._settle()
         other._settle()
         self._counts += other._counts
@@ -277,6 +283,13 @@ class Histogram:
     def nth(self, rank: int) -> float:
         """Return the ``rank``-th smallest sample, 1 being the minimum; as exact as :meth:`quantile`."""
         return self._nth(rank, of=self._require_count())
+
+    def once(self, question: Hashable, answer: Callable[[], Answer]) -> Answer:
+        """What ``answer`` returns, asked once for a question until more is seen."""
+        if question not in self._answers:
+            self._answers[question] = answer()
+        found: Answer = self._answers[question]
+        return found
 
     # Keeping it.
 
