@@ -62,6 +62,7 @@ def count(
             )
             with HANDING_OVER:
                 before = specials[NAN]
+                tails.take_in(*workspace[-2:])
                 done = kernels().hand_over(piece.size, tails.ends, counts, offsets, specials, *workspace)
                 nans += int(specials[NAN] - before)
         _free.append(workspace)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from halfstep.statistics.keys import order
 
 TAIL = 1024  # samples kept at either end
+MANY = 128  # samples that are worth sorting
 GROUPS = 4 * TAIL  # of samples, whose extremes bound the ends
 ENDS = 2  # the largest, and the smallest as complements
 
@@ -73,6 +74,18 @@ class Tails:
         ends = order((bounds + np.float32(0)).view(np.int32))  # no negative zero
         ends[1] = ~ends[1]
         return ends - 1
+
+    def take_in(self, offered: NDArray[np.int32], filled: NDArray[np.int64]) -> None:
+        """Take in all that is offered to an end where that is much, which sorting does faster than the heaps.
+
+        Args:
+            offered: (shares, 2, n) to each end, as its row holds them.
+            filled: (shares, 2) how many these are; 0 afterwards where they were taken in.
+        """
+        for end in np.flatnonzero(filled.sum(0) > MANY):
+            some = (row[end, :count] for row, count in zip(offered, filled[:, end], strict=True))
+            self.ends[end] = np.sort(np.concatenate([self.ends[end], *some]))[-TAIL:]
+            filled[:, end] = 0
 
     def merge(self, other: Tails) -> None:
         """Keep the ends of this stream and another one."""
