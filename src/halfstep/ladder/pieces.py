@@ -7,6 +7,7 @@ on the first batches.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -20,11 +21,11 @@ from halfstep.graph.inputs import batch_size, tensors_of
 from halfstep.model import QuantizedModel, run
 from halfstep.side_by_side import side_by_side
 
-#: Sizes that are tried, the first one on the first batch.
-SIZES = (64, 128, 256)
-#: The shares of a whole batch's time that pieces must take at most: less than the second one is no noise, and less than
-#: the first not what was loaded for the whole batch, which came before.
-CLEARLY, WORTHWHILE = 0.5, 0.9
+#: Sizes that are tried, the last one on the first batch.
+SIZES = (256, 128, 64)
+#: The shares of a whole batch's time that pieces must take less than: on the first batch one that is not what was loaded
+#: for the whole batch, which came before; on the second all of it, since pieces bear a busy core better.
+CLEARLY, WORTHWHILE = 0.5, 1.0
 
 
 class _Cut(NamedTuple):
@@ -70,7 +71,7 @@ class InPieces(nn.Module):
             answer, self._cuts[kind] = self._find(inputs, _sizes(count), WORTHWHILE)
             return answer
         self._warm.add(kind)
-        answer, cut = self._find(inputs, _sizes(count)[:1], CLEARLY)
+        answer, cut = self._find(inputs, _sizes(count)[-1:], CLEARLY)
         if cut.size < count:
             self._cuts[kind] = cut
         return answer
@@ -81,10 +82,13 @@ class InPieces(nn.Module):
         return repr((shapes, modes, self.model.choices.to_dict()))
 
     def _find(self, inputs: Any, sizes: Sequence[int], share: float) -> tuple[Any, _Cut]:
-        """The whole answer, and the cut that gives the same one in the least time, at most that share; or none."""
+        """The whole answer, and the cut that gives the same one in the least time, at most that share; or none.
+
+        No further size is tried behind one that is slower than the one before.
+        """
         count = batch_size(inputs)
         answer, seconds = _timed(lambda: run(self.model, inputs))
-        best, least = _Cut(count), share * seconds
+        best, least, before = _Cut(count), share * seconds, math.inf
         workers = self._workers()
         for size in sizes:
             cut = _Cut(size, workers)
@@ -95,6 +99,9 @@ class InPieces(nn.Module):
                 pieces, seconds = _timed(lambda cut=cut: self._in_pieces(inputs, cut))  # type: ignore[misc]
             if seconds < least and pieces is not None and _equal(answer, pieces):
                 best, least = cut, seconds
+            if seconds > before:
+                break
+            before = seconds
         return answer, best
 
     def _workers(self) -> int | None:
@@ -119,9 +126,9 @@ class InPieces(nn.Module):
 
 
 def _sizes(count: int) -> list[int]:
-    """The sizes to try for a batch: those of :data:`SIZES` that cut it, and the one that gives each thread a piece."""
-    share = -(-count // torch.get_num_threads())
-    return list(dict.fromkeys(size for size in (*SIZES, share) if 0 < size <= (count + 1) // 2))
+    """The sizes to try for a batch: the one that gives each thread a piece, and smaller ones, descending."""
+    share = min(-(-count // torch.get_num_threads()), (count + 1) // 2)
+    return [share, *(size for size in SIZES if size < share)]
 
 
 def scored(model: QuantizedModel, scorer: Scorer) -> nn.Module:
