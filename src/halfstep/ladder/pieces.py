@@ -23,8 +23,8 @@ from halfstep.side_by_side import side_by_side
 
 #: Sizes that are tried, the last one on the first batch.
 SIZES = (256, 128, 64)
-#: The shares of a whole batch's time that pieces must take less than: on the first batch one that is not what was loaded
-#: for the whole batch, which came before; on the second all of it, since pieces bear a busy core better.
+#: The shares of a whole batch's time that pieces must take less than: on the first batch one that is not what was
+#: loaded for the whole batch, which came before; on the second all of it, since pieces bear a busy core better.
 CLEARLY, WORTHWHILE = 0.5, 1.0
 
 
