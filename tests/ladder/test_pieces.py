@@ -32,8 +32,8 @@ class Net(nn.Module):
 
 @pytest.fixture
 def took(monkeypatch):
-    """Seconds that are said to pass: for the first batch and a size, then for the second batch and each size."""
-    seconds = [1.0, 0.9, 1.0, 0.5, 0.6, 0.7]
+    """Seconds that are said to pass: the first batch in the smallest pieces and whole, the second in all sizes."""
+    seconds = [0.9, 1.0, 0.6, 0.7, 0.5]
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     calls = itertools.count()
@@ -53,10 +53,10 @@ def watched(q):
 @pytest.mark.parametrize(
     ("seconds", "expected"),
     [
-        ([1.0, 0.95, 0.5, 0.6], [8, 64, 64, 64]),
-        ([1.0, 0.7, 0.5, 0.4], [8] + [32] * 6),
-        ([1.0, 0.8, 0.9, 0.3], [100, 100]),  # no more is tried behind what was slower
-        ([1.0, 1.2, 1.1, 1.0], [200]),
+        ([0.6, 0.7, 0.5], [8, 64, 64, 64]),  # of 32, 100 and 64
+        ([0.4, 0.7, 0.5], [8] + [32] * 6),
+        ([1.3, 0.8, 0.9], [100, 100]),
+        ([1.3, 1.2, 1.1], [200]),
     ],
 )
 def test_the_third_batch_runs_at_the_size_that_was_fastest(took, seconds, expected):
@@ -72,7 +72,7 @@ def test_the_third_batch_runs_at_the_size_that_was_fastest(took, seconds, expect
 
 
 def test_the_second_batch_does_where_the_first_was_clearly_faster_so(took):
-    took[1] = 0.4  # of the smallest
+    took[0] = 0.4
     q = hs.prepare(Net(), X[:2])
     sizes, model = watched(q), InPieces(q)
     with torch.no_grad():
@@ -109,11 +109,11 @@ def test_other_shapes_and_other_layers_in_float_are_tried_anew(took):
             model(X)
         sizes.clear()
         model(X[:150])  # a shape that was not checked
-        assert sizes[0] == 150
+        assert 150 in sizes
         q.float_layers = ["layer"]
         sizes.clear()
         model(X)
-        assert sizes[0] == 200
+        assert 200 in sizes
 
 
 def test_a_score_sees_whole_batches_and_the_same_answers_as_without(took):

@@ -21,11 +21,10 @@ from halfstep.graph.inputs import batch_size, tensors_of
 from halfstep.model import QuantizedModel, run
 from halfstep.side_by_side import side_by_side
 
-#: Sizes that are tried, the last one on the first batch.
+#: Sizes that are tried beside a piece for each thread, the smallest on the first batch.
 SIZES = (256, 128, 64)
-#: The shares of a whole batch's time that pieces must take less than: on the first batch one that is not what was
-#: loaded for the whole batch, which came before; on the second all of it, since pieces bear a busy core better.
-CLEARLY, WORTHWHILE = 0.5, 1.0
+#: Pieces that take less than this share of a whole batch's time need no comparison with others.
+CLEARLY = 0.5
 
 
 class _Cut(NamedTuple):
@@ -38,11 +37,11 @@ class _Cut(NamedTuple):
 class InPieces(nn.Module):
     """A model that takes batches as they are, runs them in pieces where that is faster, and returns whole answers.
 
-    The first batch of a shape runs whole and in pieces of one size, which is used from then on if it is clearly faster;
-    else the second one runs in other sizes too, since the first pays for what is loaded. A size is used only if its
-    answer is equal to the last bit, side by side or, where that makes a difference, one after the other. What was found
-    holds for the same shapes, mode and layers in float: kernels, and
-    with them the order of sums, are chosen by these and not by values.
+    The first batch of a shape runs in pieces of one size and whole. They are used from then on if they are clearly
+    faster; else the second batch runs in pieces of other sizes too. A size is used only if its answer is equal to the
+    last bit, side by side or, where that makes a difference, one after the other. A batch runs whole once: where
+    another process keeps a core busy, that may take as long as a hundred in pieces. What was found holds for the same
+    shapes, mode and layers in float: kernels, and with them the order of sums, are chosen by these and not by values.
 
     Args:
         model: what runs.
@@ -51,8 +50,10 @@ class InPieces(nn.Module):
     def __init__(self, model: QuantizedModel) -> None:
         super().__init__()
         self.model = model
-        self._warm: set[object] = set()  # what ran once
         self._cuts: dict[object, _Cut] = {}  # by what runs
+        self._tried: dict[
+            object, tuple[_Cut, float]
+        ] = {}  # one that gave the whole answer, and seconds without it
 
     def __getattr__(self, name: str) -> Any:
         """Whatever else a metric's function asks of a model is the model's."""
@@ -64,16 +65,14 @@ class InPieces(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns for the same arguments."""
         inputs = kwargs or args
-        kind, count = self._kind(inputs), batch_size(inputs)
+        kind, sizes = self._kind(inputs), _sizes(batch_size(inputs))
         if kind in self._cuts:
             return self._in_pieces(inputs, self._cuts[kind])
-        if kind in self._warm:
-            answer, self._cuts[kind] = self._find(inputs, _sizes(count), WORTHWHILE)
-            return answer
-        self._warm.add(kind)
-        answer, cut = self._find(inputs, _sizes(count)[-1:], CLEARLY)
-        if cut.size < count:
-            self._cuts[kind] = cut
+        if not sizes:
+            return run(self.model, inputs)
+        if kind not in self._tried:
+            return self._compare(kind, inputs, sizes)
+        answer, self._cuts[kind] = self._find(inputs, sizes, *self._tried.pop(kind))
         return answer
 
     def _kind(self, inputs: Any) -> object:
@@ -81,28 +80,45 @@ class InPieces(nn.Module):
         modes = [site.mode for site in self.model.sites.values()]
         return repr((shapes, modes, self.model.choices.to_dict()))
 
-    def _find(self, inputs: Any, sizes: Sequence[int], share: float) -> tuple[Any, _Cut]:
-        """The whole answer, and the cut that gives the same one in the least time, at most that share; or none.
-
-        No further size is tried behind one that is slower than the one before.
-        """
-        count = batch_size(inputs)
+    def _compare(self, kind: object, inputs: Any, sizes: Sequence[int]) -> Any:
+        """The whole answer to the first batch, after the same in the smallest pieces."""
+        whole, cut = _Cut(batch_size(inputs)), _Cut(sizes[-1], self._workers())
+        pieces, least = _timed(lambda: self._in_pieces(inputs, cut))
         answer, seconds = _timed(lambda: run(self.model, inputs))
-        best, least, before = _Cut(count), share * seconds, math.inf
-        workers = self._workers()
-        for size in sizes:
-            cut = _Cut(size, workers)
-            pieces, seconds = _timed(lambda cut=cut: self._in_pieces(inputs, cut))  # type: ignore[misc]
-            if workers != 1 and pieces is not None and not _equal(answer, pieces):
-                # Operators may add up in another order where several threads share them.
-                cut = _Cut(size, workers := 1)
-                pieces, seconds = _timed(lambda cut=cut: self._in_pieces(inputs, cut))  # type: ignore[misc]
-            if seconds < least and pieces is not None and _equal(answer, pieces):
-                best, least = cut, seconds
-            if seconds > before:
+        if cut.workers != 1 and pieces is not None and not _equal(answer, pieces):
+            # Operators may add up in another order where several threads share them.
+            cut = _Cut(cut.size)
+            pieces, least = _timed(lambda: self._in_pieces(inputs, cut))
+        if pieces is None or not _equal(answer, pieces):
+            self._cuts[kind] = whole
+        elif least < CLEARLY * seconds or len(sizes) == 1:
+            self._cuts[kind] = cut if least <= seconds else whole
+        else:
+            self._tried[kind] = cut, seconds
+        return answer
+
+    def _find(self, inputs: Any, sizes: Sequence[int], cut: _Cut, seconds: float) -> tuple[Any, _Cut]:
+        """The answer to the second batch, and the cut that gives it in the least time.
+
+        No smaller size is tried behind one that is slower than the one before.
+
+        Args:
+            inputs: the batch.
+            sizes: to be tried, descending.
+            cut: of the last of them, which gave the whole answer.
+            seconds: that a whole batch took.
+        """
+        answer, least = _timed(lambda: self._in_pieces(inputs, cut))
+        best, before = cut, math.inf
+        for size in sizes[:-1]:
+            other = cut._replace(size=size)
+            pieces, took = _timed(lambda other=other: self._in_pieces(inputs, other))  # type: ignore[misc]
+            if took < least and _equal(answer, pieces):
+                best, least = other, took
+            if took > before:
                 break
-            before = seconds
-        return answer, best
+            before = took
+        return answer, best if least <= seconds else _Cut(batch_size(inputs))
 
     def _workers(self) -> int | None:
         """How many pieces run at once: one on an accelerator, which is shared anyway."""
@@ -126,9 +142,13 @@ class InPieces(nn.Module):
 
 
 def _sizes(count: int) -> list[int]:
-    """The sizes to try for a batch: the one that gives each thread a piece, and smaller ones, descending."""
+    """The sizes to try for a batch: the one that gives each thread a piece, and smaller ones, descending; two at least.
+
+    >>> _sizes(1)
+    []
+    """
     share = min(-(-count // torch.get_num_threads()), (count + 1) // 2)
-    return [share, *(size for size in SIZES if size < share)]
+    return [size for size in (share, *(size for size in SIZES if size < share)) if size > 1]
 
 
 def scored(model: QuantizedModel, scorer: Scorer) -> nn.Module:
