@@ -1,9 +1,11 @@
 """A climb over all rungs that is killed again and again, half of the times to go on under a narrower instruction set.
 
-The digits' network in 2 and 3 bits, with no layer allowed in float, so that every rung is climbed. An unbroken run says
-what must come out; broken runs are killed (SIGKILL) at random moments until they end. No finished evaluation may be
-made twice, no process may end in an error, and the decisions must be the same: to the letter, but for the figures of a
-training whose steps ran under two instruction sets.
+The demo's climb: the digits' network with weights of 2 bits, which takes every rung by a wide margin. An unbroken run
+says what must come out; broken runs are killed (SIGKILL) until they end: so many lines of the journal after the process
+began and some seconds more, so that kills fall over all rungs however busy the machine is. No process may end in an
+error, no finished evaluation may be made twice. Runs whose processes all have the same instructions must decide alike
+to the letter. Those that go on under fewer instructions add in another order: repairs in 2 bits then end elsewhere, so
+there the verdict on every rung and the outcome must be the same.
 
 python -m bench.crash                # 40 kills
 python -m bench.crash --kills 8
@@ -21,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -30,10 +33,12 @@ from torch import nn
 
 import halfstep as hs
 from bench.instructions import narrower
+from halfstep.cli.demo import ACTIVATION_BITS, IMAGES, MAX_DROP, MAX_FLOAT, WEIGHT_BITS, WIDTH
 from halfstep.demo import DigitsNet, load_digits, train_digits
 from halfstep.ladder.journal import read
 
 KILLS_A_RUN = 8  # on average
+MOMENT = 3.0  # seconds
 WEIGHTS = "weights.pt"
 
 
@@ -56,32 +61,73 @@ class Marked(hs.Accuracy):
 
 def climb(folder: Path) -> None:
     """One process: begin the run in ``folder``, or go on with it."""
-    digits, model = load_digits(), DigitsNet().eval()
+    digits, model = load_digits(), DigitsNet(width=WIDTH).eval()
     model.load_state_dict(torch.load(folder.parent / WEIGHTS))
-    images, labels = digits.train_images[:256], digits.train_labels[:256]
-    training = hs.Training(
-        list(zip(images.split(32), labels.split(32), strict=True)),
-        nn.functional.cross_entropy,
-        epochs=12,
-        learning_rate=3e-3,
-        evaluate_every=2,
-        checkpoint_every=4,
-    )
     hs.quantize(
         model,
         digits.train_images[:4],
-        calibration=digits.calibration_batches(),
+        calibration=digits.calibration_batches(IMAGES, IMAGES),
         metric=Marked(digits.test_batches(100), folder / "marks"),
-        max_drop=0.0,
-        recipe=hs.Recipe.uniform(2, 3, hs.PerTensor()),
-        training=training,
-        max_float=0.0,
+        max_drop=MAX_DROP,
+        recipe=hs.Recipe.uniform(WEIGHT_BITS, ACTIVATION_BITS, hs.PerTensor(), ends=None),
+        training=hs.Training(
+            digits.training_batches(),
+            nn.functional.cross_entropy,
+            epochs=8,
+            learning_rate=3e-3,
+            evaluate_every=4,
+            checkpoint_every=8,
+        ),
+        max_float=MAX_FLOAT,
         directory=folder / "run",
         threads=1,
     )
 
 
-def start(folder: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+@dataclass
+class Run:
+    """A run that has ended: where it was killed, and what came out."""
+
+    folder: Path
+    narrow: int = 0  # processes with fewer instructions
+    killed: collections.Counter[str] = field(default_factory=collections.Counter)  # by rung
+
+    @property
+    def decisions(self) -> list[str]:
+        """Its sentences, without their times."""
+        sentences = json.loads((self.folder / "run" / "outcome.json").read_text())["decisions"]
+        return [re.sub(r"[\d.,]+ (s|min|us)\b", "_", sentence) for sentence in sentences]
+
+    @property
+    def verdicts(self) -> list[tuple[str, bool]]:
+        """Each rung with whether it met the target, and what the run as a whole ended with."""
+        steps = [(e.data["rung"], e.data["met"]) for e in read(self.folder / "run") if e.kind == "step"]
+        record = json.loads((self.folder / "run" / "outcome.json").read_text())
+        return [*steps, (f"outcome {record['rung']} {record['float_layers']}", record["met"])]
+
+    @property
+    def scored(self) -> int:
+        """Batches, by all its processes."""
+        return len((self.folder / "marks").read_text())
+
+    @property
+    def repeated(self) -> int:
+        """Evaluations that were finished and made again."""
+        made = collections.Counter(
+            (entry.data["rung"], entry.data["what"], entry.data["complete"], entry.data["allowed"])
+            for entry in read(self.folder / "run")
+            if entry.kind == "evaluation"
+        )
+        return sum(count - 1 for count in made.values())
+
+
+def lines(folder: Path) -> int:
+    """Of the run's journal."""
+    journal = folder / "run" / "journal.jsonl"
+    return journal.read_bytes().count(b"\n") if journal.exists() else 0
+
+
+def begin(folder: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     folder.mkdir(exist_ok=True)
     with (folder / "log").open("ab") as log:
         return subprocess.Popen(
@@ -92,31 +138,43 @@ def start(folder: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
         )
 
 
-def finished(folder: Path) -> dict[str, object]:
-    """What must not depend on kills."""
-    record = json.loads((folder / "run" / "outcome.json").read_text())
-    return {
-        name: record[name] for name in ("met", "rung", "float_layers", "decisions", "score", "deployed_score")
-    }
+def ended(process: subprocess.Popen[bytes], folder: Path, more: int, moment: float) -> bool:
+    """Whether it ends by itself; it is killed once the journal has so many ``more`` lines and a ``moment`` has passed.
+
+    Raises:
+        SystemExit: if it ends in an error.
+    """
+    enough, code = lines(folder) + more, None
+    while (code := process.poll()) is None and lines(folder) < enough:
+        time.sleep(0.01)
+    try:
+        code = process.wait(moment)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return False
+    if code:
+        raise SystemExit(f"a process ended with {code}:\n{(folder / 'log').read_text()[-3000:]}")
+    return True
 
 
-def masked(sentence: str, timeless: bool = True) -> str:
-    """A sentence without its times, or without all its figures."""
-    return (
-        re.sub(r"[\d.,]+ (s|min|us)\b", "_", sentence)
-        if timeless
-        else re.sub(r"-?\+?\d[\d.,e-]*", "_", sentence)
-    )
-
-
-def repeated(folder: Path) -> int:
-    """Evaluations that were finished and made again."""
-    made = collections.Counter(
-        (entry.data["rung"], entry.data["what"], entry.data["complete"], entry.data["allowed"])
-        for entry in read(folder / "run")
-        if entry.kind == "evaluation"
-    )
-    return sum(count - 1 for count in made.values())
+def broken(folder: Path, kills: int, fewer: dict[str, str], length: int, dice: random.Random) -> Run:
+    """A run killed at most ``kills`` times, whose processes after the first have ``fewer`` instructions."""
+    run, environment = Run(folder), {}
+    while True:
+        process = begin(folder, environment)
+        run.narrow += bool(environment)
+        dead = sum(run.killed.values()) == kills
+        more = length if dead else dice.randint(0, 2 * length // KILLS_A_RUN)
+        if ended(process, folder, more, 1e6 if dead else dice.uniform(0, MOMENT)):
+            return run
+        rungs = [
+            e.data["rung"]
+            for e in (read(folder / "run") if lines(folder) else [])
+            if e.kind in ("evaluation", "decision") and e.data["rung"]
+        ]
+        run.killed[rungs[-1] if rungs else "the beginning"] += 1
+        environment = fewer
 
 
 def main() -> None:
@@ -130,72 +188,41 @@ def main() -> None:
     if options.child is not None:
         climb(options.child)
         return
-    console, dice = Console(width=120), random.Random(options.seed)
-    fewer = narrower()
+    console, dice, fewer = Console(width=120), random.Random(options.seed), narrower()
     if not fewer:
         raise SystemExit(
             "no narrower instruction set is known for this processor: every run would be the same"
         )
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
-        torch.save(train_digits(load_digits()).state_dict(), place / WEIGHTS)
-        unbroken, clock = place / "unbroken", time.perf_counter()
-        if start(unbroken, {}).wait():
-            raise SystemExit((unbroken / "log").read_text())
-        seconds = time.perf_counter() - clock
-        wanted, marks = finished(unbroken), len((unbroken / "marks").read_text())
-        console.print(f"unbroken: {seconds:.0f} s, {marks} batches scored, on rung {wanted['rung']}")
-        table = Table(title=f"{options.kills} kills, seed {options.seed}")
-        for column in ("run", "kills", "with fewer instructions", "killed in", "evaluations made twice",
-                       "batches scored more", "decisions the same", "but for figures", "outcome the same"):  # fmt: skip
+        torch.save(train_digits(load_digits(), width=WIDTH).state_dict(), place / WEIGHTS)
+        clock = time.perf_counter()
+        whole = broken(place / "unbroken", 0, {}, 0, dice)
+        console.print(
+            f"unbroken: {time.perf_counter() - clock:.0f} s, {whole.scored} batches scored, "
+            + ", ".join(f"{what} {'met' if met else 'not met'}" for what, met in whole.verdicts)
+        )
+        table, wrong, left, length = Table(), 0, options.kills, lines(whole.folder)
+        for column in ("instructions", "kills", "after", "evaluations made twice", "batches scored more",
+                       "decisions to the letter", "verdicts"):  # fmt: skip
             table.add_column(column, justify="right")
-        kills = run = 0
-        while kills < options.kills:
-            folder, lives, places = place / f"run{run}", 0, collections.Counter[str]()
-            narrow = 0
-            while True:
-                environment = fewer if (lives + run) % 2 else {}
-                narrow += bool(environment)
-                process = start(folder, environment)
-                lives += 1
-                last = kills + lives - 1 >= options.kills
-                try:
-                    # A life is long enough to begin, and on average for a part of the whole.
-                    code = process.wait(None if last else seconds * dice.uniform(0.1, 0.1 + 2 / KILLS_A_RUN))
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
-                    entries = read(folder / "run") if (folder / "run" / "journal.jsonl").exists() else []
-                    rungs = [
-                        entry.data["rung"] for entry in entries if entry.kind in ("evaluation", "decision")
-                    ]
-                    places[(rungs and rungs[-1]) or "the beginning"] += 1
-                    continue
-                if code:
-                    raise SystemExit(f"a process ended with {code}:\n{(folder / 'log').read_text()[-3000:]}")
-                break
-            got = finished(folder)
-            kills += lives - 1
-            same = [[masked(s) for s in each["decisions"]] for each in (wanted, got)]  # type: ignore[attr-defined]
-            alike = [[masked(s, timeless=False) for s in each["decisions"]] for each in (wanted, got)]  # type: ignore[attr-defined]
-            outcome = [
-                {k: v for k, v in each.items() if k in ("met", "rung", "float_layers")}
-                for each in (wanted, got)
-            ]
-            more = len((folder / "marks").read_text()) - marks
+        for number in range(options.kills):
+            mixed = bool(number % 2)
+            run = broken(place / f"run{number}", left, fewer if mixed else {}, length, dice)
+            left -= run.killed.total()
+            letter, verdicts = run.decisions == whole.decisions, run.verdicts == whole.verdicts
+            wrong += bool(run.repeated) or not verdicts or not (letter or mixed)
             table.add_row(
-                str(run), str(lives - 1), str(narrow), ", ".join(f"{k} {v}" for k, v in places.items()),
-                str(repeated(folder)), str(more), str(same[0] == same[1]), str(alike[0] == alike[1]),
-                str(outcome[0] == outcome[1]),
+                f"fewer in {run.narrow} of {run.killed.total() + 1}" if mixed else "the same",
+                str(run.killed.total()), ", ".join(f"{rung} {n}" for rung, n in run.killed.items()),
+                str(run.repeated), str(run.scored - whole.scored),
+                "yes" if letter else "no", "the same" if verdicts else str(run.verdicts),
             )  # fmt: skip
-            if same[0] != same[1]:
-                for a, b in zip(*same, strict=False):
-                    if a != b:
-                        console.print(
-                            f"run {run}\n  unbroken: {a}\n  broken:   {b}", style="dim", highlight=False
-                        )
-            run += 1
+            if not left:
+                break
         console.print(table)
+        if wrong:
+            raise SystemExit(f"{wrong} runs differ from the unbroken one")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Every architecture on ONNX Runtime and OpenVINO: is it integer, does it answer as simulated, how fast, how big.
 
 Random weights (``bench.networks.catalogue``), max calibrator, 32 calibration examples, seed 0. One interleaved run a
-network, batch size and runtime: the float file, the same float file again (what it differs from 1 by is noise),
+network, batch size and runtime: the float file on it, the same float file again (what it differs from 1 by is noise),
 onnxruntime's quantize_static (QDQ, u8/s8 per channel, after quant_pre_process), ours, and ours after ``hs.tune`` for
 that batch on this machine: what integers slow down is left in float, and counted. On OpenVINO ours beside
 nncf.quantize. Last, what weights alone in few bits make of a larger network (``bench.weight_only``).
@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,7 @@ from halfstep.runtime.parity import Parity, compare
 from halfstep.runtime.runtimes import find_runtime
 from halfstep.runtime.sites import read_sites
 
-TRANSFORMERS = ("vit", "swin-like", "bert")
-BATCHES = (1, 8)
+TRANSFORMERS = ("vit", "small vit", "swin-like", "bert")
 #: Eight-bit products that VNNI makes where float's fused multiply-add makes one.
 VNNI_LIMIT = 4.0
 #: Whose files race for each runtime, and against whom. Each runtime has a race of its own: threads of OpenVINO spin for
@@ -82,6 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--networks", nargs="*", default=list(CATALOGUE), choices=list(CATALOGUE))
     parser.add_argument("--folder", type=Path, help="keep the files here, and take those that are there")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument(
@@ -94,12 +94,13 @@ def main() -> None:
         console = Console(width=150)
         if options.only != "race":
             for runtime in ("onnxruntime", "openvino"):
-                proofs = {name: prove(name, folder, runtime, options.threads) for name in options.networks}
+                proofs = {name: prove(name, folder, runtime, options) for name in options.networks}
                 console.print(proof_table(proofs, runtime))
         if options.only != "files":
-            run_races(options.networks, folder, options.threads, options.rounds, console)
+            run_races(folder, options, console)
         console.print(size_table(options.networks, folder))
-        console.print(weight_only.table(folder, options.threads, options.rounds))
+        if "bert" in options.networks:
+            console.print(weight_only.table(folder, options.threads, options.rounds))
 
 
 def calibrated(name: str, target: str) -> tuple[QuantizedModel, list]:
@@ -112,23 +113,23 @@ def calibrated(name: str, target: str) -> tuple[QuantizedModel, list]:
     return model, batches
 
 
-def paths(name: str, folder: Path) -> Files:
-    """Where the files of a network lie; peers' only if they are there."""
+def paths(name: str, folder: Path, batches: Sequence[int] = ()) -> Files:
+    """Where the files of a network lie; peers' only if they are there, ours tuned for these ``batches``."""
     stem = folder / name.replace(" ", "-")
     static, nncf = stem.with_suffix(".static.onnx"), stem.with_suffix(".nncf.xml")
     return Files(
         stem.with_suffix(".float.onnx"),
         stem.with_suffix(".ours.onnx"),
-        {batch: stem.with_suffix(f".tuned{batch}.onnx") for batch in BATCHES},
+        {batch: stem.with_suffix(f".tuned{batch}.onnx") for batch in batches},
         static if static.exists() else None,
         stem.with_suffix(".openvino.onnx"),
         nncf if nncf.exists() else None,
     )
 
 
-def prove(name: str, folder: Path, target: str, threads: int) -> Proof:
+def prove(name: str, folder: Path, target: str, options: argparse.Namespace) -> Proof:
     """Make our files and the peer's, and run ours against the simulation."""
-    files = paths(name, folder)
+    files, threads = paths(name, folder, options.batches), options.threads
     model, batches = calibrated(name, target)
     ours = files.ours if target == "onnxruntime" else files.ours_openvino
     hs.export_onnx(model, ours)
@@ -205,24 +206,25 @@ def same(parity: Parity) -> str:
     return "–" if parity.top1 is None else f"{parity.top1:.1%}"
 
 
-def run_races(names: list[str], folder: Path, threads: int, rounds: int, console: Console) -> None:
+def run_races(folder: Path, options: argparse.Namespace, console: Console) -> None:
+    names, batches, threads, rounds = options.networks, options.batches, options.threads, options.rounds
     for runtime, (contestants, peer) in RACES.items():
         results = {
             (name, batch): compete(
-                name, batch, entrants(paths(name, folder), batch, runtime), threads, rounds
+                name, batch, entrants(paths(name, folder, batches), batch, runtime), threads, rounds
             )
             for name in names
-            for batch in BATCHES
+            for batch in batches
         }
         settings = f"{threads} threads, {rounds} rounds or more"
         console.print(race_table(results, runtime, contestants, peer, settings))
         for ours in contestants:
             console.print(summary(results, ours, peer))
     floats = Table(title="layers that tuning left in float")
-    for column in ("network", *(f"batch {batch}" for batch in BATCHES)):
+    for column in ("network", *(f"batch {batch}" for batch in batches)):
         floats.add_column(column, justify="left" if column == "network" else "right")
     for name in names:
-        floats.add_row(name, *(left_in_float(path) for path in paths(name, folder).tuned.values()))
+        floats.add_row(name, *(left_in_float(path) for path in paths(name, folder, batches).tuned.values()))
     console.print(floats)
 
 
@@ -234,8 +236,7 @@ def race_table(
     settings: str,
 ) -> Table:
     table = Table(
-        title=f"{runtime}, {settings}, speed over onnxruntime's float (VNNI's limit for convs: {VNNI_LIMIT:.1f}, AMX's "
-        "is higher)"
+        title=f"{runtime}, {settings}, speed over its float (VNNI's limit for convs: {VNNI_LIMIT:.1f}, AMX's is higher)"
     )
     over = [f"{ours} over {peer}" for ours in contestants]
     for column in ("network", "batch", "float, ms", "null", peer, *contestants, *over):
@@ -269,12 +270,12 @@ def left_in_float(path: Path) -> str:
 
 
 def entrants(files: Files, batch: int, runtime: str) -> dict[str, tuple[Path, str]]:
-    """Who races: ONNX Runtime's float twice, and the files for one runtime."""
+    """Who races: the runtime's float twice, and the files for it."""
     files_for = {
         "onnxruntime": {"quantize_static": files.static, "ours": files.ours, "tuned": files.tuned[batch]},
         "openvino": {"nncf": files.nncf, "ours on openvino": files.ours_openvino},
     }
-    floats = dict.fromkeys(("float", "null"), (files.floating, "onnxruntime"))
+    floats = dict.fromkeys(("float", "null"), (files.floating, runtime))
     return floats | {name: (path, runtime) for name, path in files_for[runtime].items() if path}
 
 

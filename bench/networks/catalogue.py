@@ -45,6 +45,7 @@ CATALOGUE: dict[str, Entry] = {
     "efficientnet-like": Entry(EfficientNetLike, _images(96)),
     "convnext-like": Entry(ConvNeXtLike, _images(96)),
     "vit": Entry(lambda: SmallViT(96, 8, 3, 96, 4, 3, 100), _images(96)),
+    "small vit": Entry(lambda: SmallViT(patch=4, width=64, depth=4, heads=4), _images(28, 1)),
     "swin-like": Entry(SwinLike, _images(56)),
     "unet": Entry(UNet, _images(64)),
     "bert": Entry(bert, _tokens),

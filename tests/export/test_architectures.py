@@ -44,6 +44,10 @@ EXPECTED = {
         {"QLinearConv": 1, "MatMulIntegerToFloat": 16, "BiasGelu": 4, "QGemm": 1},
         tuple(f"blocks.{i}.attention.attention" for i in range(4)),
     ),
+    "small vit": Expected(
+        {"QLinearConv": 1, "MatMulIntegerToFloat": 16, "BiasGelu": 4, "QGemm": 1},
+        tuple(f"blocks.{i}.attention.attention" for i in range(4)),
+    ),
     "swin-like": Expected(
         {"QLinearConv": 1, "MatMulIntegerToFloat": 17, "QGemm": 1},
         tuple(f"stage{s}.{i}.attention.attention" for s in (1, 2) for i in range(2)),
