@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from halfstep import functional
-from halfstep.calibrators.calibrator import Calibrator, WeightCalibrator
+from halfstep.calibrators.calibrator import Calibrator, WeightCalibrator, range_of
 from halfstep.calibrators.maximum import Max
 from halfstep.errors import DataError, FormatError, NotObservedError, named
 from halfstep.formats import Codebook, Format, Integer
@@ -117,9 +117,7 @@ class FakeQuantize(nn.Module):
         return x
 
     def _observe(self, x: torch.Tensor) -> None:
-        before = self.histogram.nan_count
-        self.histogram.update(x)
-        if nans := self.histogram.nan_count - before:
+        if nans := self.histogram.update(x):
             raise DataError(
                 f"site {self.name!r}: {nans} of {x.numel()} values are NaN; look for NaN in the calibration data, or "
                 "for a layer that overflows on it"
@@ -199,7 +197,7 @@ class FakeQuantize(nn.Module):
             NotObservedError: naming the site, if nothing was.
         """
         with named(f"site {self.name!r}"):
-            ends = calibrator.range(self.histogram, self.format)
+            ends = range_of(calibrator, self.histogram, self.format)
             low, high = torch.tensor(ends[0]), torch.tensor(ends[1])
             if self.channels is None:
                 return low, high

@@ -10,7 +10,8 @@ import halfstep as hs
 from halfstep.ladder import pieces
 from halfstep.ladder.pieces import InPieces, scored
 
-X = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
+#: Quarters, so that no order of summation makes a difference.
+X = torch.randn(200, 4, generator=torch.Generator().manual_seed(0)).mul(4).round() / 4
 
 
 class Net(nn.Module):
@@ -20,6 +21,9 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.layer, self.centred, self.extra = nn.Linear(4, 3), centred, extra
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.mul_(64).round_().div_(64)
 
     def forward(self, x):
         y = self.layer(x - x.mean(0) if self.centred else x)
@@ -28,15 +32,19 @@ class Net(nn.Module):
 
 @pytest.fixture
 def took(monkeypatch):
-    """Seconds that the whole batch and then each size are said to take, round and round."""
-    seconds = [1.0, 0.5, 0.6]
+    """Seconds that are said to pass: the first batch in the smallest pieces and whole, the second in all sizes."""
+    seconds = [0.9, 1.0, 0.6, 0.7, 0.5]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
     calls = itertools.count()
     monkeypatch.setattr(pieces, "_timed", lambda work: (work(), seconds[next(calls) % len(seconds)]))
     monkeypatch.setattr(pieces, "SIZES", (64, 32))
-    return seconds
+    yield seconds
+    torch.set_num_threads(threads)
 
 
 def watched(q):
+    """Sizes as they run; of those side by side the order is no one's."""
     sizes = []
     q.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
     return sizes
@@ -44,10 +52,15 @@ def watched(q):
 
 @pytest.mark.parametrize(
     ("seconds", "expected"),
-    [([1.0, 0.5, 0.6], [64, 64, 64, 8]), ([1.0, 0.5, 0.4], [32] * 6 + [8]), ([1.0, 0.95, 0.1], [200])],
+    [
+        ([0.6, 0.7, 0.5], [8, 64, 64, 64]),  # of 32, 100 and 64
+        ([0.4, 0.7, 0.5], [8] + [32] * 6),
+        ([1.3, 0.8, 0.9], [100, 100]),
+        ([1.3, 1.2, 1.1], [200]),
+    ],
 )
 def test_the_third_batch_runs_at_the_size_that_was_fastest(took, seconds, expected):
-    took[:] = seconds
+    took[2:] = seconds
     q = hs.prepare(Net(), X[:2])
     sizes, model = watched(q), InPieces(q)
     with torch.no_grad():
@@ -55,7 +68,18 @@ def test_the_third_batch_runs_at_the_size_that_was_fastest(took, seconds, expect
         assert torch.equal(model(X), whole) and torch.equal(model(X), whole)
         sizes.clear()
         assert torch.equal(model(X), whole)
-    assert sizes == expected
+    assert sorted(sizes) == expected
+
+
+def test_the_second_batch_does_where_the_first_was_clearly_faster_so(took):
+    took[0] = 0.4
+    q = hs.prepare(Net(), X[:2])
+    sizes, model = watched(q), InPieces(q)
+    with torch.no_grad():
+        model(X)
+        sizes.clear()
+        assert torch.equal(model(X), q(X))
+    assert sorted(sizes) == [8] + [32] * 6 + [200]
 
 
 def test_what_depends_on_the_other_examples_is_never_cut(took):
@@ -83,11 +107,13 @@ def test_other_shapes_and_other_layers_in_float_are_tried_anew(took):
     with torch.no_grad():
         for _ in range(3):
             model(X)
+        sizes.clear()
         model(X[:150])  # a shape that was not checked
-        assert sizes[-1] == 150
+        assert 150 in sizes
         q.float_layers = ["layer"]
+        sizes.clear()
         model(X)
-        assert sizes[-1] == 200
+        assert 200 in sizes
 
 
 def test_a_score_sees_whole_batches_and_the_same_answers_as_without(took):

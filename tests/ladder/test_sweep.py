@@ -255,3 +255,35 @@ def test_calibrators_are_mixed_only_where_the_nearest_one_misses(model, monkeypa
     assert len(search.evaluations) == 3 and f"3 of {len(found.candidates)} candidates" in search.decisions[-1]
     assert [str(candidate) for candidate in found.candidates] == [str(each) for each in whole.candidates]
     assert [each.fidelity for each in found.candidates] == [each.fidelity for each in whole.candidates]
+
+
+def test_what_is_clearly_worse_is_seen_on_few_examples(model, monkeypatch):
+    monkeypatch.setattr(ptq, "REPAIR_SECONDS", 0.0)
+    inputs = images(2000, 3)
+    with torch.no_grad():
+        labels = model(inputs).argmax(1)
+    metric = hs.Accuracy(list(zip(inputs.split(500), labels.split(500), strict=True)))
+    search = Search(observed(model, 8, 8), metric, Goal(-1.0, metric.evaluate(model), bounds=(0.0, 1.0)))
+    options = BestOf((hs.Max(), hs.Percentile(50)), mixed=False, weights=(hs.Max(),))
+    score = climb_ptq(search, options)
+    first, second = search.evaluations
+    assert first.what == "PTQ, max, weights by max" and first.share == 1 and first.score == score.value
+    assert second.what == "PTQ, percentile(50), weights by max" and second.share < 1
+    assert "1 of 2 candidates were evaluated" in search.decisions[-1]
+    assert search.goal.max_drop == -1.0 and search.best.score.value == score.value
+
+
+def test_what_may_be_better_is_evaluated_whole(model, monkeypatch):
+    monkeypatch.setattr(ptq, "REPAIR_SECONDS", 0.0)
+    inputs = images(300, 3)
+    with torch.no_grad():
+        labels = model(inputs).argmax(1)
+    metric = hs.Accuracy([(inputs, labels)])
+    search = Search(observed(model, 8, 8), metric, Goal(-1.0, metric.evaluate(model), bounds=(0.0, 1.0)))
+    found = hs.calibrate(
+        search.model, hs.best_of(hs.Max(), hs.Percentile(50), weights=(hs.Max(),), mixed=False)
+    )
+    turned = dataclasses.replace(found, candidates=found.candidates[::-1])
+    judged, score = ptq._judged(search, turned, 2)
+    assert str(judged.best) == "max, weights by max" and judged.evaluations == 2
+    assert score.count == 300 and score.value > judged.candidates[1].score

@@ -256,3 +256,25 @@ def test_batch_ranges_are_kept_only_when_asked_for() -> None:
 def test_repr_says_what_was_seen() -> None:
     assert repr(Histogram()) == "Histogram(empty)"
     assert repr(observed(torch.tensor([-1.0, 2.5]))) == "Histogram(count=2, min=-1, max=2.5)"
+
+
+@pytest.mark.parametrize(
+    "kind", ["normal", "relu", "constant", "ascending", "few kinds", "negative zeros", "infinite"]
+)
+def test_the_ends_of_a_first_block_are_those_of_its_sorted_samples(kind: str) -> None:
+    x = torch.randn(20_000, generator=torch.Generator().manual_seed(0))
+    x = {
+        "normal": x,
+        "relu": x.relu(),
+        "constant": torch.full_like(x, -1.5),
+        "ascending": x.sort().values,
+        "few kinds": x.round(),
+        "negative zeros": -x.relu(),
+        "infinite": torch.where(x > 3, torch.inf, x),
+    }[kind]
+    histogram = Histogram()
+    histogram.update(x)
+    finite = x[x.isfinite()].sort().values + 0.0
+    for rank in (1, 2, 1023, 1024):
+        assert histogram.nth(rank) == float(finite[rank - 1])
+        assert histogram.nth(finite.numel() + 1 - rank) == float(finite[-rank])

@@ -1,6 +1,6 @@
 """Calibrators: which range a format shall cover, asked of a histogram or of a weight."""
 
-from halfstep.calibrators.calibrator import Calibrator, WeightCalibrator
+from halfstep.calibrators.calibrator import Calibrator, WeightCalibrator, range_of
 from halfstep.calibrators.concerns import Concern, data_concerns, disagreements, unlike, unsteady
 from halfstep.calibrators.entropy import Entropy
 from halfstep.calibrators.fitted import fitted_codebook
@@ -23,6 +23,7 @@ __all__ = [
     "disagreements",
     "fitted_codebook",
     "levels",
+    "range_of",
     "unlike",
     "unsteady",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -32,6 +33,13 @@ class WeightCalibrator(Protocol):
 
     def weight_range(self, weight: Tensor, format: Format, granularity: Granularity) -> tuple[Tensor, Tensor]:
         """Return (low, high), both float32 of ``granularity.parameter_shape(weight.shape)``."""
+
+
+def range_of(calibrator: Calibrator, histogram: Histogram, format: Format) -> tuple[float, float]:
+    """What a calibrator answers, searched once for what a histogram holds."""
+    if not isinstance(calibrator, Hashable):
+        return calibrator.range(histogram, format)
+    return histogram.once((calibrator, format), lambda: calibrator.range(histogram, format))
 
 
 def cover(low: float, high: float, format: Format) -> tuple[float, float]:

@@ -6,10 +6,12 @@ is the only one that speaks to torch's exporter.
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import onnx
 import onnx_ir as ir
@@ -21,9 +23,10 @@ from halfstep.errors import ExportError
 from halfstep.graph.capture import quiet
 from halfstep.graph.insert import insert
 from halfstep.graph.names import readable_names
-from halfstep.graph.placement import Placement, Position, Site
+from halfstep.graph.placement import Position, Site
 from halfstep.graph.rooted import PREFIX, rooted
 from halfstep.graph.shapes import Axes, varies
+from halfstep.identity import Identity
 from halfstep.model import QuantizedModel
 
 OPSET = 21
@@ -68,13 +71,55 @@ def _marker() -> Any:
     return translate
 
 
+#: The last translation of each model, with markers, and what it was made from.
+_known: WeakKeyDictionary[QuantizedModel, tuple[str, torch.onnx.ONNXProgram]] = WeakKeyDictionary()
+
+
 def trace(model: QuantizedModel, quantized: bool) -> ir.Model:
     """The network as ONNX, opset 21, with a dynamic batch and what else may vary.
+
+    The exporter takes seconds, so the float network is the quantized one without its markers, and a network that has
+    not changed is not translated again.
 
     Args:
         model: the network; its parameters are read as they are.
         quantized: put a marker on every position of every site (its ``name`` attribute says which); otherwise the
             plain float network.
+
+    Raises:
+        ExportError: if an operator has no translation to ONNX, with torch's words.
+    """
+    program = _translated(model, quantized)
+    found = program.model.clone()
+    if not quantized:
+        for node in [node for node in found.graph.all_nodes() if node.domain == DOMAIN]:
+            (source,) = node.inputs
+            assert source is not None
+            ir.convenience.replace_all_uses_with(node.outputs[0], source, replace_graph_outputs=True)
+            assert node.graph is not None
+            node.graph.remove(node, safe=True)
+        program = torch.onnx.ONNXProgram(found, program.exported_program)
+        with quiet():
+            program.optimize()
+        found = program.model
+    inputs = _inputs(model)
+    names = [str(node.target) for node in inputs]
+    _name(found.graph, names, model.captured.out_spec.names(names))
+    _name_sizes(found.graph, [node.meta["val"].shape for node in inputs], model.captured.axes)
+    return found
+
+
+def _inputs(model: QuantizedModel) -> list[fx.Node]:
+    nodes = (node for node in model.graph.nodes if node.op == "placeholder")
+    return [node for node in nodes if isinstance(node.meta.get("val"), torch.Tensor)]
+
+
+def _translated(model: QuantizedModel, corrected: bool) -> torch.onnx.ONNXProgram:
+    """The network with markers, as torch translates it.
+
+    Args:
+        model: the network.
+        corrected: whether biases have their shifts; those that are stored in steps have a marker in either case.
 
     Raises:
         ExportError: if an operator has no translation to ONNX, with torch's words.
@@ -85,14 +130,20 @@ def trace(model: QuantizedModel, quantized: bool) -> ir.Model:
         node.meta = {**value.meta, "nn_module_stack": {"": (site.name, "halfstep.Site")}}
         return node
 
-    placement = model.placement if quantized else Placement((), (), ())
-    inserted = insert(model.graph, placement, mark, tied=True)
+    inserted = insert(model.graph, model.placement, mark, tied=True)
     for original, name in readable_names(model.graph).items():
         # The exporter writes this stack into the metadata of every node that it makes.
         inserted.copies[original].meta["nn_module_stack"] = {"": (name, "halfstep.Layer")}
     module = rooted(inserted.graph, model.captured.module).eval()
-    if quantized:
-        _mark_biases(module, model, inserted.copies)
+    _mark_biases(module, model, inserted.copies, corrected)
+    read = [
+        (node.target, operator.attrgetter(node.target)(module))
+        for node in module.graph.find_nodes(op="get_attr")
+    ]
+    key = Identity(module.code, read, OPSET).digest
+    known, translated = _known.get(model, ("", None))
+    if translated is not None and known == key:
+        return translated
     args, kwargs = model.captured.example_inputs
     flat, _ = pytree.tree_flatten((args, kwargs))
     tensors = [x.detach().cpu() if isinstance(x, torch.Tensor) else x for x in flat]
@@ -123,11 +174,8 @@ def trace(model: QuantizedModel, quantized: bool) -> ir.Model:
     finally:
         module.to(device)
     assert program is not None
-    names = [str(node.target) for node in inputs if isinstance(node.meta.get("val"), torch.Tensor)]
-    _name(program.model.graph, names, model.captured.out_spec.names(names))
-    traced = [value.shape for value in values if isinstance(value, torch.Tensor)]
-    _name_sizes(program.model.graph, traced, model.captured.axes)
-    return program.model
+    _known[model] = key, program
+    return program
 
 
 def _name(graph: ir.Graph, inputs: Sequence[str], outputs: Sequence[str]) -> None:
@@ -159,7 +207,9 @@ def _name_sizes(graph: ir.Graph, traced: Sequence[Sequence[Any]], axes: Axes) ->
             value.shape = ir.Shape(map(renamed, value.shape))
 
 
-def _mark_biases(module: fx.GraphModule, model: QuantizedModel, copies: dict[fx.Node, fx.Node]) -> None:
+def _mark_biases(
+    module: fx.GraphModule, model: QuantizedModel, copies: dict[fx.Node, fx.Node], corrected: bool
+) -> None:
     """Let quantized layers read their biases as they are simulated.
 
     Those that are stored in steps get a marker that carries their layer's name; those that are only shifted become
@@ -167,7 +217,7 @@ def _mark_biases(module: fx.GraphModule, model: QuantizedModel, copies: dict[fx.
     """
     for layer in model.layers:
         shift = model.shifts.get(layer.name)
-        if shift is None or (shift.steps is None and not bool(shift.shift.any())):
+        if shift is None or (shift.steps is None and not (corrected and bool(shift.shift.any()))):
             continue
         node = copies[layer.operator.node]
         old = node.args[2]
@@ -183,8 +233,8 @@ def _mark_biases(module: fx.GraphModule, model: QuantizedModel, copies: dict[fx.
                 name = f"{leaf}_of_{layer.name.replace('.', '_').replace(':', '_')}"
                 bias = layer.operator.bias
                 assert bias is not None
-                corrected = shift.corrected(model.weight(str(bias.target)).detach())
-                module.get_submodule(owner).register_buffer(name, corrected)
+                shifted = shift.corrected(model.weight(str(bias.target)).detach())
+                module.get_submodule(owner).register_buffer(name, shifted)
                 new = module.graph.get_attr(f"{owner}.{name}" if owner else name)
                 new.meta = dict(old.meta)
         node.update_arg(2, new)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import overload
 
@@ -14,12 +14,13 @@ from halfstep.calibrators import Calibrator, Max, WeightCalibrator
 from halfstep.errors import ArgumentError, DataError, named
 from halfstep.fake_quantize import Mode
 from halfstep.graph.inputs import ModelInputs, batch_size, call_arguments, tensors_of
+from halfstep.ladder.abreast import abreast
 from halfstep.ladder.best_of import BestOf
 from halfstep.ladder.candidates import Sweep
-from halfstep.ladder.concerns import concerns, sentences
+from halfstep.ladder.concerns import BATCH, concerns, sentences
 from halfstep.ladder.ranges import activation_answers, activation_sites, set_ranges, weight_answers
 from halfstep.ladder.sweep import sweep
-from halfstep.model import QuantizedModel
+from halfstep.model import QuantizedModel, run
 from halfstep.progress import track
 from halfstep.statistics import Histogram
 
@@ -37,6 +38,7 @@ def observe(
 ) -> dict[str, Histogram]:
     """Run the float network once over ``batches``; every activation's site fills its histogram.
 
+    Batches run side by side where memory has room, so a few are taken before the first is done.
     Observing again adds to what is there. The first examples are kept in ``model.sample`` for scoring without labels
     and for repairs: at most :data:`SAMPLE_EXAMPLES` and :data:`SAMPLE_BYTES`, but :data:`SAMPLE_LEAST` of them even so,
     if :data:`SAMPLE_MOST_BYTES` have room. Warns where they have not.
@@ -56,13 +58,18 @@ def observe(
     if batch_ranges:
         _keep_batch_ranges(model)
     seen = 0
+    ordered = any(module.histogram.keeps_batch_ranges for module in activation_sites(model).values())
+
+    def work(index: int, inputs: ModelInputs) -> ModelInputs:
+        BATCH.set(index)
+        with named(f"calibration batch {index}"):
+            run(model, inputs)
+        return inputs
+
     with model.using(Mode.OBSERVE), torch.no_grad():
-        for index, inputs in enumerate(track(batches, "observing")):
-            with named(f"calibration batch {index}"):
-                args, kwargs = call_arguments(inputs)
-                model(*args, **kwargs)
-                _keep(model, inputs)
-                seen += batch_size(inputs)
+        for inputs in abreast(model, work, _own(model, track(batches, "observing")), ordered):
+            _keep(model, inputs)
+            seen += batch_size(inputs)
     if not seen:
         raise DataError(
             "calibration data: got no batch, needed at least one (a generator can be used only once)"
@@ -78,6 +85,18 @@ def observe(
             stacklevel=2,
         )
     return {name: module.histogram for name, module in activation_sites(model).items()}
+
+
+def _own(model: QuantizedModel, batches: Iterable[ModelInputs]) -> Iterator[ModelInputs]:
+    """Copies of batches that the model takes: whoever made them may use the memory again for the next one.
+
+    Raises:
+        DataError: naming the batch, if it has a wrong shape or type.
+    """
+    for index, inputs in enumerate(batches):
+        with named(f"calibration batch {index}"):
+            model.flatten(*call_arguments(inputs))
+        yield pytree.tree_map_only(torch.Tensor, torch.clone, inputs)
 
 
 def _keep_batch_ranges(model: QuantizedModel) -> None:

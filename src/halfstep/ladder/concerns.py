@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from halfstep.calibrators import Calibrator, Concern, data_concerns, disagreements, unlike, unsteady
+from halfstep.calibrators import (
+    Calibrator,
+    Concern,
+    data_concerns,
+    disagreements,
+    range_of,
+    unlike,
+    unsteady,
+)
 from halfstep.errors import named
 from halfstep.fake_quantize import Mode
-from halfstep.graph.inputs import ModelInputs, batch_size
+from halfstep.graph.inputs import ModelInputs, batch_size, call_arguments
+from halfstep.ladder.abreast import abreast
 from halfstep.ladder.ranges import activation_sites
 from halfstep.model import QuantizedModel, run
 from halfstep.progress import track
@@ -109,7 +120,7 @@ def concerns(
         at_site = data_concerns(histogram, calibrators)
         if histogram.count:
             if len(calibrators) > 1:
-                at_site += disagreements({c: c.range(histogram, module.format) for c in calibrators})
+                at_site += disagreements({c: range_of(c, histogram, module.format) for c in calibrators})
             at_site += _unlike(name, histogram, seen)
         found += [SiteConcern(name, concern) for concern in at_site]
     return tuple(found)
@@ -140,30 +151,36 @@ def look(model: QuantizedModel, batches: Iterable[ModelInputs], seen: Seen) -> S
     Raises:
         DataError: a batch has a wrong shape or type.
     """
-    with _counting(model, seen, lambda size: size), model.using(Mode.FLOAT), torch.no_grad():
+
+    def examples() -> Iterator[ModelInputs]:
         for index, inputs in enumerate(track(batches, "looking at evaluation data")):
             with named(f"evaluation batch {index}"):
                 if count := seen.take(batch_size(inputs)):
-                    run(model, model.captured.examples(inputs, 0, count))
+                    part = model.captured.examples(inputs, 0, count)
+                    model.flatten(*call_arguments(part))
+                    yield part
             if seen.full:
                 break
+
+    with _counting(model, seen, lambda size: size), model.using(Mode.FLOAT), torch.no_grad():
+        for _ in abreast(model, lambda _, part: run(model, part), examples()):
+            pass
     return seen
 
 
 @contextmanager
 def _counting(model: QuantizedModel, seen: Seen, take: Callable[[int], int]) -> Iterator[None]:
     """Count the first examples of every batch that runs in the block, as many as ``take`` says of its size."""
-    size = count = 0
+    here = threading.local()  # several batches may run at once
 
     def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal size, count
-        size = batch_size(kwargs or args)
-        count = take(size)
+        here.size = batch_size(kwargs or args)
+        here.count = take(here.size)
 
     def look_at(name: str, x: Tensor) -> None:
-        if count:
-            by_example = x.dim() > 0 and len(x) % size == 0  # also (batch * heads, ...)
-            seen.histograms[name].update(x[: len(x) // size * count] if by_example else x)
+        if here.count:
+            by_example = x.dim() > 0 and len(x) % here.size == 0  # also (batch * heads, ...)
+            seen.histograms[name].update(x[: len(x) // here.size * here.count] if by_example else x)
 
     handles = [model.register_forward_pre_hook(begin, with_kwargs=True)]
     handles += [
@@ -185,6 +202,21 @@ def _unlike(name: str, calibrated: Histogram, seen: Seen) -> list[Concern]:
     return [replace(concern, message=f"{concern.message}; {seen}") for concern in unlike(calibrated, now)]
 
 
+#: Which batch the thread observes, from 0.
+BATCH: ContextVar[int] = ContextVar("batch")
+
+
+class _ByTurns(Histogram):
+    """Hands the batches that are observed to two histograms by turns, in the order of the data."""
+
+    def __init__(self, *halves: Histogram) -> None:
+        super().__init__()
+        self._halves = halves
+
+    def update(self, x: Tensor) -> int:
+        return self._halves[BATCH.get() % 2].update(x)
+
+
 @contextmanager
 def halving(model: QuantizedModel) -> Iterator[list[SiteConcern]]:
     """Let the batches that are observed in the block fill two histograms a site by turns, and compare their ranges.
@@ -198,19 +230,11 @@ def halving(model: QuantizedModel) -> Iterator[list[SiteConcern]]:
     found: list[SiteConcern] = []
     sites = activation_sites(model)
     halves = [(module.histogram, Histogram()) for module in sites.values()]
-    turn = 1
-
-    def swap(*_: Any) -> None:
-        nonlocal turn
-        turn = 1 - turn
-        for module, pair in zip(sites.values(), halves, strict=True):
-            module.histogram = pair[turn]
-
-    handle = model.register_forward_pre_hook(swap)
+    for module, pair in zip(sites.values(), halves, strict=True):
+        module.histogram = _ByTurns(*pair)
     try:
         yield found
     finally:
-        handle.remove()
         for (name, module), (first, second) in zip(sites.items(), halves, strict=True):
             if first.count and second.count:
                 found += [SiteConcern(name, concern) for concern in unsteady(first, second, module.format)]

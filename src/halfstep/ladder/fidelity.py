@@ -13,6 +13,7 @@ from torch import Tensor
 from halfstep.errors import ArgumentError, MetricError, NotObservedError
 from halfstep.fake_quantize import Mode
 from halfstep.graph.inputs import ModelInputs, batch_size
+from halfstep.ladder.abreast import abreast
 from halfstep.model import QuantizedModel, run
 from halfstep.progress import track
 from halfstep.runtime.parity import compared, decibels, error_power, power
@@ -84,26 +85,28 @@ class Reference:
         self.batches = list(_first(model, batches, examples))
         self.examples = sum(map(batch_size, self.batches))
         with model.using(Mode.FLOAT), torch.no_grad():
-            outputs = [run(model, batch) for batch in track(self.batches, "float outputs")]
+            found = abreast(model, lambda _, batch: run(model, batch), track(self.batches, "float outputs"))
+            outputs = list(found)
         self._outputs = [compared(output) for output in outputs]
+        self._signal = sum(map(power, self._outputs))
         if not self._outputs[0]:
             raise MetricError(f"the model's outputs ({type(outputs[0]).__name__}) hold no tensor to compare")
+        self._decisions = sum(math.prod(wanted[0].shape[:-1]) for wanted in self._outputs)
         self.passes = 1
 
     def compare(self, model: QuantizedModel, what: str = "comparing") -> Fidelity:
         """Run ``model`` as it stands over the examples, and compare."""
-        divergence = signal = noise = 0.0
-        decisions = 0
+
+        def work(index: int, batch: ModelInputs) -> tuple[float, float]:
+            wanted, got = self._outputs[index], compared(run(model, batch))
+            divergence = float(divergences(wanted[0], got[0]).sum()) if self.has_classes else math.nan
+            return divergence, error_power(wanted, got)
+
         with torch.no_grad():
-            for index, batch in enumerate(track(self.batches, what)):
-                wanted, got = self._outputs[index], compared(run(model, batch))
-                if self.has_classes:
-                    divergence += float(divergences(wanted[0], got[0]).sum())
-                    decisions += math.prod(wanted[0].shape[:-1])
-                signal += power(wanted)
-                noise += error_power(wanted, got)
+            found = list(abreast(model, work, track(self.batches, what)))
         self.passes += 1
-        return Fidelity(divergence / decisions if self.has_classes else math.nan, decibels(signal, noise))
+        divergence, noise = (sum(column) for column in zip(*found, strict=True))
+        return Fidelity(divergence / self._decisions, decibels(self._signal, noise))
 
     @property
     def has_classes(self) -> bool:

@@ -1,14 +1,16 @@
 """Batches in pieces of the size that a network runs fastest at, where its answers do not depend on that.
 
 A layer's output for a large batch is memory that the operating system hands over page by page; small ones stay in the
-caches. Which size is best depends on the network and the machine, so it is measured on the first batches.
+caches. Pieces are computed side by side. Which size is best depends on the network and the machine, so it is measured
+on the first batches.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,19 +19,29 @@ from torch.utils import _pytree as pytree
 from halfstep.evaluate import DataMetric, Scorer, parts
 from halfstep.graph.inputs import batch_size, tensors_of
 from halfstep.model import QuantizedModel, run
+from halfstep.side_by_side import side_by_side
 
-#: Sizes that are tried, the first one before the others: no others are tried where that gains nothing.
-SIZES = (64, 32, 128)
-#: The share of a whole batch's time that pieces must take at most; less than that may be noise.
-WORTHWHILE = 0.9
+#: Sizes that are tried beside a piece for each thread, the smallest on the first batch.
+SIZES = (256, 128, 64)
+#: Pieces that take less than this share of a whole batch's time need no comparison with others.
+CLEARLY = 0.5
+
+
+class _Cut(NamedTuple):
+    """How a batch is cut: examples a piece, and how many pieces run at once; None for as many as there are threads."""
+
+    size: int
+    workers: int | None = 1
 
 
 class InPieces(nn.Module):
     """A model that takes batches as they are, runs them in pieces where that is faster, and returns whole answers.
 
-    The first batch of a shape runs whole. The second one runs whole and in pieces: a size is used from then on if its
-    answer is equal to the last bit. What was found holds for the same shapes, mode and layers in float: kernels, and
-    with them the order of sums, are chosen by these and not by values.
+    The first batch of a shape runs in pieces of one size and whole. They are used from then on if they are clearly
+    faster; else the second batch runs in pieces of other sizes too. A size is used only if its answer is equal to the
+    last bit, side by side or, where that makes a difference, one after the other. A batch runs whole once: where
+    another process keeps a core busy, that may take as long as a hundred in pieces. What was found holds for the same
+    shapes, mode and layers in float: kernels, and with them the order of sums, are chosen by these and not by values.
 
     Args:
         model: what runs.
@@ -38,8 +50,10 @@ class InPieces(nn.Module):
     def __init__(self, model: QuantizedModel) -> None:
         super().__init__()
         self.model = model
-        self._warm: set[object] = set()  # what ran once
-        self._sizes: dict[object, int] = {}  # of pieces, by what runs
+        self._cuts: dict[object, _Cut] = {}  # by what runs
+        self._tried: dict[
+            object, tuple[_Cut, float]
+        ] = {}  # one that gave the whole answer, and seconds without it
 
     def __getattr__(self, name: str) -> Any:
         """Whatever else a metric's function asks of a model is the model's."""
@@ -51,43 +65,73 @@ class InPieces(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns for the same arguments."""
         inputs = kwargs or args
-        kind = self._kind(inputs)
-        if kind in self._sizes:
-            return self._in_pieces(inputs, self._sizes[kind])
-        if kind in self._warm:
-            answer, self._sizes[kind] = self._find(inputs)
-            return answer
-        self._warm.add(kind)
-        return self.model(*args, **kwargs)
+        kind, sizes = self._kind(inputs), _sizes(batch_size(inputs))
+        if kind in self._cuts:
+            return self._in_pieces(inputs, self._cuts[kind])
+        if not sizes:
+            return run(self.model, inputs)
+        if kind not in self._tried:
+            return self._compare(kind, inputs, sizes)
+        answer, self._cuts[kind] = self._find(inputs, sizes, *self._tried.pop(kind))
+        return answer
 
     def _kind(self, inputs: Any) -> object:
         shapes = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors_of(inputs)]
         modes = [site.mode for site in self.model.sites.values()]
         return repr((shapes, modes, self.model.choices.to_dict()))
 
-    def _find(self, inputs: Any) -> tuple[Any, int]:
-        """The whole answer, and the size that gives the same one in the least time; the batch's own where none does."""
-        count = batch_size(inputs)
+    def _compare(self, kind: object, inputs: Any, sizes: Sequence[int]) -> Any:
+        """The whole answer to the first batch, after the same in the smallest pieces."""
+        whole, cut = _Cut(batch_size(inputs)), _Cut(sizes[-1], self._workers())
+        pieces, least = _timed(lambda: self._in_pieces(inputs, cut))
         answer, seconds = _timed(lambda: run(self.model, inputs))
-        best, least = count, WORTHWHILE * seconds
-        for size in (size for size in SIZES if size <= count // 2):
-            pieces, seconds = _timed(lambda size=size: self._in_pieces(inputs, size))  # type: ignore[misc]
-            if seconds < least and pieces is not None and _equal(answer, pieces):
-                best, least = size, seconds
-            if best == count:
-                break
-        return answer, best
+        if cut.workers != 1 and pieces is not None and not _equal(answer, pieces):
+            # Operators may add up in another order where several threads share them.
+            cut = _Cut(cut.size)
+            pieces, least = _timed(lambda: self._in_pieces(inputs, cut))
+        if pieces is None or not _equal(answer, pieces):
+            self._cuts[kind] = whole
+        elif least < CLEARLY * seconds or len(sizes) == 1:
+            self._cuts[kind] = cut if least <= seconds else whole
+        else:
+            self._tried[kind] = cut, seconds
+        return answer
 
-    def _in_pieces(self, inputs: Any, size: int) -> Any:
+    def _find(self, inputs: Any, sizes: Sequence[int], cut: _Cut, seconds: float) -> tuple[Any, _Cut]:
+        """The answer to the second batch, and the cut that gives it in the least time.
+
+        No smaller size is tried behind one that is slower than the one before.
+
+        Args:
+            inputs: the batch.
+            sizes: to be tried, descending.
+            cut: of the last of them, which gave the whole answer.
+            seconds: that a whole batch took.
+        """
+        answer, least = _timed(lambda: self._in_pieces(inputs, cut))
+        best, before = cut, math.inf
+        for size in sizes[:-1]:
+            other = cut._replace(size=size)
+            pieces, took = _timed(lambda other=other: self._in_pieces(inputs, other))  # type: ignore[misc]
+            if took < least and _equal(answer, pieces):
+                best, least = other, took
+            if took > before:
+                break
+            before = took
+        return answer, best if least <= seconds else _Cut(batch_size(inputs))
+
+    def _workers(self) -> int | None:
+        """How many pieces run at once: one on an accelerator, which is shared anyway."""
+        return None if self.model.device.type == "cpu" else 1
+
+    def _in_pieces(self, inputs: Any, cut: _Cut) -> Any:
         """The answer put together from pieces; None if something in it does not belong to single examples."""
-        count = batch_size(inputs)
+        count, (size, workers) = batch_size(inputs), cut
         if size >= count:
             return run(self.model, inputs)
         starts = range(0, count, size)
-        each = [
-            run(self.model, self.model.captured.examples(inputs, start, min(count, start + size)))
-            for start in starts
-        ]
+        parts = (self.model.captured.examples(inputs, start, min(count, start + size)) for start in starts)
+        each = list(side_by_side(lambda part: run(self.model, part), parts, workers))
         leaves = [pytree.tree_leaves(answer) for answer in each]
         for start, some in zip(starts, leaves, strict=True):
             rows = min(size, count - start)
@@ -95,6 +139,16 @@ class InPieces(nn.Module):
                 return None
         joined = [torch.cat(column) for column in zip(*leaves, strict=True)]
         return pytree.tree_unflatten(joined, pytree.tree_structure(each[0]))
+
+
+def _sizes(count: int) -> list[int]:
+    """The sizes to try for a batch: the one that gives each thread a piece, and smaller ones, descending; two at least.
+
+    >>> _sizes(1)
+    []
+    """
+    share = min(-(-count // torch.get_num_threads()), (count + 1) // 2)
+    return [size for size in (share, *(size for size in SIZES if size < share)) if size > 1]
 
 
 def scored(model: QuantizedModel, scorer: Scorer) -> nn.Module:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from halfstep import functional
-from halfstep.calibrators import MSE, Calibrator, Entropy, Max, Percentile
+from halfstep.calibrators import MSE, Calibrator, Entropy, Max, Percentile, range_of
 from halfstep.errors import HalfstepError
 from halfstep.fake_quantize import FakeQuantize
 from halfstep.graph.inputs import tensors_of
@@ -200,7 +200,7 @@ def _ranges(module: FakeQuantize) -> dict[str, list[float]]:
     found = {}
     for calibrator in CALIBRATORS:
         try:
-            low, high = calibrator.range(module.histogram, module.format)
+            low, high = range_of(calibrator, module.histogram, module.format)
         except HalfstepError:
             continue  # too few values for this one
         found[str(calibrator)] = [float(low), float(high)]

@@ -8,12 +8,12 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import fx
 
 from halfstep.errors import ArgumentError, NotObservedError
 from halfstep.evaluate import logits_of
 from halfstep.graph.inputs import ModelInputs, batch_size
 from halfstep.graph.operators import WEIGHTED, describe
+from halfstep.ladder.abreast import example_bytes
 from halfstep.ladder.fidelity import divergences
 from halfstep.ladder.replay import FLOAT, Replay, Wiring, quantizing, wiring
 from halfstep.ladder.search import Search
@@ -60,7 +60,7 @@ class Probe:
 
     def _cut(self, examples: int) -> Iterator[ModelInputs]:
         """The kept examples in parts whose activations fit the memory set aside for them."""
-        held = sum(_example_bytes(node) for node in self.replay.nodes if node.op == "call_function")
+        held = sum(example_bytes(node) for node in self.replay.nodes if node.op == "call_function")
         size = max(1, HELD_BYTES // max(held, 1))
         for batch in self.model.sample:
             stop = min(batch_size(batch), examples)
@@ -145,11 +145,3 @@ def _loss(wanted: Any, got: Any, by: Loss) -> float:
     if by == "kl":
         return float(divergences(logits_of(wanted), logits_of(got)).sum())
     return error_power(compared(wanted), compared(got))
-
-
-def _example_bytes(node: fx.Node) -> int:
-    """Bytes of a node's value for one example, as far as its traced shape tells."""
-    value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor):
-        return 0
-    return math.prod(size for size in value.shape if isinstance(size, int)) * value.element_size()

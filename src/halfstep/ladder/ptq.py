@@ -59,7 +59,7 @@ def climb_ptq(search: Search, options: BestOf | None = None) -> Score:
 
 
 def _judged(search: Search, found: Sweep, finalists: int) -> tuple[Sweep, Score]:
-    """Let the metric decide among the first few, until one meets the goal."""
+    """Let the metric decide among the first few, until one meets the goal; those that are worse early on drop out."""
     return judge(
         found,
         search.model,
@@ -67,6 +67,7 @@ def _judged(search: Search, found: Sweep, finalists: int) -> tuple[Sweep, Score]
         search.goal.loss,
         search.goal.met,
         finalists,
+        lambda candidate, best: search.rivals(f"PTQ, {candidate}", best),
     )
 
 

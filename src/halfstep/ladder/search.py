@@ -227,6 +227,25 @@ class Search:
         self._record(what, verdict, time.perf_counter() - start, count, self._stopper.total, key)
         return verdict
 
+    def rivals(self, what: str, best: Score) -> bool:
+        """Whether the simulation as it stands may do as well as a candidate that was evaluated.
+
+        Both are compared example by example, on as few as it takes to see that this one is worse; all would say
+        otherwise with a probability of at most 1 - confidence. True where no verdict can be early.
+
+        Args:
+            what: the candidate, in words.
+            best: the other one's score, on all examples.
+        """
+        if self.never_early or not self.early:
+            return True
+        goal = self.goal
+        self.goal = replace(goal, max_drop=goal.drop(best), strict=False)
+        try:
+            return self.judge(what).met
+        finally:
+            self.goal = goal
+
     @property
     def picks(self) -> bool:
         """Whether examples that were scored for an early verdict need not be scored again to go on from there."""
@@ -403,7 +422,8 @@ def float_evaluation(
     """
     journal = journal or Journal()
     made: list[Evaluation] = []
-    network = model.handed_over
+    # In float32 it is the model itself, which may run in pieces.
+    network = scored(model, scorer) if model.handed_over is model else model.handed_over
 
     def once(what: str, key: str, score_it: Callable[[], tuple[Score, int | None]]) -> Score:
         for entry in journal.of("evaluation"):

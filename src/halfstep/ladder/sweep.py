@@ -73,6 +73,7 @@ def judge(
     loss: Callable[[Score], float],
     enough: Callable[[Score], bool],
     finalists: int = FINALISTS,
+    rivals: Callable[[Candidate, Score], bool] = lambda *_: True,
 ) -> tuple[Sweep, Score]:
     """Let the metric decide among the first few candidates; the model is left with the winner's ranges.
 
@@ -83,18 +84,23 @@ def judge(
         loss: of a score, less is better; the measure decides ties.
         enough: whether a score is good enough not to look any further.
         finalists: how many are evaluated at most.
+        rivals: whether a candidate may be as good as one with that score, the best so far; it is evaluated only then.
 
     Returns:
         The sweep with scores, winner first, and the winner's score.
     """
     judged: list[tuple[Candidate, Score]] = []
+    worse: list[Candidate] = []
     for candidate in found.candidates[:finalists]:
         candidate.apply(model)
+        if judged and not rivals(candidate, min((score for _, score in judged), key=loss)):
+            worse.append(candidate)
+            continue
         score = evaluate(candidate)
         judged.append((replace(candidate, score=score.value), score))
         if enough(score):
             break
-    others = found.candidates[len(judged) :]
+    others = (*worse, *found.candidates[len(judged) + len(worse) :])
     judged.sort(key=lambda pair: loss(pair[1]))  # stable: the measure decides ties
     judged[0][0].apply(model)
     ranked = (*(candidate for candidate, _ in judged), *others)

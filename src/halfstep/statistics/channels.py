@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from halfstep.errors import ArgumentError, DataError, NotObservedError
+from halfstep.statistics.counting import HANDING_OVER
 
 
 class ChannelRange:
@@ -32,7 +33,7 @@ class ChannelRange:
         self._high: Tensor | None = None
 
     def update(self, x: Tensor) -> None:
-        """Take in a tensor; NaN and infinities are left out, an empty one changes nothing.
+        """Take in a tensor; NaN and infinities are left out, an empty one changes nothing. Threads may do so at once.
 
         Raises:
             ArgumentError: it has no such axis, or another number of channels than those before.
@@ -90,6 +91,10 @@ class ChannelRange:
         self._low, self._high = (state[end].float().clone() if seen else None for end in ("low", "high"))
 
     def _include(self, low: Tensor, high: Tensor) -> None:
+        with HANDING_OVER:
+            self._take_in(low, high)
+
+    def _take_in(self, low: Tensor, high: Tensor) -> None:
         if self._low is None or self._high is None:
             self._low, self._high = low.clone(), high.clone()
             return

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halfstep.statistics.kernels import LANES, OFFERED, kernels
-from halfstep.statistics.keys import BINS, SIGN, SPECIALS, Int64
+from halfstep.statistics.keys import BINS, NAN, SIGN, SPECIALS, Int64
 from halfstep.statistics.tails import ENDS, Tails
 
 PIECE = 1 << 23  # elements between two emptyings: a word's count stays below 2^23, its sum below 2^40
@@ -32,10 +32,11 @@ def interpreted() -> bool:
 
 def count(
     words: NDArray[np.int32], counts: Int64, offsets: Int64, specials: Int64, tails: Tails, threads: int
-) -> None:
-    """Add a block of float32, given as its bits, to a histogram's arrays.
+) -> int:
+    """Add a block of float32, given as its bits, to a histogram's arrays, and return how many NaN it has.
 
-    NaN and infinities go to ``specials`` and to no bin. An empty block changes nothing.
+    NaN and infinities go to ``specials`` and to no bin. An empty block changes nothing. Several threads may add to the
+    same arrays at once.
 
     Args:
         words: (n,) contiguous bits of the samples.
@@ -45,15 +46,27 @@ def count(
         tails: the ends of the stream, those of the block included.
         threads: at most this many threads take part.
     """
+    nans = 0
     for start in range(0, words.size, PIECE):
         piece = words[start : start + PIECE]
         shares = max(1, min(threads, piece.size // PER_THREAD))
         workspace = _workspace(shares)
-        done = False
+        done, least = False, tails.least(piece)
         while not done:  # the kernel comes back early when no more can be offered
-            _run(piece, shares, tails.ends, *workspace)
-            done = kernels().hand_over(piece.size, tails.ends, counts, offsets, specials, *workspace)
+            # What the tails hold grows meanwhile, if others hand over: then more is offered than they take.
+            _run(
+                piece,
+                shares,
+                tails.ends if least is None else np.maximum(least, tails.ends[:, :1]),
+                *workspace,
+            )
+            with HANDING_OVER:
+                before = specials[NAN]
+                tails.take_in(*workspace[-2:])
+                done = kernels().hand_over(piece.size, tails.ends, counts, offsets, specials, *workspace)
+                nans += int(specials[NAN] - before)
         _free.append(workspace)
+    return nans
 
 
 def _workspace(shares: int) -> tuple[NDArray[Any], ...]:
@@ -73,6 +86,7 @@ def _workspace(shares: int) -> tuple[NDArray[Any], ...]:
     return reached, tables, spans, specials, offered, filled
 
 
+HANDING_OVER = threading.Lock()  # statistics are changed by one thread at a time; it takes microseconds
 _free: list[tuple[NDArray[Any], ...]] = []  # pop and append are atomic
 _turn = (
     threading.Lock()

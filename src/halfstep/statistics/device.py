@@ -1,4 +1,4 @@
-"""The same count in plain torch operations, for tensors on an accelerator: nothing waits for the device.
+"""The same count in plain torch operations, for tensors on an accelerator: only the number of NaN is waited for.
 
 Also for the host where numba is told not to compile.
 """
@@ -31,10 +31,11 @@ class Tally:
         self._specials = torch.zeros(5, dtype=torch.int64, device=device)
         self._ends = torch.full((ENDS, TAIL), LOWEST, dtype=torch.int32, device=device)
 
-    def add(self, flat: Tensor) -> None:
-        """Count a 1-D tensor of float32, float16 or bfloat16."""
+    def add(self, flat: Tensor) -> int:
+        """Count a 1-D tensor of float32, float16 or bfloat16, and return how many are NaN."""
         for piece in torch.split(flat, _PIECE):
             self._add_bits(piece.float().view(torch.int32))
+        return int(flat.isnan().sum())
 
     def _add_bits(self, bits: Tensor) -> None:
         magnitude = bits & _MAGNITUDE

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from fractions import Fraction
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +31,8 @@ from halfstep.statistics.keys import (
     significand,
 )
 from halfstep.statistics.tails import TAIL, Tails
+
+Answer = TypeVar("Answer")
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -66,13 +69,14 @@ class Histogram:
         self._specials: Int64 = np.zeros(SPECIALS, np.int64)
         self._tails = Tails.empty()
         self._pending: device.Tally | None = None  # what torch has counted and not yet handed over
+        self._answers: dict[Hashable, Any] = {}  # to what was asked since the last change
         self._batch_ranges: list[tuple[float, float]] | None = [] if batch_ranges else None
 
-    def update(self, x: Tensor) -> None:
-        """Count every element of ``x``.
+    def update(self, x: Tensor) -> int:
+        """Count every element of ``x``, and return how many are NaN.
 
         An empty tensor changes nothing. A tensor that is dense in memory is read in place, whatever its
-        strides.
+        strides. Several threads may count at once.
 
         Args:
             x: any shape; float32, float16 or bfloat16, on any device.
@@ -85,21 +89,23 @@ class Histogram:
                 f"histogram: got a {x.dtype} tensor, needed float32, float16 or bfloat16; convert it"
             )
         if x.numel() == 0:
-            return
+            return 0
+        self._answers.clear()
         flat = _flat(x.detach())
         if self._batch_ranges is not None:
             self._batch_ranges += _finite_range(flat)
         if flat.device.type != "cpu" or counting.interpreted():
-            if self._pending is None or self._pending.device != flat.device:
-                self._settle()
-                self._pending = device.Tally(flat.device)
-            self._pending.add(flat)
-            return
-        threads = torch.get_num_threads()
+            with counting.HANDING_OVER:
+                if self._pending is None or self._pending.device != flat.device:
+                    self._settle()
+                    self._pending = device.Tally(flat.device)
+                return self._pending.add(flat)
+        threads, nans = torch.get_num_threads(), 0
         # Narrow types are widened piece by piece, to bound the copy.
         for piece in (flat,) if flat.dtype == torch.float32 else flat.split(counting.PIECE):
             words = piece.float().numpy().view(np.int32)
-            counting.count(words, self._counts, self._offsets, self._specials, self._tails, threads)
+            nans += counting.count(words, self._counts, self._offsets, self._specials, self._tails, threads)
+        return nans
 
     def merge(self, other: Histogram) -> None:
         """Add what another histogram saw: the result is that of one histogram that saw both streams.
@@ -114,6 +120,7 @@ class Histogram:
             raise ArgumentError(
                 "merge: one histogram keeps batch ranges, the other does not; observe both alike"
             )
+        self._answers.clear()
         self._settle()
         other._settle()
         self._counts += other._counts
@@ -276,6 +283,13 @@ class Histogram:
     def nth(self, rank: int) -> float:
         """Return the ``rank``-th smallest sample, 1 being the minimum; as exact as :meth:`quantile`."""
         return self._nth(rank, of=self._require_count())
+
+    def once(self, question: Hashable, answer: Callable[[], Answer]) -> Answer:
+        """What ``answer`` returns, asked once for a question until more is seen."""
+        if question not in self._answers:
+            self._answers[question] = answer()
+        found: Answer = self._answers[question]
+        return found
 
     # Keeping it.
 
