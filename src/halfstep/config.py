@@ -199,6 +199,11 @@ class Config(Part):
         default=None,
         description="sizes that vary beside the batch, by input and dimension: {ids: {1: tokens}, mask: {1: tokens}}",
     )
+    padding: str | None = Field(
+        default=None,
+        description="input (batch, length) that is 0 where a batch is only filled up: left out of the ranges; its "
+        "length must be among the sizes that vary",
+    )
     recipe: Defaulted[RecipePart] = Field(default_factory=RecipePart, description="what to quantize, and how")
     training: TrainingPart | None = Field(
         default=None, description="for the last rung: data, loss, epochs, learning_rate; null leaves it out"

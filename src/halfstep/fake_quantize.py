@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import replace
 from enum import Enum
 from typing import Any
@@ -31,6 +32,12 @@ class Mode(Enum):
 
 #: What training may move, by the names that parameters and state dicts use.
 LEARNABLE = ("growth", "zero", "values")
+
+
+#: For what is observed in this thread: which values of a site's tensor count, as a mask; None for all of them.
+OBSERVED: ContextVar[Callable[[str, torch.Tensor], torch.Tensor | None] | None] = ContextVar(
+    "observed", default=None
+)
 
 
 class FakeQuantize(nn.Module):
@@ -117,13 +124,15 @@ class FakeQuantize(nn.Module):
         return x
 
     def _observe(self, x: torch.Tensor) -> None:
-        if nans := self.histogram.update(x):
+        select = OBSERVED.get()
+        kept = None if select is None else select(self.name, x)
+        if nans := self.histogram.update(x if kept is None else x.masked_select(kept)):
             raise DataError(
                 f"site {self.name!r}: {nans} of {x.numel()} values are NaN; look for NaN in the calibration data, or "
                 "for a layer that overflows on it"
             )
         if self.channels is not None:
-            self.channels.update(x)
+            self.channels.update(x if kept is None else x.masked_fill(~kept, torch.inf))
 
     def statistics(self) -> dict[str, torch.Tensor]:
         """What was seen, as tensors that :meth:`add_statistics` of another process takes."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -25,6 +25,7 @@ from halfstep.graph.insert import Inserted, insert
 from halfstep.graph.names import readable_names
 from halfstep.graph.operators import describe
 from halfstep.graph.overwrite import overwrite
+from halfstep.graph.padding import Padding, Places
 from halfstep.graph.place import place
 from halfstep.graph.placement import INT16, Layer, Placement, Position, Site
 from halfstep.graph.precision import in_float32
@@ -67,6 +68,7 @@ class QuantizedModel(nn.Module):
         captured: the network as a graph; the model takes it over.
         target: where it will run.
         recipe: what to quantize, and how.
+        padding: what is left out of what is observed.
 
     Raises:
         RecipeError: if a pattern of the recipe matches no layer.
@@ -80,12 +82,14 @@ class QuantizedModel(nn.Module):
     choices: Choices
     placement: Placement
     mode: Mode
+    padding: Padding | None  # what is left out of what is observed
     sample: list[ModelInputs]  # a bounded part of the calibration data, kept for scoring
     compensations: Compensations  # what repairs learned for other choices of layers
     refit: Callable[[QuantizedModel], object] | None  # fits it anew for these; repairs bring it along
     _shelf: dict[str, nn.Module]  # the quantizers of other choices of layers too, with what they saw
     _keys: dict[str, str]  # from sites to quantizers
     _in_use: dict[str, FakeQuantize]
+    _padded: Mapping[str, Places]
     _shifts: dict[str, BiasShift]
     _names: dict[fx.Node, str]
     _run: Callable[..., Any]
@@ -99,7 +103,9 @@ class QuantizedModel(nn.Module):
     #: such kernel for (see ``target.run_time_ranges``) is left in float, and says so.
     dynamic_layers = Chosen()
 
-    def __init__(self, captured: Captured, target: Target, recipe: Recipe) -> None:
+    def __init__(
+        self, captured: Captured, target: Target, recipe: Recipe, padding: Padding | None = None
+    ) -> None:
         super().__init__()
         # The very tables of the captured root, so that a parameter replaced there (by .to(), say) is so here.
         root = captured.module
@@ -111,7 +117,7 @@ class QuantizedModel(nn.Module):
         self.captured, self.target, self.recipe = captured, target, recipe
         self._modules["quantizers"] = nn.ModuleDict()
         self._shelf, self._keys, self._in_use = {}, {}, {}
-        self.mode = Mode.FLOAT
+        self.mode, self.padding = Mode.FLOAT, padding
         self.sample = []
         self.compensations, self.refit = Compensations(self._places), None
         self._names = readable_names(self.graph)
@@ -195,6 +201,7 @@ class QuantizedModel(nn.Module):
             for layer in self.layers
             if _has_bias(layer)
         }
+        self._padded = {} if self.padding is None else self.padding.places(self.placement.sites)
         self._run = bind(overwrite(self.simulation().graph), self.captured.module)
         self.set_mode(self.mode)
 
@@ -319,6 +326,9 @@ class QuantizedModel(nn.Module):
             DataError: if the arguments have another structure than the example inputs.
         """
         flat = self.flatten(args, kwargs)
+        if self.mode is Mode.OBSERVE and self.padding is not None:
+            with self.padding.left_out(flat, self._padded):
+                return self.captured.out_spec.restore(self._run(*flat))
         return self.captured.out_spec.restore(self._run(*flat))
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

@@ -84,6 +84,13 @@ def quantize(
             "one name for sizes that are always the same."
         ),
     ] = None,
+    padding: Annotated[
+        str | None,
+        typer.Option(
+            help="An input (batch, length) that is 0 where a batch is only filled up, such as attention_mask: left out "
+            "of the ranges."
+        ),
+    ] = None,
     recipe: Annotated[
         str | None,
         typer.Option(
@@ -159,6 +166,7 @@ def quantize(
         "tune": tune,
         "target": target,
         "dynamic": by_dimension(dynamic),
+        "padding": padding,
         "rungs": None if rungs is None else [name.strip() for name in rungs.split(",")],
         "directory": directory,
         "batch": batch,
@@ -202,6 +210,7 @@ def quantize(
                 recipe=job.recipe(),
                 target=config.target,
                 dynamic=config.dynamic,
+                padding=config.padding,
                 directory=folder,
                 threads=config.threads,
                 budget=job.budget(),

@@ -21,6 +21,7 @@ from halfstep.graph.capture import capture
 from halfstep.graph.decompose import decompose
 from halfstep.graph.fold import fold
 from halfstep.graph.inputs import ModelInputs
+from halfstep.graph.padding import Mask, find_padding
 from halfstep.graph.shapes import Dynamic
 from halfstep.ladder.aim import Aim, Asked
 from halfstep.ladder.ascent import ascend
@@ -58,6 +59,7 @@ def prepare(
     target: str | Target = "onnxruntime",
     *,
     dynamic: Dynamic | None = None,
+    padding: Mask | None = None,
 ) -> QuantizedModel:
     """Capture ``model``, fold its batch norms, and place its sites; it passes floats until observed and calibrated.
 
@@ -68,6 +70,9 @@ def prepare(
         target: where it will run.
         dynamic: dimensions that may vary beside the batch, which is the first: names by input and dimension, such as
             ``{"ids": {1: "tokens"}, "mask": {1: "tokens"}}``; or another example, whose sizes differ where they may.
+        padding: the name of an input (batch, length) that is 0 where a batch is only filled up, such as
+            ``"attention_mask"``, or a function of the model's arguments that answers one: what is observed there is
+            left out. The length must be one that varies.
 
     Warns of a model in half precision or float64 that it is computed in float32 from here on. It may then be given
     inputs of either type, and returns float32, as the files do; scores are compared with the model as it was handed
@@ -81,7 +86,8 @@ def prepare(
     settled = settle(recipe or Recipe.int8(), found)
     with steps("capturing"):
         captured = decompose(fold(capture(model, example_inputs, dynamic)), found.decomposed)
-        prepared = QuantizedModel(captured, found, settled)
+        known = None if padding is None else find_padding(captured, padding)
+        prepared = QuantizedModel(captured, found, settled, known)
     prepared.refit = refit
     for note in captured.notes:
         warnings.warn(note, stacklevel=2)
@@ -113,6 +119,7 @@ def quantize(
     command: str = "",
     progress: bool = True,
     dynamic: Dynamic | None = None,
+    padding: Mask | None = None,
 ) -> Outcome:
     """Quantize ``model`` so that its score drops by no more than allowed, and prove it on the deployed file.
 
@@ -159,6 +166,7 @@ def quantize(
         fresh: begin anew in a used directory; what an earlier run left there is moved to a folder in it.
         command: what to type to do it again; the report shows it.
         dynamic: dimensions of the inputs that may vary beside the batch, as :func:`prepare` takes them.
+        padding: what only fills a batch up, as :func:`prepare` takes it.
         progress: show what is being done: bars on a terminal and in notebooks, the log called ``"halfstep"`` elsewhere.
 
     Raises:
@@ -177,7 +185,7 @@ def quantize(
         scorer = as_scorers(metric)
         aim.check(scorer)
         settled = settle(recipe, found, journal.entries)
-        prepared = prepare(model, example_inputs, settled, found, dynamic=dynamic)
+        prepared = prepare(model, example_inputs, settled, found, dynamic=dynamic, padding=padding)
         names = [rung.name for rung in ladder]
         if partial is not None and "partial" in names:
             pinned(prepared, partial.keep_float, partial.keep_quantized)

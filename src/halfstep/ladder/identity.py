@@ -110,6 +110,9 @@ def claim(
     journal.claim("model", prepared.captured.content)
     journal.claim("recipe", repr(prepared.recipe))
     asked = f"target {prepared.target.name}, {aim}, confidence {aim.confidence:g}"
+    if prepared.padding is not None:
+        mask = prepared.padding.mask
+        asked += f", padding {mask if isinstance(mask, str) else Identity(mask).digest[:8]}"
     journal.claim("configuration", asked, words=True)
     identities = {name: _metric_identity(part) for name, part in parts(scorer).items()}
     together = Identity({name: each.digest for name, each in identities.items()}).digest
