@@ -84,6 +84,11 @@ def varies(size: int | torch.SymInt) -> bool:
     return not isinstance(size, int) and size.node.maybe_as_int() is None
 
 
+def hint(size: int | torch.SymInt) -> int:
+    """A traced size as it was in the example that was traced."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else size
+
+
 def named(
     dynamic: Dynamic | None, names: Sequence[str], flat: Sequence[Any], spec: pytree.TreeSpec
 ) -> list[Names]:

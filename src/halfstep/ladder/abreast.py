@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from halfstep.graph.inputs import ModelInputs, batch_size
+from halfstep.graph.shapes import hint, varies
 from halfstep.model import QuantizedModel
 from halfstep.side_by_side import side_by_side
 
@@ -53,8 +54,10 @@ def _room(model: QuantizedModel, size: int) -> int:
 
 
 def example_bytes(node: fx.Node) -> int:
-    """Bytes of a node's value for one example, as far as its traced shape tells."""
+    """Bytes of a node's value for one example, with what varies beside the batch as large as in the traced example."""
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor):
         return 0
-    return math.prod(size for size in value.shape if isinstance(size, int)) * value.element_size()
+    first, rest = value.shape[:1], value.shape[1:]
+    sizes = [*(size for size in first if not varies(size)), *(hint(size) for size in rest)]
+    return math.prod(sizes) * value.element_size()
