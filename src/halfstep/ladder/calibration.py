@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import overload
 
@@ -15,12 +15,20 @@ from halfstep.errors import ArgumentError, DataError, named
 from halfstep.fake_quantize import Mode
 from halfstep.graph.inputs import ModelInputs, batch_size, call_arguments, tensors_of
 from halfstep.ladder.best_of import BestOf
-from halfstep.ladder.candidates import Sweep
+from halfstep.ladder.candidates import BEFORE, Candidate, Sweep
 from halfstep.ladder.concerns import concerns, sentences
-from halfstep.ladder.ranges import activation_answers, activation_sites, set_ranges, weight_answers
+from halfstep.ladder.fidelity import Reference
+from halfstep.ladder.ranges import (
+    activation_answers,
+    activation_sites,
+    own_answers,
+    set_ranges,
+    weight_answers,
+)
 from halfstep.ladder.sweep import sweep
 from halfstep.model import QuantizedModel
 from halfstep.progress import track
+from halfstep.repair.ranges import observe_sites
 from halfstep.statistics import Histogram
 
 #: The calibration inputs that a model keeps for scoring without labels: at most so many examples and bytes.
@@ -153,3 +161,35 @@ def calibrate(
     for sentence in sentences(concerns(model, (chosen,))):
         warnings.warn(sentence, stacklevel=2)
     return None
+
+
+def calibrate_moved(
+    model: QuantizedModel,
+    moved: Collection[str],
+    batches: Sequence[ModelInputs],
+    options: BestOf,
+    reference: Reference,
+) -> Sweep:
+    """Choose the calibrators of all sites again, after something has changed the distributions of some.
+
+    A calibrator suits a distribution: where channels differed by powers of two, a range that clips most of them may
+    have been the best. What each site has had is a candidate too, so that the choice is no worse than none.
+
+    Args:
+        model: calibrated; left with the best candidate's ranges, quantizing.
+        moved: the sites; their activations are observed again.
+        batches: model inputs to observe.
+        options: what to try; the measure alone decides.
+        reference: examples to compare outputs on.
+
+    Returns:
+        The candidates, the best first.
+    """
+    observe_sites(model, activation_sites(model).keys() & set(moved), batches)
+    before = own_answers(model)
+    found = sweep(model, replace(options, metric=None), reference)
+    set_ranges(model, before)
+    same = Candidate(BEFORE, BEFORE, reference.compare(model, "comparing calibrators"), answers=before)
+    candidates = sorted((same, *found.candidates), key=lambda candidate: candidate.fidelity.loss(options.by))
+    candidates[0].apply(model)
+    return replace(found, candidates=tuple(candidates), passes=reference.passes)

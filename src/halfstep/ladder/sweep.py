@@ -22,7 +22,7 @@ from halfstep.ladder.ranges import (
 from halfstep.model import QuantizedModel
 
 
-def sweep(model: QuantizedModel, options: BestOf) -> Sweep:
+def sweep(model: QuantizedModel, options: BestOf, reference: Reference | None = None) -> Sweep:
     """Try every calibrator on what was observed, and leave the model with the winner's ranges.
 
     The weights' calibrator is chosen first, with activations in float: what rounding them costs hardly depends on the
@@ -31,12 +31,13 @@ def sweep(model: QuantizedModel, options: BestOf) -> Sweep:
     Args:
         model: observed.
         options: what to try, and who decides.
+        reference: other examples to compare on; None for the kept ones.
 
     Raises:
         NotObservedError: naming a site that saw no data, or if no example was kept.
         ArgumentError: the model's outputs cannot be measured so.
     """
-    reference = Reference(model, options.examples)
+    reference = reference or Reference(model, options.examples)
     reference.check(options.by)
     runs = _Runs(model, reference, options)
     found = runs.sweep()

@@ -14,8 +14,8 @@ from halfstep.repair.ranges import sample_of
 from halfstep.repair.record import Repair
 from halfstep.repair.scaling import rows_of, scaled
 
-#: Sweeps over chains of layers at most; two or three settle most networks.
-SWEEPS = 20
+#: Sweeps over chains of layers at most, until one scales nothing; a few settle most networks.
+SWEEPS = 100
 
 
 def equalize(model: QuantizedModel, batches: Iterable[ModelInputs] | None = None) -> Repair:
