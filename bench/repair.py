@@ -53,8 +53,11 @@ RECIPES = {
     "W8A8, one scale a tensor": hs.Recipe.uniform(8, 8, weight_granularity=hs.PerTensor()),
 }
 
-#: In a SmallResNet, the batch norms that write the same channels and the layers that read them.
-STREAMS = (
+#: Batch norms that write the same channels, and the layers that read them.
+Streams = tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]
+
+#: Of a SmallResNet.
+STREAMS: Streams = (
     (("bn", "layer1.bn2"), ("layer1.conv1", "layer2.conv1", "layer2.downsample.0")),
     (("layer1.bn1",), ("layer1.conv2",)),
     (("layer2.bn2", "layer2.downsample.1"), ("layer3.conv1", "layer3.downsample.0")),
@@ -65,10 +68,10 @@ STREAMS = (
 
 
 @torch.no_grad()
-def rescaled(model: nn.Module, seed: int = 0) -> nn.Module:
+def rescaled(model: nn.Module, seed: int = 0, streams: Streams = STREAMS) -> nn.Module:
     """The same function: channels multiplied by 2^N(0, 2) where they are written, divided where they are read."""
     model, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
-    for writers, readers in STREAMS:
+    for writers, readers in streams:
         norms = [model.get_submodule(name) for name in writers]
         factors = torch.exp2(2 * torch.randn(len(norms[0].weight), generator=generator))
         for norm in norms:

@@ -96,8 +96,11 @@ def _kept(search: Search, options: BestOf, each: Pass, compute: Callable[[], Tri
     if trial.repair.cut_short:  # with more time it does more
         return trial
     state = search.model.state_dict() if trial.kept else {}
-    chosen = {name: str(site.calibrated_by) for name, site in search.model.sites.items() if trial.repair.moved}
-    data = {**asdict(trial), "calibrators": chosen if trial.kept else {}}
+    chosen: dict[str, str] = {}
+    if trial.kept and trial.repair.moved:
+        sites = ((site.name, search.model.sites[site.name].calibrated_by) for site in search.model.placement.sites)
+        chosen = {site: str(calibrator) for site, calibrator in sites if calibrator is not None}
+    data = {**asdict(trial), "calibrators": chosen}
     search.checkpoints.keep_network(f"repair-{name}", key, state, exact(data))
     return trial
 
