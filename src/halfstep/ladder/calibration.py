@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
@@ -15,9 +16,9 @@ from halfstep.errors import ArgumentError, DataError, named
 from halfstep.fake_quantize import Mode
 from halfstep.graph.inputs import ModelInputs, batch_size, call_arguments, tensors_of
 from halfstep.ladder.best_of import BestOf
-from halfstep.ladder.candidates import BEFORE, Candidate, Sweep
+from halfstep.ladder.candidates import BEFORE, FLOAT, Candidate, Sweep
 from halfstep.ladder.concerns import concerns, sentences
-from halfstep.ladder.fidelity import Reference
+from halfstep.ladder.fidelity import Fidelity, Measure, Reference
 from halfstep.ladder.ranges import (
     activation_answers,
     activation_sites,
@@ -25,7 +26,7 @@ from halfstep.ladder.ranges import (
     set_ranges,
     weight_answers,
 )
-from halfstep.ladder.sweep import sweep
+from halfstep.ladder.sweep import sweep, sweep_activations
 from halfstep.model import QuantizedModel
 from halfstep.progress import track
 from halfstep.repair.ranges import observe_sites
@@ -38,6 +39,10 @@ SAMPLE_BYTES = 32 * 2**20
 #: as this are kept even where they are larger, up to so many bytes.
 SAMPLE_LEAST = 16
 SAMPLE_MOST_BYTES = 512 * 2**20
+
+#: Calibrators that were chosen before stay unless others leave less than a part of this of the error: the
+#: order of nearly equal ones is a matter of the examples.
+GIVES_WAY = 2.0
 
 
 def observe(
@@ -169,27 +174,38 @@ def calibrate_moved(
     batches: Sequence[ModelInputs],
     options: BestOf,
     reference: Reference,
-) -> Sweep:
-    """Choose the calibrators of all sites again, after something has changed the distributions of some.
+) -> Candidate:
+    """Observe activations again whose distributions have changed, and choose the calibrators of all of them anew.
 
     A calibrator suits a distribution: where channels differed by powers of two, a range that clips most of them may
-    have been the best. What each site has had is a candidate too, so that the choice is no worse than none.
+    have been the best. Those that sites have had stay all the same, asked of the new statistics, unless others are
+    clearly better: see :data:`GIVES_WAY`. Weights are in float meanwhile, since repairs of theirs are still to come;
+    each keeps its own calibrator.
 
     Args:
-        model: calibrated; left with the best candidate's ranges, quantizing.
-        moved: the sites; their activations are observed again.
+        model: calibrated; left with the ranges that were chosen, quantizing.
+        moved: the activations' sites, one at least.
         batches: model inputs to observe.
         options: what to try; the measure alone decides.
         reference: examples to compare outputs on.
 
     Returns:
-        The candidates, the best first.
+        What was chosen.
     """
-    observe_sites(model, activation_sites(model).keys() & set(moved), batches)
-    before = own_answers(model)
-    found = sweep(model, replace(options, metric=None), reference)
-    set_ranges(model, before)
-    same = Candidate(BEFORE, BEFORE, reference.compare(model, "comparing calibrators"), answers=before)
-    candidates = sorted((same, *found.candidates), key=lambda candidate: candidate.fidelity.loss(options.by))
-    candidates[0].apply(model)
-    return replace(found, candidates=tuple(candidates), passes=reference.passes)
+    observe_sites(model, moved, batches)
+    answers = own_answers(model)
+    set_ranges(model, answers)
+    with model.using(Mode.QUANTIZE, weights=False):
+        before = reference.compare(model, "comparing calibrators")
+    best = sweep_activations(model, options, reference).best
+    if not _clearly_less(best.fidelity, before, options.by):
+        best = Candidate(BEFORE, FLOAT, before)
+    set_ranges(model, answers | dict(best.answers))
+    return best
+
+
+def _clearly_less(error: Fidelity, than: Fidelity, by: Measure) -> bool:
+    """Whether the error is that much less, by a measure in nats or in dB."""
+    if by == "kl":
+        return error.loss(by) * GIVES_WAY < than.loss(by)
+    return error.loss(by) + 10 * math.log10(GIVES_WAY) < than.loss(by)

@@ -43,8 +43,6 @@ class Candidate:
         set_ranges(model, self.answers)
 
     def __str__(self) -> str:
-        if self.activations == BEFORE:
-            return "the same as before"
         if FLOAT in (self.activations, self.weights):
             return f"weights by {self.weights}" if self.activations == FLOAT else self.activations
         return f"{self.activations}, weights by {self.weights}"

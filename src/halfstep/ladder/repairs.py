@@ -18,6 +18,7 @@ from halfstep.ladder.budget import BudgetSpent
 from halfstep.ladder.calibration import calibrate_moved
 from halfstep.ladder.fidelity import Fidelity, Measure, Reference, halves
 from halfstep.ladder.float_model import knowing_float
+from halfstep.ladder.ranges import activation_sites
 from halfstep.model import QuantizedModel
 from halfstep.progress import interruptible, may_go_on, protected, track
 from halfstep.repair.bias import correct_bias
@@ -230,10 +231,10 @@ def _try(
         done = each(model, fitted)
         if not done.treated:
             return Trial(done, before, before, kept=False)
-        if done.moved:
+        if moved := activation_sites(model).keys() & set(done.moved):
             fitted_to = Reference(model, calibrators.examples, fitted)
-            found = calibrate_moved(model, done.moved, examples, calibrators, fitted_to)
-            note = f"calibrators chosen again after {done.name}: {found.best} ({found.best.fidelity})"
+            chosen = calibrate_moved(model, moved, examples, calibrators, fitted_to)
+            note = f"activations' calibrators chosen again after {done.name}: {chosen} ({chosen.fidelity} alone)"
             done = replace(done, notes=(*done.notes, note))
         with protected():  # of a pass that time cut short too
             after = reference.compare(model, "measuring")
