@@ -35,6 +35,15 @@ PASSES = (hs.equalize, hs.migrate, hs.gptq)
 IMAGES_OFF = 2
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Layers this small gain nothing by two, and wait for both where cores are shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def digits():
     return load_digits()
@@ -80,7 +89,7 @@ def test_eight_bits_are_as_good_as_float_and_no_worse_than_four(trained, digits,
 def clipping():
     """Channels that differ by powers of two, and a range for all of them that clips what stands out."""
     model = built(residual)
-    factors = torch.exp2(2 * torch.randn(8, generator=torch.Generator().manual_seed(1)))
+    factors = torch.exp2(2 * torch.randn(8, generator=torch.Generator().manual_seed(4)))
     with torch.no_grad():
         for layer in (model.a, model.c):
             layer.weight.mul_(factors[:, None, None, None])
@@ -125,7 +134,7 @@ def test_a_calibrator_stays_where_none_is_clearly_better():
 def test_a_choice_that_is_put_back_leaves_the_earlier_one(q):
     def harmful(model, batches):
         done = hs.equalize(model, batches)
-        model.shifts["a"].shift.fill_(100.0)
+        model.shifts["fc"].shift[0] = 100.0
         return done
 
     before, ranges = chosen(q), {name: site.range() for name, site in activation_sites(q).items()}
@@ -178,7 +187,7 @@ def climbed(q, folder):
     with Journal(folder) as journal:
         scorer = as_scorer(lambda model: 0.5)
         search = Search(q, scorer, Goal(0.01, Score(0.9)), journal=journal)
-        ptq.climb_ptq(search, BestOf((hs.Percentile(80.0), hs.Max(), hs.MSE()), (hs.MSE(),), mixed=False))
+        ptq.climb_ptq(search, BestOf((hs.Percentile(99.0), hs.Max(), hs.MSE()), (hs.MSE(),), mixed=False))
         return search.decisions
 
 
@@ -205,7 +214,7 @@ def test_a_killed_run_remembers_what_was_chosen_again(q, tmp_path, monkeypatch):
     monkeypatch.setattr(ptq, "repair", lambda model, **o: repairs.repair(model, (again, looking), **o))
     assert climbed(copy.deepcopy(q), tmp_path / "run") == decisions
     assert asked[0] == asked[1]
-    assert hs.Percentile(80.0) not in asked[1][0].values()
+    assert ": best percentile(99), " in decisions[0] and hs.Percentile(99.0) not in asked[1][0].values()
 
 
 def again(model, batches):
