@@ -72,7 +72,9 @@ def repaired(model, digits, recipe):
     return outputs(q, digits)
 
 
-@pytest.mark.parametrize("draw", [*(range(2)), *(pytest.param(x, marks=pytest.mark.slow) for x in range(2, 10))])
+@pytest.mark.parametrize(
+    "draw", [*(range(2)), *(pytest.param(x, marks=pytest.mark.slow) for x in range(2, 10))]
+)
 def test_eight_bits_are_as_good_as_float_and_no_worse_than_four(trained, digits, draw):
     wanted = outputs(trained, digits)
     model = rescaled(trained, draw, STREAMS)
@@ -205,7 +207,9 @@ def test_a_killed_run_remembers_what_was_chosen_again(q, tmp_path, monkeypatch):
     looking.__name__ = stopped.__name__ = "migrate"
     for name, second in (("unbroken", looking), ("run", stopped)):
         passes = (hs.equalize, second)
-        monkeypatch.setattr(ptq, "repair", lambda model, p=passes, **options: repairs.repair(model, p, **options))
+        monkeypatch.setattr(
+            ptq, "repair", lambda model, p=passes, **options: repairs.repair(model, p, **options)
+        )
         if second is looking:
             decisions = climbed(copy.deepcopy(q), tmp_path / name)
         else:

@@ -98,7 +98,9 @@ def _kept(search: Search, options: BestOf, each: Pass, compute: Callable[[], Tri
     state = search.model.state_dict() if trial.kept else {}
     chosen: dict[str, str] = {}
     if trial.kept and trial.repair.moved:
-        sites = ((site.name, search.model.sites[site.name].calibrated_by) for site in search.model.placement.sites)
+        sites = (
+            (site.name, search.model.sites[site.name].calibrated_by) for site in search.model.placement.sites
+        )
         chosen = {site: str(calibrator) for site, calibrator in sites if calibrator is not None}
     data = {**asdict(trial), "calibrators": chosen}
     search.checkpoints.keep_network(f"repair-{name}", key, state, exact(data))

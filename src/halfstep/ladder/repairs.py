@@ -187,9 +187,7 @@ def repair(
         try:
             with interruptible(look_at_the_clock):
                 may_go_on()
-                compute = functools.partial(
-                    _try, model, each, examples, fitted, reference, now, calibrators
-                )
+                compute = functools.partial(_try, model, each, examples, fitted, reference, now, calibrators)
                 trial = compute() if keeper is None else keeper(each, compute)
         except BudgetSpent:
             left_out.append(getattr(each, "__name__", repr(each)))
@@ -234,7 +232,9 @@ def _try(
         if moved := activation_sites(model).keys() & set(done.moved):
             fitted_to = Reference(model, calibrators.examples, fitted)
             chosen = calibrate_moved(model, moved, examples, calibrators, fitted_to)
-            note = f"activations' calibrators chosen again after {done.name}: {chosen} ({chosen.fidelity} alone)"
+            note = (
+                f"activations' calibrators chosen again after {done.name}: {chosen} ({chosen.fidelity} alone)"
+            )
             done = replace(done, notes=(*done.notes, note))
         with protected():  # of a pass that time cut short too
             after = reference.compare(model, "measuring")
