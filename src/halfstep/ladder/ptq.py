@@ -109,7 +109,8 @@ def _kept(search: Search, options: BestOf, each: Pass, compute: Callable[[], Tri
 
 def _name_calibrators(model: QuantizedModel, options: BestOf, names: Mapping[str, str]) -> None:
     """Let sites know by name who gave them their ranges: the next repair that scales asks the same ones."""
-    known = {str(calibrator): calibrator for calibrator in (*options.calibrators, *options.weights)}
+    every: list[Calibrator | WeightCalibrator] = [*options.calibrators, *options.weights]
+    known = {str(calibrator): calibrator for calibrator in every}
     for site, name in names.items():
         model.sites[site].calibrated_by = known[name]
 
