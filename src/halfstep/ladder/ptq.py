@@ -85,7 +85,7 @@ def _kept_sweep(search: Search, name: str, options: BestOf, compute: Callable[[]
 def _kept(search: Search, options: BestOf, each: Pass, compute: Callable[[], Trial]) -> Trial:
     """What a repair brought: in a run that was interrupted, with what it left the model with; or now."""
     name = getattr(each, "__name__", type(each).__name__)
-    key = search.checkpoints.key_of(name)
+    key = search.checkpoints.key_of(name, replace(options, metric=None))
     if (saved := search.journal.load(f"repair-{name}", key)) is not None:
         trial = Trial.of(saved.data)
         if trial.kept:
