@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -99,7 +100,9 @@ def scaled(
             why = f"put back: it changed the float outputs by {error:.1e} (relative), allowed {TOLERANCE:.0e}"
             return Repair(name, measure, (), skipped, (why,), time.perf_counter() - start)
         moved = _calibrate(model, changed, batches)
-    notes = [f"the float outputs changed by {error:.1e} (relative)", *notes]
+    # Digits would be another processor's, and a run may go on there.
+    power = 10.0 ** max(math.ceil(math.log10(error)), -6) if error else 0.0
+    notes = [f"the float outputs changed by {power:.0e} at most (relative)", *notes]
     return Repair(name, measure, treated, skipped, tuple(notes), time.perf_counter() - start, moved)
 
 
