@@ -232,7 +232,8 @@ def _try(
         if moved := activation_sites(model).keys() & set(done.moved):
             fitted_to = Reference(model, calibrators.examples, fitted)
             chosen = calibrate_moved(model, moved, examples, calibrators, fitted_to)
-            note = f"activations' calibrators chosen again after {done.name}: {chosen} ({chosen.fidelity.noise()} alone)"
+            alone = f"{chosen} ({chosen.fidelity.noise()} alone)"
+            note = f"activations' calibrators chosen again after {done.name}: {alone}"
             done = replace(done, notes=(*done.notes, note))
         with protected():  # of a pass that time cut short too
             after = reference.compare(model, "measuring")
