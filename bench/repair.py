@@ -2,9 +2,11 @@
 
 python -m bench.repair                         # every network
 python -m bench.repair --network rescaled      # channels scaled by 2^N(0, 2), the same function
+python -m bench.repair --network rescaled --draw 3 --bits W4A8 --together --swept      # another draw of them
 
-512 calibration images are observed, ranges are MSE's, the repairs work on the sample of 256 that the model keeps, and
-all 10,000 test images are scored. First and last layers have 8 bits. Nothing is trained. Seeds: 0.
+512 calibration images are observed, ranges are MSE's (swept: the best of all calibrators), the repairs work on the
+sample of 256 that the model keeps, and all 10,000 test images are scored. First and last layers have 8 bits. Nothing is
+trained. Seeds: 0.
 """
 
 from __future__ import annotations
@@ -53,8 +55,11 @@ RECIPES = {
     "W8A8, one scale a tensor": hs.Recipe.uniform(8, 8, weight_granularity=hs.PerTensor()),
 }
 
-#: In a SmallResNet, the batch norms that write the same channels and the layers that read them.
-STREAMS = (
+#: Batch norms that write the same channels, and the layers that read them.
+Streams = tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]
+
+#: Of a SmallResNet.
+STREAMS: Streams = (
     (("bn", "layer1.bn2"), ("layer1.conv1", "layer2.conv1", "layer2.downsample.0")),
     (("layer1.bn1",), ("layer1.conv2",)),
     (("layer2.bn2", "layer2.downsample.1"), ("layer3.conv1", "layer3.downsample.0")),
@@ -65,10 +70,10 @@ STREAMS = (
 
 
 @torch.no_grad()
-def rescaled(model: nn.Module, seed: int = 0) -> nn.Module:
+def rescaled(model: nn.Module, seed: int = 0, streams: Streams = STREAMS) -> nn.Module:
     """The same function: channels multiplied by 2^N(0, 2) where they are written, divided where they are read."""
     model, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
-    for writers, readers in STREAMS:
+    for writers, readers in streams:
         norms = [model.get_submodule(name) for name in writers]
         factors = torch.exp2(2 * torch.randn(len(norms[0].weight), generator=generator))
         for norm in norms:
@@ -83,7 +88,9 @@ def rescaled(model: nn.Module, seed: int = 0) -> nn.Module:
 class Case:
     """One network at one recipe: what was scored, and how long it took."""
 
-    def __init__(self, name: str, bits: str, model: nn.Module, data: fashion.Fashion, count: int) -> None:
+    def __init__(
+        self, name: str, bits: str, model: nn.Module, data: fashion.Fashion, count: int, swept: bool
+    ) -> None:
         self.name, self.bits = name, bits
         self.metric = hs.Accuracy(data.test(count))
         start = time.perf_counter()
@@ -95,6 +102,10 @@ class Case:
             start = time.perf_counter()
             hs.calibrate(self.base, calibrator, calibrator)
             self.score(f"{calibrator} ranges", self.base, time.perf_counter() - start)
+        if swept:
+            start = time.perf_counter()
+            hs.calibrate(self.base, hs.best_of())
+            self.score("compared ranges", self.base, time.perf_counter() - start)
 
     def score(self, what: str, q: hs.QuantizedModel, seconds: float) -> None:
         self.rows.append((what, 100 * self.metric.evaluate(q).value, seconds))
@@ -139,6 +150,8 @@ def main() -> None:
     names = [*fashion.NETWORKS, "rescaled"]
     parser.add_argument("--network", choices=names, help="only this one")
     parser.add_argument("--bits", choices=list(RECIPES), help="only these")
+    parser.add_argument("--draw", type=int, default=0, help="of the rescaled network's factors")
+    parser.add_argument("--swept", action="store_true", help="start from the best of all calibrators")
     parser.add_argument("--images", type=int, default=10_000, help="test images to score")
     parser.add_argument("--together", action="store_true", help="leave out the single repairs")
     options = parser.parse_args()
@@ -147,11 +160,11 @@ def main() -> None:
     for name in [options.network] if options.network else names:
         wide = name == "rescaled"
         model = fashion.trained("resnet" if wide else name, data)
-        model = rescaled(model) if wide else model
+        model = rescaled(model, options.draw) if wide else model
         chosen = [bits for bits in RECIPES if bits.startswith("W8") == wide]
         cases, explained = [], []
         for bits in [options.bits] if options.bits else chosen:
-            case = Case(name, bits, model, data, options.images)
+            case = Case(name, bits, model, data, options.images, options.swept)
             explained.append(f"{bits}: {case.run(not options.together)}")
             cases.append(case)
         show(name, cases, console)

@@ -33,6 +33,7 @@ def figures(folder):
     record = json.loads((folder / "outcome.json").read_text())
     history = [(made["what"], made["rung"], made["score"]) for made in record["history"]]
     record["decisions"] = timeless(record["decisions"])
+    record["parity"]["sqnr"] = min(record["parity"]["sqnr"], 100.0)  # beyond that it is the sums' last bits
     return {**{name: record[name] for name in record if name not in MEASURED}, "history": history}
 
 

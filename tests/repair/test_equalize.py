@@ -1,5 +1,6 @@
 """Equalization: the same function, equal ranges, and no further than positive homogeneity goes."""
 
+import importlib
 import re
 
 import pytest
@@ -16,6 +17,8 @@ from halfstep.repair import scaling
 from halfstep.repair.channels import find_channels
 from halfstep.repair.snapshot import Snapshot
 from tests.repair.networks import HOMOGENEOUS, Net, built, calibrated, chain, conv, images, ready, residual
+
+equalization = importlib.import_module("halfstep.repair.equalize")  # the package has a function of that name
 
 
 def float_outputs(q, x):
@@ -259,3 +262,23 @@ def test_a_snapshot_brings_the_extremes_of_channels_back():
     snapshot.restore(q)
     hs.calibrate(q, hs.Max())
     assert torch.equal(q.sites["relu"].scale, scale)
+
+
+def test_equalization_settles_whatever_the_channels_are_scaled_by():
+    q = ready(residual)
+    with torch.no_grad():
+        for seed, channels in enumerate(c for c in find_channels(q.graph) if c.scalable):
+            generator = torch.Generator().manual_seed(seed)
+            scaling.scale(q, channels, torch.exp2(4 * torch.randn(channels.size, generator=generator)))
+    first = hs.equalize(q)
+    assert {"a.weight", "relu"} <= set(first.moved)
+    assert not any("not settled" in note for note in first.notes)
+    again = hs.equalize(q)
+    assert again.moved == ()
+    assert all(treated.before <= scaling.SETTLED**2 for treated in again.treated)
+
+
+def test_equalization_that_does_not_settle_says_so(monkeypatch):
+    monkeypatch.setattr(equalization, "SWEEPS", 2)
+    (_, note) = hs.equalize(ready(chain)).notes
+    assert re.fullmatch(r"not settled after 2 sweeps: the last one still scaled by up to [\d.]+", note)

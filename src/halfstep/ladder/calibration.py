@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import overload
 
@@ -16,12 +17,20 @@ from halfstep.fake_quantize import Mode
 from halfstep.graph.inputs import ModelInputs, batch_size, call_arguments, tensors_of
 from halfstep.ladder.abreast import abreast
 from halfstep.ladder.best_of import BestOf
-from halfstep.ladder.candidates import Sweep
+from halfstep.ladder.candidates import BEFORE, FLOAT, Candidate, Sweep
 from halfstep.ladder.concerns import BATCH, concerns, sentences
-from halfstep.ladder.ranges import activation_answers, activation_sites, set_ranges, weight_answers
-from halfstep.ladder.sweep import sweep
+from halfstep.ladder.fidelity import Fidelity, Measure, Reference
+from halfstep.ladder.ranges import (
+    activation_answers,
+    activation_sites,
+    own_answers,
+    set_ranges,
+    weight_answers,
+)
+from halfstep.ladder.sweep import sweep, sweep_activations
 from halfstep.model import QuantizedModel, run
 from halfstep.progress import track
+from halfstep.repair.ranges import observe_sites
 from halfstep.statistics import Histogram
 
 #: The calibration inputs that a model keeps for scoring without labels: at most so many examples and bytes.
@@ -31,6 +40,10 @@ SAMPLE_BYTES = 32 * 2**20
 #: as this are kept even where they are larger, up to so many bytes.
 SAMPLE_LEAST = 16
 SAMPLE_MOST_BYTES = 512 * 2**20
+
+#: Calibrators that were chosen before stay unless others leave less than a part of this of the error: the
+#: order of nearly equal ones is a matter of the examples.
+GIVES_WAY = 2.0
 
 
 def observe(
@@ -172,3 +185,46 @@ def calibrate(
     for sentence in sentences(concerns(model, (chosen,))):
         warnings.warn(sentence, stacklevel=2)
     return None
+
+
+def calibrate_moved(
+    model: QuantizedModel,
+    moved: Collection[str],
+    batches: Sequence[ModelInputs],
+    options: BestOf,
+    reference: Reference,
+) -> Candidate:
+    """Observe activations again whose distributions have changed, and choose the calibrators of all of them anew.
+
+    A calibrator suits a distribution: where channels differed by powers of two, a range that clips most of them may
+    have been the best. Those that sites have had stay all the same, asked of the new statistics, unless others are
+    clearly better: see :data:`GIVES_WAY`. Weights are in float meanwhile, since repairs of theirs are still to come;
+    each keeps its own calibrator.
+
+    Args:
+        model: calibrated; left with the ranges that were chosen, quantizing.
+        moved: the activations' sites, one at least.
+        batches: model inputs to observe.
+        options: what to try; the measure alone decides.
+        reference: examples to compare outputs on.
+
+    Returns:
+        What was chosen.
+    """
+    observe_sites(model, moved, batches)
+    answers = own_answers(model)
+    set_ranges(model, answers)
+    with model.using(Mode.QUANTIZE, weights=False):
+        before = reference.compare(model, "comparing calibrators")
+    best = sweep_activations(model, options, reference).best
+    if not _clearly_less(best.fidelity, before, options.by):
+        best = Candidate(BEFORE, FLOAT, before)
+    set_ranges(model, answers | dict(best.answers))
+    return best
+
+
+def _clearly_less(error: Fidelity, than: Fidelity, by: Measure) -> bool:
+    """Whether the error is that much less, by a measure in nats or in dB."""
+    if by == "kl":
+        return error.loss(by) * GIVES_WAY < than.loss(by)
+    return error.loss(by) + 10 * math.log10(GIVES_WAY) < than.loss(by)

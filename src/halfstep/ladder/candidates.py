@@ -15,6 +15,7 @@ from halfstep.model import QuantizedModel
 
 FLOAT = "float"  # in a candidate's place for weights or activations that are not quantized
 MIXED = "mixed"  # where the calibrator differs by site
+BEFORE = "as before"  # where each site keeps its calibrator, asked of new statistics
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Candidate:
 
     Attributes:
         activations: the calibrator of the activations, those that answered alike joined by ``" = "``; ``"mixed"`` if
-            it differs by site; ``"float"`` where activations are not quantized.
+            it differs by site; ``"as before"`` if each site keeps its own; ``"float"`` where activations are not
+            quantized.
         weights: the same for the weights.
         fidelity: what it does to the outputs.
         score: the metric's; None if it was not evaluated.

@@ -87,7 +87,7 @@ def _mixed(
         for start in range(0, len(proposals), size):
             answers = {**best.answers, **dict(proposals[start : start + size])}
             set_ranges(model, answers)
-            with model.using(Mode.QUANTIZE):
+            with model.using(Mode.QUANTIZE, weights=best.weights != FLOAT):
                 fidelity = reference.compare(model, "comparing calibrators")
             other = Candidate(MIXED, best.weights, fidelity, answers=answers)
             best = min(best, other, key=lambda candidate: candidate.fidelity.loss(options.by))

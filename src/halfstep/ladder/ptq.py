@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 
 from halfstep.calibrators import Calibrator, WeightCalibrator
@@ -17,6 +17,7 @@ from halfstep.ladder.mixing import mix
 from halfstep.ladder.repairs import Pass, Trial, repair
 from halfstep.ladder.search import Search
 from halfstep.ladder.sweep import judge, sweep
+from halfstep.model import QuantizedModel
 from halfstep.repair.snapshot import Snapshot
 
 #: Repairs end after so many seconds.
@@ -55,7 +56,7 @@ def climb_ptq(search: Search, options: BestOf | None = None) -> Score:
         f"PTQ with {found.best} scores {search.goal.words(score)}; {found.evaluations} of {len(found.candidates)} "
         "candidates were evaluated"
     )
-    return score if search.goal.met(score) else _repaired(search, score)
+    return score if search.goal.met(score) else _repaired(search, options, score)
 
 
 def _judged(search: Search, found: Sweep, finalists: int) -> tuple[Sweep, Score]:
@@ -82,24 +83,40 @@ def _kept_sweep(search: Search, name: str, options: BestOf, compute: Callable[[]
     return found
 
 
-def _kept(search: Search, each: Pass, compute: Callable[[], Trial]) -> Trial:
+def _kept(search: Search, options: BestOf, each: Pass, compute: Callable[[], Trial]) -> Trial:
     """What a repair brought: in a run that was interrupted, with what it left the model with; or now."""
     name = getattr(each, "__name__", type(each).__name__)
-    key = search.checkpoints.key_of(name)
+    key = search.checkpoints.key_of(name, replace(options, metric=None))
     if (saved := search.journal.load(f"repair-{name}", key)) is not None:
         trial = Trial.of(saved.data)
         if trial.kept:
             search.model.load_state_dict(search.checkpoints.network(saved), strict=False)
+            _name_calibrators(search.model, options, saved.data.get("calibrators", {}))
         return trial
     trial = compute()
     if trial.repair.cut_short:  # with more time it does more
         return trial
     state = search.model.state_dict() if trial.kept else {}
-    search.checkpoints.keep_network(f"repair-{name}", key, state, exact(asdict(trial)))
+    chosen: dict[str, str] = {}
+    if trial.kept and trial.repair.moved:
+        sites = (
+            (site.name, search.model.sites[site.name].calibrated_by) for site in search.model.placement.sites
+        )
+        chosen = {site: str(calibrator) for site, calibrator in sites if calibrator is not None}
+    data = {**asdict(trial), "calibrators": chosen}
+    search.checkpoints.keep_network(f"repair-{name}", key, state, exact(data))
     return trial
 
 
-def _repaired(search: Search, score: Score) -> Score:
+def _name_calibrators(model: QuantizedModel, options: BestOf, names: Mapping[str, str]) -> None:
+    """Let sites know by name who gave them their ranges: the next repair that scales asks the same ones."""
+    every: list[Calibrator | WeightCalibrator] = [*options.calibrators, *options.weights]
+    known = {str(calibrator): calibrator for calibrator in every}
+    for site, name in names.items():
+        model.sites[site].calibrated_by = known[name]
+
+
+def _repaired(search: Search, options: BestOf, score: Score) -> Score:
     """Repair the model and return the score, or put it back where the metric does not rise."""
     left = search.seconds_left()
     seconds = REPAIR_SECONDS if left is None else min(REPAIR_SECONDS, left)
@@ -107,7 +124,8 @@ def _repaired(search: Search, score: Score) -> Score:
         return score
     before = Snapshot.of(search.model)
     try:
-        found = repair(search.model, budget=seconds, keeper=functools.partial(_kept, search))
+        keeper = functools.partial(_kept, search, options)
+        found = repair(search.model, budget=seconds, keeper=keeper, calibrators=options)
         for sentence in dict.fromkeys(found.sentences()):  # two repairs may say the same of a layer
             search.decide(sentence)
         if not found.kept:

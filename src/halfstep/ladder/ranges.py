@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from halfstep.calibrators import Calibrator, WeightCalibrator
+from halfstep.calibrators import MSE, Calibrator, WeightCalibrator
 from halfstep.fake_quantize import FakeQuantize, Mode
 from halfstep.model import QuantizedModel
 from halfstep.repair.bias_room import widen_for_bias
@@ -67,6 +67,26 @@ def weight_answers(model: QuantizedModel, calibrator: WeightCalibrator) -> dict[
         for site in model.placement.sites
         if site.is_weight
     }
+
+
+def own_answers(model: QuantizedModel) -> dict[str, Answer]:
+    """What the calibrator that each site was calibrated by answers now; MSE where none was.
+
+    Raises:
+        NotObservedError: naming a site that saw no data.
+    """
+    found: dict[str, Answer] = {}
+    for name, module in activation_sites(model).items():
+        activations = module.calibrated_by or MSE()
+        assert isinstance(activations, Calibrator)
+        found[name] = Answer(activations, *module.observed_range(activations))
+    for site in model.placement.sites:
+        if site.is_weight:
+            module = model.sites[site.name]
+            weights = module.calibrated_by or MSE()
+            assert isinstance(weights, WeightCalibrator)
+            found[site.name] = Answer(weights, *module.weight_range(model.weight(site.name), weights))
+    return found
 
 
 def set_ranges(model: QuantizedModel, answers: Answers) -> None:

@@ -6,16 +6,19 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from halfstep.errors import ArgumentError
 from halfstep.evaluate import as_scorer
 from halfstep.fake_quantize import Mode
 from halfstep.graph.inputs import ModelInputs, batch_size
+from halfstep.ladder.best_of import BestOf
 from halfstep.ladder.budget import BudgetSpent
+from halfstep.ladder.calibration import calibrate_moved
 from halfstep.ladder.fidelity import Fidelity, Measure, Reference, halves
 from halfstep.ladder.float_model import knowing_float
+from halfstep.ladder.ranges import activation_sites
 from halfstep.model import QuantizedModel
 from halfstep.progress import interruptible, may_go_on, protected, track
 from halfstep.repair.bias import correct_bias
@@ -60,7 +63,8 @@ class Trial:
         skipped = tuple((name, why) for name, why in done["skipped"])
         words = done["name"], done["measure"], tuple(treated), skipped, tuple(done["notes"])
         before, after = Fidelity.of(data["before"]), Fidelity.of(data["after"])
-        return cls(Repair(*words, float(done["seconds"])), before, after, data["kept"])
+        repair = Repair(*words, float(done["seconds"]), tuple(done.get("moved", ())))
+        return cls(repair, before, after, data["kept"])
 
     def __str__(self) -> str:
         what, count = self.repair.name, len(self.repair.treated)
@@ -132,12 +136,16 @@ def repair(
     metric: Any = None,
     budget: float | None = None,
     keeper: Keeper | None = None,
+    calibrators: BestOf | None = None,
 ) -> Repairs:
     """Repair a calibrated network for few bits before any training, keeping only what measures better.
 
     Each repair works on half of the examples. It stays if the outputs of the quantized network come nearer to those of
     the float network on the other half, by the divergence of the classes' probabilities, or by the signal to noise
     where the outputs are no classes. The float network computes what it did before.
+
+    What scales channels changes the distributions that calibrators were chosen for. So they are chosen again then, on
+    what all examples now show and by the outputs of the half that repairs work on, before the repair is judged.
 
     Args:
         model: calibrated; left with what was kept, quantizing.
@@ -147,6 +155,8 @@ def repair(
         budget: seconds after which repairs end, within a layer's time: what was done of one by then is measured and
             kept or put back like the others; None for no bound.
         keeper: knows what repairs brought in a run that was interrupted; None for nothing.
+        calibrators: what to choose among where distributions have changed; all of :func:`best_of` if None. The
+            measure alone decides.
 
     Raises:
         DataError: if there are no examples.
@@ -156,10 +166,12 @@ def repair(
     if budget is not None and not (math.isfinite(budget) and budget > 0):
         raise ArgumentError(f"budget: got {budget}, needed seconds above 0, or None for no bound")
     start = time.perf_counter()
-    fitted, held = halves(model, sample_of(model, batches))
+    examples = sample_of(model, batches)
+    fitted, held = halves(model, examples)
     model.set_mode(Mode.QUANTIZE)
     reference = Reference(model, sum(map(batch_size, held)), held)
     by = reference.by
+    calibrators = replace(calibrators or BestOf(), by=by)
     untouched = Snapshot.of(model)
     scorer = None if metric is None else knowing_float(as_scorer(metric), model)
     score_before = None if scorer is None else scorer.evaluate(model)
@@ -175,7 +187,7 @@ def repair(
         try:
             with interruptible(look_at_the_clock):
                 may_go_on()
-                compute = functools.partial(_try, model, each, fitted, reference, now, by)
+                compute = functools.partial(_try, model, each, examples, fitted, reference, now, calibrators)
                 trial = compute() if keeper is None else keeper(each, compute)
         except BudgetSpent:
             left_out.append(getattr(each, "__name__", repr(each)))
@@ -205,23 +217,30 @@ def repair(
 def _try(
     model: QuantizedModel,
     each: Pass,
+    examples: Sequence[ModelInputs],
     fitted: Sequence[ModelInputs],
     reference: Reference,
     before: Fidelity,
-    by: Measure,
+    calibrators: BestOf,
 ) -> Trial:
-    """Run one repair and keep it if it measures better."""
+    """Run one repair, choose calibrators again where it changed distributions, and keep it if it measures better."""
     snapshot = Snapshot.of(model)
     try:
         done = each(model, fitted)
         if not done.treated:
             return Trial(done, before, before, kept=False)
+        if moved := activation_sites(model).keys() & set(done.moved):
+            fitted_to = Reference(model, calibrators.examples, fitted)
+            chosen = calibrate_moved(model, moved, examples, calibrators, fitted_to)
+            alone = f"{chosen} ({chosen.fidelity.noise()} alone)"
+            note = f"activations' calibrators chosen again after {done.name}: {alone}"
+            done = replace(done, notes=(*done.notes, note))
         with protected():  # of a pass that time cut short too
             after = reference.compare(model, "measuring")
     except BaseException:
         snapshot.restore(model)
         raise
-    kept = after.loss(by) < before.loss(by)
+    kept = after.loss(reference.by) < before.loss(reference.by)
     if not kept:
         snapshot.restore(model)
     return Trial(done, before, after, kept)

@@ -57,6 +57,28 @@ def sweep(model: QuantizedModel, options: BestOf) -> Sweep:
     return found
 
 
+def sweep_activations(model: QuantizedModel, options: BestOf, reference: Reference) -> Sweep:
+    """Try every calibrator of the activations, with weights in float: they may become others yet.
+
+    The model is left with the winner's ranges, and its weights with theirs.
+
+    Args:
+        model: observed, with activations to quantize.
+        options: what to try; the measure alone decides.
+        reference: examples to compare outputs on.
+
+    Raises:
+        NotObservedError: naming a site that saw no data.
+        ArgumentError: the model's outputs cannot be measured so.
+    """
+    reference.check(options.by)
+    found = _Runs(model, reference, options).sweep_activations()
+    if options.mixed:
+        found = mix(model, found, options, reference)
+    found.best.apply(model)
+    return found
+
+
 def passes_at_most(options: BestOf | None = None) -> int:
     """A bound on the passes of a sweep over its examples.
 
@@ -132,6 +154,13 @@ class _Runs:
             concerns=site_concerns(self.model, candidates),
         )
 
+    def sweep_activations(self) -> Sweep:
+        candidates = tuple(sorted(self._activations(None), key=self._loss))
+        concerns = site_concerns(self.model, candidates)
+        return Sweep(
+            candidates, self.options.by, self.reference.examples, self.reference.passes, concerns=concerns
+        )
+
     def _weights(self) -> tuple[Candidate | None, list[Candidate]]:
         """The best calibrator of the weights, and all of them, with activations in float."""
         found = []
@@ -142,14 +171,15 @@ class _Runs:
         return (min(found, key=self._loss) if found else None), found
 
     def _activations(self, weights: Candidate | None) -> list[Candidate]:
-        """Every calibrator of the activations, with the weights' chosen."""
+        """Every calibrator of the activations, with the weights' chosen; None leaves weights in float."""
         named = {str(c): activation_answers(self.model, c) for c in self.options.calibrators}
         return [self._candidate(name, answers, weights) for name, answers in _distinct(named)]
 
     def _candidate(self, name: str, activations: Answers, weights: Candidate | None) -> Candidate:
         answers = {**activations, **(weights.answers if weights else {})}
         set_ranges(self.model, answers)
-        return Candidate(name, weights.weights if weights else FLOAT, self._measure(), answers=answers)
+        fidelity = self._measure(weights=weights is not None)
+        return Candidate(name, weights.weights if weights else FLOAT, fidelity, answers=answers)
 
     def _loss(self, candidate: Candidate) -> float:
         return candidate.fidelity.loss(self.options.by)

@@ -39,6 +39,8 @@ class Repair:
         skipped: pairs of what it left alone, and why.
         notes: what else should be known, one sentence each.
         seconds: of wall time.
+        moved: sites whose values it scaled, so that they are distributed otherwise than what their calibrators were
+            chosen for; they have been observed and calibrated again.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Repair:
     skipped: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
+    moved: tuple[str, ...] = ()
 
     @property
     def cut_short(self) -> bool:

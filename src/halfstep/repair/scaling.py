@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -20,6 +21,9 @@ from halfstep.repair.snapshot import undone_on_error
 
 #: Factors are kept within 2^-20 to 2^20, so that no weight leaves the normal floats.
 LIMIT = 2.0**20
+
+#: Factors up to this, and down to its inverse, count as none: a quarter of a step at the end of an 8-bit range.
+SETTLED = 1.001
 
 
 def rows_of(weight: Tensor, port: Port, size: int) -> Tensor:
@@ -75,6 +79,9 @@ def scaled(
 ) -> Repair:
     """Scale every class that can be, check that the float function is the same, and calibrate what was scaled.
 
+    Sites get the ranges that their own calibrators answer on what they see now. Whether other calibrators would do
+    better there is for the caller to find out: the record names the sites.
+
     Where the float outputs on the example inputs change by more than the capture's tolerance, everything is put back,
     and the record says so. An error leaves the model as it was, too.
     """
@@ -83,7 +90,7 @@ def scaled(
     skipped = tuple((str(c) if c.readers else c.writers[0].name, c.barrier) for c in classes if c.barrier)
     with undone_on_error(model) as before:
         reference = _outputs(model)
-        treated = _scale_all(model, usable, choose, sweeps)
+        treated, changed, notes = _scale_all(model, usable, choose, sweeps)
         error = max(
             (relative_error(got, wanted) for got, wanted in zip(_outputs(model), reference, strict=True)),
             default=0.0,
@@ -92,16 +99,23 @@ def scaled(
             before.restore(model)
             why = f"put back: it changed the float outputs by {error:.1e} (relative), allowed {TOLERANCE:.0e}"
             return Repair(name, measure, (), skipped, (why,), time.perf_counter() - start)
-        _calibrate(model, usable, batches)
-    note = f"the float outputs changed by {error:.1e} (relative)"
-    return Repair(name, measure, treated, skipped, (note,), time.perf_counter() - start)
+        moved = _calibrate(model, changed, batches)
+    # Digits would be another processor's, and a run may go on there.
+    power = 10.0 ** max(math.ceil(math.log10(error)), -6) if error else 0.0
+    notes = [f"the float outputs changed by {power:.0e} at most (relative)", *notes]
+    return Repair(name, measure, treated, skipped, tuple(notes), time.perf_counter() - start, moved)
 
 
 def _scale_all(
     model: QuantizedModel, classes: Sequence[Channels], choose: Choose, sweeps: int
-) -> tuple[Treated, ...]:
-    """Scale every class in turn, until a sweep over all changes next to nothing."""
+) -> tuple[tuple[Treated, ...], list[Channels], list[str]]:
+    """Scale every class in turn, until a sweep over all changes next to nothing.
+
+    Returns:
+        What was done of each class, the classes that were changed, and a note where the sweeps did not suffice.
+    """
     treated: dict[str, Treated] = {}
+    changed: dict[int, Channels] = {}
     for _ in range(sweeps):
         largest = 1.0
         for channels in classes:
@@ -109,7 +123,10 @@ def _scale_all(
             clock = time.perf_counter()
             factors, was, now = choose(channels)
             factors = factors.clamp(1 / LIMIT, LIMIT)
-            scale(model, channels, factors)
+            most = max(float(factors.max()), float(1 / factors.min()))
+            if most > SETTLED or id(channels) in changed:
+                scale(model, channels, factors)
+                changed[id(channels)] = channels
             first = treated.get(str(channels))
             treated[str(channels)] = Treated(
                 str(channels),
@@ -117,14 +134,19 @@ def _scale_all(
                 now,
                 (first.seconds if first else 0.0) + time.perf_counter() - clock,
             )
-            largest = max(largest, float(factors.max()), float(1 / factors.min()))
-        if largest < 1.001:
+            largest = max(largest, most)
+        if largest <= SETTLED:
             break
-    return tuple(treated.values())
+    notes = list[str]()
+    if sweeps > 1 and largest > SETTLED:
+        notes.append(f"not settled after {sweeps} sweeps: the last one still scaled by up to {largest:.3g}")
+    return tuple(treated.values()), list(changed.values()), notes
 
 
-def _calibrate(model: QuantizedModel, classes: Sequence[Channels], batches: Sequence[ModelInputs]) -> None:
-    """Observe and calibrate again the sites whose values were scaled."""
+def _calibrate(
+    model: QuantizedModel, classes: Sequence[Channels], batches: Sequence[ModelInputs]
+) -> tuple[str, ...]:
+    """Observe and calibrate again the sites whose values were scaled; their names."""
     values = {value for channels in classes for value in channels.values}
     names = {port.weight for c in classes for port in (*c.writers, *c.readers)}
     touched = [
@@ -134,6 +156,7 @@ def _calibrate(model: QuantizedModel, classes: Sequence[Channels], batches: Sequ
     ]
     observe_sites(model, [site.name for site in touched if not site.is_weight], batches)
     calibrate_again(model, touched)
+    return tuple(site.name for site in touched)
 
 
 def _outputs(model: QuantizedModel) -> list[Tensor]:
