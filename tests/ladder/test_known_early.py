@@ -2,12 +2,14 @@
 
 import copy
 
+import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
 
 import halfstep as hs
 from halfstep.errors import ArgumentError, DataError, ExportError, RecipeError, TrainingError
+from halfstep.export import build
 from halfstep.training.check import check_trainable
 from tests.ladder.climbing import data, network
 
@@ -72,7 +74,16 @@ def test_models_that_cannot_be_deployed(name):
 
 
 def test_a_file_that_answers_otherwise_is_refused(monkeypatch):
-    monkeypatch.setattr("halfstep.export.onnx.FLOAT_SQNR", 1e9)
+    honest = build.build_float
+
+    def larger(model):
+        file = honest(model)
+        for value in file.graph.initializers.values():
+            if value.dtype == ir.DataType.FLOAT:
+                value.const_value = ir.tensor(1.1 * value.const_value.numpy())
+        return file
+
+    monkeypatch.setattr(build, "build_float", larger)
     with pytest.raises(
         ExportError,
         match=r"the float network's file, on onnxruntime, answers otherwise than the network: .* dB, needed",
