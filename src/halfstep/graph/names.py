@@ -6,7 +6,6 @@ from torch import fx
 
 from halfstep.graph.operators import describe
 
-
 #: The module that stands for a node of an ONNX file.
 ONNX_NODE = "halfstep.onnx_in.network.Step"
 
@@ -15,9 +14,8 @@ def readable_names(graph: fx.Graph) -> dict[fx.Node, str]:
     """A unique name for every placeholder and call of ``graph``.
 
     A node of a leaf module of torch (``nn.Conv2d``), or of what stands for a node of an ONNX file, is called by the
-    module's path, ``layer1.0.conv1``; any other
-    by the path of the module whose code calls it and its kind, ``layer1.0.add``. A second call of the same gets
-    ``:2`` and so on.
+    module's path, ``layer1.0.conv1``; any other by the path of the module whose code calls it and its kind,
+    ``layer1.0.add``. A second call of the same gets ``:2`` and so on.
     """
     names: dict[fx.Node, str] = {}
     count: dict[str, int] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,9 @@ _MEAN_POOLS = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 _ADAPTIVE = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 
 
-def _window(node: Node, x: Tensor, kernel: Sequence[int]) -> tuple[list[int], list[int], list[int], list[int]]:
+def _window(
+    node: Node, x: Tensor, kernel: Sequence[int]
+) -> tuple[list[int], list[int], list[int], list[int]]:
     """Strides, dilations, and the padding before and behind."""
     rank = len(kernel)
     if rank not in _CONVS:
@@ -74,16 +76,19 @@ def conv_transpose(node: Node, x: Tensor, weight: Any, bias: Any = None) -> Tens
         wanted = [int(n) * s for n, s in zip(x.shape[2:], strides, strict=True)]
     if wanted is not None:
         totals = [f - int(w) for f, w in zip(full, list(wanted)[-rank:], strict=True)]
-        small, large = [t // 2 for t in totals], [t - t // 2 for t in totals]
-        before, after = (large, small) if auto == "SAME_LOWER" else (small, large)
+        small = [max(t, 0) // 2 for t in totals]
+        large = [t - s for t, s in zip(totals, small, strict=True)]
+        before, after = (small, large) if auto == "SAME_UPPER" or min(totals) < 0 else (large, small)
     function, group = _TRANSPOSED[rank], node.get("group", 1)
-    if before == after and min(before) >= 0 and all(e < max(s, d) for e, s, d in zip(extra, strides, dilations, strict=True)):
+    if (
+        before == after
+        and min(before) >= 0
+        and all(e < max(s, d) for e, s, d in zip(extra, strides, dilations, strict=True))
+    ):
         return function(x, weight, tensor(bias), strides, before, extra, group, dilations)
     y = function(x, weight, tensor(bias), strides, 0, 0, group, dilations)
     flat = [
-        amount
-        for b, a, e in reversed(list(zip(before, after, extra, strict=True)))
-        for amount in (-b, e - a)
+        amount for b, a, e in reversed(list(zip(before, after, extra, strict=True))) for amount in (-b, e - a)
     ]
     if bias is not None and any(amount > 0 for amount in flat):
         raise unsupported("ConvTranspose with a bias and more padding of the output than its kernel covers")
@@ -91,20 +96,25 @@ def conv_transpose(node: Node, x: Tensor, weight: Any, bias: Any = None) -> Tens
 
 
 @operator("MaxPool")
-def max_pool(node: Node, x: Tensor) -> Tensor:
-    """The largest in windows."""
-    if node.wanted(1):
-        raise unsupported("MaxPool with indices as a second output")
+def max_pool(node: Node, x: Tensor) -> Any:
+    """The largest in windows, and where it is if that is wanted."""
     kernel = list(node.get("kernel_shape"))
     strides, dilations, before, after = _window(node, x, kernel)
+    ceil, pool = bool(node.get("ceil_mode", 0)), _MAX_POOLS[len(kernel)]
+    if node.wanted(1):
+        if before != after or node.get("storage_order", 0):
+            raise unsupported("MaxPool with indices, and other padding at either end or indices by columns,")
+        y, places = pool(x, kernel, strides, before, dilations, ceil, return_indices=True)
+        plane = math.prod(x.shape[2:])  # torch counts in each plane
+        planes = torch.arange(x.shape[0] * x.shape[1]).reshape([*x.shape[:2], *[1] * len(kernel)])
+        return y, places + planes * plane
     integer = not x.is_floating_point()
     if before != after or integer or any(2 * b > k for b, k in zip(before, kernel, strict=True)):
         low: float = torch.iinfo(x.dtype).min if integer else -math.inf
         flat = [amount for pair in reversed(list(zip(before, after, strict=True))) for amount in pair]
         y = F.pad(x, flat, value=low)
-        pools = _MAX_POOLS[len(kernel)](y.float() if integer else y, kernel, strides, 0, dilations, bool(node.get("ceil_mode", 0)))
-        return pools.to(x.dtype)
-    return _MAX_POOLS[len(kernel)](x, kernel, strides, before, dilations, bool(node.get("ceil_mode", 0)))
+        return pool(y.float() if integer else y, kernel, strides, 0, dilations, ceil).to(x.dtype)
+    return pool(x, kernel, strides, before, dilations, ceil)
 
 
 @operator("AveragePool")
@@ -112,10 +122,16 @@ def average_pool(node: Node, x: Tensor) -> Tensor:
     """The mean of windows, with or without what was padded."""
     kernel = list(node.get("kernel_shape"))
     strides, dilations, before, after = _window(node, x, kernel)
-    if any(d != 1 for d in dilations):
-        raise unsupported("AveragePool with dilations")
     pool, ceil = _MEAN_POOLS[len(kernel)], bool(node.get("ceil_mode", 0))
     include = bool(node.get("count_include_pad", 0))
+    if any(d != 1 for d in dilations):
+        if ceil:
+            raise unsupported("AveragePool with dilations and ceil_mode")
+        window = torch.ones([1, 1, *kernel], dtype=x.dtype)
+        ones = F.pad(torch.ones_like(x[:1, :1]), _flat(before, after), value=float(include))
+        y = F.pad(x, _flat(before, after)).flatten(0, 1)[:, None]
+        total, count = (_CONVS[len(kernel)](v, window, None, strides, 0, dilations) for v in (y, ones))
+        return total.reshape([*x.shape[:2], *total.shape[2:]]) / count
     if before == after and all(2 * b <= k for b, k in zip(before, kernel, strict=True)):
         return pool(x, kernel, strides, before, ceil, include)
     y, _ = _padded(x, before, after) if before != after else (F.pad(x, _flat(before, after)), None)
@@ -152,7 +168,13 @@ def global_norm(node: Node, x: Tensor) -> Tensor:
 @operator("GridSample")
 def grid_sample(node: Node, x: Tensor, grid: Tensor) -> Tensor:
     """Values at places of a grid."""
-    mode = {"linear": "bilinear", "bilinear": "bilinear", "nearest": "nearest", "cubic": "bicubic", "bicubic": "bicubic"}
+    mode = {
+        "linear": "bilinear",
+        "bilinear": "bilinear",
+        "nearest": "nearest",
+        "cubic": "bicubic",
+        "bicubic": "bicubic",
+    }
     return F.grid_sample(
         x,
         grid,
@@ -168,7 +190,9 @@ def resize(node: Node, x: Tensor, *rest: Any) -> Tensor:
     roi, scales, sizes = _asked(node, rest)
     rank, mode = x.dim(), node.get("mode", "nearest")
     dims = [d % rank for d in node.get("axes", range(rank))]
-    way = node.get("coordinate_transformation_mode", "asymmetric" if node.op_type == "Upsample" else "half_pixel")
+    way = node.get(
+        "coordinate_transformation_mode", "asymmetric" if node.op_type == "Upsample" else "half_pixel"
+    )
     if roi is not None and way == "tf_crop_and_resize":
         raise unsupported("Resize with tf_crop_and_resize")
     own = [int(x.shape[d]) if d else x.shape[d] for d in dims]
@@ -225,7 +249,9 @@ def _kept_aspect(node: Node, own: list[Any], sizes: list[Any]) -> tuple[list[Any
     return [math.floor(scale * old + 0.5) for old in own], [scale] * len(own)
 
 
-def _by_torch(node: Node, x: Tensor, moved: list[tuple[int, int, float]], way: str, mode: str) -> Tensor | None:
+def _by_torch(
+    node: Node, x: Tensor, moved: list[tuple[int, int, float]], way: str, mode: str
+) -> Tensor | None:
     """The cases that torch computes in the same way."""
     spatial = list(range(2, x.dim()))
     if x.dim() != 4 or not {d for d, _, _ in moved} <= set(spatial) or node.get("antialias", 0):
@@ -233,14 +259,23 @@ def _by_torch(node: Node, x: Tensor, moved: list[tuple[int, int, float]], way: s
     by_axis = {d: (size, scale) for d, size, scale in moved}
     size = [by_axis.get(d, (int(x.shape[d]), 1.0))[0] for d in spatial]
     exact = all(int(x.shape[d]) * by_axis[d][1] == by_axis[d][0] for d in by_axis)
-    if mode == "nearest" and way == "asymmetric" and node.get("nearest_mode", "round_prefer_floor") == "floor" and exact:
+    if (
+        mode == "nearest"
+        and way == "asymmetric"
+        and node.get("nearest_mode", "round_prefer_floor") == "floor"
+        and exact
+    ):
         return F.interpolate(x, size=size, mode="nearest")
     if node.op_type == "Upsample" and mode == "nearest" and exact:
         return F.interpolate(x, size=size, mode="nearest")
     names = {"linear": "bilinear", "cubic": "bicubic"}
-    if mode not in names or node.get("exclude_outside", 0) or (mode == "cubic" and node.get("cubic_coeff_a", -0.75) != -0.75):
+    if (
+        mode not in names
+        or node.get("exclude_outside", 0)
+        or (mode == "cubic" and node.get("cubic_coeff_a", -0.75) != -0.75)
+    ):
         return None
-    if way == "align_corners":
+    if exact and way == "align_corners":
         return F.interpolate(x, size=size, mode=names[mode], align_corners=True)
     if exact and (way == "half_pixel" or (way == "pytorch_half_pixel" and min(size) > 1)):
         return F.interpolate(x, size=size, mode=names[mode], align_corners=False)
@@ -252,7 +287,7 @@ def _taps(node: Node, old: int, new: int, scale: float, way: str, mode: str) -> 
     to = np.arange(new, dtype=np.float64)
     length = old * scale
     if way == "align_corners":
-        at = to * (old - 1) / (new - 1) if new > 1 else np.zeros(1)
+        at = to * (old - 1) / (length - 1) if length > 1 else np.zeros(new)
     elif way == "asymmetric":
         at = to / scale
     elif way == "half_pixel" or (way == "pytorch_half_pixel" and new > 1):
@@ -268,7 +303,7 @@ def _taps(node: Node, old: int, new: int, scale: float, way: str, mode: str) -> 
         rounding = node.get("nearest_mode", "round_prefer_floor")
         if node.op_type == "Upsample":
             rounding = "floor"
-        round_to = {
+        round_to: dict[str, Callable[[np.ndarray], np.ndarray]] = {
             "floor": np.floor,
             "ceil": np.ceil,
             "round_prefer_floor": lambda v: np.ceil(v - 0.5),
@@ -281,7 +316,11 @@ def _taps(node: Node, old: int, new: int, scale: float, way: str, mode: str) -> 
         count = 2 * math.ceil(reach)
         places = np.floor(at)[:, None] + np.arange(1 - count // 2, count // 2 + 1)
         distance = np.abs(at[:, None] - places) * stretch
-        weights = np.maximum(0, 1 - distance) if mode == "linear" else _cubic(distance, node.get("cubic_coeff_a", -0.75))
+        weights = (
+            np.maximum(0, 1 - distance)
+            if mode == "linear"
+            else _cubic(distance, node.get("cubic_coeff_a", -0.75))
+        )
         if node.get("exclude_outside", 0):
             weights = np.where((places < 0) | (places >= old), 0.0, weights)
         weights = weights / weights.sum(1, keepdims=True)

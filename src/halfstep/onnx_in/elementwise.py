@@ -198,12 +198,18 @@ def cast_like(_: Node, x: Any, like: Any) -> Tensor:
     return tensor(x).to(tensor(like).dtype)
 
 
-@operator("Identity", "Dropout", domain="")
-def identity(node: Node, x: Any, *_: Any) -> Any:
-    """What comes; dropout does nothing in inference."""
-    if node.op_type == "Dropout" and node.wanted(1):
-        return x, torch.ones_like(tensor(x), dtype=torch.bool)
+@operator("Identity")
+def identity(_: Node, x: Any) -> Any:
+    """What comes."""
     return x
+
+
+@operator("Dropout")
+def dropout(node: Node, x: Tensor, ratio: Any = None, training: Any = None) -> Any:
+    """What comes: in inference nothing is dropped."""
+    if training is not None and (not host(training) or training.any()):
+        raise unsupported("Dropout that drops, as in training,")
+    return (x, torch.ones_like(x, dtype=torch.bool)) if node.wanted(1) else x
 
 
 @operator("IsInf")

@@ -32,8 +32,8 @@ def from_onnx(path: str | Path, inputs: ModelInputs | None = None) -> nn.Module:
 
     Args:
         path: of the file; tensors beside it are read from its folder.
-        inputs: a tensor, tuple or dict to compare on; None makes up two examples from the declared types: normal floats,
-            and integers of 0 and 1.
+        inputs: a tensor, tuple or dict to compare on; None makes up two examples from the declared types: normal
+            floats, and integers of 0 and 1.
 
     Raises:
         CaptureError: if the file cannot be read, has an operator that is not known, or a node answers otherwise than
@@ -103,5 +103,3 @@ def made_up(network: OnnxNetwork) -> dict[str, torch.Tensor]:
         else:
             found[declared.name] = torch.randint(0, 2, sizes_now, generator=generator).to(dtype)
     return found
-
-

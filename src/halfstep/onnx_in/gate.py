@@ -10,9 +10,9 @@ import onnx
 import torch
 
 from halfstep.errors import CaptureError
-from halfstep.onnx_in.network import SMALL, OnnxNetwork, evaluate
+from halfstep.onnx_in.network import SMALL, OnnxNetwork, computed
 from halfstep.onnx_in.reader import load
-from halfstep.onnx_in.table import Node, host, tensor
+from halfstep.onnx_in.table import host, tensor
 
 #: What a node makes may differ by so much, relative in the L2 norm: sums of float32 in another order.
 TOLERANCE = 1e-4
@@ -30,17 +30,17 @@ def check_nodes(network: OnnxNetwork, inputs: Mapping[str, torch.Tensor]) -> Non
             in the runtime's words, if it cannot run the file.
     """
     theirs = run_all(network, inputs)
-    with torch.no_grad():
-        outputs = network.compute(inputs)
     for node in network.nodes:
         given = tuple(None if not name else _value(network, theirs, name) for name in node.inputs)
-        made = _made(node, given)
+        made = computed(node, given)
         for name, ours in zip(node.outputs, made, strict=False):
             if name and name in theirs and (found := _parting(ours, theirs[name])):
                 raise CaptureError(
                     f"node {node.name!r} ({node.kind}), output {name!r}: {found}. The file is not taken, since what is "
                     "quantized would be another network; please report the operator with its attributes"
                 )
+    with torch.no_grad():
+        outputs = network.compute(inputs)
     for name in network.output_names:
         ours = network.stored(name) if network.is_stored(name) else outputs[name]
         if found := _parting(ours, theirs[name], OUTPUTS):
@@ -62,13 +62,19 @@ def run_all(network: OnnxNetwork, inputs: Mapping[str, torch.Tensor]) -> dict[st
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent.resolve()))
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(path.parent.resolve())
+    )
     try:
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
         wanted = [value.name for value in session.get_outputs()]
         arrays = session.run(wanted, {name: x.detach().cpu().numpy() for name, x in inputs.items()})
     except Exception as error:  # the runtime's own errors share no base
-        raise CaptureError(f"{path}: onnxruntime cannot run it on these inputs: {str(error).strip()[:300]}") from error
+        raise CaptureError(
+            f"{path}: onnxruntime cannot run it on these inputs: {str(error).strip()[:300]}"
+        ) from error
     given = {name: x.detach().cpu().numpy() for name, x in inputs.items()}
     found = {name: value for name, value in zip(wanted, arrays, strict=True) if isinstance(value, np.ndarray)}
     return {**given, **found}
@@ -82,15 +88,11 @@ def _value(network: OnnxNetwork, theirs: Mapping[str, np.ndarray], name: str) ->
     return value if shapes else torch.from_numpy(value)  # as where it is computed from shapes
 
 
-def _made(node: Node, given: tuple[Any, ...]) -> tuple[Any, ...]:
-    with torch.no_grad():
-        made = evaluate(node, given)
-    return made if isinstance(made, tuple) else (made,)
-
-
 def _parting(ours: Any, theirs: np.ndarray, tolerance: float = TOLERANCE) -> str:
     """How two values differ where they do by more than they may; else empty."""
-    mine = np.asarray(ours, np.int64) if host(ours) and ours.dtype == object else tensor(ours).detach().numpy()
+    mine = (
+        np.asarray(ours, np.int64) if host(ours) and ours.dtype == object else tensor(ours).detach().numpy()
+    )
     if mine.shape != theirs.shape:
         return f"got shape {mine.shape}, onnxruntime has {theirs.shape}"
     if mine.dtype != theirs.dtype and not host(ours):

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from halfstep.onnx_in import convolution, linear
+from halfstep.onnx_in.attention import attend, split_heads
 from halfstep.onnx_in.normalisation import layer_norm, rms_norm
 from halfstep.onnx_in.table import MICROSOFT, TABLE, Node, operator, tensor, unsupported
 
@@ -94,7 +95,9 @@ def skip_norm(node: Node, x: Tensor, skip: Tensor, gamma: Any, *rest: Any) -> tu
 
 
 @operator("EmbedLayerNormalization", domain=MICROSOFT)
-def embed_norm(node: Node, words: Tensor, kinds: Any, table: Tensor, places: Tensor, *rest: Any) -> tuple[Any, ...]:
+def embed_norm(
+    node: Node, words: Tensor, kinds: Any, table: Tensor, places: Tensor, *rest: Any
+) -> tuple[Any, ...]:
     """The norm of the sum of three embeddings."""
     segments, gamma, beta, mask, positions = (*rest, None, None, None)[:5]
     if mask is not None or node.get("mask_index_type", 0):
@@ -118,8 +121,8 @@ def multi_head(node: Node, q: Tensor, k: Any = None, v: Any = None, bias: Any = 
         parts = tensor(bias).split([q.shape[-1], k.shape[-1], v.shape[-1]])
         q, k, v = (x + part for x, part in zip((q, k, v), parts, strict=True))
     mask = _mask(padding, added)
-    parts = [linear.split_heads(x, heads) for x in (q, k, v)]
-    y = linear.attend(*parts, mask, bool(node.get("unidirectional", 0)), node.get("scale"))
+    q, k, v = (split_heads(x, heads) for x in (q, k, v))
+    y = attend(q, k, v, mask, bool(node.get("unidirectional", 0)), node.get("scale"))
     return y.transpose(1, 2).flatten(2)
 
 
@@ -132,8 +135,8 @@ def attention(node: Node, x: Tensor, weight: Any, bias: Any = None, mask: Any = 
     y = torch.matmul(x, tensor(weight))
     y = y if bias is None else y + tensor(bias)
     sizes = node.get("qkv_hidden_sizes") or [y.shape[-1] // 3] * 3
-    parts = [linear.split_heads(part, node.get("num_heads")) for part in y.split(list(sizes), -1)]
-    y = linear.attend(*parts, _mask(mask, added), bool(node.get("unidirectional", 0)), node.get("scale"))
+    q, k, v = (split_heads(part, node.get("num_heads")) for part in y.split(list(sizes), -1))
+    y = attend(q, k, v, _mask(mask, added), bool(node.get("unidirectional", 0)), node.get("scale"))
     return y.transpose(1, 2).flatten(2)
 
 
@@ -169,5 +172,3 @@ def rotary(node: Node, x: Tensor, positions: Any, cosines: Any, sines: Any) -> T
         a, b = heads.chunk(2, -1)
         y = torch.cat([a * c - b * s, a * s + b * c], -1)
     return y.transpose(1, 2).flatten(2) if flat else y
-
-

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from halfstep.errors import CaptureError, DataError, named
 from halfstep.onnx_in import (  # noqa: F401 - each fills the table with its family of operators
+    attention,
     convolution,
     elementwise,
     linear,
@@ -56,6 +57,8 @@ _TRAINED: dict[str, frozenset[int]] = {
 }
 #: Stored tensors that stand as tensors in the graph whatever their size.
 _TENSORS = {**_TRAINED, "BatchNormalization": frozenset({1, 2, 3, 4})}
+#: Stored tensors that stay on the host whatever their type: scales of sizes.
+_HOSTED = {"Resize": frozenset({1, 2}), "Upsample": frozenset({1})}
 #: An add or a product by a stored tensor with one axis is a bias or a gain.
 _VECTORS = frozenset({"Add", "Mul", "Sub", "Div"})
 #: Stored integers of at most so many elements stay on the host, where shapes are computed.
@@ -88,6 +91,23 @@ def evaluate(node: Node, inputs: tuple[Any, ...]) -> Any:
         if (found := on_host(node, inputs)) is not None:
             return found
         return TABLE[node.domain, node.op_type](node, *inputs)
+
+
+def computed(node: Node, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """All outputs of a node for values, outside of a trace.
+
+    Raises:
+        CaptureError: naming the node, also where torch refuses what it is given.
+    """
+    try:
+        with torch.no_grad():
+            made = evaluate(node, inputs)
+    except (RuntimeError, IndexError, ValueError, TypeError, KeyError, AssertionError) as error:
+        raise CaptureError(
+            f"node {node.name!r} ({node.kind}): cannot be computed: {str(error).strip().splitlines()[0][:200]}; look "
+            "whether its inputs and attributes fit each other"
+        ) from error
+    return made if isinstance(made, tuple) else (made,)
 
 
 class OnnxNetwork(nn.Module):
@@ -128,12 +148,14 @@ class OnnxNetwork(nn.Module):
                 continue
             as_tensor = any(index in _TENSORS.get(op, ()) for op, index in readers[name])
             small = value.size == 1 if value.dtype.kind == "f" else value.size <= SMALL and value.ndim <= 1
+            small |= any(index in _HOSTED.get(op, ()) for op, index in readers[name])
             if small and not as_tensor:
                 self._hosted[name] = value
                 continue
             content = torch.from_numpy(np.array(value, order="C"))
             trained = content.is_floating_point() and any(
-                index in _TRAINED.get(op, ()) or (op in _VECTORS and max(value.shape, default=1) == value.size)
+                index in _TRAINED.get(op, ())
+                or (op in _VECTORS and max(value.shape, default=1) == value.size)
                 for op, index in readers[name]
             )
             if trained and bool(torch.isfinite(content).all()):
@@ -156,7 +178,10 @@ class OnnxNetwork(nn.Module):
         """All that the nodes make, by name, given the inputs; used once and dropped when nothing needs it any more."""
         known = dict(values)
         for (node, place), last in zip(self._steps, self._last, strict=True):
-            inputs = (None if not name else known[name] if name in known else self.stored(name) for name in node.inputs)
+            inputs = (
+                None if not name else known[name] if name in known else self.stored(name)
+                for name in node.inputs
+            )
             made = self.get_submodule(place)(*inputs)
             results = made if isinstance(made, tuple) else (made,)
             known.update((name, value) for name, value in zip(node.outputs, results, strict=False) if name)
@@ -204,8 +229,14 @@ def make_network(source: OnnxGraph) -> OnnxNetwork:
 
     names = ", ".join(arguments(tuple(value.name for value in source.inputs)))
     namespace: dict[str, Any] = {}
-    exec(f"def forward(self, {names}):\n    return self.run({names})", namespace)  # torch reads its parameters' names
-    own = type("OnnxNetwork", (OnnxNetwork,), {"forward": namespace["forward"], "__module__": __name__, "__doc__": OnnxNetwork.__doc__})
+    exec(
+        f"def forward(self, {names}):\n    return self.run({names})", namespace
+    )  # torch reads its parameters' names
+    own = type(
+        "OnnxNetwork",
+        (OnnxNetwork,),
+        {"forward": namespace["forward"], "__module__": __name__, "__doc__": OnnxNetwork.__doc__},
+    )
     network: OnnxNetwork = own(source)
     return network.eval()
 
@@ -247,10 +278,8 @@ def _fold(source: OnnxGraph) -> tuple[tuple[Node, ...], dict[str, np.ndarray]]:
             constant = frozenset(i for i, name in enumerate(node.inputs) if name in stored)
             kept.append(Node(**{**vars(node), "constant": constant}))
             continue
-        with torch.no_grad():
-            made = evaluate(node, tuple(stored.get(name) for name in node.inputs))
-        results = made if isinstance(made, tuple) else (made,)
-        for name, value in zip(node.outputs, results, strict=False):
+        made = computed(node, tuple(stored.get(name) for name in node.inputs))
+        for name, value in zip(node.outputs, made, strict=False):
             if name:
                 found = value if host(value) else value.numpy()
                 stored[name] = found.astype(np.int64) if found.dtype == object else found
@@ -276,11 +305,19 @@ def _attach(root: nn.Module, name: str, value: Tensor | nn.Module) -> str:
     *path, leaf = [part or "_" for part in name.split(".")]
     owner = root
     for i, part in enumerate(path):
-        while part in owner._parameters or part in owner._buffers or (part not in owner._modules and hasattr(owner, part)):
+        while (
+            part in owner._parameters
+            or part in owner._buffers
+            or (part not in owner._modules and hasattr(owner, part))
+        ):
             part += "_"
         path[i] = part
         owner = owner._modules.setdefault(part, nn.Module())  # type: ignore[assignment]
-    if isinstance(value, nn.Module) and isinstance(found := owner._modules.get(leaf), nn.Module) and type(found) is nn.Module:
+    if (
+        isinstance(value, nn.Module)
+        and isinstance(found := owner._modules.get(leaf), nn.Module)
+        and type(found) is nn.Module
+    ):
         value._modules.update(found._modules)  # what lies below a node of this name
         value._parameters.update(found._parameters)
         value._buffers.update(found._buffers)

@@ -21,14 +21,18 @@ def batch_norm(node: Node, x: Tensor, scale: Any, shift: Any, mean: Any, varianc
 
 
 @operator("LayerNormalization")
-def layer_norm(node: Node, x: Tensor, scale: Any, shift: Any = None) -> Tensor:
-    """Over the axes from one on."""
-    if any(map(node.wanted, (1, 2))):
-        raise unsupported("LayerNormalization with its statistics as outputs")
+def layer_norm(node: Node, x: Tensor, scale: Any, shift: Any = None) -> Any:
+    """Over the axes from one on, and the statistics where they are wanted."""
     axis = node.get("axis", -1) % x.dim()
     shape = [int(size) for size in x.shape[axis:]]
-    weight, bias = (None if p is None else tensor(p).expand(shape) for p in (scale, shift))
-    return F.layer_norm(x, shape, weight, bias, node.get("epsilon", 1e-5))
+    weight, bias = (_of_shape(tensor(p), shape) for p in (scale, shift))
+    epsilon = node.get("epsilon", 1e-5)
+    y = F.layer_norm(x, shape, weight, bias, epsilon)
+    if not any(map(node.wanted, (1, 2))):
+        return y
+    dims = list(range(axis, x.dim()))
+    mean = x.mean(dims, keepdim=True)
+    return y, mean, torch.rsqrt((x - mean).square().mean(dims, keepdim=True) + epsilon)
 
 
 @operator("RMSNormalization", "SimplifiedLayerNormalization")
@@ -54,3 +58,7 @@ def group_norm(node: Node, x: Tensor, scale: Any, shift: Any) -> Tensor:
     if weight.shape[0] != channels:
         weight, bias = (p.repeat_interleave(channels // groups) for p in (weight, bias))
     return F.group_norm(x, groups, weight, bias, node.get("epsilon", 1e-5))
+
+
+def _of_shape(x: Tensor | None, shape: list[int]) -> Tensor | None:
+    return x if x is None or list(x.shape) == shape else x.expand(shape)

@@ -12,7 +12,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from halfstep.onnx_in.linear import ATTEND, LINEAR, OWN_DOMAIN
+from halfstep.onnx_in.attention import ATTEND
+from halfstep.onnx_in.linear import LINEAR, OWN_DOMAIN
 from halfstep.onnx_in.table import Node
 
 #: What is put behind the name of a stored matrix that is read transposed, where another node reads it as it is.
@@ -79,10 +80,13 @@ class _Fusion:
         weight = self.stored.get(node.inputs[1])
         if weight is None or weight.ndim != 2 or weight.dtype.kind != "f":
             return False
-        bias, parts, turned = "", (node,), True
+        bias, turned = "", True
+        parts: tuple[Node, ...] = (node,)
         if node.op_type == "Gemm":
             bias = node.inputs[2] if len(node.inputs) > 2 else ""
-            plain = all(node.get(factor, 1.0) == 1.0 for factor in ("alpha", "beta")) and not node.get("transA", 0)
+            plain = all(node.get(factor, 1.0) == 1.0 for factor in ("alpha", "beta")) and not node.get(
+                "transA", 0
+            )
             if not plain or (bias and not self._vector(bias)):
                 return False
             turned = not node.get("transB", 0)
@@ -115,12 +119,19 @@ class _Fusion:
             return False
         other = self._other(product, shifted.outputs[0])
         half = self._maker(other)
-        if other == x:
+        if self._factor(product) == 0.5:
+            end = self._reader(product, "Mul")
+            if end is None or self._other(end, product.outputs[0]) != x:
+                return False
+            parts: tuple[Node, ...] = (scaled, node, shifted, product, end)
+        elif other == x:
             end = self._reader(product, "Mul") or self._reader(product, "Div")
             if end is None or self._factor(end) != 0.5:
                 return False
             parts = (scaled, node, shifted, product, end)
-        elif half is not None and self._factor(half) == 0.5 and self._operand(half) == x and self._alone(half):
+        elif (
+            half is not None and self._factor(half) == 0.5 and self._operand(half) == x and self._alone(half)
+        ):
             parts = (scaled, node, half, shifted, product)
         else:
             return False
@@ -157,19 +168,29 @@ class _Fusion:
             return False
         parts = (mean, centred, square, spread, padded, root, node, gain, shift)
         inputs = (centred.inputs[0], gamma, beta)
-        return self._join(parts, "LayerNormalization", inputs, {"axis": -1, "epsilon": epsilon}, node.name, "")
+        return self._join(
+            parts, "LayerNormalization", inputs, {"axis": -1, "epsilon": epsilon}, node.name, ""
+        )
 
     def attention(self, node: Node) -> bool:
         """``softmax(scale * q k' + mask) v``."""
         if node.op_type != "MatMul" or (chances := self._maker(node.inputs[0])) is None:
             return False
-        if chances.op_type != "Softmax" or chances.get("axis", -1) not in (-1, 3) or not self._alone(chances):
+        parts, mask, scale = [node], "", 1.0
+        if (guarded := self._guarded(chances)) is not None:
+            parts = [*guarded[1:], node]
+            chances = guarded[0]
+        elif not self._alone(chances):
             return False
-        parts, mask, scale = [chances, node], "", 1.0
+        if chances.op_type != "Softmax" or chances.get("axis", -1) not in (-1, 3):
+            return False
+        parts.insert(0, chances)
         at = self._maker(chances.inputs[0])
         if at is not None and at.op_type == "Add" and self._alone(at):
             sides = [(self._maker(name), name) for name in at.inputs]
-            found = [(m, other) for (m, _), (_, other) in zip(sides, sides[::-1], strict=True) if self._scores(m)]
+            found = [
+                (m, other) for (m, _), (_, other) in zip(sides, sides[::-1], strict=True) if self._scores(m)
+            ]
             if not found:
                 return False
             parts.insert(0, at)
@@ -193,6 +214,21 @@ class _Fusion:
         return self._join(tuple(parts), ATTEND, inputs, {"scale": scale}, node.name)
 
     # what they ask
+
+    def _guarded(self, node: Node) -> tuple[Node, Node, Node] | None:
+        """A softmax whose NaN, of rows that are masked throughout, a Where replaces by 0."""
+        if node.op_type != "Where" or not self._alone(node) or self._number(node.inputs[1]) != 0.0:
+            return None
+        check, softmax = self._maker(node.inputs[0]), self._maker(node.inputs[2])
+        if (
+            check is None
+            or softmax is None
+            or check.op_type != "IsNaN"
+            or check.inputs != softmax.outputs[:1]
+        ):
+            return None
+        inside = {check.name, node.name}
+        return (softmax, check, node) if set(self.readers[softmax.outputs[0]]) == inside else None
 
     def _scores(self, node: Node | None) -> bool:
         """Whether a node makes products of activations, times numbers."""
@@ -233,7 +269,11 @@ class _Fusion:
 
     def _factor(self, node: Node) -> float | None:
         """The number that a node multiplies by."""
-        if node.domain or node.op_type not in ("Mul", "Div") or all(self._number(n) is not None for n in node.inputs):
+        if (
+            node.domain
+            or node.op_type not in ("Mul", "Div")
+            or all(self._number(n) is not None for n in node.inputs)
+        ):
             return None
         if node.op_type == "Div":
             found = self._number(node.inputs[1])

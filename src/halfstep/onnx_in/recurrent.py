@@ -17,7 +17,15 @@ _ACTIVATIONS = {"LSTM": ["Sigmoid", "Tanh", "Tanh"], "GRU": ["Sigmoid", "Tanh"],
 
 @operator("LSTM")
 def lstm(
-    node: Node, x: Any, w: Any, r: Any, b: Any = None, lengths: Any = None, h: Any = None, c: Any = None, p: Any = None
+    node: Node,
+    x: Any,
+    w: Any,
+    r: Any,
+    b: Any = None,
+    lengths: Any = None,
+    h: Any = None,
+    c: Any = None,
+    p: Any = None,
 ) -> tuple[Tensor, ...]:
     """Outputs of all steps, and the last state and cell."""
     if p is not None:
@@ -53,8 +61,12 @@ def _run(node: Node, x: Any, w: Any, r: Any, b: Any, lengths: Any, h: Any, c: An
         elif kind == "GRU" and not node.get("linear_before_reset", 0):
             y, state = _reset_first(source, start, own)
         else:
-            functions: dict[str, Callable[..., Any]] = {"GRU": torch.gru, "Tanh": torch.rnn_tanh, "Relu": torch.rnn_relu}
-            name = kind if kind == "GRU" else (node.get("activations") or ["Tanh"])[index]
+            functions: dict[str, Callable[..., Any]] = {
+                "GRU": torch.gru,
+                "Tanh": torch.rnn_tanh,
+                "Relu": torch.rnn_relu,
+            }
+            name = kind if kind == "GRU" else (node.get("activations") or ["Tanh", "Tanh"])[index]
             y, state = functions[name](source, start, own, True, 1, 0.0, False, False, False)
         outputs.append(y.flip(0) if backwards else y)
         states.append(state)

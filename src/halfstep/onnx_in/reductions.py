@@ -101,10 +101,11 @@ def cumulative_sum(node: Node, x: Tensor, axis: Any) -> Tensor:
 
 @operator("TopK")
 def top(node: Node, x: Tensor, count: Any = None) -> tuple[Tensor, Tensor]:
-    """The largest or smallest, and where they are."""
+    """The largest or smallest, and where they are, of equal ones the first."""
     k = node.get("k") if count is None else number(count, "count")
-    found = torch.topk(x, k, node.get("axis", -1), bool(node.get("largest", 1)), bool(node.get("sorted", 1)))
-    return found.values, found.indices
+    dim = node.get("axis", -1)
+    values, places = torch.sort(x, dim=dim, descending=bool(node.get("largest", 1)), stable=True)
+    return values.narrow(dim, 0, k), places.narrow(dim, 0, k)
 
 
 @operator("LpNormalization")
@@ -129,7 +130,9 @@ def local_response(node: Node, x: Tensor) -> Tensor:
     size = node.get("size")
     if size % 2 == 0:
         raise unsupported(f"LRN over an even number of channels ({size})")
-    return F.local_response_norm(x, size, node.get("alpha", 1e-4), node.get("beta", 0.75), node.get("bias", 1.0))
+    return F.local_response_norm(
+        x, size, node.get("alpha", 1e-4), node.get("beta", 0.75), node.get("bias", 1.0)
+    )
 
 
 plain({"Det": torch.linalg.det})

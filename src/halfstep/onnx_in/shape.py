@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from halfstep.onnx_in.table import DTYPES, Node, axes, host, ints, number, operator, tensor, unsupported
+from halfstep.onnx_in.table import DTYPES, Node, axes, host, ints, number, operator, tensor
 
 
 @operator("Shape")
@@ -38,9 +37,7 @@ def reshape(node: Node, x: Any, sizes: Any) -> Tensor:
     """To other sizes: 0 keeps one, -1 is the rest."""
     x, wanted = tensor(x), ints(sizes, "sizes")
     if not node.get("allowzero", 0):
-        wanted = [
-            x.shape[i] if isinstance(s, int) and s == 0 else s for i, s in enumerate(wanted)
-        ]
+        wanted = [x.shape[i] if isinstance(s, int) and s == 0 else s for i, s in enumerate(wanted)]
     return x.reshape(wanted)
 
 
@@ -103,7 +100,9 @@ def split(node: Node, x: Tensor, given: Any = None) -> tuple[Tensor, ...]:
 
 
 @operator("Slice")
-def cut(node: Node, x: Any, starts: Any = None, ends: Any = None, given: Any = None, steps: Any = None) -> Tensor:
+def cut(
+    node: Node, x: Any, starts: Any = None, ends: Any = None, given: Any = None, steps: Any = None
+) -> Tensor:
     """Ranges along axes; a negative step runs backwards."""
     x = tensor(x)
     first = ints(node.get("starts") if starts is None else starts, "starts")
@@ -114,7 +113,7 @@ def cut(node: Node, x: Any, starts: Any = None, ends: Any = None, given: Any = N
         if step > 0:
             index = [slice(None)] * (dim % x.dim()) + [slice(start, end, step)]
             x = x[tuple(index)]
-        elif start >= 2**31 - 1 or start == -1 and end < -(2**30) and step == -1:
+        elif start >= 2**31 - 1 or (start == -1 and end < -(2**30) and step == -1):
             x = x.flip(dim)
         else:
             kept = range(*slice(start, end, step).indices(int(x.shape[dim])))
@@ -173,11 +172,18 @@ def scatter_elements(node: Node, x: Any, indices: Any, updates: Any) -> Tensor:
 @operator("ScatterND")
 def scatter_nd(node: Node, x: Any, indices: Any, updates: Any) -> Tensor:
     """Slices at places that have several coordinates replaced, or summed up."""
-    how = node.get("reduction", "none")
-    if how not in ("none", "add"):
-        raise unsupported(f"ScatterND with the reduction {how!r}")
+    x, how, values = tensor(x), node.get("reduction", "none"), tensor(updates)
     places = tuple(tensor(indices).long().unbind(-1))
-    return tensor(x).index_put(places, tensor(updates), accumulate=how == "add")
+    if how in ("none", "add"):
+        return x.index_put(places, values, accumulate=how == "add")
+    rows = torch.zeros_like(places[0])
+    for place, size in zip(places, x.shape, strict=False):
+        rows = rows * size + torch.where(place < 0, place + size, place)
+    flat = x.reshape(-1, *x.shape[len(places) :])  # (places, slice)
+    parts = values.reshape(-1, *flat.shape[1:])
+    rows = rows.reshape([-1] + [1] * (parts.dim() - 1)).expand_as(parts)
+    names = {"mul": "prod", "max": "amax", "min": "amin"}
+    return flat.scatter_reduce(0, rows, parts, names[how]).reshape(x.shape)
 
 
 @operator("Expand")
@@ -208,7 +214,11 @@ def pad(node: Node, x: Tensor, pads: Any = None, value: Any = None, given: Any =
         return F.pad(x, flat, "constant", fill)
     spatial = {d: around[d] for d in around if any(around[d])}
     name = {"reflect": "reflect", "edge": "replicate", "wrap": "circular"}[mode]
-    if 3 <= x.dim() <= 5 and all(d >= 2 for d in spatial) and all(a >= 0 for p in spatial.values() for a in p):
+    if (
+        3 <= x.dim() <= 5
+        and all(d >= 2 for d in spatial)
+        and all(a >= 0 for p in spatial.values() for a in p)
+    ):
         flat = [amount for d in reversed(range(2, x.dim())) for amount in spatial.get(d, (0, 0))]
         return F.pad(x, flat, name)
     for d, (before, after) in spatial.items():
@@ -290,7 +300,9 @@ def space_to_depth(node: Node, x: Tensor) -> Tensor:
     b, (n, c, h, w) = node.get("blocksize"), x.shape
     if node.get("mode", "DCR") == "CRD":
         return F.pixel_unshuffle(x, b)
-    return x.reshape(n, c, h // b, b, w // b, b).permute(0, 3, 5, 1, 2, 4).reshape(n, c * b**2, h // b, w // b)
+    return (
+        x.reshape(n, c, h // b, b, w // b, b).permute(0, 3, 5, 1, 2, 4).reshape(n, c * b**2, h // b, w // b)
+    )
 
 
 @operator("ReverseSequence")
@@ -302,5 +314,3 @@ def reverse(node: Node, x: Tensor, lengths: Any) -> Tensor:
     places = torch.where(steps < ends, ends - 1 - steps, steps)
     rows = torch.arange(x.shape[0])[:, None]
     return x[rows, places].movedim((0, 1), (batch, time))
-
-

@@ -16,7 +16,11 @@ _INTEGERS = frozenset({2, 3, 4, 5, 6, 7, 12, 13})
 
 def _squeeze(node: Node, x: np.ndarray, given: Any = None) -> np.ndarray:
     dims = axes(node, given)
-    return x.reshape(()) if x.size == 1 and dims is None else np.squeeze(x, None if dims is None else tuple(dims))
+    return (
+        x.reshape(())
+        if x.size == 1 and dims is None
+        else np.squeeze(x, None if dims is None else tuple(dims))
+    )
 
 
 def _unsqueeze(node: Node, x: np.ndarray, given: Any = None) -> np.ndarray:
@@ -27,7 +31,9 @@ def _gather(node: Node, x: np.ndarray, indices: np.ndarray) -> np.ndarray:
     return _array(np.take(x, indices.astype(np.int64), node.get("axis", 0)))
 
 
-def _slice(node: Node, x: np.ndarray, starts: Any = None, ends: Any = None, given: Any = None, steps: Any = None) -> Any:
+def _slice(
+    node: Node, x: np.ndarray, starts: Any = None, ends: Any = None, given: Any = None, steps: Any = None
+) -> Any:
     first = ints(node.get("starts") if starts is None else starts, "starts")
     last = ints(node.get("ends") if ends is None else ends, "ends")
     dims = axes(node, given) or range(len(first))
@@ -35,7 +41,6 @@ def _slice(node: Node, x: np.ndarray, starts: Any = None, ends: Any = None, give
     for start, end, dim, step in zip(first, last, dims, strides, strict=True):
         x = x[(slice(None),) * (dim % x.ndim) + (slice(start, end, step),)]
     return x
-
 
 
 def _cast(node: Node, x: np.ndarray) -> np.ndarray | None:
