@@ -6,13 +6,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from files import write
 from onnx import TensorProto, helper
 
 import halfstep as hs
 from halfstep.errors import CaptureError, DataError, HalfstepError
 from halfstep.onnx_in import elementwise
 from halfstep.onnx_in.table import TABLE
+from tests.onnx_in.files import write
 
 RELU = helper.make_node("Relu", ["x"], ["y"], name="relu")
 

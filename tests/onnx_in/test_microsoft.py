@@ -4,12 +4,12 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from files import export, write
 from onnx import TensorProto, helper
 
 import halfstep as hs
 from bench.networks.vit import SmallViT
 from halfstep.onnx_in.table import MICROSOFT, TABLE
+from tests.onnx_in.files import export, write
 
 INT32 = TensorProto.INT32
 GENERATOR = np.random.default_rng(0)

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from files import export, write
 from onnx import helper
 from torch import nn
 
@@ -11,6 +10,7 @@ import halfstep as hs
 from bench.networks.resnet import SmallResNet, randomize_batch_norm
 from bench.networks.vit import SmallViT
 from halfstep.runtime.deployed import DeployedModel
+from tests.onnx_in.files import export, write
 
 
 @pytest.fixture(scope="module")
@@ -172,3 +172,14 @@ def test_layer_norm_in_pieces(tmp_path):
     stored |= {name: generator.normal(size=6).astype(np.float32) for name in ("gain", "shift")}
     network = hs.from_onnx(write(tmp_path / "m.onnx", nodes, {"x": ["n", 5, 6]}, {"y": None}, stored))
     assert [node.op_type for node in network.nodes] == ["LayerNormalization"]
+
+
+def test_a_path_stands_for_its_network(resnet):
+    _, path = resnet
+    q = hs.prepare(path, None)
+    assert q.layer_names == hs.prepare(str(path), torch.randn(2, 1, 28, 28)).layer_names
+
+
+def test_a_module_needs_inputs():
+    with pytest.raises(hs.HalfstepError, match="example_inputs: got None"):
+        hs.prepare(nn.Linear(2, 2), None)

@@ -51,6 +51,22 @@ def from_onnx(path: str | Path, inputs: ModelInputs | None = None) -> nn.Module:
     return network
 
 
+def opened(model: nn.Module | str | Path, inputs: ModelInputs | None) -> tuple[nn.Module, ModelInputs]:
+    """A module and example inputs, where a file may be given for the one and nothing for the other.
+
+    Raises:
+        DataError: if nothing is given for the inputs of a module.
+    """
+    if isinstance(model, nn.Module):
+        if inputs is None:
+            raise DataError(
+                "example_inputs: got None, needed a tensor, tuple or dict with a batch of at least 2"
+            )
+        return model, inputs
+    network: Any = from_onnx(model, inputs)
+    return network, tuple(made_up(network).values()) if inputs is None else inputs
+
+
 def by_name(network: OnnxNetwork, inputs: ModelInputs) -> dict[str, torch.Tensor]:
     """Inputs by the names of the file, checked.
 
