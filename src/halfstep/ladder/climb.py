@@ -43,7 +43,7 @@ from halfstep.ladder.search import Search, float_evaluation
 from halfstep.ladder.speed import favour_speed
 from halfstep.live import shown
 from halfstep.model import QuantizedModel
-from halfstep.onnx_in.from_file import opened
+from halfstep.onnx_in.from_file import opened, origin_of
 from halfstep.progress import steps
 from halfstep.recipe import Recipe
 from halfstep.targets import Target, find_target
@@ -78,6 +78,7 @@ def prepare(
     with steps("capturing"):
         model, example_inputs = opened(model, example_inputs)
         captured = decompose(fold(capture(model, example_inputs)), found.decomposed)
+        captured.origin = origin_of(model)
         prepared = QuantizedModel(captured, found, settled)
     prepared.refit = refit
     for note in captured.notes:

@@ -10,6 +10,7 @@ from torch import nn
 
 from halfstep.errors import DataError
 from halfstep.graph.inputs import ModelInputs, call_arguments
+from halfstep.onnx_in.origin import Origin
 from halfstep.onnx_in.table import DTYPES
 
 if TYPE_CHECKING:
@@ -65,6 +66,12 @@ def opened(model: nn.Module | str | Path, inputs: ModelInputs | None) -> tuple[n
         return model, inputs
     network: Any = from_onnx(model, inputs)
     return network, tuple(made_up(network).values()) if inputs is None else inputs
+
+
+def origin_of(model: nn.Module) -> Origin | None:
+    """The file that a module was read from; None for any other module."""
+    found = getattr(model, "origin", None)
+    return found if isinstance(found, Origin) else None
 
 
 def by_name(network: OnnxNetwork, inputs: ModelInputs) -> dict[str, torch.Tensor]:

@@ -22,6 +22,7 @@ from halfstep.onnx_in import (  # noqa: F401 - each fills the table with its fam
     reductions,
     shape,
 )
+from halfstep.onnx_in.origin import Origin
 from halfstep.onnx_in.patterns import fuse
 from halfstep.onnx_in.reader import OnnxGraph, array
 from halfstep.onnx_in.symbolic import on_host
@@ -121,6 +122,7 @@ class OnnxNetwork(nn.Module):
         nodes: what is executed, in order: stored tensors are computed as far as they go, and some neighbours are one.
         input_names: in the file.
         output_names: in the file.
+        origin: what exports of this network are written into.
     """
 
     def __init__(self, source: OnnxGraph) -> None:
@@ -135,6 +137,8 @@ class OnnxNetwork(nn.Module):
         self._keep(stored)
         self._steps = [(node, _attach(self, node.name, Step(node))) for node in self.nodes]
         self._last = _last_uses(self.nodes, self.output_names)
+        tensors = {place: name for name, place in self._places.items()}
+        self.origin = Origin(source, {place: node for node, place in self._steps}, tensors)
 
     def _keep(self, stored: Mapping[str, np.ndarray]) -> None:
         """Stored tensors as parameters, buffers, or on the host."""

@@ -48,6 +48,7 @@ class OnnxGraph:
         nodes: in the order of execution.
         stored: tensors by name, read from the disk when they are asked for.
         opset: of ONNX's own operators in the file, before anything was converted.
+        message: the file's, converted where it is older than the table; without the tensors beside it.
     """
 
     path: Path
@@ -56,6 +57,7 @@ class OnnxGraph:
     nodes: tuple[Node, ...]
     stored: dict[str, ir.TensorProtocol]
     opset: int
+    message: onnx.ModelProto
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OnnxGraph:
         """Itself: nothing in it changes."""
@@ -80,26 +82,35 @@ def read(path: str | Path) -> OnnxGraph:
         raise CaptureError(f"{path}: holds a graph for training; export the network for inference")
     _check(model, path)
     if opset < OLDEST:
-        model = _convert(model, path, opset)
+        model = convert(model, path, opset)
     try:
-        graph = ir.from_proto(model)
-        ir.external_data.set_base_dir(graph.graph, path.parent)
-        passes.InlinePass()(graph)
-        passes.TopologicalSortPass()(graph)  # raises for a cycle
+        graph = graph_of(model, path)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise CaptureError(f"{path}: cannot be read: {_line(error)}") from error
+    stored = {str(name): value.const_value for name, value in graph.graph.initializers.items()}
     return OnnxGraph(
         path,
         tuple(_declared(value) for value in graph.graph.inputs if not value.is_initializer()),
         tuple(_declared(value) for value in graph.graph.outputs),
         tuple(_nodes(graph)),
-        {
-            str(name): value.const_value
-            for name, value in graph.graph.initializers.items()
-            if value.const_value is not None
-        },
+        {name: value for name, value in stored.items() if value is not None},
         opset,
+        model,
     )
+
+
+def graph_of(message: onnx.ModelProto, path: Path) -> ir.Model:
+    """A graph of its own of a file's message, functions inlined, in the order of execution.
+
+    Raises:
+        RuntimeError, ValueError, TypeError, KeyError: if it has a cycle, or cannot be read.
+    """
+    model = ir.from_proto(message)
+    ir.external_data.set_base_dir(model.graph, path.parent)
+    passes.InlinePass()(model)
+    passes.RemoveInitializersFromInputsPass()(model)
+    passes.TopologicalSortPass()(model)  # raises for a cycle
+    return model
 
 
 def load(path: Path) -> onnx.ModelProto:
@@ -199,7 +210,7 @@ def _check(model: onnx.ModelProto, path: Path) -> None:
             raise CaptureError(f"{path}: its output {output.name!r} is made by no node")
 
 
-def _convert(model: onnx.ModelProto, path: Path, opset: int) -> onnx.ModelProto:
+def convert(model: onnx.ModelProto, path: Path, opset: int) -> onnx.ModelProto:
     try:
         return onnx.version_converter.convert_version(model, CONVERTED)
     except (RuntimeError, onnx.version_converter.ConvertError) as error:
