@@ -1,7 +1,7 @@
 """Markers in the graph of the file that a network was read from: what is not quantized stays as it was.
 
-Each node of the captured graph knows the module that it was traced from, which stands for a node of the file. So an edge
-of the placement is found among that node's inputs, and a parameter among the tensors that it reads.
+Each node of the captured graph knows the module that it was traced from, which stands for a node of the file. So an
+edge of the placement is found among that node's inputs, and a parameter among the tensors that it reads.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from halfstep.graph.placement import Layer, Site
 from halfstep.model import QuantizedModel
 from halfstep.onnx_in.linear import LINEAR
 from halfstep.onnx_in.network import arguments
-from halfstep.onnx_in.origin import Origin
+from halfstep.onnx_in.origin import SPLIT, Origin
 from halfstep.onnx_in.reader import convert, graph_of
 from halfstep.onnx_in.table import Node
 
@@ -43,7 +43,13 @@ _GATED = {
     "QuickGelu": ("Sigmoid", {}),
 }
 #: Where nodes have weights and biases.
-_OPERANDS = {"Conv": (1, 2), "FusedConv": (1, 2), "ConvTranspose": (1, 2), "Gemm": (1, 2), "MatMul": (1, None)}
+_OPERANDS = {
+    "Conv": (1, 2),
+    "FusedConv": (1, 2),
+    "ConvTranspose": (1, 2),
+    "Gemm": (1, 2),
+    "MatMul": (1, None),
+}
 
 
 class Original:
@@ -61,7 +67,7 @@ class Original:
 
     @classmethod
     def of(cls, model: QuantizedModel) -> Original | None:
-        """The one of a model; None if it was not read from a file, or is computed in another precision than the file."""
+        """The one of a model; None if it was not read from a file, or is computed in another precision."""
         origin = model.captured.origin
         if not isinstance(origin, Origin) or model.captured.handed_over is not None:
             return None
@@ -120,7 +126,7 @@ class Original:
         self.nodes = self._find_nodes(source.nodes)
         for name, node in self.nodes.items():  # as in traced graphs, while it is lowered
             node.name = f"{name}/{node.op_type}"
-        self.step_of = {node: step for node in self.fx_nodes if (step := self._step(node)) is not None}
+        self.step_of = {node: step for node in self.fx_nodes if (step := self.origin.step(node)) is not None}
         self.pieces: dict[fx.Node, tuple[ir.Node, ...]] = {}
         self.values = self._find_values()
         self.reads = {
@@ -132,13 +138,11 @@ class Original:
         makers = {value.name: node for node in self.graph for value in node.outputs if value.name}
         return {node.name: makers[name] for node in nodes for name in node.outputs if name in makers}
 
-    def _step(self, node: fx.Node) -> Node | None:
-        stack = list(node.meta.get("nn_module_stack", {}).values())
-        return self.origin.steps.get(stack[-1][0].split("@")[0]) if stack else None
-
     def _find_values(self) -> dict[str, fx.Node]:
         """The captured node that makes each of the file's tensors."""
-        made = dict(zip(self._input_names(), (n for n in self.fx_nodes if n.op == "placeholder"), strict=True))
+        made = dict(
+            zip(self._input_names(), (n for n in self.fx_nodes if n.op == "placeholder"), strict=True)
+        )
         by_step: dict[str, list[fx.Node]] = {}
         for node, step in self.step_of.items():
             if node.op == "call_function":
@@ -147,7 +151,12 @@ class Original:
         for step in self.origin.steps.values():
             own = by_step.get(step.name, [])
             sources = [made[name] for name in step.inputs if name in made]
-            key = (step.op_type, step.domain, repr(sorted(step.attributes.items())), *(made.get(n, n) for n in step.inputs))
+            key = (
+                step.op_type,
+                step.domain,
+                repr(sorted(step.attributes.items())),
+                *(made.get(n, n) for n in step.inputs),
+            )
             if own:
                 made.update(_outputs(step, own))
                 same.setdefault(key, step)
@@ -156,8 +165,8 @@ class Original:
                 made.update({name: made[other] for name, other in pairs if name and other in made})
             elif step.op_type in _PASSING and sources and step.outputs[0]:
                 made[step.outputs[0]] = sources[0]
-            if len(own) == 2 and step.op_type in _GATED:
-                made.update(self._open_gate(step, *own))
+            if len(own) == 2 and step.op_type in SPLIT:
+                made.update(self._split(step, *own))
         known = {value.name: value for node in self.graph for value in node.outputs}
         for name, node in made.items():
             value, shape = known.get(name), node.meta.get("val")
@@ -178,23 +187,28 @@ class Original:
             self.graph.inputs[:] = [values[name] for name in names]
         return names
 
-    def _open_gate(self, step: Node, gate: fx.Node, product: fx.Node) -> dict[str, fx.Node]:
-        """Two nodes for an activation that was split: its gate, and the product."""
+    def _split(self, step: Node, first: fx.Node, second: fx.Node) -> dict[str, fx.Node]:
+        """Two nodes of the file for one that is two in the captured graph."""
         old = self.nodes[step.name]
-        op_type, attributes = _GATED[step.op_type]
-        names = [f"{self.names[node]}" for node in (gate, product)]
-        first = ir.node(op_type, [old.inputs[0]], attributes, name=f"{names[0]}/{op_type}")
-        first.outputs[0].name, first.outputs[0].type = f"{names[0]}/{op_type}", ir.TensorType(ir.DataType.FLOAT)
-        second = ir.node("Mul", [old.inputs[0], first.outputs[0]], name=f"{names[1]}/Mul")
-        result, made = old.outputs[0], second.outputs[0]
-        self.graph.insert_before(old, [first, second])
-        name = result.name
+        source, result = old.inputs[0], old.outputs[0]
+        before, behind = (self.names[node] for node in (first, second))
+        if step.op_type == "ReduceMean":
+            nodes = [ir.node("GlobalAveragePool", [source], name=f"{before}/GlobalAveragePool")]
+            nodes.append(ir.node("Flatten", [nodes[0].outputs[0]], name=f"{behind}/Flatten"))
+        else:
+            op_type, attributes = _GATED[step.op_type]
+            nodes = [ir.node(op_type, [source], attributes, name=f"{before}/{op_type}")]
+            nodes.append(ir.node("Mul", [source, nodes[0].outputs[0]], name=f"{behind}/Mul"))
+        between, made = (node.outputs[0] for node in nodes)
+        between.name, between.type = nodes[0].name, ir.TensorType(ir.DataType.FLOAT)
         made.type, made.shape = result.type, result.shape
+        name = result.name
+        self.graph.insert_before(old, nodes)
         ir.convenience.replace_all_uses_with(result, made, replace_graph_outputs=True)
         self.graph.remove(old, safe=True)
         made.name = name
-        self.pieces[gate], self.pieces[product] = (first,), (second,)
-        return {str(first.outputs[0].name): gate}
+        self.pieces[first], self.pieces[second] = (nodes[0],), (nodes[1],)
+        return {str(between.name): first}
 
     # sites
 
@@ -202,7 +216,7 @@ class Original:
         count = 0
         for position in site.positions:
             markers: dict[ir.Value, ir.Value] = {}
-            for value, node, index in self._edges(position.value, position.readers, site):
+            for value, node, index in self._edges(position.value, position.readers, site, position.tied):
                 if value not in markers:
                     markers[value] = self._marker(site.name, value, count)
                     count += 1
@@ -213,27 +227,30 @@ class Original:
                     node.replace_input_with(index, markers[value])
 
     def _edges(
-        self, value: fx.Node, readers: Iterable[fx.Node], site: Site
+        self, value: fx.Node, readers: Iterable[fx.Node], site: Site, tied: bool
     ) -> Iterator[tuple[ir.Value, ir.Node | None, int]]:
         """Where readers of a captured value read it in the file: the tensor, the node, and which of its inputs."""
         for reader in readers:
             found = list(self._reading(value, reader))
-            if not found and value.target in (aten.pad.default, aten.constant_pad_nd.default):
+            step = self.step_of.get(reader)
+            if not found and not tied and value.target in (aten.pad.default, aten.constant_pad_nd.default):
                 source = value.args[0]  # a conv pads by itself, with what 0 is in codes
                 assert isinstance(source, fx.Node)
                 found = list(self._reading(source, reader))
+            if not found and step is not None and step is self.step_of.get(value):
+                continue  # codes are moved about within one node, which reads and makes them
             if not found:
-                step = self.step_of.get(reader)
                 raise ExportError(
-                    f"site {site.name!r} lies inside of node {step.name if step else '?'!r} of "
-                    f"{self.origin.source.path.name}, which cannot be split; leave that node in float"
+                    f"site {site.name!r}: node {step.name if step else 'output'!r} of {self.origin.source.path.name} "
+                    "does not read what it quantizes; leave the layer that reads it in float, and report it"
                 )
             yield from found
 
     def _reading(self, value: fx.Node, reader: fx.Node) -> Iterator[tuple[ir.Value, ir.Node | None, int]]:
         if reader.op == "output":
-            for index, (output, name) in enumerate(zip(self.graph.outputs, self._output_names(), strict=True)):
-                if self.values.get(name) is value:
+            declared = self.origin.source.outputs
+            for index, (output, said) in enumerate(zip(self.graph.outputs, declared, strict=True)):
+                if self.values.get(said.name) is value:
                     yield output, None, index
             return
         for node in self._nodes_of(reader):
@@ -248,9 +265,6 @@ class Original:
             return self.pieces[reader]
         step = self.step_of.get(reader)
         return () if step is None else tuple(self.nodes[part.name] for part in step.parts or (step,))
-
-    def _output_names(self) -> list[str]:
-        return [value.name for value in self.origin.source.outputs]
 
     def _marker(self, name: str, value: ir.Value, count: int = 0) -> ir.Value:
         """The result of a new marker on a value, right behind what makes it."""
@@ -292,7 +306,9 @@ class Original:
             return
         target, place = str(op.bias.target), 2
         if first is not last:
-            place = next(i for i, value in enumerate(last.inputs) if value is None or value.producer() is not first)
+            place = next(
+                i for i, value in enumerate(last.inputs) if value is None or value.producer() is not first
+            )
         shift = None if layer is None else self.model.shifts.get(layer.name)
         bias = self.model.weight(target).detach().cpu()
         if shift is None or (shift.steps is None and not bool(shift.shift.any())):
@@ -306,7 +322,9 @@ class Original:
             value = self._initializer(f"{layer.name}/bias", bias)
             _set_input(last, place, self._marker(bias_marker(layer.name), value))
 
-    def _write_weight(self, target: str, node: ir.Node, index: int, turned: bool, quantized: set[str]) -> None:
+    def _write_weight(
+        self, target: str, node: ir.Node, index: int, turned: bool, quantized: set[str]
+    ) -> None:
         """Let a node read a parameter: in the file's tensor if it fits, else in a new one."""
         tensor = self.model.weight(target).detach().cpu()
         if target not in quantized:
@@ -353,7 +371,9 @@ class Original:
         while name in self.graph.initializers:
             name += ":2"
         content = ir.tensor(tensor.contiguous().numpy(), name=name)
-        value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(content.dtype), const_value=content)
+        value = ir.Value(
+            name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(content.dtype), const_value=content
+        )
         self.graph.register_initializer(value)
         return value
 
@@ -376,8 +396,13 @@ def _outputs(step: Node, nodes: list[fx.Node]) -> dict[str, fx.Node]:
     read = [node for node in nodes if any(user not in nodes for user in node.users)]
     if len(wanted) == 1 and read:
         return {wanted[0]: read[-1]}
-    if all(node.target is not None and str(node.target).endswith("getitem") for node in read) or step.op_type == "Split":
-        items = {node.args[1]: node for node in nodes if len(node.args) == 2 and isinstance(node.args[1], int)}
+    if (
+        all(node.target is not None and str(node.target).endswith("getitem") for node in read)
+        or step.op_type == "Split"
+    ):
+        items = {
+            node.args[1]: node for node in nodes if len(node.args) == 2 and isinstance(node.args[1], int)
+        }
         return {name: items[i] for i, name in enumerate(step.outputs) if name and i in items}
     return dict(zip(wanted, read, strict=False)) if len(wanted) == len(read) else {}
 
@@ -391,7 +416,11 @@ def _set_input(node: ir.Node, index: int, value: ir.Value) -> None:
 def _store(value: ir.Value, tensor: torch.Tensor) -> None:
     """Other content for a stored tensor; the same is left as it lies there."""
     old = value.const_value
-    if old is not None and tuple(old.shape) == tuple(tensor.shape) and np.array_equal(old.numpy(), tensor.numpy()):
+    if (
+        old is not None
+        and tuple(old.shape) == tuple(tensor.shape)
+        and np.array_equal(old.numpy(), tensor.numpy())
+    ):
         return
     value.const_value = ir.tensor(tensor.contiguous().numpy(), name=value.name)
     value.shape = ir.Shape(tensor.shape)
@@ -401,4 +430,3 @@ def _swap_names(old: ir.Value, new: ir.Value) -> None:
     """Let a new value have the name of an output, and the old one another."""
     name, old.name = old.name, f"{old.name}_float"
     new.name = name
-

@@ -40,6 +40,13 @@ def _name(node: fx.Node) -> str:
     path, owner = stack[-1]
     leaf = isinstance(owner, str) and (owner.startswith("torch.nn.modules.") or owner == ONNX_NODE)
     path = path.split("@")[0]  # torch marks the second call of a shared module by "@1"
+    if owner == ONNX_NODE and any(_path(user) == path for user in node.users):
+        return f"{path}.{kind}"  # what the node makes has its name, what it makes that of has not
     if leaf and path and "container" not in owner and "MultiheadAttention" not in owner:
         return str(path)
     return f"{path}.{kind}" if path else kind
+
+
+def _path(node: fx.Node) -> str:
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    return str(stack[-1][0]).split("@")[0] if stack else ""

@@ -78,7 +78,13 @@ def prepare(
     with steps("capturing"):
         model, example_inputs = opened(model, example_inputs)
         captured = decompose(fold(capture(model, example_inputs)), found.decomposed)
-        captured.origin = origin_of(model)
+        if (origin := origin_of(model)) is not None:
+            captured.origin = origin
+            if captured.handed_over is not None:
+                captured.notes += (
+                    "Files are new graphs in torch.float32, not the one that the network was read from",
+                )
+            origin.keep_whole(captured.graph, found)
         prepared = QuantizedModel(captured, found, settled)
     prepared.refit = refit
     for note in captured.notes:

@@ -29,11 +29,9 @@ def linear(_: Node, x: Tensor, weight: Tensor, bias: Any = None) -> Tensor:
 
 @operator("Gemm")
 def gemm(node: Node, a: Any, b: Any, c: Any = None) -> Tensor:
-    """``alpha * A' B' + beta * C``."""
-    a, b = tensor(a), tensor(b)
-    a = a.t() if node.get("transA", 0) else a
-    b = b.t() if node.get("transB", 0) else b
-    y = torch.matmul(a, b)
+    """``alpha * A' B' + beta * C``; those that are plain layers are read as :data:`LINEAR`."""
+    left, right = "ki" if node.get("transA", 0) else "ik", "jk" if node.get("transB", 0) else "kj"
+    y = torch.einsum(f"{left},{right}->ij", tensor(a), tensor(b))
     if (alpha := node.get("alpha", 1.0)) != 1.0:
         y = alpha * y
     if c is None:

@@ -211,6 +211,11 @@ def _check(model: onnx.ModelProto, path: Path) -> None:
 
 
 def convert(model: onnx.ModelProto, path: Path, opset: int) -> onnx.ModelProto:
+    """The message of a file in version :data:`CONVERTED`.
+
+    Raises:
+        CaptureError: in the converter's words, if it has no way there.
+    """
     try:
         return onnx.version_converter.convert_version(model, CONVERTED)
     except (RuntimeError, onnx.version_converter.ConvertError) as error:

@@ -106,14 +106,19 @@ def _weights(kind: str, w: Tensor, r: Tensor, b: Tensor | None) -> list[Tensor]:
 def _reset_first(x: Tensor, h: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor]:
     """A GRU that resets the state before its product, step by step: torch has the other one only."""
     w, r, wb, rb = weights
-    given = x @ w.t() + wb
+    given = _product(x, w) + wb
     width, state, outputs = r.shape[1], h[0], []
     gates, new = r.split([2 * width, width], 0)
     gates_bias, new_bias = rb.split([2 * width, width], 0)
     for step in range(int(x.shape[0])):
         own, own_new = given[step].split([2 * width, width], -1)
-        reset, update = torch.sigmoid(own + state @ gates.t() + gates_bias).chunk(2, -1)
-        fresh = torch.tanh(own_new + (reset * state) @ new.t() + new_bias)
+        reset, update = torch.sigmoid(own + _product(state, gates) + gates_bias).chunk(2, -1)
+        fresh = torch.tanh(own_new + _product(reset * state, new) + new_bias)
         state = (1 - update) * fresh + update * state
         outputs.append(state)
     return torch.stack(outputs), state[None]
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """By a part of the file's weight: as a sum, since a layer's weight is a whole tensor."""
+    return torch.einsum("...i,oi->...o", x, weight)
