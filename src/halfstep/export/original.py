@@ -25,7 +25,7 @@ from halfstep.model import QuantizedModel
 from halfstep.onnx_in.linear import LINEAR
 from halfstep.onnx_in.network import arguments
 from halfstep.onnx_in.origin import SPLIT, Origin
-from halfstep.onnx_in.reader import convert, graph_of
+from halfstep.onnx_in.reader import bodies, convert, graph_of
 from halfstep.onnx_in.table import Node
 
 aten = torch.ops.aten
@@ -129,8 +129,10 @@ class Original:
         self.step_of = {node: step for node in self.fx_nodes if (step := self.origin.step(node)) is not None}
         self.pieces: dict[fx.Node, tuple[ir.Node, ...]] = {}
         self.values = self._find_values()
+        self.inside = {node: list(_within(node)) for node in self.graph if bodies(node)}
+        every = [*self.graph, *(inner for nodes in self.inside.values() for inner in nodes)]
         self.reads = {
-            node: [None if value is None else value.name for value in node.inputs] for node in self.graph
+            node: [None if value is None else value.name for value in node.inputs] for node in every
         }
 
     def _find_nodes(self, nodes: Sequence[Node]) -> dict[str, ir.Node]:
@@ -223,8 +225,11 @@ class Original:
                 if node is None:
                     self.graph.outputs[index] = markers[value]
                     _swap_names(value, markers[value])
-                else:
-                    node.replace_input_with(index, markers[value])
+                    continue
+                node.replace_input_with(index, markers[value])
+                inner = node.graph is not self.graph
+                if inner and value.name in self.values and value.producer() and not value.is_graph_output():
+                    _swap_names(value, markers[value])  # the body stays as it was, to the letter
 
     def _edges(
         self, value: fx.Node, readers: Iterable[fx.Node], site: Site, tied: bool
@@ -264,7 +269,8 @@ class Original:
         if reader in self.pieces:
             return self.pieces[reader]
         step = self.step_of.get(reader)
-        return () if step is None else tuple(self.nodes[part.name] for part in step.parts or (step,))
+        nodes = () if step is None else tuple(self.nodes[part.name] for part in step.parts or (step,))
+        return (*nodes, *(inner for node in nodes for inner in self.inside.get(node, ())))
 
     def _marker(self, name: str, value: ir.Value, count: int = 0) -> ir.Value:
         """The result of a new marker on a value, right behind what makes it."""
@@ -388,6 +394,14 @@ class Original:
             assert source is not None
             replace(self.graph, node.outputs[0], source)
             self.graph.remove(node, safe=True)
+
+
+def _within(node: ir.Node) -> Iterator[ir.Node]:
+    """The nodes in the bodies of a node, and in theirs."""
+    for body in bodies(node):
+        for inner in body:
+            yield inner
+            yield from _within(inner)
 
 
 def _outputs(step: Node, nodes: list[fx.Node]) -> dict[str, fx.Node]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import keyword
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +17,7 @@ from halfstep.onnx_in import (  # noqa: F401 - each fills the table with its fam
     attention,
     convolution,
     elementwise,
+    islands,
     linear,
     microsoft,
     normalisation,
@@ -89,6 +92,10 @@ def evaluate(node: Node, inputs: tuple[Any, ...]) -> Any:
         CaptureError: naming the node, if it cannot be computed.
     """
     with named(f"node {node.name!r} ({node.kind})"):
+        if node.island:
+            return islands.run(
+                node, [tensor(x) for i, x in enumerate(inputs) if node.inputs[i] and i not in node.constant]
+            )
         if (found := on_host(node, inputs)) is not None:
             return found
         return TABLE[node.domain, node.op_type](node, *inputs)
@@ -130,7 +137,6 @@ class OnnxNetwork(nn.Module):
         self.source = source
         self.input_names = tuple(value.name for value in source.inputs)
         self.output_names = tuple(value.name for value in source.outputs)
-        _check_known(source.nodes)
         self.nodes, stored = fuse(*_fold(source), self.output_names)
         self._hosted: dict[str, np.ndarray] = {}
         self._places: dict[str, str] = {}
@@ -262,13 +268,22 @@ def arguments(names: tuple[str, ...]) -> list[str]:
     return found
 
 
-def _check_known(nodes: tuple[Node, ...]) -> None:
-    """Raise for the first operator that is not in the table."""
-    for node in nodes:
-        if (node.domain, node.op_type) not in TABLE:
-            raise CaptureError(
-                f"node {node.name!r}: its operator is not known: {node.kind}; take the part of the network without it"
-            )
+def _with_islands(source: OnnxGraph) -> tuple[Node, ...]:
+    """The nodes, with those whose operator is not in the table as islands.
+
+    Raises:
+        CaptureError: for the first that cannot be one.
+    """
+    strange = [node for node in source.nodes if (node.domain, node.op_type) not in TABLE]
+    if not strange:
+        return source.nodes
+    types = islands.types_of(source.message)
+    read = {name for node in strange for name in node.inputs}
+    stored = {name: ir.to_proto(value) for name, value in source.stored.items() if name in read}
+    keys = {node.name: islands.make_island(node, stored, types, source.message) for node in strange}
+    return tuple(
+        replace(node, island=keys[node.name]) if node.name in keys else node for node in source.nodes
+    )
 
 
 def _fold(source: OnnxGraph) -> tuple[tuple[Node, ...], dict[str, np.ndarray]]:
@@ -276,11 +291,15 @@ def _fold(source: OnnxGraph) -> tuple[tuple[Node, ...], dict[str, np.ndarray]]:
     stored = {name: array(value) for name, value in source.stored.items()}
     kept: list[Node] = []
     random = {"RandomNormal", "RandomUniform"}
-    for node in source.nodes:
+    for node in _with_islands(source):
         inputs = [name for name in node.inputs if name]
-        if node.op_type in random or not all(name in stored for name in inputs):
-            constant = frozenset(i for i, name in enumerate(node.inputs) if name in stored)
-            kept.append(Node(**{**vars(node), "constant": constant}))
+        if node.island or node.op_type in random or not all(name in stored for name in inputs):
+            constant = (
+                node.constant
+                if node.island
+                else frozenset(i for i, n in enumerate(node.inputs) if n in stored)
+            )
+            kept.append(replace(node, constant=constant))
             continue
         made = computed(node, tuple(stored.get(name) for name in node.inputs))
         for name, value in zip(node.outputs, made, strict=False):

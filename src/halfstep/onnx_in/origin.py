@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 #: Nodes that are split in the file where they are split in the captured graph: a gate and its product, a mean over all
 #: pixels and the flattening behind it.
 SPLIT = frozenset({"HardSwish", "Swish", "QuickGelu", "ReduceMean"})
+#: The kind of what the file has quantized itself.
+QUANTIZED = "quantized"
 #: A kind that targets pass codes through.
 MOVED = "slice"
 #: What whole nodes are in the words of the deployment tables, where there is one.
@@ -55,9 +57,16 @@ class Origin:
     def keep_whole(self, graph: fx.Graph, target: Target) -> None:
         """Let each node of the file that is captured as several be one operator, so that no quantizer lies within.
 
-        Not so where those only move codes about, where a conv pads its input or ends in what is absorbed, and where the
-        file's node is split as the captured one is (:data:`SPLIT`).
+        Not so where several only move codes about, where a conv pads its input or ends in what is absorbed, and where
+        the file's node is split as the captured one is (:data:`SPLIT`). What reads the file's own quantizers is whole
+        too: it is taken as it is.
         """
+        dequantized = {
+            name
+            for step in self.steps.values()
+            if step.op_type == "DequantizeLinear"
+            for name in step.outputs
+        }
         parts: dict[str, list[fx.Node]] = {}
         for node in graph.nodes:
             step = self.step(node)
@@ -71,12 +80,14 @@ class Origin:
                 if (op := describe(node)) is not None and op.kind == "pad":
                     node.meta[WHOLE] = MOVED  # with what 0 is in codes, by the conv itself
             split = step.op_type in SPLIT and len(nodes) == 2
-            if len(nodes) < 2 or conv or split or kinds <= target.passes:
+            taken = not step.island and not dequantized.isdisjoint(step.inputs)
+            if not (step.island or taken) and (len(nodes) < 2 or conv or split or kinds <= target.passes):
                 continue
+            kind = QUANTIZED if taken else _KINDS.get(step.op_type, step.op_type.lower())
             for node in graph.nodes:
                 if node.op == "call_function" and self.step(node) is step:
                     inside = node in nodes and all(self.step(user) is step for user in node.users)
-                    node.meta[WHOLE] = "" if inside else _KINDS.get(step.op_type, step.op_type.lower())
+                    node.meta[WHOLE] = "" if inside else kind
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Origin:
         """Itself: nothing in it changes."""

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from halfstep.errors import CaptureError
-from halfstep.onnx_in.table import Node
+from halfstep.onnx_in.table import TABLE, Node
 
 #: Versions of ONNX's own operators between which the table is the same. Older files are brought to the first of them.
 OLDEST, NEWEST = 13, onnx.defs.onnx_opset_version()
@@ -85,6 +85,7 @@ def read(path: str | Path) -> OnnxGraph:
         model = convert(model, path, opset)
     try:
         graph = graph_of(model, path)
+        nodes = tuple(_nodes(graph))
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise CaptureError(f"{path}: cannot be read: {_line(error)}") from error
     stored = {str(name): value.const_value for name, value in graph.graph.initializers.items()}
@@ -92,7 +93,7 @@ def read(path: str | Path) -> OnnxGraph:
         path,
         tuple(_declared(value) for value in graph.graph.inputs if not value.is_initializer()),
         tuple(_declared(value) for value in graph.graph.outputs),
-        tuple(_nodes(graph)),
+        nodes,
         {name: value for name, value in stored.items() if value is not None},
         opset,
         model,
@@ -237,7 +238,9 @@ def _nodes(model: ir.Model) -> Iterator[Node]:
     taken: set[str] = set()
     for index, node in enumerate(model.graph):
         domain = "" if node.domain == "ai.onnx" else node.domain
-        inputs = tuple("" if value is None else str(value.name) for value in node.inputs)
+        known = (domain, node.op_type) in TABLE
+        read = [*node.inputs, *(() if known else _from_outside(node))]
+        inputs = tuple("" if value is None else str(value.name) for value in read)
         name = (
             node.name or next((str(v.name) for v in node.outputs if v.name), "") or f"{node.op_type}_{index}"
         )
@@ -260,7 +263,38 @@ def _nodes(model: ir.Model) -> Iterator[Node]:
             inputs,
             outputs,
             frozenset(i for i, value in enumerate(inputs) if value in stored),
+            message=b"" if known else ir.to_proto(node).SerializeToString(),
         )
+
+
+def _from_outside(node: ir.Node) -> Iterator[ir.Value]:
+    """What the bodies of a node read of the graphs around them."""
+    seen = set(map(id, node.inputs))
+
+    def within(graph: ir.Graph, own: set[int]) -> Iterator[ir.Value]:
+        own = own | {id(value) for value in (*graph.inputs, *graph.initializers.values())}
+        own |= {id(value) for inner in graph for value in inner.outputs}
+        read = [*(value for inner in graph for value in inner.inputs), *graph.outputs]
+        for value in read:
+            if value is not None and id(value) not in own | seen:
+                seen.add(id(value))
+                yield value
+        for inner in graph:
+            yield from (value for body in bodies(inner) for value in within(body, own))
+
+    for body in bodies(node):
+        yield from within(body, set())
+
+
+def bodies(node: ir.Node) -> list[ir.Graph]:
+    """The graphs in a node: the branches of an If, the body of a Loop."""
+    found: list[ir.Graph] = []
+    for attribute in node.attributes.values():
+        if attribute.type is ir.AttributeType.GRAPH:
+            found.append(attribute.value)
+        elif attribute.type is ir.AttributeType.GRAPHS:
+            found.extend(attribute.value)
+    return found
 
 
 def _value(attribute: ir.Attr) -> Any:

@@ -51,6 +51,8 @@ class Node:
         outputs: names of the tensors it makes, empty where nobody wants one.
         constant: which of its inputs are stored in the file.
         parts: the nodes of the file that it stands for, in order; empty where it is one itself.
+        message: the node as the file has it, where its operator is not in the table.
+        island: the key that it is run by, of such a node.
     """
 
     name: str
@@ -62,6 +64,8 @@ class Node:
     outputs: tuple[str, ...]
     constant: frozenset[int] = frozenset()
     parts: tuple[Node, ...] = ()
+    message: bytes = b""
+    island: str = ""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Node:
         """Itself: nothing in it changes."""
