@@ -44,8 +44,9 @@ def export(model: torch.nn.Module, inputs: Any, path: Path, dynamo: bool) -> Pat
         else:
             names = list(kwargs) or [f"input_{i}" for i in range(len(args))]
             axes = {name: {0: "batch"} for name in names}
-            given = (*args, *kwargs.values())
-            torch.onnx.export(model, given, path, dynamo=False, input_names=names, dynamic_axes=axes)
+            torch.onnx.export(
+                model, args, path, kwargs=kwargs, dynamo=False, input_names=names, dynamic_axes=axes
+            )
     logging.disable(logging.NOTSET)
     return path
 

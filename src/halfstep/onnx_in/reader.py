@@ -199,7 +199,11 @@ def tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
 def _check(model: onnx.ModelProto, path: Path) -> None:
     """See that every tensor is made once, and every output at all; the rest the runtime says when it loads the file."""
     made: set[str] = set()
+    declared = (*model.graph.input, *model.graph.output, *model.graph.initializer)
     for node in model.graph.node:
+        words = (node.name, node.op_type, node.domain, *node.input, *node.output)
+        if any(isinstance(word, bytes) for word in (*words, *(value.name for value in declared))):
+            raise CaptureError(f"{path}: is damaged: a name in it is no text; export or download it again")
         for name in filter(None, node.output):
             if name in made:
                 raise CaptureError(f"{path}: two nodes make a tensor called {name!r}, which must be one")
