@@ -22,6 +22,7 @@ from halfstep.ladder.sensitivity import Sensitivity, sensitivity
 from halfstep.ladder.shards import gather_statistics, load_statistics, save_statistics
 from halfstep.ladder.tune import Tuning, tune
 from halfstep.model import QuantizedModel
+from halfstep.onnx_in.from_file import from_onnx
 from halfstep.recipe import LayerSpec, Recipe, TensorSpec
 from halfstep.repair.bias import correct_bias
 from halfstep.repair.equalize import equalize
@@ -90,6 +91,7 @@ __all__ = [
     "equalize",
     "export_float",
     "export_onnx",
+    "from_onnx",
     "gather_statistics",
     "gptq",
     "learn_rounding",

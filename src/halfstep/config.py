@@ -161,7 +161,7 @@ class TrainingPart(Part):
 class Config(Part):
     """Everything that ``halfstep quantize`` can be told."""
 
-    model: str = Field(description="package.module:callable that returns a torch.nn.Module")
+    model: str = Field(description="package.module:callable that returns a torch.nn.Module, or an .onnx file")
     weights: str | None = Field(default=None, description="state dict: .safetensors or torch's")
     labelled: str = Field(
         description="data to judge on: .npz with inputs and labels, or package.module:callable; without labels for "

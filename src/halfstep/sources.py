@@ -21,10 +21,13 @@ from halfstep.errors import ArgumentError, DataError, named
 from halfstep.graph.capture import check_parameters
 from halfstep.graph.inputs import ModelInputs, batch_size, call_arguments, tensors_of
 from halfstep.graph.precision import hand_over, other_types
+from halfstep.onnx_in.from_file import from_onnx
 from halfstep.progress import say
 
 #: Under these names checkpoints of a training keep the state dict beside optimizers and counters.
 _INSIDE = ("state_dict", "model_state_dict", "model", "net", "weights")
+#: What the names of ONNX files end in.
+ONNX = ".onnx"
 #: How many names a message lists, and how many letters of another's message it holds.
 _FEW, _LETTERS = 3, 300
 
@@ -65,18 +68,27 @@ def find_callable(
     return result
 
 
-def load_model(name: str, weights: Path | None = None) -> nn.Module:
-    """Call ``name`` for a module, and load a state dict into it.
+def load_model(name: str, weights: Path | None = None, example: ModelInputs | None = None) -> nn.Module:
+    """Call ``name`` for a module, and load a state dict into it; or read the ONNX file of that name.
 
     Args:
-        name: ``package.module:callable``; called without arguments.
+        name: ``package.module:callable``, called without arguments; or the path of an ``.onnx`` file.
         weights: as for :func:`load_weights`.
+        example: inputs that a file is held to ONNX Runtime on; some are made up without.
 
     Raises:
         ArgumentError: if it returns no module, or the weights do not fit.
-        CaptureError: if a parameter is none that can be quantized.
+        CaptureError: if a parameter is none that can be quantized, or a file cannot be taken.
+        DataError: if the example does not fit a file.
     """
-    model = _call(name)
+    if name.endswith(ONNX):
+        if weights is not None:
+            raise ArgumentError(f"weights {weights}: an ONNX file holds its own; leave them out")
+        return from_onnx(name, example)
+    model = _call(
+        name,
+        needed=f"package.module:callable, for instance my_package.models:resnet, or a file that ends in {ONNX}",
+    )
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"{name!r}: returned a {type(model).__name__}, needed a torch.nn.Module")
     if weights is not None:

@@ -15,6 +15,7 @@ from halfstep.demo import DigitsNet
 from halfstep.errors import ArgumentError
 from halfstep.runtime.deployed import DeployedModel
 from tests.cli.commands import halfstep
+from tests.onnx_in.files import export
 
 MODEL = """
 import torch
@@ -350,3 +351,30 @@ def test_help_names_every_command_and_the_exit_codes(folder):
     commands = "demo init quantize sensitivity calibrate export verify inspect report compare"
     for word in (*commands.split(), "Exit codes: 0 target met, 3 target not met, 2 bad input"):
         assert word in done.stdout
+
+
+def test_an_onnx_file_is_quantized(folder, tmp_path):
+    namespace: dict = {}
+    exec(MODEL, namespace)
+    export(namespace["net"](), torch.randn(2, 4), folder / "net.onnx")
+    arguments = ("--labelled", "good.npz", "--calibration", "unlabelled.npz", "--max-drop", "0.1", "--json")
+    done = halfstep(folder, "quantize", "net.onnx", *arguments, "--directory", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["float_score"] == 1.0
+    assert DeployedModel(tmp_path / "run" / "model.onnx")(torch.randn(3, 4)).shape == (3, 3)
+    verified = halfstep(folder, "verify", tmp_path / "run")
+    assert verified.returncode == 0, verified.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("none.onnx",), "none.onnx: no such file"),
+        (("net.onnx", "--weights", "w.safetensors"), "an ONNX file holds its own"),
+    ],
+)
+def test_an_onnx_file_that_cannot_be_taken(folder, arguments, words):
+    done = halfstep(
+        folder, "quantize", *arguments, "--labelled", "good.npz", "--calibration", "unlabelled.npz"
+    )
+    assert done.returncode == 2 and words in " ".join(done.stderr.split())

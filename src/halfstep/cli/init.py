@@ -12,7 +12,11 @@ from halfstep.cli.console import out
 
 def init(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="package.module:callable that returns a torch.nn.Module.")
+        str,
+        typer.Argument(
+            metavar="MODEL|FILE.onnx",
+            help="package.module:callable that returns a torch.nn.Module; or an ONNX file.",
+        ),
     ],
     output: Annotated[Path, typer.Option(help="The file to write.")] = Path("halfstep.yaml"),
     labelled: Annotated[

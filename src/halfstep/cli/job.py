@@ -22,7 +22,7 @@ from halfstep.ladder.budget import Budget
 from halfstep.ladder.journal import Entry, Journal, Saved
 from halfstep.model import QuantizedModel
 from halfstep.recipe import Recipe
-from halfstep.sources import check_input, find_callable, load_inputs, load_labelled, load_model
+from halfstep.sources import ONNX, check_input, find_callable, load_inputs, load_labelled, load_model
 from halfstep.targets import find_target
 from halfstep.training.options import Loss, Training
 
@@ -71,7 +71,8 @@ class Job:
             HalfstepError: naming what cannot be found or read.
         """
         weights = None if config.weights is None else Path(config.weights)
-        model = load_model(config.model, weights)
+        is_file = config.model.endswith(ONNX)  # which is held to its runtime on the example
+        model = None if is_file else load_model(config.model, weights)
         inputs = load_inputs(config.calibration, config.batch, config.examples)
         source = f"calibration {config.calibration!r}"
         example = next(iter(inputs), None)
@@ -83,6 +84,8 @@ class Job:
             raise DataError(
                 f"{source}: got a first batch of {size}, needed 2 examples to capture the network with"
             )
+        if model is None:
+            model = load_model(config.model, weights, example)
         check_input(model, example, source)
         return cls(config, model, inputs, example)
 

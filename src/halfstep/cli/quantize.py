@@ -18,8 +18,9 @@ def quantize(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL|CONFIG.yaml",
-            help="package.module:callable that returns a torch.nn.Module; or a configuration: see halfstep init.",
+            metavar="MODEL|FILE.onnx|CONFIG.yaml",
+            help="package.module:callable that returns a torch.nn.Module; an ONNX file; or a configuration: see "
+            "halfstep init.",
         ),
     ],
     labelled: Annotated[

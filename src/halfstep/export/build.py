@@ -14,6 +14,7 @@ import torch
 from halfstep.errors import RefusedError
 from halfstep.export.editing import drop_unused, share_equal, unique_names
 from halfstep.export.lower import lower, pool_globally, rename
+from halfstep.export.original import Original
 from halfstep.export.trace import DOMAIN, trace
 from halfstep.model import QuantizedModel
 
@@ -22,14 +23,23 @@ EXTERNAL_ABOVE = 1_900_000_000
 
 
 def build_quantized(model: QuantizedModel, metadata: Mapping[str, str]) -> ir.Model:
-    """The network with QuantizeLinear/DequantizeLinear at its sites, and what is worth knowing as metadata."""
-    onnx_model = trace(model, quantized=True)
-    lower(onnx_model, model)
-    share_equal(onnx_model.graph)
+    """The network with QuantizeLinear/DequantizeLinear at its sites, and what is worth knowing as metadata.
+
+    What was read from a file is written into its graph, which keeps its names, metadata and version.
+    """
+    if (original := Original.of(model)) is not None:
+        onnx_model = original.marked()
+        lower(onnx_model, model)
+        original.finish()
+    else:
+        onnx_model = trace(model, quantized=True)
+        rename(onnx_model.graph)
+        lower(onnx_model, model)
+        share_equal(onnx_model.graph)
+        onnx_model.producer_name, onnx_model.producer_version = "halfstep", version("halfstep")
+        onnx_model.metadata_props.clear()
     unique_names(onnx_model.graph)
-    onnx_model.producer_name, onnx_model.producer_version = "halfstep", version("halfstep")
     onnx_model.opset_imports.pop(DOMAIN, None)
-    onnx_model.metadata_props.clear()
     onnx_model.metadata_props.update(
         {
             "halfstep.version": version("halfstep"),
@@ -44,12 +54,16 @@ def build_quantized(model: QuantizedModel, metadata: Mapping[str, str]) -> ir.Mo
 
 
 def build_float(model: QuantizedModel) -> ir.Model:
-    """The float network."""
-    onnx_model = trace(model, quantized=False)
-    rename(onnx_model.graph)
-    pool_globally(onnx_model.graph)
-    drop_unused(onnx_model.graph)
-    share_equal(onnx_model.graph)
+    """The float network; of what was read from a file its graph, with the parameters as they are now."""
+    if (original := Original.of(model)) is not None:
+        onnx_model = original.floating()
+        original.finish()
+    else:
+        onnx_model = trace(model, quantized=False)
+        rename(onnx_model.graph)
+        pool_globally(onnx_model.graph)
+        drop_unused(onnx_model.graph)
+        share_equal(onnx_model.graph)
     unique_names(onnx_model.graph)
     return onnx_model
 
@@ -70,6 +84,8 @@ def save(onnx_model: ir.Model, path: Path) -> None:
                 digest.update(f"{tensor.name} {tensor.dtype} {tensor.shape}".encode())
                 digest.update(tensor.tobytes())
         weights = f"{path.name}.{digest.hexdigest()}.data"
+    else:
+        ir.external_data.load_to_model(onnx_model)  # what lay beside the file that the network was read from
     ir.save(onnx_model, path, external_data=weights)
     try:
         onnx.checker.check_model(str(path), full_check=True)

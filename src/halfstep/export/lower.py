@@ -37,9 +37,13 @@ from halfstep.targets import Target
 
 
 def lower(onnx_model: ir.Model, model: QuantizedModel) -> None:
-    """Run every pass that the target asks for, in order."""
+    """Run every pass that the target asks for, in order.
+
+    Args:
+        onnx_model: with markers at its sites; its layers are called ``layer/operator``.
+        model: whose sites they are.
+    """
     graph, wanted = onnx_model.graph, model.target.lowering
-    rename(graph)
     pool_globally(graph)
     quantize_biases(graph, model)
     lower_products(onnx_model, model)

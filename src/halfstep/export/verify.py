@@ -14,6 +14,7 @@ from halfstep.fake_quantize import Mode
 from halfstep.formats import Integer
 from halfstep.granularity import PerGroup
 from halfstep.graph.inputs import ModelInputs
+from halfstep.graph.names import readable_names
 from halfstep.graph.placement import Layer
 from halfstep.model import QuantizedModel
 from halfstep.runtime.deployed import DeployedModel, to_numpy
@@ -133,9 +134,14 @@ def verify(
             latency,
             file_size(path),
             file_size(float_path),
-            layer_times(path, [to_numpy(leaf) for leaf in leaves], threads, runtime),
+            layer_times(path, [to_numpy(leaf) for leaf in leaves], threads, runtime, _own_names(model)),
             saturable_layers(path) if model.target.pair_sums else (),
         )
+
+
+def _own_names(model: QuantizedModel) -> set[str] | None:
+    """What nodes may be called in a file that keeps the names it had; None for files of our own."""
+    return None if model.captured.origin is None else set(readable_names(model.graph).values())
 
 
 def regressions(proof: Verification, baseline: Mapping[str, Any]) -> tuple[str, ...]:

@@ -52,6 +52,7 @@ class Captured:
         content: a digest of the network as it was captured: its graph, and every parameter, buffer and constant.
         handed_over: the user's model where it is not in float32, as the graph is; None where it is.
         notes: what is to be said of it, one sentence each.
+        origin: the file that the user's model was read from, if it was; exports are written into it.
     """
 
     graph: fx.Graph
@@ -67,6 +68,7 @@ class Captured:
     content: str = ""
     handed_over: HandedOver | None = None
     notes: tuple[str, ...] = ()
+    origin: object = None
 
     @property
     def types(self) -> tuple[torch.dtype, ...]:

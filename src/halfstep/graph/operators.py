@@ -87,6 +87,11 @@ _GLOBAL_POOLS = frozenset(
 WEIGHTED = {"conv": 1, "conv_transpose": 1, "linear": 1, "matmul": 1, "embedding": 0}
 
 
+#: In a node's ``meta``: it is part of an operator that is computed as a whole, whose kind this is where its result is
+#: read from outside, and empty inside of it.
+WHOLE = "whole"
+
+
 @dataclass(frozen=True)
 class Operator:
     """A node as the deployment tables see it.
@@ -107,10 +112,13 @@ class Operator:
 
 
 def describe(node: fx.Node) -> Operator | None:
-    """The operator that ``node`` is; None for placeholders, parameters, outputs and integer arithmetic."""
-    if node.op != "call_function" or not _is_float(node):
+    """The operator that ``node`` is; None for placeholders, parameters, outputs and integer arithmetic.
+
+    Of several that are one whole (see :data:`WHOLE`) only what is read from outside is one, without a weight.
+    """
+    if node.op != "call_function" or not _is_float(node) or node.meta.get(WHOLE) == "":
         return None
-    kind = _kind(node)
+    kind = node.meta.get(WHOLE) or _kind(node)
     weight = bias = None
     if kind in WEIGHTED:
         weight = _constant(node.args[WEIGHTED[kind]])

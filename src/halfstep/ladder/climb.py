@@ -45,6 +45,7 @@ from halfstep.ladder.search import Search, float_evaluation
 from halfstep.ladder.speed import favour_speed
 from halfstep.live import shown
 from halfstep.model import QuantizedModel
+from halfstep.onnx_in.from_file import opened, origin_of
 from halfstep.progress import steps
 from halfstep.recipe import Recipe
 from halfstep.targets import Target, find_target
@@ -53,8 +54,8 @@ from halfstep.training.options import Training, check_training
 
 
 def prepare(
-    model: nn.Module,
-    example_inputs: ModelInputs,
+    model: nn.Module | str | Path,
+    example_inputs: ModelInputs | None,
     recipe: Recipe | None = None,
     target: str | Target = "onnxruntime",
     *,
@@ -64,8 +65,8 @@ def prepare(
     """Capture ``model``, fold its batch norms, and place its sites; it passes floats until observed and calibrated.
 
     Args:
-        model: left untouched.
-        example_inputs: a tensor, a tuple or a dict, with a batch of at least 2.
+        model: left untouched; or the path of an ONNX file, which :func:`.from_onnx` reads.
+        example_inputs: a tensor, a tuple or a dict, with a batch of at least 2; None makes some up for a file.
         recipe: what to quantize, and how; :meth:`Recipe.int8` if None.
         target: where it will run.
         dynamic: dimensions that may vary beside the batch, which is the first: names by input and dimension, such as
@@ -85,7 +86,15 @@ def prepare(
     found = find_target(target)
     settled = settle(recipe or Recipe.int8(), found)
     with steps("capturing"):
+        model, example_inputs = opened(model, example_inputs)
         captured = decompose(fold(capture(model, example_inputs, dynamic)), found.decomposed)
+        if (origin := origin_of(model)) is not None:
+            captured.origin = origin
+            if captured.handed_over is not None:
+                captured.notes += (
+                    "Files are new graphs in torch.float32, not the one that the network was read from",
+                )
+            origin.keep_whole(captured.graph, found)
         known = None if padding is None else find_padding(captured, padding)
         prepared = QuantizedModel(captured, found, settled, known)
     prepared.refit = refit
@@ -95,8 +104,8 @@ def prepare(
 
 
 def quantize(
-    model: nn.Module,
-    example_inputs: ModelInputs,
+    model: nn.Module | str | Path,
+    example_inputs: ModelInputs | None,
     calibration: Iterable[ModelInputs],
     metric: Any,
     max_drop: Asked = None,
@@ -132,9 +141,10 @@ def quantize(
     Of what cannot be compared (what a function reads) a part of the float model's scores is taken again.
 
     Args:
-        model: a trained module; left untouched. In half precision or float64 it is computed in float32, and its own
-            scores are what the drop is measured from; inputs may come in its type or in float32.
-        example_inputs: a tensor, a tuple or a dict, with a batch of at least 2.
+        model: a trained module, or the path of an ONNX file; left untouched. In half precision or float64 it is
+            computed in float32, and its own scores are what the drop is measured from; inputs may come in its type or
+            in float32.
+        example_inputs: a tensor, a tuple or a dict, with a batch of at least 2; None makes some up for a file.
         calibration: model inputs, each a tensor, a tuple or a dict; iterated once.
         metric: :class:`Accuracy`, :class:`Metric`, :class:`SetMetric`, or any callable from a model to a float; without
             labels :class:`Agreement`, :class:`Cosine` or :class:`SQNR`; or several of them by name, all of which must

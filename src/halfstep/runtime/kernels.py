@@ -19,6 +19,7 @@ def inspect_kernels(path: str | Path, threads: int | None = None, runtime: str |
         path: an ONNX file.
         threads: for one operator; None for all cores.
         runtime: which one, by name; None for the one of the target that the file was made for.
+        layers: names of the layers and operators; None for those that the nodes' names say.
 
     Raises:
         ExportError: if the runtime cannot load the file.
@@ -28,7 +29,11 @@ def inspect_kernels(path: str | Path, threads: int | None = None, runtime: str |
 
 
 def layer_times(
-    path: str | Path, arrays: Sequence[np.ndarray], threads: int | None = None, runtime: str | None = None
+    path: str | Path,
+    arrays: Sequence[np.ndarray],
+    threads: int | None = None,
+    runtime: str | None = None,
+    layers: Collection[str] | None = None,
 ) -> dict[str, float]:
     """Microseconds that each layer and operator of a halfstep file takes in a run, by its name in the model.
 
@@ -39,6 +44,7 @@ def layer_times(
         arrays: one for each input.
         threads: for one operator; None for all cores.
         runtime: which one, by name; None for the one of the target that the file was made for.
+        layers: names of the layers and operators; None for those that the nodes' names say.
 
     Raises:
         ExportError: if the runtime cannot load the file.
@@ -46,7 +52,8 @@ def layer_times(
     chosen = runtime_of(path) if runtime is None else find_runtime(runtime)
     if chosen.profile is None:
         return {}
-    layers = {node.name.rpartition("/")[0] for node in load(path, weights=False).graph.node} - {""}
+    if layers is None:
+        layers = {node.name.rpartition("/")[0] for node in load(path, weights=False).graph.node} - {""}
     found: dict[str, float] = {}
     for node, time in chosen.profile(Path(path), threads, arrays).items():
         if layer := layer_of(node, layers):
@@ -55,10 +62,12 @@ def layer_times(
 
 
 def layer_of(node: str, layers: Collection[str]) -> str:
-    """The one of ``layers`` that a node called ``layer/operator`` is of; empty if it is of none.
+    """The one of ``layers`` that a node called so, or ``layer/operator``, is of; empty if it is of none.
 
     Layers' names may have slashes of their own, and a runtime may have appended to the node's.
     """
+    if node in layers:  # of a file that was given, whose nodes keep their names
+        return node
     name = node
     while "/" in name:
         name = name.rpartition("/")[0]

@@ -21,5 +21,6 @@ def shared(target: str) -> dict[str, str]:
     return {
         **{kind: no_kernel(target, then) for kind, then in consequences.items()},
         "batch_norm": "does not follow a conv or linear directly, so it was not folded; it runs in float",
+        "quantized": "is taken with the quantizers that the file had already",
         "embedding": "a table look-up: nothing is multiplied",
     }

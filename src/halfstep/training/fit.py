@@ -402,7 +402,7 @@ def trainable(model: QuantizedModel) -> list[nn.Parameter]:
     """The float weights that train, after a look at whether the model can.
 
     Raises:
-        TrainingError: if there are none, or nothing is quantized.
+        TrainingError: if there are none, nothing is quantized, or a node without gradient is in the way.
         NotObservedError: if a site has no range.
     """
     if model.mode is Mode.QUANTIZE:
@@ -424,4 +424,8 @@ def trainable(model: QuantizedModel) -> list[nn.Parameter]:
             "the model has no trainable parameter: every one has requires_grad=False; call model.requires_grad_() "
             "before hs.prepare, or q.requires_grad_() after it"
         )
+    if model.captured.origin is not None:
+        from halfstep.onnx_in.islands import check_no_island  # onnx loads when it is needed
+
+        check_no_island(model.graph, {name for name, p in model.named_parameters() if p.requires_grad})
     return weights
