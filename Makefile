@@ -12,6 +12,9 @@ BIN := .venv/bin
 demo: .venv/installed ## train a small network on digits, quantize it, prove the file
 	$(BIN)/halfstep demo
 
+# Two workers on two cores: threads of their own would wait for each other.
+test test-all: export OMP_NUM_THREADS = 1
+
 test: .venv/installed ## the tests, under ten minutes on two cores
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 

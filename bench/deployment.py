@@ -82,6 +82,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="*", default=list(CATALOGUE), choices=list(CATALOGUE))
     parser.add_argument("--folder", type=Path, help="keep the files here, and take those that are there")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--no-tune", action="store_true", help="tuning a file for a batch takes minutes")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument(
@@ -150,7 +151,7 @@ def prove(name: str, folder: Path, target: str, options: argparse.Namespace) -> 
         compare(model, nudged(model), batches),
         len(model.layers),
     )
-    if target == "onnxruntime":
+    if target == "onnxruntime" and not options.no_tune:
         for batch, path in files.tuned.items():
             model.float_layers = []
             print(f"{name}, batch {batch}: {hs.tune(model, threads, batch=batch)}", flush=True)
@@ -219,7 +220,10 @@ def run_races(folder: Path, options: argparse.Namespace, console: Console) -> No
         settings = f"{threads} threads, {rounds} rounds or more"
         console.print(race_table(results, runtime, contestants, peer, settings))
         for ours in contestants:
-            console.print(summary(results, ours, peer))
+            if all(ours in result for result in results.values()):
+                console.print(summary(results, ours, peer))
+    if options.no_tune:
+        return
     floats = Table(title="layers that tuning left in float")
     for column in ("network", *(f"batch {batch}" for batch in batches)):
         floats.add_column(column, justify="left" if column == "network" else "right")
@@ -246,7 +250,7 @@ def race_table(
             f"{result[key].speedup:.2f}" if key in result else "-" for key in ("null", peer, *contestants)
         ]
         ratios = [
-            f"{result[ours].speedup / result[peer].speedup:.2f}" if peer in result else "-"
+            f"{result[ours].speedup / result[peer].speedup:.2f}" if {peer, ours} <= result.keys() else "-"
             for ours in contestants
         ]
         table.add_row(name, str(batch), f"{result['float'].median:.2f}", *speeds, *ratios)
@@ -272,7 +276,11 @@ def left_in_float(path: Path) -> str:
 def entrants(files: Files, batch: int, runtime: str) -> dict[str, tuple[Path, str]]:
     """Who races: the runtime's float twice, and the files for it."""
     files_for = {
-        "onnxruntime": {"quantize_static": files.static, "ours": files.ours, "tuned": files.tuned[batch]},
+        "onnxruntime": {
+            "quantize_static": files.static,
+            "ours": files.ours,
+            "tuned": tuned if (tuned := files.tuned[batch]).exists() else None,
+        },
         "openvino": {"nncf": files.nncf, "ours on openvino": files.ours_openvino},
     }
     floats = dict.fromkeys(("float", "null"), (files.floating, runtime))

@@ -62,7 +62,7 @@ def test_a_mean_equal_to_the_threshold_is_below():
     assert test.update(values) == "below"
 
 
-@pytest.mark.parametrize("finite", [True, False])
+@pytest.mark.parametrize("finite", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_wrong_answers_at_the_threshold_are_as_rare_as_stated(finite):
     generator = torch.Generator().manual_seed(1)
     wrong, runs, count = 0, 400, 2000
