@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -59,29 +60,40 @@ class Control:
         others: that the simulation rounds otherwise, given the file's codes before them.
         beyond: half a step the furthest lies, in steps.
         outputs: signal to noise of the outputs in dB, given the file's last codes.
+        makers: of those rounded otherwise, by the operator whose sums they are.
     """
 
     codes: int
     others: int
     beyond: float
     outputs: float
+    makers: dict[str, int]
 
     @classmethod
     def of(cls, q: hs.QuantizedModel, path: Path, inputs: torch.Tensor) -> Control:
         found = agreements(q, path, inputs)
         sites = [each for each in found if each.site != OUTPUTS]
+        values = {site.name: site.positions[0].value for site in q.placement.sites}
+        makers = Counter[str]()
+        for each in filter(lambda each: each.others, sites):
+            value = values[each.site]
+            makers[value.op if value.op == "placeholder" else value.target.__name__.partition(".")[0]] += (
+                each.others
+            )
         return cls(
             sum(each.codes for each in sites),
             sum(each.others for each in sites),
             max((each.beyond for each in sites), default=0.0),
             found[-1].sqnr,
+            dict(makers.most_common()),
         )
 
     def cells(self) -> list[str]:
-        return [f"{self.others:,} of {self.codes:,}", f"{self.beyond:.0e}", f"{self.outputs:.0f}"]
+        where = ", ".join(f"{maker} {count}" for maker, count in self.makers.items())
+        return [f"{self.others:,} of {self.codes:,}", where, f"{self.beyond:.0e}", f"{self.outputs:.0f}"]
 
 
-CONTROL_COLUMNS = ("codes rounded otherwise", "beyond half a step", "outputs, dB")
+CONTROL_COLUMNS = ("codes rounded otherwise", "of what", "beyond half a step", "outputs, dB")
 
 
 class Between(nn.Module):
