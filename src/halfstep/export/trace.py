@@ -20,12 +20,12 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from halfstep.errors import ExportError
-from halfstep.graph.capture import quiet
 from halfstep.graph.insert import insert
 from halfstep.graph.names import readable_names
 from halfstep.graph.placement import Position, Site
 from halfstep.graph.rooted import PREFIX, rooted
 from halfstep.graph.shapes import Axes, varies
+from halfstep.graph.tracing import quiet
 from halfstep.identity import Identity
 from halfstep.model import QuantizedModel
 

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import copy
-import io
-import logging
 import math
-import re
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,12 +14,13 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from halfstep.errors import CaptureError, DataError
-from halfstep.graph.explain import explain, fixed_at, where, words
-from halfstep.graph.inputs import ModelInputs, batch_size, call_arguments, move
+from halfstep.graph.explain import explain, where, words
+from halfstep.graph.inputs import ModelInputs, batch_size, call_arguments
 from halfstep.graph.outputs import Outputs
 from halfstep.graph.precision import HandedOver, hand_over, in_float32, model_in_float32, other_types
-from halfstep.graph.rooted import PREFIX, Rooted, bind, unrooted
-from halfstep.graph.shapes import BATCH, Axes, Dynamic, Names, axes_of, by_name, input_names, named, varies
+from halfstep.graph.rooted import PREFIX, bind, unrooted
+from halfstep.graph.shapes import BATCH, Axes, Dynamic, axes_of, input_names, named
+from halfstep.graph.tracing import batched_inputs, export_program
 from halfstep.graph.unfold import FoldedNorm, tensors
 from halfstep.identity import Identity
 
@@ -168,7 +165,7 @@ def capture(model: nn.Module, example_inputs: ModelInputs, dynamic: Dynamic | No
         own, (args, kwargs) = model_in_float32(own, types), in_float32((args, kwargs), types)
     flat, in_spec = pytree.tree_flatten((args, kwargs))
     given = named(dynamic, input_names(own, args, kwargs), flat, in_spec)
-    program = _export(own, args, kwargs, in_spec, given, types)
+    program = export_program(own, args, kwargs, in_spec, given, types)
     if program.graph_signature.buffers_to_mutate:
         changed = (name.removeprefix(PREFIX) for name in program.graph_signature.buffers_to_mutate.values())
         names = ", ".join(map(repr, changed))
@@ -185,7 +182,7 @@ def capture(model: nn.Module, example_inputs: ModelInputs, dynamic: Dynamic | No
     axes = axes_of(program, inputs, given)
     sizes = [given] if any(given) else []
     content = Identity(str(graph), sorted(tensors(module).items()), types, *sizes).digest
-    batched = _batched(graph, module, flat, axes)
+    batched = batched_inputs(graph, module, flat, axes)
     captured = Captured(
         graph,
         module,
@@ -219,41 +216,6 @@ def _said_of(handed_over: HandedOver, captured: Captured) -> str:
         "exported files take and return; scores are compared with those of the model as it was handed over"
         + (f", whose outputs on the example inputs are {away} from those in float32" if errors else "")
     )
-
-
-def _batched(graph: fx.Graph, module: nn.Module, flat: Sequence[Any], axes: Axes) -> tuple[bool, ...]:
-    """For each placeholder, whether its first dimension is the batch.
-
-    The tracing gives sizes that must be equal one symbol, and those that may differ one each: that of a table of which
-    the code takes the mean, say. A symbol is a batch if it is the first input's, or the first dimension of an output
-    (of two towers side by side), or if the graph fails where the others are larger and it is not: what indices tie
-    together the tracing does not see.
-    """
-
-    def first_size(node: Any) -> str:
-        value = node.meta.get("val") if isinstance(node, fx.Node) else None
-        if not isinstance(value, torch.Tensor) or not value.dim() or not varies(value.shape[0]):
-            return ""
-        symbol = str(value.shape[0])
-        return symbol if axes.names.get(symbol, BATCH) == BATCH else ""
-
-    sizes = [first_size(node) for node in graph.nodes if node.op == "placeholder"]
-    (end,) = (node for node in graph.nodes if node.op == "output")
-    batches = {next(filter(None, sizes), ""), *map(first_size, end.args[0])} - {""}
-    free = dict.fromkeys(size for size in sizes if size and size not in batches)
-    if free and any(tensor.device.type != "cpu" for tensor in tensors(module).values()):
-        module = copy.deepcopy(module).cpu()  # an index out of bounds would end all work on the device
-    for size in free:
-        longer = [
-            torch.cat([x, x[:1]]).cpu() if own and own != size else move(x, torch.device("cpu"))
-            for x, own in zip(flat, sizes, strict=True)
-        ]
-        try:
-            with torch.no_grad():
-                bind(graph, module)(*longer)
-        except Exception:
-            batches.add(size)
-    return tuple(size in batches for size in sizes)
 
 
 def _not_read(model: nn.Module, graph: fx.Graph) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -388,65 +350,3 @@ def check_parameters(model: nn.Module) -> None:
                 f"parameter {name!r}: {bad} of {tensor.numel()} values are NaN or infinite; load a checkpoint whose "
                 "weights are finite"
             )
-
-
-def _export(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    in_spec: pytree.TreeSpec,
-    given: Sequence[Names],
-    types: tuple[torch.dtype, ...],
-) -> torch.export.ExportedProgram:
-    leaves = pytree.tree_leaves((args, kwargs))
-    size = batch_size(kwargs or args)
-    hints: list[dict[int, Any] | None] = []
-    for leaf, names in zip(leaves, given, strict=True):
-        hint: dict[int, Any] = dict.fromkeys(names, torch.export.Dim.DYNAMIC)
-        if isinstance(leaf, torch.Tensor) and leaf.dim() and leaf.shape[0] == size and 0 not in names:
-            # The batch must vary; what only happens to have its size may turn out to be fixed.
-            hint[0] = torch.export.Dim.AUTO if any(hints) else torch.export.Dim.DYNAMIC
-        hints.append(hint or None)
-    shapes_args, shapes_kwargs = pytree.tree_unflatten(hints, in_spec)
-    # torch wants one tree; keyword arguments go by their names, positional ones by the signature's.
-    shapes = by_name(model, shapes_args, shapes_kwargs)
-
-    def trace() -> torch.export.ExportedProgram:
-        return torch.export.export(Rooted(model), args, kwargs, dynamic_shapes=shapes)
-
-    try:
-        with quiet():
-            # An empty table functionalises and keeps conv, linear, softmax ... whole.
-            functional: torch.export.ExportedProgram = trace().run_decompositions({})
-            return functional
-    except Exception as error:
-        fixed = re.search(
-            r"L\['(\w+)'\]\S*\.size\(\)\[(\d+)\] as dynamic but your code specialized it .*\((\d+)\)",
-            str(error),
-        )
-        if fixed is None:
-            raise CaptureError(explain(model, error, leaves, types)) from error
-        name, dimension, number = fixed.groups()
-        place = fixed_at(trace, model, int(number))
-        what = (
-            "the batch size"
-            if dimension == "0"
-            else f"dimension {dimension} of input {name!r}, which is to vary,"
-        )
-        raise CaptureError(
-            f"the model's code fixes {what} at the example's {number}{f': {place}' if place else ''}; take it from "
-            f"{name}.shape[{dimension}] there" + ("" if dimension == "0" else ", or leave it out of dynamic")
-        ) from error
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep torch's own deprecations and graph dumps off the user's terminal; errors are explained instead."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
