@@ -65,6 +65,7 @@ def answer(process: subprocess.Popen[str]) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_processes_that_start_at_once_compile_and_the_next_one_does_not(tmp_path: Path) -> None:
     with in_a_process(tmp_path) as one, in_a_process(tmp_path) as two:
         first, other = answer(one), answer(two)

@@ -96,6 +96,7 @@ def test_parameters_may_have_any_name(tmp_path):
     assert names == ["output_x", "fc.weight"]
 
 
+@pytest.mark.slow
 def test_arguments_may_have_any_name(tmp_path):
     code = (
         f"def forward(self, {', '.join(ARGUMENTS)}):\n    return self.fc({' + '.join(ARGUMENTS)}) + self.mode"

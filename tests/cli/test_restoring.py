@@ -85,6 +85,7 @@ def test_the_outcome_is_exported_and_verified_though_a_later_rung_ended_elsewher
     assert done.returncode == 3, done.stderr
 
 
+@pytest.mark.slow
 def test_what_is_left_in_float_for_speed_is_exported_so(folder, monkeypatch):
     monkeypatch.setattr(
         tuning,
@@ -104,6 +105,7 @@ def test_what_is_left_in_float_for_speed_is_exported_so(folder, monkeypatch):
     assert [node.op_type for node in load(folder / "untuned.onnx").graph.node] != codes[0]
 
 
+@pytest.mark.slow
 def test_the_last_call_counts_and_the_report_says_what_it_asked_for(folder):
     few = ("--weight-bits", "2", "--max-drop", "0.02")
     scores = {}

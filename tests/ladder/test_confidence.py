@@ -182,6 +182,7 @@ def test_a_final_refusal_is_held_to_its_share_of_the_error(model, monkeypatch):
     assert levels[-1] == pytest.approx(share_of_error(0.05, 3))
 
 
+@pytest.mark.slow
 def test_a_file_is_held_to_its_candidates_share_and_the_report_says_how_many_there_were(tmp_path):
     outcome = climb(tmp_path / "run", rungs=("ptq", "partial"), max_float=1.0, max_drop=0.02)
     numbers = [made.examined for made in outcome.history if made.rung in ("ptq", "partial") and made.examined]

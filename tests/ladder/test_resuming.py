@@ -158,6 +158,7 @@ def trained_by(loss, **options):
     return hs.Training(batches, loss, epochs=3, evaluate_every=1, checkpoint_every=2, **options)
 
 
+@pytest.mark.slow
 def test_a_budget_in_minutes_scores_what_was_trained_and_a_larger_one_goes_on(tmp_path, monkeypatch):
     unbroken = climb(tmp_path / "unbroken", training=trained_by(CountingLoss()), rungs=("ptq", "qat"))
     loss = CountingLoss()
@@ -239,6 +240,7 @@ class KilledLoss(CountingLoss):
         return super().__call__(outputs, labels)
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_with_other_instructions(tmp_path):
     with pytest.raises(Killed):
         climb(tmp_path / "run", training=trained_by(KilledLoss(5)), rungs=("ptq", "qat"))

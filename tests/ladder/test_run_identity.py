@@ -182,6 +182,7 @@ def margin(outputs, labels):
     return outputs.softmax(1).gather(1, labels[:, None])[:, 0] - THRESHOLD
 
 
+@pytest.mark.slow
 def test_global_variables_that_changed_are_seen_by_scoring_again(tmp_path, monkeypatch):
     first = ptq(tmp_path, hs.Metric(labelled(), margin))
     monkeypatch.setattr("test_run_identity.UNUSED", 1, raising=False)

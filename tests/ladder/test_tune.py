@@ -75,6 +75,7 @@ def test_a_network_that_is_faster_in_float_stays_there_whole(model, monkeypatch)
     assert hs.tune(model) == tuning.Tuning((), 0.0, 0)  # nothing is left to ask about
 
 
+@pytest.mark.slow
 def test_it_runs_on_the_runtime_and_needs_an_example(model):
     before = model.float_layers
     found = hs.tune(model, threads=1, rounds=3, batch=40)  # more than the 16 examples that were seen
