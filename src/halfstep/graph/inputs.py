@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,11 @@ def call_arguments(inputs: ModelInputs) -> tuple[tuple[Any, ...], dict[str, Any]
         f"model inputs: got {type(inputs).__name__}, needed a tensor, a tuple of tensors (positional arguments) "
         "or a dict of tensors (keyword arguments)"
     )
+
+
+def path_name(path: Iterable[Any]) -> str:
+    """What a value in a nest of tuples and dicts is called: its keys, from the outside in."""
+    return "_".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
 
 
 def tensors_of(inputs: ModelInputs) -> list[torch.Tensor]:

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch.utils import _pytree as pytree
 
+from halfstep.graph.inputs import path_name
+
 
 @dataclass(frozen=True)
 class Outputs:
@@ -40,7 +42,7 @@ class Outputs:
         for path, place in pytree.tree_flatten_with_path(places)[0]:
             if place in self.fixed:
                 continue
-            name = "_".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
+            name = path_name(path)
             name = "output" if self.spec.num_leaves == 1 else name
             name = f"output_{name}" if name[:1].isdigit() else name
             while name in taken or name in found:

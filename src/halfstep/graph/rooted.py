@@ -89,12 +89,17 @@ def _place(root: nn.Module, name: str, value: torch.Tensor | nn.Module) -> None:
     *path, leaf = name.split(".")
     for part in path:
         root = root._modules.setdefault(part, nn.Module())  # type: ignore[assignment]
+    put(root, leaf, value)
+
+
+def put(owner: nn.Module, leaf: str, value: torch.Tensor | nn.Module) -> None:
+    """Keep a tensor or a module in ``owner`` under a name, which torch's own attributes may have too."""
     if isinstance(value, nn.Module):
-        root._modules[leaf] = value
+        owner._modules[leaf] = value
     elif isinstance(value, nn.Parameter):
-        root._parameters[leaf] = value
+        owner._parameters[leaf] = value
     else:
-        root._buffers[leaf] = value
+        owner._buffers[leaf] = value
 
 
 def bind(graph: fx.Graph, module: nn.Module) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from halfstep.errors import ArgumentError, CaptureError, DataError
-from halfstep.graph.inputs import ModelInputs, call_arguments
+from halfstep.graph.inputs import ModelInputs, call_arguments, path_name
 
 #: ``{"ids": {0: "batch", 1: "tokens"}}``, or a second example whose sizes differ where they may.
 Dynamic = Mapping[str, Mapping[int, str]] | ModelInputs
@@ -212,7 +212,7 @@ def input_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     named_numbers = by_name(model, *numbers)
     names: dict[int, str] = {}
     for path, number in pytree.tree_flatten_with_path(named_numbers)[0]:
-        names[number] = "_".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
+        names[number] = path_name(path)
     return [names[number] for number in sorted(names)]
 
 

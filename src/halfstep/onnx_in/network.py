@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from halfstep.errors import CaptureError, DataError, named
+from halfstep.graph.rooted import put
 from halfstep.onnx_in import (  # noqa: F401 - each fills the table with its family of operators
     attention,
     convolution,
@@ -348,10 +349,5 @@ def _attach(root: nn.Module, name: str, value: Tensor | nn.Module) -> str:
         return ".".join([*path, leaf])
     while leaf in owner._modules or hasattr(owner, leaf):
         leaf += "_"
-    if isinstance(value, nn.Module):
-        owner._modules[leaf] = value
-    elif isinstance(value, nn.Parameter):
-        owner._parameters[leaf] = value
-    else:
-        owner._buffers[leaf] = value
+    put(owner, leaf, value)
     return ".".join([*path, leaf])
