@@ -26,6 +26,8 @@ from halfstep.runtime.size import file_size
 
 #: A file that gives the simulation's answer to so many fewer of the examples than it did answers otherwise.
 FEWER_ANSWERS = 0.01
+#: Seconds after which a race of files need not go on.
+RACED = 0.3
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def verify(
         batches: inputs to compare on; the first one is timed.
         float_path: the float network's file; written to a temporary place if None.
         threads: for one operator; None for all cores.
-        rounds: interleaved runs to time.
+        rounds: interleaved runs to time; a third of them is enough where they take longer than :data:`RACED`.
         classes: whether the first output may be taken for scores of classes, so that the largest is the answer.
 
     Raises:
@@ -124,6 +126,8 @@ def verify(
                 "quantized": lambda: deployed(*leaves),
             },
             rounds,
+            warmup=1,
+            seconds=RACED,
         )
         kernels = inspect_kernels(path, threads, runtime)
         return Verification(
