@@ -50,3 +50,18 @@ def test_an_operator_without_a_translation_is_decomposed(tmp_path):
     q = hs.prepare(nn.Conv2d(3, 4, 3, padding="same").eval(), torch.randn(2, 3, 8, 8))
     assert "padding" in str(q.graph)
     assert [kind for kind, _ in nodes(hs.export_float(q, tmp_path / "float.onnx"))] == ["Conv"]
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.linear(x)
+        return torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, (x,))
+
+
+def test_branches_keep_their_bodies(tmp_path):
+    q = hs.prepare(Branching().eval(), torch.randn(2, 4))
+    assert [kind for kind, _ in nodes(hs.export_float(q, tmp_path / "float.onnx"))][-1] == "If"

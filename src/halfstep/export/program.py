@@ -130,10 +130,12 @@ def program_of(module: fx.GraphModule) -> Program:
     state: dict[str, torch.Tensor] = {}
     inputs: list[InputSpec] = []
     lifted: dict[str, fx.Node] = {}
+    bodies: dict[str, Any] = {}
     for node in module.graph.find_nodes(op="get_attr"):
         name = str(node.target)
         tensor = attrgetter(name)(module)
-        if not isinstance(tensor, torch.Tensor):  # the body of a branch
+        if not isinstance(tensor, torch.Tensor):  # the body of a branch, which the exporter wants at the root
+            bodies[name.replace(".", "_")] = tensor
             continue
         if name not in lifted:
             lifted[name] = graph.placeholder(f"tensor_{len(lifted)}")
@@ -145,6 +147,8 @@ def program_of(module: fx.GraphModule) -> Program:
     for node in module.graph.nodes:
         if node not in copies:
             copy = copies[node] = graph.node_copy(node, copies.__getitem__)
+            if copy.op == "get_attr":
+                copy.target = str(copy.target).replace(".", "_")
             copy.meta["val"] = pytree.tree_map_only(
                 torch.Tensor, lambda x: _on_host(mode, x), node.meta.get("val")
             )
@@ -163,7 +167,7 @@ def program_of(module: fx.GraphModule) -> Program:
         out_spec=pytree.tree_structure(tuple(range(len(returned)))),
     )
     return Program(
-        module,
+        bodies,
         graph,
         ExportGraphSignature(
             [*inputs, *(InputSpec(InputKind.USER_INPUT, argument, None) for argument in given)],
