@@ -155,6 +155,15 @@ class TrainingPart(Part):
     learning_rate: float | None = Field(
         default=None, gt=0, description="at the start; null: by the fewest bits, 0.0001 for 8 to 0.002 for 4"
     )
+    forward: str | None = Field(
+        default=None,
+        description="what is trained where that is not what the model answers with: a method's name, or "
+        "package.module:function of the model and its inputs; null: what it answers with",
+    )
+    outputs: list[str] | None = Field(
+        default=None,
+        description="names of the outputs that distillation compares; null: the first one of floats",
+    )
     seed: int = Field(default=0, description="of shuffling and of everything random")
 
 

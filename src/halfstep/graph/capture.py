@@ -19,7 +19,7 @@ from halfstep.graph.inputs import ModelInputs, batch_size, call_arguments
 from halfstep.graph.outputs import Outputs
 from halfstep.graph.precision import HandedOver, hand_over, in_float32, model_in_float32, other_types
 from halfstep.graph.rooted import PREFIX, bind, unrooted
-from halfstep.graph.shapes import BATCH, Axes, Dynamic, axes_of, input_names, named
+from halfstep.graph.shapes import BATCH, Axes, Dynamic, Names, axes_of, input_names, named
 from halfstep.graph.tracing import batched_inputs, export_program
 from halfstep.graph.unfold import FoldedNorm, tensors
 from halfstep.identity import Identity
@@ -50,6 +50,9 @@ class Captured:
         handed_over: the user's model where it is not in float32, as the graph is; None where it is.
         notes: what is to be said of it, one sentence each.
         origin: the file that the user's model was read from, if it was; exports are written into it.
+        source: the user's module itself, for other ways into it.
+        given: the names of the sizes that the user lets vary, one dict an input.
+        entries: other ways into it that were traced, see :func:`halfstep.training.entry.entered`.
     """
 
     graph: fx.Graph
@@ -66,6 +69,9 @@ class Captured:
     handed_over: HandedOver | None = None
     notes: tuple[str, ...] = ()
     origin: object = None
+    source: nn.Module | None = None
+    given: Sequence[Names] = ()
+    entries: dict[int, Any] = field(default_factory=dict)
 
     @property
     def types(self) -> tuple[torch.dtype, ...]:
@@ -195,6 +201,8 @@ def capture(model: nn.Module, example_inputs: ModelInputs, dynamic: Dynamic | No
         names=graph_names,
         content=content,
         handed_over=handed_over,
+        source=model,
+        given=given,
     )
     check_equal(captured, own)
     if any(given):
