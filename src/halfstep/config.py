@@ -213,6 +213,10 @@ class Config(Part):
         description="input (batch, length) that is 0 where a batch is only filled up: left out of the ranges; its "
         "length must be among the sizes that vary",
     )
+    float_from: list[str] | None = Field(
+        default=None,
+        description="modules, such as head.decode, from whose first value on everything is left in float",
+    )
     recipe: Defaulted[RecipePart] = Field(default_factory=RecipePart, description="what to quantize, and how")
     training: TrainingPart | None = Field(
         default=None, description="for the last rung: data, loss, epochs, learning_rate; null leaves it out"

@@ -212,7 +212,16 @@ class Job:
         from halfstep.ladder.portability import settle
 
         recipe = settle(self.recipe(), find_target(self.config.target), entries)
-        return prepare(self.model, self.example, recipe, self.config.target, dynamic=self.config.dynamic)
+        config = self.config
+        return prepare(
+            self.model,
+            self.example,
+            recipe,
+            config.target,
+            dynamic=config.dynamic,
+            padding=config.padding,
+            float_from=config.float_from,
+        )
 
     def observed(self) -> QuantizedModel:
         """The model with its sites, after one pass over the calibration data."""

@@ -92,6 +92,13 @@ def quantize(
             "of the ranges."
         ),
     ] = None,
+    float_from: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A module, such as head.decode, from whose first value on everything is left in float; may be given "
+            "several times."
+        ),
+    ] = None,
     recipe: Annotated[
         str | None,
         typer.Option(
@@ -168,6 +175,7 @@ def quantize(
         "target": target,
         "dynamic": by_dimension(dynamic),
         "padding": padding,
+        "float_from": float_from or None,
         "rungs": None if rungs is None else [name.strip() for name in rungs.split(",")],
         "directory": directory,
         "batch": batch,
@@ -212,6 +220,7 @@ def quantize(
                 target=config.target,
                 dynamic=config.dynamic,
                 padding=config.padding,
+                float_from=config.float_from,
                 directory=folder,
                 threads=config.threads,
                 budget=job.budget(),

@@ -19,6 +19,7 @@ from halfstep.graph.names import readable_names
 from halfstep.graph.operators import Operator, constant_operands, describe, is_depthwise
 from halfstep.graph.placement import INT16, FloatOperator, Follower, Layer, Placement, Position, Site
 from halfstep.graph.signs import nonnegative
+from halfstep.graph.tails import TAIL
 from halfstep.recipe import ACTIVATIONS, LayerSpec, Recipe, TensorSpec
 from halfstep.targets import Target
 
@@ -32,7 +33,8 @@ def place(graph: fx.Graph, target: Target, recipe: Recipe, choices: Choices) -> 
     3. Every input of an integer operator is quantized, and every output that its kernel must quantize, after the
        ReLU or clip that disappears into it.
     4. Operators that only move codes about carry the same scale on both sides.
-    5. Layers whose activations get their range at run time are islands: they read floats through a quantizer of their
+    5. What is marked as a tail (see :mod:`.tails`) is in float.
+    6. Layers whose activations get their range at run time are islands: they read floats through a quantizer of their
        own and write floats, unless the operator before must write codes anyway, which they then read.
 
     A value has the widest format that a layer reads it in. Where the target does not execute that, neither the layers
@@ -61,8 +63,9 @@ class _Placer:
         self.order = {node: index for index, node in enumerate(graph.nodes)}
         self.operators = {n: op for n in graph.nodes if (op := describe(n)) is not None}
         layers = [node for node, op in self.operators.items() if self._is_layer(op)]
-        outermost = ends(graph, layers)
-        if len(outermost) == len(layers):  # an exception that leaves no rule
+        quantizable = [node for node in layers if TAIL not in node.meta]
+        outermost = ends(graph, quantizable)
+        if len(outermost) == len(quantizable):  # an exception that leaves no rule
             outermost = set()
         self.asked = {node: recipe.spec(self.names[node], node in outermost) for node in layers}
         self.specs: dict[fx.Node, LayerSpec | None] = {
@@ -93,7 +96,9 @@ class _Placer:
     def _choose_layers(self) -> None:
         for node, spec in self.specs.items():
             op, name = self.operators[node], self.names[node]
-            if name in self.choices.float_layers:
+            if TAIL in node.meta:
+                self.reasons[node] = node.meta[TAIL]
+            elif name in self.choices.float_layers:
                 self.reasons[node] = "left in float on request"
             elif spec is None:
                 self.reasons[node] = "left in float by the recipe"
@@ -122,6 +127,7 @@ class _Placer:
             node
             for node, op in self.operators.items()
             if op.kind in self.target.followers
+            and TAIL not in node.meta
             and not (op.kind in ("add", "mul") and constant_operands(node))
         }
         self.kernels = {node for node in self.integer | followers if self._executed(node)}
@@ -423,7 +429,9 @@ class _Placer:
             if node in self.specs or node in self.integer or op.kind in silent:
                 continue
             unknown = f"{op.kind} is not in the table of {self.target.name}; it runs in float"
-            reason = self.reasons.get(node) or self.target.reasons.get(op.kind, unknown)
+            reason = (
+                node.meta.get(TAIL) or self.reasons.get(node) or self.target.reasons.get(op.kind, unknown)
+            )
             found.append(FloatOperator(self.names[node], op, reason))
         return tuple(found)
 

@@ -23,11 +23,12 @@ from halfstep.graph.fold import fold
 from halfstep.graph.inputs import ModelInputs
 from halfstep.graph.padding import Mask, find_padding
 from halfstep.graph.shapes import Dynamic
+from halfstep.graph.tails import mark_tails
 from halfstep.ladder.aim import Aim, Asked
 from halfstep.ladder.ascent import ascend
 from halfstep.ladder.budget import Budget
 from halfstep.ladder.calibration import observe
-from halfstep.ladder.concerns import Seen, halving, look, sentences, unlike_sites, watching
+from halfstep.ladder.concerns import Seen, halving, look, lost_parts, sentences, tails, unlike_sites, watching
 from halfstep.ladder.deploy import deploy, file_score
 from halfstep.ladder.doubts import doubts
 from halfstep.ladder.exports import Exports
@@ -61,6 +62,7 @@ def prepare(
     *,
     dynamic: Dynamic | None = None,
     padding: Mask | None = None,
+    float_from: str | Sequence[str] | None = None,
 ) -> QuantizedModel:
     """Capture ``model``, fold its batch norms, and place its sites; it passes floats until observed and calibrated.
 
@@ -74,6 +76,8 @@ def prepare(
         padding: the name of an input (batch, length) that is 0 where a batch is only filled up, such as
             ``"attention_mask"``, or a function of the model's arguments that answers one: what is observed there is
             left out. The length must be one that varies.
+        float_from: names of modules, such as ``"head.decode"``, from whose first value on everything is left in float;
+            or of single operators.
 
     Warns of a model in half precision or float64 that it is computed in float32 from here on. It may then be given
     inputs of either type, and returns float32, as the files do; scores are compared with the model as it was handed
@@ -82,6 +86,7 @@ def prepare(
     Raises:
         CaptureError: if the model cannot be captured.
         RecipeError: if a pattern of the recipe matches no layer.
+        ArgumentError: if ``dynamic``, ``padding`` or ``float_from`` names what is not there.
     """
     found = find_target(target)
     settled = settle(recipe or Recipe.int8(), found)
@@ -95,6 +100,7 @@ def prepare(
                     "Files are new graphs in torch.float32, not the one that the network was read from",
                 )
             origin.keep_whole(captured.graph, found)
+        mark_tails(captured, float_from)
         known = None if padding is None else find_padding(captured, padding)
         prepared = QuantizedModel(captured, found, settled, known)
     prepared.refit = refit
@@ -129,6 +135,7 @@ def quantize(
     progress: bool = True,
     dynamic: Dynamic | None = None,
     padding: Mask | None = None,
+    float_from: str | Sequence[str] | None = None,
 ) -> Outcome:
     """Quantize ``model`` so that its score drops by no more than allowed, and prove it on the deployed file.
 
@@ -177,6 +184,7 @@ def quantize(
         command: what to type to do it again; the report shows it.
         dynamic: dimensions of the inputs that may vary beside the batch, as :func:`prepare` takes them.
         padding: what only fills a batch up, as :func:`prepare` takes it.
+        float_from: modules from whose first value on everything is left in float, as :func:`prepare` takes them.
         progress: show what is being done: bars on a terminal and in notebooks, the log called ``"halfstep"`` elsewhere.
 
     Raises:
@@ -195,7 +203,9 @@ def quantize(
         scorer = as_scorers(metric)
         aim.check(scorer)
         settled = settle(recipe, found, journal.entries)
-        prepared = prepare(model, example_inputs, settled, found, dynamic=dynamic, padding=padding)
+        prepared = prepare(
+            model, example_inputs, settled, found, dynamic=dynamic, padding=padding, float_from=float_from
+        )
         names = [rung.name for rung in ladder]
         if partial is not None and "partial" in names:
             pinned(prepared, partial.keep_float, partial.keep_quantized)
@@ -237,6 +247,8 @@ def _begin(
     search = Search(prepared, scorer, aim.goal(baseline, scorer), journal=journal, budget=budget, rung="data")
     for note in prepared.captured.notes:
         search.decide(note, aloud=False)  # a warning has said it
+    for sentence in tails(prepared):
+        search.decide(sentence)
     if claimed.unseen and journal.folder is not None:
         search.decide(
             f"What cannot be compared when this run goes on: {', '.join(claimed.unseen)}. The float model is scored "
@@ -262,6 +274,8 @@ def _begin(
         said = [*said, *_compare(calibration, examples, journal)]
     for sentence in said:
         search.decide(sentence, aloud=False)  # a warning is heard anyway
+    for sentence in sentences(lost_parts(prepared)):
+        search.decide(sentence)
     search.rung = ""
     return search
 

@@ -17,6 +17,7 @@ from halfstep.calibrators import (
     Concern,
     data_concerns,
     disagreements,
+    lost,
     range_of,
     unlike,
     unsteady,
@@ -24,6 +25,8 @@ from halfstep.calibrators import (
 from halfstep.errors import named
 from halfstep.fake_quantize import Mode
 from halfstep.graph.inputs import ModelInputs, batch_size, call_arguments
+from halfstep.graph.placement import FloatOperator, Layer
+from halfstep.graph.tails import TAIL
 from halfstep.ladder.abreast import abreast
 from halfstep.ladder.ranges import activation_sites
 from halfstep.model import QuantizedModel, run
@@ -96,7 +99,8 @@ def concerns(
     """What the statistics of each activation say against trusting ranges that are taken from them.
 
     A site that was never reached or saw only zeros, values that are not finite, a percentile of too few values or of
-    a site that is mostly zero, calibrators more than twofold apart, and values distributed unlike those of other data.
+    a site that is mostly zero, calibrators more than twofold apart, values distributed unlike those of other data, and
+    inputs of a concat that the codes of the whole leave few bits.
 
     Args:
         model: observed.
@@ -105,7 +109,7 @@ def concerns(
             compares with nothing.
 
     Returns:
-        In the graph's order; empty if all is well.
+        In the graph's order, concats last; empty if all is well.
 
     Raises:
         DataError: an evaluation batch has a wrong shape or type.
@@ -123,7 +127,7 @@ def concerns(
                 at_site += disagreements({c: range_of(c, histogram, module.format) for c in calibrators})
             at_site += _unlike(name, histogram, seen)
         found += [SiteConcern(name, concern) for concern in at_site]
-    return tuple(found)
+    return (*found, *lost_parts(model))
 
 
 def unlike_sites(model: QuantizedModel, seen: Seen) -> tuple[SiteConcern, ...]:
@@ -255,3 +259,45 @@ def sentences(found: Sequence[SiteConcern]) -> list[str]:
         )
         lines.append(str(some[0]) + (f" (so too {more})" if others else ""))
     return lines
+
+
+def tails(model: QuantizedModel) -> list[str]:
+    """What is left in float behind the last layers, and why: a sentence for every reason, by name."""
+    found: dict[str, list[str]] = {}
+    everything: list[Layer | FloatOperator] = [*model.placement.layers, *model.placement.float_operators]
+    for each in everything:
+        if reason := each.operator.node.meta.get(TAIL):
+            found.setdefault(reason, []).append(each.name)
+    return [f"{', '.join(names)}: {reason}" for reason, names in found.items()]
+
+
+def lost_parts(model: QuantizedModel) -> tuple[SiteConcern, ...]:
+    """The inputs of concats whose values are hardly told apart in the codes of what they are joined to.
+
+    To leave the concat alone in float would not help: a layer that reads it whole takes codes of one scale on every
+    target. So the layers that lose by it are named, and the ladder decides by the metric whether they go to float.
+
+    Args:
+        model: observed.
+    """
+    placement, sites = model.placement, activation_sites(model)
+    names = {
+        site.positions[0].value: site.name
+        for site in placement.sites
+        if site.name in sites and not site.dynamic and sites[site.name].histogram.count
+    }
+    found = []
+    for follower in placement.followers:
+        joined = follower.operator
+        if joined.kind != "concat" or joined.node not in names:
+            continue
+        whole = sites[names[joined.node]]
+        readers = [layer.name for layer in placement.layers if names[joined.node] in layer.sites]
+        by = f"; what reads them in one scale is {', '.join(map(repr, readers))}: in float it would lose nothing"
+        for value in joined.inputs:
+            if value in names:
+                part = names[value]
+                for concern in lost(sites[part].histogram, whole.histogram, whole.format):
+                    message = f"its part {part!r}, {concern.message}{by if readers else ''}"
+                    found.append(SiteConcern(names[joined.node], replace(concern, message=message)))
+    return tuple(found)
