@@ -200,6 +200,11 @@ class Config(Part):
     strict: bool = Field(
         default=False, description="demand that the upper end of the drop's interval keeps to the target"
     )
+    latency: float | None = Field(
+        default=None,
+        gt=0,
+        description="how many times as fast as float the file must be beside the accuracy target: 2.0; null: any speed",
+    )
     tune: bool = Field(default=False, description="leave in float what integers slow down on this machine")
     target: Literal["onnxruntime", "openvino", "tensorrt"] = Field(
         default="onnxruntime", description="runtime to deploy to"

@@ -70,6 +70,12 @@ def quantize(
             "--strict", help="Demand that the upper end of the drop's interval keeps to the target."
         ),
     ] = None,
+    latency: Annotated[
+        float | None,
+        typer.Option(
+            help="How many times as fast as float the file must be beside the accuracy target, such as 2."
+        ),
+    ] = None,
     tune: Annotated[
         bool | None,
         typer.Option("--tune", help="Leave in float what integers slow down on this machine."),
@@ -171,6 +177,7 @@ def quantize(
         "relative_drop": by_name("--relative-drop", relative_drop, float),
         "floor": by_name("--floor", floor, float),
         "strict": strict,
+        "latency": latency,
         "tune": tune,
         "target": target,
         "dynamic": by_dimension(dynamic),
@@ -215,6 +222,7 @@ def quantize(
                 floor=config.floor,
                 confidence=config.confidence,
                 strict=config.strict,
+                latency=config.latency,
                 tune=config.tune,
                 recipe=job.recipe(),
                 target=config.target,

@@ -36,6 +36,7 @@ from halfstep.ladder.float_model import knowing_float
 from halfstep.ladder.identity import Claimed, Examples, claim
 from halfstep.ladder.journal import Journal
 from halfstep.ladder.outcome import Outcome
+from halfstep.ladder.pace import Pace, check_latency
 from halfstep.ladder.partial import Partial
 from halfstep.ladder.pins import pinned
 from halfstep.ladder.portability import PORTABLE, settle
@@ -136,6 +137,7 @@ def quantize(
     dynamic: Dynamic | None = None,
     padding: Mask | None = None,
     float_from: str | Sequence[str] | None = None,
+    latency: float | None = None,
 ) -> Outcome:
     """Quantize ``model`` so that its score drops by no more than allowed, and prove it on the deployed file.
 
@@ -185,6 +187,11 @@ def quantize(
         dynamic: dimensions of the inputs that may vary beside the batch, as :func:`prepare` takes them.
         padding: what only fills a batch up, as :func:`prepare` takes it.
         float_from: modules from whose first value on everything is left in float, as :func:`prepare` takes them.
+        latency: how many times as fast as float the file must be beside the accuracy target, on the target's runtime
+            and this machine, such as 2.0. The outcome is the most accurate that was found to be so fast; ``met`` is False
+            where none is, or that one misses the accuracy. What meets the accuracy with layers in float, too slowly, is
+            kept in reserve while rungs are left; where the best is too slow at the end, layers that integers slow down
+            go to float, as with ``tune``.
         progress: show what is being done: bars on a terminal and in notebooks, the log called ``"halfstep"`` elsewhere.
 
     Raises:
@@ -198,6 +205,7 @@ def quantize(
         check_training(training)
     aim = Aim(max_drop, relative_drop, floor, confidence, strict)
     found, recipe = find_target(target), recipe or Recipe.int8()
+    check_latency(latency, found)
     with shown(progress), Journal(directory, fresh) as journal, tempfile.TemporaryDirectory() as name:
         temporary = Path(name)
         scorer = as_scorers(metric)
@@ -219,13 +227,14 @@ def quantize(
         scorer = knowing_float(scorer, prepared)
         search = _begin(journal, prepared, scorer, aim, calibration, budget or Budget(), claimed)
         search.started = started
-        _write_settings(search, ladder, aim, command)
+        _write_settings(search, ladder, aim, command, latency)
         exports = Exports(temporary)
         score_file = functools.partial(file_score, search, exports, threads)
-        path = ascend(search, ladder, Means(training, partial, threads, tune), max_float, score_file)
-        if tune:
+        pace = None if latency is None else Pace(latency, exports, float_file, threads)
+        path = ascend(search, ladder, Means(training, partial, threads, tune), max_float, score_file, pace)
+        if tune or (pace is not None and search.best is not None and not pace.enough(search, search.best)):
             favour_speed(search, threads, score_file)
-        return deploy(search, path, exports, journal.folder or temporary, float_file, threads)
+        return deploy(search, path, exports, journal.folder or temporary, float_file, threads, pace)
 
 
 def _begin(
@@ -314,9 +323,12 @@ def _compare(calibration: Iterable[ModelInputs], known: Sequence[bytes], journal
     ]
 
 
-def _write_settings(search: Search, ladder: Sequence[Rung], aim: Aim, command: str) -> None:
+def _write_settings(
+    search: Search, ladder: Sequence[Rung], aim: Aim, command: str, latency: float | None
+) -> None:
     """Write down what was asked, with every default resolved."""
     model, goal = search.model, search.goal
+    timed: dict[str, Any] = {} if latency is None else {"latency": latency}
     search.journal.write(
         "settings",
         target=model.target.name,
@@ -334,6 +346,7 @@ def _write_settings(search: Search, ladder: Sequence[Rung], aim: Aim, command: s
         rungs=[rung.name for rung in ladder],
         budget=str(search.budget),
         command=command,
+        **timed,
     )
 
 
