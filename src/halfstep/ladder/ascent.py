@@ -11,7 +11,6 @@ import torch
 from halfstep.errors import HalfstepError, RefusedError, RunError
 from halfstep.evaluate import Score
 from halfstep.fake_quantize import Mode
-from halfstep.graph.inputs import batch_size
 from halfstep.identity import Identity
 from halfstep.ladder.budget import BudgetSpent
 from halfstep.ladder.fingerprint import fingerprint
@@ -153,7 +152,7 @@ def _example_seconds(search: Search) -> float:
             start = time.perf_counter()
             run(search.model, batch)
             took.append(time.perf_counter() - start)
-    return min(took) / batch_size(batch)
+    return min(took) / search.model.captured.batch_size(batch)
 
 
 def _roughly(x: float) -> str:

@@ -72,8 +72,10 @@ def prepare(
         example_inputs: a tensor, a tuple or a dict, with a batch of at least 2; None makes some up for a file.
         recipe: what to quantize, and how; :meth:`Recipe.int8` if None.
         target: where it will run.
-        dynamic: dimensions that may vary beside the batch, which is the first: names by input and dimension, such as
+        dynamic: dimensions that may vary beside the batch: names by input and dimension, such as
             ``{"ids": {1: "tokens"}, "mask": {1: "tokens"}}``; or another example, whose sizes differ where they may.
+            The batch is the first dimension, or the one that is named ``"batch"``: ``{"x": {0: "time", 1: "batch"},
+            "h": {1: "batch"}}`` is time first, with a state of (layers, batch, hidden).
         padding: the name of an input (batch, length) that is 0 where a batch is only filled up, such as
             ``"attention_mask"``, or a function of the model's arguments that answers one: what is observed there is
             left out. The length must be one that varies.
@@ -188,10 +190,10 @@ def quantize(
         padding: what only fills a batch up, as :func:`prepare` takes it.
         float_from: modules from whose first value on everything is left in float, as :func:`prepare` takes them.
         latency: how many times as fast as float the file must be beside the accuracy target, on the target's runtime
-            and this machine, such as 2.0. The outcome is the most accurate that was found to be so fast; ``met`` is False
-            where none is, or that one misses the accuracy. What meets the accuracy with layers in float, too slowly, is
-            kept in reserve while rungs are left; where the best is too slow at the end, layers that integers slow down
-            go to float, as with ``tune``.
+            and this machine, such as 2.0. The outcome is the most accurate that was found to be so fast; ``met`` is
+            False where none is, or that one misses the accuracy. What meets the accuracy with layers in float, but too
+            slowly, is kept in reserve while rungs are left; where the best is too slow at the end, layers that integers
+            slow down go to float, as with ``tune``.
         progress: show what is being done: bars on a terminal and in notebooks, the log called ``"halfstep"`` elsewhere.
 
     Raises:
@@ -280,7 +282,7 @@ def _begin(
     else:
         said, examples = kept
         search.calibrated = len(examples)
-        said = [*said, *_compare(calibration, examples, journal)]
+        said = [*said, *_compare(calibration, examples, search)]
     for sentence in said:
         search.decide(sentence, aloud=False)  # a warning is heard anyway
     for sentence in sentences(lost_parts(prepared)):
@@ -291,7 +293,7 @@ def _begin(
 
 def _observe(search: Search, calibration: Iterable[ModelInputs], judged: Examples, seen: Seen) -> list[str]:
     """Observe the calibration data and keep the statistics; what is to be said of the data, in sentences."""
-    model, calibrated = search.model, Examples()
+    model, calibrated = search.model, Examples(search.model.captured)
     with halving(model) as unsteady:
         observe(model, _watched(calibration, calibrated))
     said = [*doubts(calibrated, judged), *sentences([*unlike_sites(model, seen), *unsteady])]
@@ -302,17 +304,17 @@ def _observe(search: Search, calibration: Iterable[ModelInputs], judged: Example
     return said
 
 
-def _compare(calibration: Iterable[ModelInputs], known: Sequence[bytes], journal: Journal) -> list[str]:
+def _compare(calibration: Iterable[ModelInputs], known: Sequence[bytes], search: Search) -> list[str]:
     """See whether the calibration data are those that the kept statistics come from; what is to be said, in sentences.
 
     Raises:
         RunError: if they are others, in a list or tuple, which is the same each time.
     """
-    calibrated = Examples()
+    calibrated = Examples(search.model.captured)
     for inputs in calibration:
         calibrated.add(inputs)
     if isinstance(calibration, (list, tuple)):
-        journal.claim("calibration data", calibrated.contents())
+        search.journal.claim("calibration data", calibrated.contents())
     both = (Counter(calibrated.seen) & Counter(known)).total()
     if both == len(known) == len(calibrated.seen):
         return []

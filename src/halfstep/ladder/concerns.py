@@ -24,7 +24,7 @@ from halfstep.calibrators import (
 )
 from halfstep.errors import named
 from halfstep.fake_quantize import Mode
-from halfstep.graph.inputs import ModelInputs, batch_size, call_arguments
+from halfstep.graph.inputs import ModelInputs, call_arguments
 from halfstep.graph.placement import FloatOperator, Layer
 from halfstep.graph.tails import TAIL
 from halfstep.ladder.abreast import abreast
@@ -159,7 +159,7 @@ def look(model: QuantizedModel, batches: Iterable[ModelInputs], seen: Seen) -> S
     def examples() -> Iterator[ModelInputs]:
         for index, inputs in enumerate(track(batches, "looking at evaluation data")):
             with named(f"evaluation batch {index}"):
-                if count := seen.take(batch_size(inputs)):
+                if count := seen.take(model.captured.batch_size(inputs)):
                     part = model.captured.examples(inputs, 0, count)
                     model.flatten(*call_arguments(part))
                     yield part
@@ -176,13 +176,16 @@ def look(model: QuantizedModel, batches: Iterable[ModelInputs], seen: Seen) -> S
 def _counting(model: QuantizedModel, seen: Seen, take: Callable[[int], int]) -> Iterator[None]:
     """Count the first examples of every batch that runs in the block, as many as ``take`` says of its size."""
     here = threading.local()  # several batches may run at once
+    axes = {site.name: model.captured.batch_axis(site.positions[0].value) for site in model.placement.sites}
 
     def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        here.size = batch_size(kwargs or args)
+        here.size = model.captured.batch_size(kwargs or args)
         here.count = take(here.size)
 
     def look_at(name: str, x: Tensor) -> None:
-        if here.count:
+        if here.count and (axis := axes[name]):  # the batch is not first
+            seen.histograms[name].update(x.narrow(axis, 0, here.count))
+        elif here.count:
             by_example = x.dim() > 0 and len(x) % here.size == 0  # also (batch * heads, ...)
             seen.histograms[name].update(x[: len(x) // here.size * here.count] if by_example else x)
 
