@@ -222,6 +222,10 @@ class Config(Part):
         default=None,
         description="modules, such as head.decode, from whose first value on everything is left in float",
     )
+    states: dict[str, str] | bool | None = Field(
+        default=None,
+        description="outputs that are given back as inputs, by input: {h_in: h_out}; true finds them by their names",
+    )
     recipe: Defaulted[RecipePart] = Field(default_factory=RecipePart, description="what to quantize, and how")
     training: TrainingPart | None = Field(
         default=None, description="for the last rung: data, loss, epochs, learning_rate; null leaves it out"

@@ -221,6 +221,7 @@ class Job:
             dynamic=config.dynamic,
             padding=config.padding,
             float_from=config.float_from,
+            states=config.states,
         )
 
     def observed(self) -> QuantizedModel:

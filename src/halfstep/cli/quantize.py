@@ -229,6 +229,7 @@ def quantize(
                 dynamic=config.dynamic,
                 padding=config.padding,
                 float_from=config.float_from,
+                states=config.states,
                 directory=folder,
                 threads=config.threads,
                 budget=job.budget(),

@@ -19,6 +19,7 @@ from halfstep.graph.names import readable_names
 from halfstep.graph.operators import Operator, constant_operands, describe, is_depthwise
 from halfstep.graph.placement import INT16, FloatOperator, Follower, Layer, Placement, Position, Site
 from halfstep.graph.signs import nonnegative
+from halfstep.graph.states import states_in
 from halfstep.graph.tails import TAIL
 from halfstep.recipe import ACTIVATIONS, LayerSpec, Recipe, TensorSpec
 from halfstep.targets import Target
@@ -212,6 +213,7 @@ class _Placer:
             if self.target.kernel(self.operators[node].kind).output:
                 self.quantized[self._after_absorbed(node)] = True
         self._lift()
+        self._join_states()
 
     def _read_as_codes(self, node: fx.Node) -> tuple[fx.Node, ...]:
         """The inputs that an integer operator reads quantized: all but the one whose layer computes it too."""
@@ -253,6 +255,28 @@ class _Placer:
                 self.quantized[source] = False
             self.root.update(dict.fromkeys(results, source))
 
+    def _join_states(self) -> None:
+        """One quantizer for a state that comes in and the one that goes out, which is the next one to come in.
+
+        Rounded once more it stays what it is, and its range is that of the states that really come, whatever those are
+        that calibration begins with.
+        """
+        self.state: dict[fx.Node, fx.Node] = {}  # root -> the root whose quantizer it has
+        self.returned: set[fx.Node] = set()
+        for source, value in states_in(self.graph):
+            if source in self.quantized and value in self.operators and TAIL not in value.meta:
+                self.quantized.setdefault(value, False)
+                self.returned.add(value)
+                if self._home(value) is not self._home(source):
+                    self.state[self._home(value)] = self._home(source)
+
+    def _home(self, value: fx.Node) -> fx.Node:
+        """The value whose site a value has."""
+        value = self._root(value)
+        while value in self.state:
+            value = self.state[value]
+        return value
+
     def _reads_codes(self, user: fx.Node) -> bool:
         if user in self.integer:
             return True
@@ -273,13 +297,19 @@ class _Placer:
         members: dict[fx.Node, list[fx.Node]] = {}
         for value in self.graph.nodes:
             if value in self.quantized:
-                members.setdefault(self._root(value), []).append(value)
+                members.setdefault(self._home(value), []).append(value)
         sites = []
         for root, values in members.items():
             positions = []
             for value in values:
-                readers = [u for u in value.users if self.quantized[value] or self._reads_codes(u)]
-                positions.append(Position(value, tuple(readers), tied=value is not root))
+                readers = [
+                    user
+                    for user in value.users
+                    if self.quantized[value]
+                    or self._reads_codes(user)
+                    or (user.op == "output" and value in self.returned)
+                ]
+                positions.append(Position(value, tuple(readers), tied=value in self.root))
             spec = self._activation_spec(values)
             granularity = activation_granularity(spec, self.names[root], values)
             negative = any(map(self._negative, values)) and not any(map(self._affine, values))
@@ -409,7 +439,7 @@ class _Placer:
             if node in self.run_time_names:
                 sites.append(self.run_time_names[node])
             elif node in self.integer | self.islands:
-                sites += [self.site_names[self._root(value)] for value in op.inputs]
+                sites += [self.site_names[self._home(value)] for value in op.inputs]
             if node in self.weight_names:
                 sites.append(self.weight_names[node])
             layers.append(Layer(self.names[node], op, tuple(sites), self.reasons.get(node, "")))

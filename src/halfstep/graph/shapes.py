@@ -56,6 +56,17 @@ class Axes:
                 return axis
         return None
 
+    def sizes(self, placeholders: Sequence[fx.Node], flat: Sequence[Any]) -> dict[str, int]:
+        """The sizes that vary beside the batch, by name, as they are in the tensors of ``flat``."""
+        found: dict[str, int] = {}
+        for node, value in zip(placeholders, flat, strict=True):
+            traced = node.meta.get("val")
+            for axis, size in enumerate(traced.shape if isinstance(traced, torch.Tensor) else ()):
+                name = self.names.get(str(size), BATCH)
+                if varies(size) and name != BATCH:
+                    found[name] = value.shape[axis]
+        return found
+
     def shape(self, sizes: Sequence[int | torch.SymInt]) -> str:
         """A traced shape in words."""
         return f"({', '.join(map(self.name, sizes))}{',' if len(sizes) == 1 else ''})"

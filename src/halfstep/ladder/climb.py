@@ -23,6 +23,7 @@ from halfstep.graph.fold import fold
 from halfstep.graph.inputs import ModelInputs
 from halfstep.graph.padding import Mask, find_padding
 from halfstep.graph.shapes import Dynamic
+from halfstep.graph.states import States, mark_states
 from halfstep.graph.tails import mark_tails
 from halfstep.ladder.aim import Aim, Asked
 from halfstep.ladder.ascent import ascend
@@ -64,6 +65,7 @@ def prepare(
     dynamic: Dynamic | None = None,
     padding: Mask | None = None,
     float_from: str | Sequence[str] | None = None,
+    states: States = None,
 ) -> QuantizedModel:
     """Capture ``model``, fold its batch norms, and place its sites; it passes floats until observed and calibrated.
 
@@ -81,6 +83,8 @@ def prepare(
             left out. The length must be one that varies.
         float_from: names of modules, such as ``"head.decode"``, from whose first value on everything is left in float;
             or of single operators.
+        states: outputs that are given back as inputs of the next call, by the input's name, ``{"h_in": "h_out"}``; True
+            finds them by their names (``past_k`` and ``present_k``, a key of both ...). Both have one quantizer.
 
     Warns of a model in half precision or float64 that it is computed in float32 from here on. It may then be given
     inputs of either type, and returns float32, as the files do; scores are compared with the model as it was handed
@@ -89,7 +93,7 @@ def prepare(
     Raises:
         CaptureError: if the model cannot be captured.
         RecipeError: if a pattern of the recipe matches no layer.
-        ArgumentError: if ``dynamic``, ``padding`` or ``float_from`` names what is not there.
+        ArgumentError: if ``dynamic``, ``padding``, ``float_from`` or ``states`` names what is not there.
     """
     found = find_target(target)
     settled = settle(recipe or Recipe.int8(), found)
@@ -104,6 +108,7 @@ def prepare(
                 )
             origin.keep_whole(captured.graph, found)
         mark_tails(captured, float_from)
+        mark_states(captured, states)
         known = None if padding is None else find_padding(captured, padding)
         prepared = QuantizedModel(captured, found, settled, known)
     prepared.refit = refit
@@ -139,6 +144,7 @@ def quantize(
     dynamic: Dynamic | None = None,
     padding: Mask | None = None,
     float_from: str | Sequence[str] | None = None,
+    states: States = None,
     latency: float | None = None,
 ) -> Outcome:
     """Quantize ``model`` so that its score drops by no more than allowed, and prove it on the deployed file.
@@ -189,6 +195,7 @@ def quantize(
         dynamic: dimensions of the inputs that may vary beside the batch, as :func:`prepare` takes them.
         padding: what only fills a batch up, as :func:`prepare` takes it.
         float_from: modules from whose first value on everything is left in float, as :func:`prepare` takes them.
+        states: outputs that are given back as inputs, as :func:`prepare` takes them.
         latency: how many times as fast as float the file must be beside the accuracy target, on the target's runtime
             and this machine, such as 2.0. The outcome is the most accurate that was found to be so fast; ``met`` is
             False where none is, or that one misses the accuracy. What meets the accuracy with layers in float, but too
@@ -214,7 +221,14 @@ def quantize(
         aim.check(scorer)
         settled = settle(recipe, found, journal.entries)
         prepared = prepare(
-            model, example_inputs, settled, found, dynamic=dynamic, padding=padding, float_from=float_from
+            model,
+            example_inputs,
+            settled,
+            found,
+            dynamic=dynamic,
+            padding=padding,
+            float_from=float_from,
+            states=states,
         )
         names = [rung.name for rung in ladder]
         if partial is not None and "partial" in names:

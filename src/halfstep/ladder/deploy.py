@@ -162,11 +162,20 @@ def _write_down(search: Search, outcome: Outcome, files: list[dict[str, Any]]) -
     """
     best = search.best
     assert best is not None
-    known_by_now = ("history", "decisions", "path", "latency_ms", "microseconds", "environment")
+    known_by_now = (
+        "history",
+        "decisions",
+        "path",
+        "latency_ms",
+        "latency_by_size",
+        "microseconds",
+        "environment",
+    )
     record = {name: value for name, value in outcome.to_dict().items() if name not in known_by_now}
     latency = {name: asdict(value) for name, value in outcome.verification.latency.items()}
     times = {name: round(time, 2) for name, time in outcome.verification.microseconds.items()}
-    measured = {"latency_ms": latency, "files": files, "microseconds": times}
+    by_size = outcome.to_dict()["latency_by_size"]
+    measured = {"latency_ms": latency, "latency_by_size": by_size, "files": files, "microseconds": times}
     search.checkpoints.keep_network(OUTCOME, best.key, best.snapshot.state)
     search.journal.write(
         OUTCOME,

@@ -118,6 +118,10 @@ class Outcome:
             "advice": list(self.advice),
             "parity": asdict(proof.parity),
             "latency_ms": {name: asdict(value) for name, value in proof.latency.items()},
+            "latency_by_size": {
+                words: {name: asdict(value) for name, value in raced.items()}
+                for words, raced in proof.sizes.items()
+            },
             "microseconds": dict(proof.microseconds),
             "bytes": proof.size,
             "float_bytes": proof.float_size,
@@ -161,6 +165,7 @@ class Outcome:
             ("layers on integer kernels", f"{proof.integer_layers} of {len(proof.layers)}"),
             ("size of float", f"{proof.size / proof.float_size:.2f}"),
             ("speed over float", f"{proof.latency['quantized'].speedup:.2f}x{_asked(self.latency)}"),
+            *((f"at {words}", f"{raced['quantized'].speedup:.2f}x") for words, raced in proof.sizes.items()),
             ("evaluations", str(self.evaluations)),
         ]
         sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in (*self.decisions, *self.advice))

@@ -57,6 +57,17 @@ def summary(run: Run) -> str:
                 f"{speedup:.2f}x (float against itself {latency['null']['speedup']:.2f}x{asked})",
             ),
         ),
+        *(
+            (
+                f"at {words}",
+                figure(
+                    f"speedup at {words}",
+                    raced["quantized"]["speedup"],
+                    f"{raced['quantized']['speedup']:.2f}x",
+                ),
+            )
+            for words, raced in end["measured"].get("latency_by_size", {}).items()
+        ),
         (
             "evaluations",
             figure("evaluations", end["evaluations"], f"{end['evaluations']}, {run.seconds:.1f} s"),
