@@ -11,7 +11,7 @@ import typer
 
 from halfstep.cli.console import INTERRUPTED, err, progress
 from halfstep.cli.ending import finish
-from halfstep.cli.options import FRESH, Fresh, Json, Threads, by_dimension, by_name
+from halfstep.cli.options import FRESH, Fresh, Json, Threads, by_dimension, by_input, by_name
 
 
 def quantize(
@@ -96,6 +96,13 @@ def quantize(
         typer.Option(
             help="An input (batch, length) that is 0 where a batch is only filled up, such as attention_mask: left out "
             "of the ranges."
+        ),
+    ] = None,
+    state: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="An output that is given back as an input: INPUT=OUTPUT, such as h_in=h_out; once for each. Both get "
+            "one quantizer."
         ),
     ] = None,
     float_from: Annotated[
@@ -183,6 +190,7 @@ def quantize(
         "dynamic": by_dimension(dynamic),
         "padding": padding,
         "float_from": float_from or None,
+        "states": by_input(state),
         "rungs": None if rungs is None else [name.strip() for name in rungs.split(",")],
         "directory": directory,
         "batch": batch,
