@@ -35,6 +35,20 @@ class Streaming(nn.Module):
         return self.second(seen), seen[:, :, -2:]
 
 
+class Stacked(nn.Module):
+    """Two recurrent layers with their states in one tensor, (layers, batch, hidden)."""
+
+    def __init__(self):
+        super().__init__()
+        self.input, self.between = nn.Linear(3, 8), nn.Linear(8, 8)
+        self.states = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+    def forward(self, x, h):
+        first = torch.tanh(self.input(x) + self.states[0](h[0]))
+        second = torch.tanh(self.between(first) + self.states[1](h[1]))
+        return {"y": second.sum(1), "h": torch.stack([first, second])}
+
+
 @pytest.fixture(scope="module")
 def step():
     torch.manual_seed(0)
@@ -83,6 +97,25 @@ def test_a_cache_of_what_came_in(tmp_path):
         torch.testing.assert_close(q.sites["cache"](cache), cache, rtol=0, atol=0)
     assert bool(cache.any())
     assert compare(q, deployed, [example, (example[0], cache)]).sqnr > 50
+
+
+def test_the_layers_of_a_state_share_its_quantizer(tmp_path):
+    torch.manual_seed(0)
+    example = {"x": torch.randn(4, 3), "h": torch.zeros(2, 4, 8)}
+    q = hs.prepare(Stacked().eval(), example, dynamic={"h": {1: "batch"}}, states=True)
+    hs.observe(q, [example])
+    hs.calibrate(q)
+    (site,) = (
+        site for site in q.placement.sites if any(r.op == "output" for p in site.positions for r in p.readers)
+    )
+    assert len(site.positions) == 3
+    assert {layer.name for layer in q.layers if site.name in layer.sites} == {"states.0", "states.1"}
+    with torch.no_grad():
+        state = q(**example)["h"]
+    torch.testing.assert_close(q.sites[site.name](state), state, rtol=0, atol=0)
+    path = hs.export_onnx(q, tmp_path / "model.onnx")
+    deployed = DeployedModel(path, q.captured.in_spec, q.captured.out_spec)
+    assert compare(q, deployed, [{"x": torch.randn(4, 3), "h": state}]).sqnr > 50
 
 
 @pytest.mark.parametrize(

@@ -264,11 +264,23 @@ class _Placer:
         self.state: dict[fx.Node, fx.Node] = {}  # root -> the root whose quantizer it has
         self.returned: set[fx.Node] = set()
         for source, value in states_in(self.graph):
-            if source in self.quantized and value in self.operators and TAIL not in value.meta:
-                self.quantized.setdefault(value, False)
-                self.returned.add(value)
-                if self._home(value) is not self._home(source):
-                    self.state[self._home(value)] = self._home(source)
+            read = [each for each in (source, *self._moved_from(source)) if each in self.quantized]
+            if not read or value not in self.operators or TAIL in value.meta:
+                continue
+            self.quantized.setdefault(value, False)
+            self.returned.add(value)
+            home = self._home(read[0])
+            for other in map(self._home, (*read[1:], value)):
+                if other is not home:
+                    self.state[other] = home
+
+    def _moved_from(self, value: fx.Node) -> Iterator[fx.Node]:
+        """What is made of ``value`` by moving it about: a layer's part of a state, say."""
+        for user in value.users:
+            op = self.operators.get(user)
+            if op is not None and op.kind in self.target.passes:
+                yield user
+                yield from self._moved_from(user)
 
     def _home(self, value: fx.Node) -> fx.Node:
         """The value whose site a value has."""
