@@ -57,8 +57,8 @@ def quantize_to_target(
     ) -> tuple[float, list[float]]:
         session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
         found = [session.run(None, {name: inputs})[0].argmax(1) == labels for inputs, labels in items]
-        each = np.concatenate(found).astype(float)
-        return float(each.mean()), each.tolist()
+        # One value an item of the data, which is a batch: NNCF picks items by them.
+        return float(np.concatenate(found).mean()), [float(part.mean()) for part in found]
 
     pairs = [(inputs.numpy(), labels.numpy()) for inputs, labels in labelled]
     quantized = nncf.quantize_with_accuracy_control(

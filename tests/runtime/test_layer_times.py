@@ -8,7 +8,7 @@ from torch import nn
 import halfstep as hs
 from halfstep.errors import ArgumentError
 from halfstep.runtime.kernels import layer_of, layer_times
-from halfstep.runtime.latency import per_run, race
+from halfstep.runtime.latency import STATED, per_run, race
 
 
 class Net(nn.Module):
@@ -95,3 +95,13 @@ def test_a_float_layer_has_the_time_of_what_is_fused_into_it(tmp_path):
     hs.calibrate(q)
     times = layer_times(hs.export_onnx(q, tmp_path / "model.onnx"), [np.asarray(x)])
     assert times["large"] == max(times.values())
+
+
+def test_a_race_ends_early_where_its_rounds_take_long():
+    runs = {"one": 0, "other": 0}
+
+    def run(name):
+        runs[name] += 1
+
+    race({name: lambda name=name: run(name) for name in runs}, rounds=21, warmup=1, seconds=0.0)
+    assert runs == dict.fromkeys(runs, 2 * (1 + STATED))

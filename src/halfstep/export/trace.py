@@ -17,14 +17,14 @@ import onnx
 import onnx_ir as ir
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from halfstep.errors import ExportError
+from halfstep.export.program import program_of, to_onnx
 from halfstep.graph.insert import insert
 from halfstep.graph.names import readable_names
 from halfstep.graph.placement import Position, Site
 from halfstep.graph.rooted import PREFIX, rooted
-from halfstep.graph.shapes import Axes, varies
+from halfstep.graph.shapes import Axes
 from halfstep.graph.tracing import quiet
 from halfstep.identity import Identity
 from halfstep.model import QuantizedModel
@@ -144,36 +144,15 @@ def _translated(model: QuantizedModel, corrected: bool) -> torch.onnx.ONNXProgra
     known, translated = _known.get(model, ("", None))
     if translated is not None and known == key:
         return translated
-    args, kwargs = model.captured.example_inputs
-    flat, _ = pytree.tree_flatten((args, kwargs))
-    tensors = [x.detach().cpu() if isinstance(x, torch.Tensor) else x for x in flat]
-    inputs = [node for node in model.graph.nodes if node.op == "placeholder"]
-    values = [node.meta.get("val") for node in inputs]
-    shapes = [
-        {d: torch.export.Dim.DYNAMIC for d, size in enumerate(value.shape) if varies(size)}
-        if isinstance(value, torch.Tensor)
-        else None
-        for value in values
-    ]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     try:
         with quiet():
             module.cpu()
-            program = torch.onnx.export(
-                module,
-                tuple(tensors),
-                dynamo=True,
-                opset_version=OPSET,
-                dynamic_shapes=tuple(shapes),
-                custom_translation_table={torch.ops.halfstep.site.default: _marker()},
-                verbose=False,
-                optimize=True,
-            )
+            program = to_onnx(program_of(module), OPSET, {torch.ops.halfstep.site.default: _marker()})
     except Exception as error:
         raise ExportError(f"torch cannot translate the network to ONNX: {_cause(error, model)}") from error
     finally:
         module.to(device)
-    assert program is not None
     _known[model] = key, program
     return program
 

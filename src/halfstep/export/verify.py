@@ -30,6 +30,8 @@ from halfstep.runtime.size import file_size
 
 #: A file that gives the simulation's answer to so many fewer of the examples than it did answers otherwise.
 FEWER_ANSWERS = 0.01
+#: Seconds after which a race of files need not go on.
+RACED = 0.3
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def verify(
             and the longest.
         float_path: the float network's file; written to a temporary place if None.
         threads: for one operator; None for all cores.
-        rounds: interleaved runs to time.
+        rounds: interleaved runs to time; a third of them is enough where they take longer than :data:`RACED`.
         classes: whether the first output may be taken for scores of classes, so that the largest is the answer.
 
     Raises:
@@ -128,7 +130,8 @@ def verify(
         contestants = {"float": reference, "null": reference, "quantized": deployed}
 
         def raced(inputs: Sequence[torch.Tensor]) -> dict[str, Latency]:
-            return race({name: functools.partial(run, *inputs) for name, run in contestants.items()}, rounds)
+            runs = {name: functools.partial(run, *inputs) for name, run in contestants.items()}
+            return race(runs, rounds, warmup=1, seconds=RACED)
 
         latency = raced(leaves)
         sizes = {

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from halfstep.formats import Integer
+from halfstep.functional import one_pass
 from halfstep.granularity import Granularity
 
 
@@ -41,6 +42,8 @@ def fake_quantize(
 ) -> Tensor:
     """Return ``dequantize(quantize(x))``, equal bit for bit (NaN stays NaN), without leaving floats."""
     shift = _shift(x, zero_point, format, granularity)
+    if not isinstance(shift, Tensor) and one_pass.serves(x, scale, format):
+        return one_pass.fake_quantize(x, scale, format.quant_min - shift, format.quant_max - shift)
     steps = _rounded_steps(x, scale, shift, format, granularity)
     # Clipping the steps themselves to codes minus zero point saves adding the zero point and taking it off
     # again.

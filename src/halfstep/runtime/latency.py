@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -50,8 +51,15 @@ def enough_rounds(run: Callable[[], object], least: int) -> int:
     return min(MOST * least, max(least, round(STEADY / typical)))
 
 
+#: A race that may end early has so many rounds at least: enough for a median and quartiles.
+STATED = 7
+
+
 def race(
-    contestants: Mapping[str, Callable[[], object]], rounds: int = 21, warmup: int = 3
+    contestants: Mapping[str, Callable[[], object]],
+    rounds: int = 21,
+    warmup: int = 3,
+    seconds: float = math.inf,
 ) -> dict[str, Latency]:
     """Run each contestant once a round, ``rounds`` times, so that a slow phase of the machine hits all of them.
 
@@ -59,6 +67,7 @@ def race(
         contestants: what to run, by name; the first is the one that speed-ups refer to.
         rounds: counted rounds, at least :data:`FEWEST`.
         warmup: rounds that do not count.
+        seconds: once the counted rounds have taken so long, the race ends behind round :data:`STATED`.
 
     Raises:
         ArgumentError: if the rounds are too few for a spread.
@@ -66,9 +75,13 @@ def race(
     if rounds < FEWEST:
         raise ArgumentError(f"rounds: got {rounds}, needed at least {FEWEST}, or there is no spread to state")
     times: dict[str, list[float]] = {name: [] for name in contestants}
-    names = list(contestants)
+    names, begun = list(contestants), time.perf_counter()
     for index in range(warmup + rounds):
         may_go_on()
+        if index == warmup:
+            begun = time.perf_counter()
+        if index >= warmup + STATED and time.perf_counter() - begun > seconds:
+            break
         # Alternate the order: running right behind another contestant must not always hit the same one.
         for name in names if index % 2 else reversed(names):
             contestants[name]()  # untimed: the caches hold what the contestant before left there

@@ -1,0 +1,67 @@
+"""Torch's exporter does nothing twice, and its files are the ones that it would have written."""
+
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import halfstep as hs
+from halfstep.export import program
+
+
+class Network(nn.Module):
+    """Operators whose translation depends on something: a global pool, numbers of another type, a size that varies."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.linear = nn.Linear(4, 5)
+        self.register_buffer("offset", torch.arange(5))
+
+    def forward(self, x):
+        x = F.adaptive_avg_pool2d(F.relu(self.conv(x)) * 5, 1)
+        return (self.linear(x.flatten(1)) + self.offset).reshape(x.shape[0], 5) / 2
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    return hs.prepare(Network().eval(), torch.randn(2, 3, 8, 8))
+
+
+def nodes(path):
+    return [(node.op_type, node.name) for node in onnx.load(path).graph.node]
+
+
+def test_the_network_is_not_traced_again_and_the_file_is_the_same(network, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        for owner, name in ((torch.export, "export"), (torch.export.ExportedProgram, "run_decompositions")):
+            patch.setattr(owner, name, None)
+        file = hs.export_float(network, tmp_path / "float.onnx")
+    monkeypatch.setattr(program, "_registry", lambda *_: None)  # torch makes its own
+    other = hs.export_float(hs.prepare(Network().eval(), torch.randn(2, 3, 8, 8)), tmp_path / "other.onnx")
+    assert nodes(file) == nodes(other)
+    shape = onnx.load(file).graph.input[0].type.tensor_type.shape
+    assert [size.dim_param or size.dim_value for size in shape.dim] == ["batch", 3, 8, 8]
+
+
+def test_an_operator_without_a_translation_is_decomposed(tmp_path):
+    q = hs.prepare(nn.Conv2d(3, 4, 3, padding="same").eval(), torch.randn(2, 3, 8, 8))
+    assert "padding" in str(q.graph)
+    assert [kind for kind, _ in nodes(hs.export_float(q, tmp_path / "float.onnx"))] == ["Conv"]
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.linear(x)
+        return torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, (x,))
+
+
+def test_branches_keep_their_bodies(tmp_path):
+    q = hs.prepare(Branching().eval(), torch.randn(2, 4))
+    assert [kind for kind, _ in nodes(hs.export_float(q, tmp_path / "float.onnx"))][-1] == "If"
