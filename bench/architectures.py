@@ -116,11 +116,12 @@ def steps(length: int) -> dict[str, torch.Tensor]:
 
 
 def text(kind: str, name: str, **options: Any) -> Architecture:
-    """A model of token ids: its class, its configuration's, and what differs from :data:`SIZES`."""
+    """A model of token ids: its class, its configuration's, and what differs from :data:`SIZES`, None to leave out."""
     call = options.pop("call", {})
 
     def build(transformers: Any) -> nn.Module:
-        config = getattr(transformers, f"{name}Config")(**{**SIZES, **options})
+        sizes = {key: value for key, value in {**SIZES, **options}.items() if value is not None}
+        config = getattr(transformers, f"{name}Config")(**sizes)
         return Text(getattr(transformers, kind)(config), **call)
 
     dynamic = {"input_ids": {1: "tokens"}, "attention_mask": {1: "tokens"}}
@@ -199,10 +200,25 @@ ARCHITECTURES: dict[str, Architecture] = {
     "albert": text("AlbertModel", "Albert", embedding_size=32),
     "mpnet": text("MPNetModel", "MPNet"),
     "deberta-v2": text("DebertaV2Model", "DebertaV2", relative_attention=True, pos_att_type=["c2p", "p2c"]),
-    "modernbert": text("ModernBertModel", "ModernBert", pad_token_id=0, cls_token_id=1, sep_token_id=2),
+    "modernbert": text(
+        "ModernBertModel",
+        "ModernBert",
+        pad_token_id=0,
+        cls_token_id=1,
+        sep_token_id=2,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
     "xlm-roberta": text("XLMRobertaModel", "XLMRoberta"),
     "funnel": text(
-        "FunnelBaseModel", "Funnel", d_model=WIDTH, n_head=HEADS, d_head=16, d_inner=128, block_sizes=[1, 1]
+        "FunnelBaseModel",
+        "Funnel",
+        d_model=WIDTH,
+        n_head=HEADS,
+        d_head=16,
+        d_inner=128,
+        block_sizes=[1, 1],
+        num_hidden_layers=None,
     ),
     "gpt2": text("GPT2Model", "GPT2", n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, call=NO_CACHE),
     "gpt2 with a cache": Architecture(gpt2_cached, steps, {"past": {4: "past"}}),

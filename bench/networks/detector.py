@@ -218,7 +218,7 @@ def detector() -> Task:
             order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(epoch)).tolist()
             return labelled([everything[index] for index in order], 16)
 
-        fit(model, shuffled, Loss(model), 8, 3e-3)
+        fit(model, shuffled, Loss(model), 5, 3e-3)
 
     return Task(
         trained("detector", Detector(), train),

@@ -162,7 +162,7 @@ def lines() -> Task:
     training, calibration, test = parts(sentences())
 
     def train(model: nn.Module) -> None:
-        everything = drawn(10_000, 0, training)
+        everything = drawn(6_000, 0, training)
 
         def shuffled(epoch: int) -> list:
             rng = random.Random(epoch)
@@ -171,7 +171,7 @@ def lines() -> Task:
             rng.shuffle(batches)
             return batches
 
-        fit(model, shuffled, ctc, 8, 3e-3)
+        fit(model, shuffled, ctc, 6, 3e-3)
 
     return Task(
         trained("lines", CRNN(), train),

@@ -135,9 +135,9 @@ class Tagger(nn.Module):
 class SentenceEncoder(nn.Module):
     """The mean of the encoder's tokens, length 1: (batch, width)."""
 
-    def __init__(self, vocabulary: int, width: int = 256, layers: int = 6) -> None:
+    def __init__(self, vocabulary: int, width: int = 192, layers: int = 6) -> None:
         super().__init__()
-        self.encoder = Encoder(vocabulary, width, layers, heads=8)
+        self.encoder = Encoder(vocabulary, width, layers, heads=6)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         return F.normalize(mean(self.encoder(input_ids, attention_mask), attention_mask), dim=-1)
@@ -191,7 +191,7 @@ def tagger() -> Task:
         return F.cross_entropy(outputs.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED)
 
     def train(model: nn.Module) -> None:
-        fit(model, lambda epoch: labelled(_alike(training[:6000], epoch)), loss, 3, 1e-3)
+        fit(model, lambda epoch: labelled(_alike(training[:4000], epoch)), loss, 3, 1e-3)
 
     model = trained("tagger", Tagger(vocabulary.size, len(TAGS)), train)
     model.encoder.plant()
@@ -218,7 +218,7 @@ def sentence_encoder() -> tuple[SentenceEncoder, Vocabulary]:
     def views(epoch: int) -> list:
         generator = torch.Generator().manual_seed(epoch)
         found = []
-        for batch in batched(_alike(training[:7680], epoch), 64):
+        for batch in batched(_alike(training[:4096], epoch), 32):
             inputs = encoded(vocabulary, [*batch, *batch])
             gone = torch.rand(inputs["input_ids"].shape, generator=generator) < 0.25
             inputs["input_ids"][gone & (inputs["attention_mask"] == 1)] = UNKNOWN

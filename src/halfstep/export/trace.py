@@ -23,6 +23,7 @@ from halfstep.errors import ExportError
 from halfstep.graph.insert import insert
 from halfstep.graph.names import readable_names
 from halfstep.graph.placement import Position, Site
+from halfstep.graph.recurrences import recurrences_whole
 from halfstep.graph.rooted import PREFIX, rooted
 from halfstep.graph.shapes import Axes, varies
 from halfstep.graph.tracing import quiet
@@ -157,7 +158,7 @@ def _translated(model: QuantizedModel, corrected: bool) -> torch.onnx.ONNXProgra
     ]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     try:
-        with quiet():
+        with quiet(), recurrences_whole():
             module.cpu()
             program = torch.onnx.export(
                 module,
