@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+import halfstep as hs
 from bench.networks.resnet import randomize_batch_norm
+from halfstep.errors import ArgumentError
 from halfstep.graph.capture import capture, relative_error
 from halfstep.graph.fold import fold
 
@@ -51,6 +53,31 @@ def test_a_batch_norm_over_a_sequence_is_kept():
     captured = fold(capture(model, x))
     assert len(batch_norms(captured)) == 1
     assert torch.equal(captured(x), model(x))
+
+
+class Transposed(nn.Module):
+    """A linear layer as GPT-2 writes them: its weight is (inputs, outputs)."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.reshape(-1, 6), self.weight).relu()
+
+
+def test_a_linear_layer_written_as_addmm_is_a_layer(tmp_path):
+    torch.manual_seed(0)
+    model, x = Transposed(), torch.randn(8, 6)
+    q = hs.prepare(model, x)
+    (layer,) = q.layers
+    assert layer.operator.kind == "linear" and layer.operator.weight is not None
+    hs.observe(q, [x])
+    hs.calibrate(q)
+    (fate,) = hs.verify(hs.export_onnx(q, tmp_path / "q.onnx"), q, [x], rounds=3).layers
+    assert fate.integer
+    with pytest.raises(ArgumentError, match="the graph was rewritten"):
+        q.to_float_state_dict()
 
 
 class SharedConv(nn.Module):

@@ -23,6 +23,7 @@ from halfstep.export.program import program_of, to_onnx
 from halfstep.graph.insert import insert
 from halfstep.graph.names import readable_names
 from halfstep.graph.placement import Position, Site
+from halfstep.graph.recurrences import recurrences_whole
 from halfstep.graph.rooted import PREFIX, rooted
 from halfstep.graph.shapes import Axes
 from halfstep.graph.tracing import quiet
@@ -146,7 +147,7 @@ def _translated(model: QuantizedModel, corrected: bool) -> torch.onnx.ONNXProgra
         return translated
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     try:
-        with quiet():
+        with quiet(), recurrences_whole():
             module.cpu()
             program = to_onnx(program_of(module), OPSET, {torch.ops.halfstep.site.default: _marker()})
     except Exception as error:

@@ -67,6 +67,7 @@ def fold(captured: Captured) -> Captured:
     """
     with unchanged(captured, "folding batch norm"):
         remove_identities(captured.graph)
+        linear_layers(captured.graph)
         merge_repeated(captured.graph)
         fold_weights(captured)
         keep_pooled_axes(captured.graph)
@@ -93,6 +94,27 @@ def remove_identities(graph: fx.Graph) -> None:
         elif node.target in IDENTITIES or _is_noop_cast(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+
+
+def linear_layers(graph: fx.Graph) -> None:
+    """``addmm(b, x, W)`` of parameters b and W, as GPT-2's layers are written, becomes a linear layer.
+
+    Its weight is W transposed, which :func:`.fold_weights` then stores: runtimes have an integer kernel with a bias for
+    that, and none for a product whose bias is added behind it.
+    """
+    for node in list(graph.nodes):
+        if node.target is not aten.addmm.default or node.kwargs:
+            continue
+        bias, x, weight = node.args
+        if not all(isinstance(each, fx.Node) and each.op == "get_attr" for each in (bias, weight)):
+            continue
+        with graph.inserting_before(node):
+            turned = graph.call_function(aten.t.default, (weight,))
+            layer = graph.call_function(aten.linear.default, (x, turned, bias))
+        turned.meta = {**node.meta, "val": weight.meta["val"].t()}
+        layer.meta = dict(node.meta)
+        node.replace_all_uses_with(layer)
+        graph.erase_node(node)
 
 
 def keep_pooled_axes(graph: fx.Graph) -> None:

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from halfstep.errors import CaptureError
 from halfstep.graph.explain import explain, fixed_at
 from halfstep.graph.inputs import move
+from halfstep.graph.recurrences import recurrences_whole
 from halfstep.graph.rooted import Rooted, bind
 from halfstep.graph.shapes import BATCH, Axes, Names, batch_of, by_name, varies
 from halfstep.graph.unfold import tensors
@@ -58,12 +59,15 @@ def export_program(
     shapes = by_name(model, shapes_args, shapes_kwargs)
 
     def trace() -> torch.export.ExportedProgram:
-        return torch.export.export(Rooted(model), args, kwargs, dynamic_shapes=shapes)
+        with recurrences_whole():
+            return torch.export.export(Rooted(model), args, kwargs, dynamic_shapes=shapes)
 
     try:
         with quiet():
-            # An empty table functionalises and keeps conv, linear, softmax ... whole.
-            functional: torch.export.ExportedProgram = trace().run_decompositions({})
+            traced = trace()
+            with recurrences_whole():
+                # An empty table functionalises and keeps conv, linear, softmax ... whole.
+                functional: torch.export.ExportedProgram = traced.run_decompositions({})
             return functional
     except Exception as error:
         fixed = re.search(
