@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from halfstep.errors import ExportError
+from halfstep.export.calls import Calls
 from halfstep.export.editing import drop_unused, replace
 from halfstep.export.trace import DOMAIN, MARKER, bias_marker
 from halfstep.formats import Integer
@@ -100,6 +101,7 @@ class Original:
         """Give the nodes their own names back, after the lowering, and drop what nothing reads any more."""
         for node, name in self.renamed.items():
             node.name = name
+        self.calls.restore()
         drop_unused(self.graph)
 
     # the file's graph and the captured one
@@ -122,6 +124,7 @@ class Original:
             self.onnx.ir_version = max(self.onnx.ir_version, NARROW_FORMAT)
         self.graph = self.onnx.graph
         self.renamed = {node: node.name for node in self.graph}
+        self.calls = Calls(self.onnx, message)
         self.written: dict[tuple[str, bool], ir.Value] = {}
         self.nodes = self._find_nodes(source.nodes)
         for name, node in self.nodes.items():  # as in traced graphs, while it is lowered
@@ -173,6 +176,8 @@ class Original:
         for name, node in made.items():
             value, shape = known.get(name), node.meta.get("val")
             if value is not None and isinstance(shape, torch.Tensor):
+                if value.is_graph_output() and value.shape is not None:
+                    continue  # dimensions keep the names that they are known by
                 value.shape = ir.Shape([size if isinstance(size, int) else str(size) for size in shape.shape])
                 if value.type is None and shape.dtype is torch.float32:
                     value.type = ir.TensorType(ir.DataType.FLOAT)

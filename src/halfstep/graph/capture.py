@@ -50,6 +50,7 @@ class Captured:
         handed_over: the user's model where it is not in float32, as the graph is; None where it is.
         notes: what is to be said of it, one sentence each.
         origin: the file that the user's model was read from, if it was; exports are written into it.
+        read_in: the types of that file that give way to float32.
     """
 
     graph: fx.Graph
@@ -66,11 +67,12 @@ class Captured:
     handed_over: HandedOver | None = None
     notes: tuple[str, ...] = ()
     origin: object = None
+    read_in: tuple[torch.dtype, ...] = ()
 
     @property
     def types(self) -> tuple[torch.dtype, ...]:
         """The types that parameters and inputs of the user's may have beside float32, in which all is computed here."""
-        return () if self.handed_over is None else self.handed_over.types
+        return self.read_in if self.handed_over is None else self.handed_over.types
 
     def check_inputs(self, flat: Sequence[Any]) -> None:
         """Raise unless ``flat`` are tensors of the example's types and shapes, but for sizes that may vary.

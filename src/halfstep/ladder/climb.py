@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import nn
 
-from halfstep.errors import ArgumentError
+from halfstep.errors import ArgumentError, CaptureError
 from halfstep.evaluate import Scorer, as_scorers, labelled_data, parts
 from halfstep.export.onnx import export_float
-from halfstep.graph.capture import capture
+from halfstep.graph.capture import Captured, capture
 from halfstep.graph.decompose import decompose
 from halfstep.graph.fold import fold
 from halfstep.graph.inputs import ModelInputs
@@ -45,7 +45,7 @@ from halfstep.ladder.search import Search, float_evaluation
 from halfstep.ladder.speed import favour_speed
 from halfstep.live import shown
 from halfstep.model import QuantizedModel
-from halfstep.onnx_in.from_file import opened, origin_of
+from halfstep.onnx_in.from_file import declared_axes, opened, origin_of
 from halfstep.progress import steps
 from halfstep.recipe import Recipe
 from halfstep.targets import Target, find_target
@@ -71,6 +71,7 @@ def prepare(
         target: where it will run.
         dynamic: dimensions that may vary beside the batch, which is the first: names by input and dimension, such as
             ``{"ids": {1: "tokens"}, "mask": {1: "tokens"}}``; or another example, whose sizes differ where they may.
+            None for those that an ONNX file names, ``{}`` for none of them.
         padding: the name of an input (batch, length) that is 0 where a batch is only filled up, such as
             ``"attention_mask"``, or a function of the model's arguments that answers one: what is observed there is
             left out. The length must be one that varies.
@@ -87,9 +88,16 @@ def prepare(
     settled = settle(recipe or Recipe.int8(), found)
     with steps("capturing"):
         model, example_inputs = opened(model, example_inputs)
-        captured = decompose(fold(capture(model, example_inputs, dynamic)), found.decomposed)
+        traced = (
+            capture(model, example_inputs, dynamic)
+            if dynamic is not None
+            else _capture(model, example_inputs)
+        )
+        captured = decompose(fold(traced), found.decomposed)
         if (origin := origin_of(model)) is not None:
             captured.origin = origin
+            captured.notes += origin.source.notes
+            captured.read_in = origin.source.types
             if captured.handed_over is not None:
                 captured.notes += (
                     "Files are new graphs in torch.float32, not the one that the network was read from",
@@ -101,6 +109,24 @@ def prepare(
     for note in captured.notes:
         warnings.warn(note, stacklevel=2)
     return prepared
+
+
+def _capture(model: nn.Module, example_inputs: ModelInputs) -> Captured:
+    """The captured network; of one that was read from a file with the dimensions varying that the file names."""
+    alternatives, reason = declared_axes(model, example_inputs), ""
+    for dynamic in alternatives:
+        try:
+            return capture(model, example_inputs, dynamic)
+        except CaptureError as error:
+            reason = reason or str(error)
+    captured = capture(model, example_inputs)
+    if alternatives:
+        names = sorted({name for sizes in alternatives[0].values() for name in sizes.values()})
+        captured.notes += (
+            f"The file lets {', '.join(map(repr, names))} vary, but its network is captured with the sizes of the "
+            f"example alone, and calibration data must have them: {reason}",
+        )
+    return captured
 
 
 def quantize(
