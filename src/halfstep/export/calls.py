@@ -118,7 +118,7 @@ def changes(source: OnnxGraph, file: Path) -> list[str]:
     for name, count in called[0].items():
         if opened := count - called[1][name]:
             said.append(
-                f"{opened} of {count} calls of the file's function {name!r} are written out as the nodes in them, some "
-                "of which are quantized"
+                f"{opened} of {count} calls of the file's function {name!r} are written out as the nodes in them, "
+                "which are quantized, or brought to another version"
             )
     return said

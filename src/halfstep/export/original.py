@@ -107,10 +107,10 @@ class Original:
     # the file's graph and the captured one
 
     def _narrow(self) -> bool:
-        """Whether the file needs a version that has codes of few or many bits."""
+        """Whether the file needs a version that has codes of 4 and 16 bits; those of 5 to 7 bits are stored in 8."""
         formats = [(site.format, site.granularity) for site in self.model.placement.sites]
         return any(
-            not isinstance(fmt, Integer) or fmt.bits != 8 or isinstance(granularity, PerGroup)
+            not isinstance(fmt, Integer) or not 4 < fmt.bits <= 8 or isinstance(granularity, PerGroup)
             for fmt, granularity in formats
         )
 

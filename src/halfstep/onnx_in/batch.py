@@ -150,6 +150,7 @@ class _Freeing:
     ) -> None:
         self.graph, self.depending, self.size, self.known = graph, depending, size, known
         self.folder = folder
+        self.varying = _depending(graph, {value.name for value in graph.input})
         self.stored = {tensor.name: tensor for tensor in graph.initializer}
         self.new: dict[tuple[str, tuple[float, ...]], str] = {}
 
@@ -219,13 +220,11 @@ class _Freeing:
         return made
 
     def _constant(self, name: str) -> np.ndarray | None:
-        """A tensor that does not depend on the batch, by its name."""
-        if name in self.depending:
-            return None
-        if name in self.known:
-            return self.known[name]
+        """A tensor that does not depend on any input, by its name."""
         tensor = self.stored.get(name)
-        return None if tensor is None else np.asarray(onnx.numpy_helper.to_array(tensor, str(self.folder)))
+        if tensor is None:
+            return None if name in self.varying else self.known.get(name)
+        return np.asarray(onnx.numpy_helper.to_array(tensor, str(self.folder)))
 
     def _put(self, node: onnx.NodeProto, index: int, value: np.ndarray) -> None:
         node.input[index] = self._store(node.input[index] or f"{node.name}:{index}", value)

@@ -248,18 +248,29 @@ def _check(model: onnx.ModelProto, path: Path) -> None:
 
 
 def convert(model: onnx.ModelProto, path: Path, opset: int) -> onnx.ModelProto:
-    """The message of a file in version :data:`CONVERTED`.
+    """The message of a file in version :data:`CONVERTED`, functions written out; what is noted in it stays.
 
     Raises:
         CaptureError: in the converter's words, if it has no way there.
     """
+    if model.functions:  # which the converter drops
+        model = ir.to_proto(graph_of(model, path))
     try:
-        return onnx.version_converter.convert_version(model, CONVERTED)
+        converted = onnx.version_converter.convert_version(model, CONVERTED)
     except (RuntimeError, onnx.version_converter.ConvertError) as error:
         raise CaptureError(
             f"{path}: cannot be brought from operator set {opset} to {CONVERTED}: {_line(error)}; export it "
             f"with operator set {OLDEST} or newer"
         ) from error
+    nodes = {name: node for node in converted.graph.node for name in node.output if name}
+    values = {value.name: value for value in (*converted.graph.input, *converted.graph.output)}
+    pairs = [(model.graph, converted.graph)]
+    pairs += [(v, values[v.name]) for v in (*model.graph.input, *model.graph.output) if v.name in values]
+    pairs += [(n, nodes[n.output[0]]) for n in model.graph.node if n.output and n.output[0] in nodes]
+    for before, after in pairs:  # the converter keeps no notes but the file's own
+        if not after.metadata_props:
+            after.metadata_props.extend(before.metadata_props)
+    return converted
 
 
 def _declared(value: ir.Value) -> Tensor:
