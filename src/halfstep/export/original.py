@@ -27,7 +27,7 @@ from halfstep.onnx_in.linear import LINEAR
 from halfstep.onnx_in.network import arguments
 from halfstep.onnx_in.origin import SPLIT, Origin
 from halfstep.onnx_in.reader import bodies, convert, graph_of
-from halfstep.onnx_in.table import Node
+from halfstep.onnx_in.table import DTYPES, Node
 
 aten = torch.ops.aten
 
@@ -35,6 +35,8 @@ aten = torch.ops.aten
 NARROW = 21
 #: The version of the file format that has them.
 NARROW_FORMAT = 10
+#: Types in ONNX's words.
+_TYPES = {dtype: ir.DataType(number) for number, dtype in DTYPES.items()}
 #: Nodes that hand on what they are given.
 _PASSING = frozenset({"Identity", "Dropout", "Cast", "CastLike", "BatchNormalization"})
 #: Activations that are their input times a gate of it, with the gate's operator and attributes.
@@ -178,9 +180,12 @@ class Original:
             if value is not None and isinstance(shape, torch.Tensor):
                 if value.is_graph_output() and value.shape is not None:
                     continue  # dimensions keep the names that they are known by
-                value.shape = ir.Shape([size if isinstance(size, int) else str(size) for size in shape.shape])
-                if value.type is None and shape.dtype is torch.float32:
-                    value.type = ir.TensorType(ir.DataType.FLOAT)
+                if value.type is None and shape.dtype in _TYPES:
+                    value.type = ir.TensorType(_TYPES[shape.dtype])
+                if value.type is not None:
+                    value.shape = ir.Shape(
+                        [size if isinstance(size, int) else str(size) for size in shape.shape]
+                    )
         return made
 
     def _input_names(self) -> list[str]:

@@ -46,6 +46,7 @@ from halfstep.ladder.speed import favour_speed
 from halfstep.live import shown
 from halfstep.model import QuantizedModel
 from halfstep.onnx_in.from_file import declared_axes, opened, origin_of
+from halfstep.onnx_in.origin import QUANTIZED
 from halfstep.progress import steps
 from halfstep.recipe import Recipe
 from halfstep.targets import Target, find_target
@@ -222,6 +223,7 @@ def quantize(
         aim.check(scorer)
         settled = settle(recipe, found, journal.entries)
         prepared = prepare(model, example_inputs, settled, found, dynamic=dynamic, padding=padding)
+        _check_sites(prepared)
         names = [rung.name for rung in ladder]
         if partial is not None and "partial" in names:
             pinned(prepared, partial.keep_float, partial.keep_quantized)
@@ -242,6 +244,19 @@ def quantize(
         if tune:
             favour_speed(search, threads, score_file)
         return deploy(search, path, exports, journal.folder or temporary, float_file, threads)
+
+
+def _check_sites(prepared: QuantizedModel) -> None:
+    """Raise where there is nothing to quantize."""
+    if prepared.placement.sites:
+        return
+    kinds = {each.operator.kind for each in prepared.placement.float_operators}
+    reasons = "; ".join(f"{layer.name!r} {layer.reason}" for layer in prepared.layers[:3])
+    raise CaptureError(
+        "nothing of the network is to be quantized: "
+        + (reasons or "it has no layers" + (" that are not quantized already" if QUANTIZED in kinds else ""))
+        + "; give a network in float with convs or products by weights, and a recipe that quantizes them"
+    )
 
 
 def _begin(

@@ -296,8 +296,9 @@ def _with_islands(source: OnnxGraph) -> tuple[Node, ...]:
     strange = [node for node in source.nodes if (node.domain, node.op_type) not in TABLE]
     if not strange:
         return source.nodes
-    types = islands.types_of(source.message)
     read = {name for node in strange for name in node.inputs}
+    made = {name for node in strange for name in node.outputs}
+    types = islands.types_of(source.message, (read | made) - {""} - source.stored.keys())
     stored = {name: ir.to_proto(value) for name, value in source.stored.items() if name in read}
     keys = {node.name: islands.make_island(node, stored, types, source.message) for node in strange}
     return tuple(
