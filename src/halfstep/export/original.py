@@ -35,6 +35,8 @@ aten = torch.ops.aten
 NARROW = 21
 #: The version of the file format that has them.
 NARROW_FORMAT = 10
+#: Activations, which make of a tensor one of the same shape.
+_SAME_SHAPE = frozenset({"Relu", "Clip", "LeakyRelu", "Sigmoid", "HardSigmoid", "Tanh"})
 #: Types in ONNX's words.
 _TYPES = {dtype: ir.DataType(number) for number, dtype in DTYPES.items()}
 #: Nodes that hand on what they are given.
@@ -103,8 +105,31 @@ class Original:
         """Give the nodes their own names back, after the lowering, and drop what nothing reads any more."""
         for node, name in self.renamed.items():
             node.name = name
+        self._ask_codes_for_shapes()
         self.calls.restore()
         drop_unused(self.graph)
+
+    def _ask_codes_for_shapes(self) -> None:
+        """Let what asks for the shape of a quantized tensor ask its codes.
+
+        A runtime fuses an operator with the QuantizeLinear behind it only where nothing else reads the floats between.
+        """
+        before: set[ir.Node] = set()
+        for node in self.graph:
+            before.add(node)
+            value = node.inputs[0] if node.op_type in ("Shape", "Size") and not node.domain else None
+            while value is not None:
+                readers = value.consumers()
+                codes = next((user for user in readers if user.op_type == "QuantizeLinear"), None)
+                if codes is None:
+                    alike = (user.outputs[0] for user in readers if user.op_type in _SAME_SHAPE and not user.domain)
+                    value = next(alike, None)
+                    continue
+                node.replace_input_with(0, codes.outputs[0])
+                if codes not in before:
+                    self.graph.remove(node)
+                    self.graph.insert_after(codes, node)
+                break
 
     # the file's graph and the captured one
 
