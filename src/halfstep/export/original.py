@@ -122,7 +122,9 @@ class Original:
                 readers = value.consumers()
                 codes = next((user for user in readers if user.op_type == "QuantizeLinear"), None)
                 if codes is None:
-                    alike = (user.outputs[0] for user in readers if user.op_type in _SAME_SHAPE and not user.domain)
+                    alike = (
+                        user.outputs[0] for user in readers if user.op_type in _SAME_SHAPE and not user.domain
+                    )
                     value = next(alike, None)
                     continue
                 node.replace_input_with(0, codes.outputs[0])
