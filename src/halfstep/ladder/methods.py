@@ -123,16 +123,16 @@ def find_method(name: str | Method) -> Method:
 
 
 def _drop(probe: Probe, float_layers: frozenset[str], what: str) -> float:
-    """The metric's drop with these layers in float; remembered by the search."""
-    search, model = probe.search, probe.model
-    if search is None:
+    """The metric's drop with these layers in float."""
+    if probe.drop is None:
         raise ArgumentError(
             "sensitivity: this method scores the metric, and got none; give metric=, or method='kl'"
         )
+    model = probe.model
     before = model.float_layers
     model.float_layers = float_layers
     try:
         with model.using(Mode.QUANTIZE):
-            return search.goal.drop(search.evaluate(what))
+            return probe.drop(what)
     finally:
         model.float_layers = before

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -16,12 +16,14 @@ from halfstep.graph.operators import WEIGHTED, describe
 from halfstep.ladder.abreast import example_bytes
 from halfstep.ladder.fidelity import divergences
 from halfstep.ladder.replay import FLOAT, Replay, Wiring, quantizing, wiring
-from halfstep.ladder.search import Search
 from halfstep.model import QuantizedModel
 from halfstep.progress import steps, track
 from halfstep.runtime.parity import compared, error_power, float_tensors, power
 
 Loss = Literal["kl", "sqnr"]
+
+#: From a name for the model as it stands to how much of the metric it loses.
+Drop = Callable[[str], float]
 
 #: Activations of the whole network that may be held at a time.
 HELD_BYTES = 256 * 2**20
@@ -32,7 +34,8 @@ class Probe:
 
     Args:
         model: calibrated.
-        search: scores the metric; None where there is none.
+        drop: says how much of the metric the model as it stands loses, and remembers it under the name that it is
+            given; None where there is no metric.
         examples: at most so many of the kept examples.
 
     Attributes:
@@ -42,12 +45,12 @@ class Probe:
         NotObservedError: if no example was kept.
     """
 
-    def __init__(self, model: QuantizedModel, search: Search | None = None, examples: int = 256) -> None:
+    def __init__(self, model: QuantizedModel, drop: Drop | None = None, examples: int = 256) -> None:
         if examples < 1:
             raise ArgumentError(f"examples: got {examples}, needed at least 1")
         if not model.sample:
             raise NotObservedError("no example was kept to compare outputs on; run observe() first")
-        self.model, self.search = model, search
+        self.model, self.drop = model, drop
         self.replay = Replay(model)
         self.passes = 0.0
         self._weighted = {n for n in self.replay.nodes if (op := describe(n)) and op.kind in WEIGHTED}

@@ -196,7 +196,7 @@ def _rank(
     examples: int,
 ) -> Sensitivity:
     start = time.perf_counter()
-    probe = Probe(model, search, examples)
+    probe = Probe(model, (lambda what: search.goal.drop(search.evaluate(what))) if search else None, examples)
     chosen = find_method(default_loss(probe) if method is None else method)
     if measured and search is None:
         raise ArgumentError(f"measured: got {measured} groups to measure and no metric; give metric=")
