@@ -155,6 +155,15 @@ class TrainingPart(Part):
     learning_rate: float | None = Field(
         default=None, gt=0, description="at the start; null: by the fewest bits, 0.0001 for 8 to 0.002 for 4"
     )
+    forward: str | None = Field(
+        default=None,
+        description="what is trained where that is not what the model answers with: a method's name, or "
+        "package.module:function of the model and its inputs; null: what it answers with",
+    )
+    outputs: list[str] | None = Field(
+        default=None,
+        description="names of the outputs that distillation compares; null: the first one of floats",
+    )
     seed: int = Field(default=0, description="of shuffling and of everything random")
 
 
@@ -191,6 +200,11 @@ class Config(Part):
     strict: bool = Field(
         default=False, description="demand that the upper end of the drop's interval keeps to the target"
     )
+    latency: float | None = Field(
+        default=None,
+        gt=0,
+        description="how many times as fast as float the file must be beside the accuracy target: 2.0; null: any speed",
+    )
     tune: bool = Field(default=False, description="leave in float what integers slow down on this machine")
     target: Literal["onnxruntime", "openvino", "tensorrt"] = Field(
         default="onnxruntime", description="runtime to deploy to"
@@ -203,6 +217,14 @@ class Config(Part):
         default=None,
         description="input (batch, length) that is 0 where a batch is only filled up: left out of the ranges; its "
         "length must be among the sizes that vary",
+    )
+    float_from: list[str] | None = Field(
+        default=None,
+        description="modules, such as head.decode, from whose first value on everything is left in float",
+    )
+    states: dict[str, str] | bool | None = Field(
+        default=None,
+        description="outputs that are given back as inputs, by input: {h_in: h_out}; true finds them by their names",
     )
     recipe: Defaulted[RecipePart] = Field(default_factory=RecipePart, description="what to quantize, and how")
     training: TrainingPart | None = Field(

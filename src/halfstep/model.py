@@ -205,14 +205,20 @@ class QuantizedModel(nn.Module):
         self._run = bind(overwrite(self.simulation().graph), self.captured.module)
         self.set_mode(self.mode)
 
-    def simulation(self) -> Inserted:
-        """The graph with calls of the quantizers at its sites and of the modules on its quantized layers' biases."""
+    def simulation(self, graph: fx.Graph | None = None, placement: Placement | None = None) -> Inserted:
+        """The graph with calls of the quantizers at its sites and of the modules on its quantized layers' biases.
+
+        Args:
+            graph: another one over the same parameters.
+            placement: the same sites and layers on that one.
+        """
+        graph, placement = graph or self.graph, placement or self.placement
 
         def make(graph: fx.Graph, value: fx.Node, site: Site, _: Position) -> fx.Node:
             return graph.call_module(f"quantizers.{self._keys[site.name]}", (value,))
 
-        inserted = insert(self.graph, self.placement, make, tied=False)
-        for layer in self.layers:
+        inserted = insert(graph, placement, make, tied=False)
+        for layer in placement.layers:
             if layer.name in self._shifts:
                 node = inserted.copies[layer.operator.node]
                 bias = node.args[2]

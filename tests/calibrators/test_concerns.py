@@ -7,7 +7,16 @@ import math
 import pytest
 import torch
 
-from halfstep.calibrators import Entropy, Max, Percentile, data_concerns, disagreements, unlike, unsteady
+from halfstep.calibrators import (
+    Entropy,
+    Max,
+    Percentile,
+    data_concerns,
+    disagreements,
+    lost,
+    unlike,
+    unsteady,
+)
 from halfstep.errors import NotObservedError
 from halfstep.formats import Integer
 from halfstep.statistics import Histogram
@@ -97,3 +106,18 @@ def test_halves_of_the_data_that_give_other_ranges() -> None:
     assert concern.kind == "unsteady"
     assert concern.message.startswith("percentile(99.9) answers [-3.")
     assert concern.message.endswith("on the other: give more examples, in random order")
+
+
+@pytest.mark.parametrize(("width", "told"), [(1.0, False), (10.0, False), (25.0, True), (640.0, True)])
+def test_a_part_with_less_than_half_of_its_bits_is_lost(width: float, told: bool) -> None:
+    part = torch.rand(50_000, generator=torch.Generator().manual_seed(0))
+    whole = torch.cat([part, width * part])
+    found = lost(observed(part), observed(whole), Integer(8, signed=False, symmetric=False))
+    assert bool(found) == told
+    if width == 640.0:  # all of it is one code: the error is the mean square, 1/3, four times the variance
+        assert " has 0.0 of 8.0 bits in the codes that it shares with " in found[0].message
+
+
+def test_a_part_of_one_value_has_nothing_to_lose() -> None:
+    ones = torch.ones(100)
+    assert not lost(observed(ones), observed(torch.cat([ones, 500 * ones])), Integer(8))

@@ -191,6 +191,14 @@ def test_a_target_that_is_missed_ends_with_3(folder):
             "--dynamic: got 'input=features', needed INPUT:DIMENSION=NAME",
         ),
         (
+            ("mine:net", "good.npz", "good.npz", "--state", "h_in"),
+            "--state: got 'h_in', needed INPUT=OUTPUT, such as h_in=h_out",
+        ),
+        (
+            ("mine:net", "good.npz", "good.npz", "--float-from", "decode"),
+            "float_from: got 'decode', needed a module or an operator of the network",
+        ),
+        (
             ("mine:net", "good.npz", "good.npz", "--dynamic", "x:1=features"),
             "dynamic: got input 'x', needed one of 'input'",
         ),

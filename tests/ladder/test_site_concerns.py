@@ -216,3 +216,30 @@ def test_a_site_that_saw_nothing_is_named():
     ):
         hs.calibrate(q)
     assert kinds(hs.concerns(q))[0] == ("input", "unobserved")
+
+
+class Places(torch.nn.Module):
+    """What an image holds beside where it was taken, in metres, read by one layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.image, self.place = torch.nn.Linear(8, 8), torch.nn.Linear(2, 2)
+        self.head = torch.nn.Linear(10, 3)
+
+    def forward(self, x, place):
+        return self.head(torch.cat([self.image(x).sigmoid(), self.place(place)], 1))
+
+
+def test_a_part_that_is_lost_beside_another_is_named_with_its_reader():
+    torch.manual_seed(0)
+    inputs = torch.randn(64, 8), 500 * torch.randn(64, 2)
+    q = hs.prepare(Places(), inputs)
+    hs.observe(q, [inputs])
+    [concern] = hs.concerns(q)
+    assert concern.concern.kind == "lost"
+    assert str(concern).startswith("site 'concat': its part 'sigmoid', ")
+    assert "what reads them in one scale is 'head': in float it would lose nothing" in str(concern)
+    even = inputs[0], inputs[1] / 500
+    q = hs.prepare(Places(), even)
+    hs.observe(q, [even])
+    assert not hs.concerns(q)

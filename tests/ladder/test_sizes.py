@@ -57,6 +57,10 @@ def test_every_rung_takes_batches_of_different_length(texts, tmp_path):
         threads=1,
     )
     assert [step.rung for step in outcome.path] == ["ptq", "partial", "qat"]
+    assert list(outcome.verification.sizes) == ["tokens 9"]  # beside the first batch, of 3
+    assert set(outcome.to_dict()["latency_by_size"]["tokens 9"]) == {"float", "null", "quantized"}
+    outcome.report(tmp_path / "report.html")
+    assert "at tokens 9" in (tmp_path / "report.html").read_text()
     assert outcome.deployed_score == pytest.approx(outcome.score, abs=0.02)
     model = outcome.model
     file = DeployedModel(tmp_path / "run" / "model.onnx", model.captured.in_spec, model.captured.out_spec)

@@ -1,7 +1,7 @@
 """Calibrators: which range a format shall cover, asked of a histogram or of a weight."""
 
 from halfstep.calibrators.calibrator import Calibrator, WeightCalibrator, range_of
-from halfstep.calibrators.concerns import Concern, data_concerns, disagreements, unlike, unsteady
+from halfstep.calibrators.concerns import Concern, data_concerns, disagreements, lost, unlike, unsteady
 from halfstep.calibrators.entropy import Entropy
 from halfstep.calibrators.fitted import fitted_codebook
 from halfstep.calibrators.maximum import Max
@@ -23,6 +23,7 @@ __all__ = [
     "disagreements",
     "fitted_codebook",
     "levels",
+    "lost",
     "range_of",
     "unlike",
     "unsteady",

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from math import ceil
+from math import ceil, inf, isfinite, log10
 from typing import Literal
 
+import numpy as np
+
 from halfstep.calibrators.calibrator import Calibrator
+from halfstep.calibrators.maximum import Max
 from halfstep.calibrators.percentile import Percentile
+from halfstep.calibrators.placed import place
 from halfstep.formats.format import Format
 from halfstep.statistics import Histogram, distance
 
@@ -21,7 +25,15 @@ STEADY = 1.25  # ranges of two halves of the data that differ by more than this 
 BULK = Percentile(99.9)  # whose range outliers hardly move, so that it shows how steady the data are
 
 Kind = Literal[
-    "unobserved", "not finite", "only zeros", "few samples", "sparse", "disagreement", "unlike", "unsteady"
+    "unobserved",
+    "not finite",
+    "only zeros",
+    "few samples",
+    "sparse",
+    "disagreement",
+    "unlike",
+    "unsteady",
+    "lost",
 ]
 
 
@@ -162,3 +174,37 @@ def unlike(calibration: Histogram, evaluation: Histogram) -> list[Concern]:
         "calibrate on data like those the model will see"
     )
     return [Concern("unlike", message)]
+
+
+def lost(part: Histogram, whole: Histogram, format: Format) -> list[Concern]:
+    """Return a concern if codes for the whole leave a part of it less than half of the bits that it would have alone.
+
+    Bits are those of the signal-to-noise ratio, at 6.02 dB each: the part's variance over its expected squared rounding
+    error, summed over its histogram, once with the range of the whole and once with its own, the largest values both
+    times. Half of 8 bits is 4: a part sixteen times as narrow as the whole.
+
+    Args:
+        part: what was seen of one input of a concat.
+        whole: what was seen of its output.
+        format: of the codes that hold both.
+
+    Raises:
+        NotObservedError: either is empty.
+    """
+    alone, left = (_bits(part, Max().range(histogram, format), format) for histogram in (part, whole))
+    if not (isfinite(alone) and left < alone / 2):
+        return []
+    message = (
+        f"{part.min:.4g} to {part.max:.4g} has {max(left, 0.0):.1f} of {alone:.1f} bits in the codes that it shares "
+        f"with {whole.min:.4g} to {whole.max:.4g}"
+    )
+    return [Concern("lost", message)]
+
+
+def _bits(histogram: Histogram, range: tuple[float, float], format: Format) -> float:
+    """The bits that values keep in a range; infinity where they lose nothing, or are all the same."""
+    values, counts = histogram.bins()
+    low, high = (np.array([float(end)]) for end in range)
+    error = float(place(format, low, high).squared_error(values)[0] @ counts) / histogram.count
+    variance = histogram.sum_of_squares / histogram.count - (histogram.sum / histogram.count) ** 2
+    return 10 * log10(variance / error) / (20 * log10(2)) if error > 0 and variance > 0 else inf

@@ -24,6 +24,7 @@ from halfstep.model import QuantizedModel
 from halfstep.recipe import Recipe
 from halfstep.sources import ONNX, check_input, find_callable, load_inputs, load_labelled, load_model
 from halfstep.targets import find_target
+from halfstep.training.entry import Forward
 from halfstep.training.options import Loss, Training
 
 #: A run's own copy of what it was told.
@@ -143,8 +144,18 @@ class Job:
             if part.loss in known
             else find_callable(str(part.loss), "cross_entropy, or package.module:loss")
         )
-        labelled = self._labelled(part.data, "training data")
-        return Training(labelled, loss, epochs=part.epochs, learning_rate=part.learning_rate, seed=part.seed)
+        forward: Forward | None = part.forward
+        if part.forward is not None and ":" in part.forward:
+            forward = find_callable(part.forward, "a method's name, or package.module:function")
+        return Training(
+            self._labelled(part.data, "training data"),
+            loss,
+            epochs=part.epochs,
+            learning_rate=part.learning_rate,
+            forward=forward,
+            outputs=part.outputs,
+            seed=part.seed,
+        )
 
     def _labelled(self, name: str, what: str) -> Iterable[Any]:
         """Labelled batches, of inputs as the calibration data are."""
@@ -201,7 +212,17 @@ class Job:
         from halfstep.ladder.portability import settle
 
         recipe = settle(self.recipe(), find_target(self.config.target), entries)
-        return prepare(self.model, self.example, recipe, self.config.target, dynamic=self.config.dynamic)
+        config = self.config
+        return prepare(
+            self.model,
+            self.example,
+            recipe,
+            config.target,
+            dynamic=config.dynamic,
+            padding=config.padding,
+            float_from=config.float_from,
+            states=config.states,
+        )
 
     def observed(self) -> QuantizedModel:
         """The model with its sites, after one pass over the calibration data."""

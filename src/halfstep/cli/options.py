@@ -51,6 +51,24 @@ def by_name(flag: str, given: Sequence[str] | None, convert: Callable[[str], T])
     return values
 
 
+def by_input(given: Sequence[str] | None) -> dict[str, str] | None:
+    """The states that ``--state`` names, outputs by input.
+
+    Raises:
+        ArgumentError: for what is no INPUT=OUTPUT.
+
+    >>> by_input(["h_in=h_out"])
+    {'h_in': 'h_out'}
+    """
+    found: dict[str, str] = {}
+    for text in given or ():
+        name, _, output = text.partition("=")
+        if not (name and output):
+            raise ArgumentError(f"--state: got {text!r}, needed INPUT=OUTPUT, such as h_in=h_out")
+        found[name] = output
+    return found or None
+
+
 def by_dimension(given: Sequence[str] | None) -> dict[str, dict[int, str]] | None:
     """The sizes that ``--dynamic`` lets vary, by input and dimension.
 

@@ -11,7 +11,7 @@ import typer
 
 from halfstep.cli.console import INTERRUPTED, err, progress
 from halfstep.cli.ending import finish
-from halfstep.cli.options import FRESH, Fresh, Json, Threads, by_dimension, by_name
+from halfstep.cli.options import FRESH, Fresh, Json, Threads, by_dimension, by_input, by_name
 
 
 def quantize(
@@ -70,6 +70,12 @@ def quantize(
             "--strict", help="Demand that the upper end of the drop's interval keeps to the target."
         ),
     ] = None,
+    latency: Annotated[
+        float | None,
+        typer.Option(
+            help="How many times as fast as float the file must be beside the accuracy target, such as 2."
+        ),
+    ] = None,
     tune: Annotated[
         bool | None,
         typer.Option("--tune", help="Leave in float what integers slow down on this machine."),
@@ -90,6 +96,20 @@ def quantize(
         typer.Option(
             help="An input (batch, length) that is 0 where a batch is only filled up, such as attention_mask: left out "
             "of the ranges."
+        ),
+    ] = None,
+    state: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="An output that is given back as an input: INPUT=OUTPUT, such as h_in=h_out; once for each. Both get "
+            "one quantizer."
+        ),
+    ] = None,
+    float_from: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A module, such as head.decode, from whose first value on everything is left in float; may be given "
+            "several times."
         ),
     ] = None,
     recipe: Annotated[
@@ -164,10 +184,13 @@ def quantize(
         "relative_drop": by_name("--relative-drop", relative_drop, float),
         "floor": by_name("--floor", floor, float),
         "strict": strict,
+        "latency": latency,
         "tune": tune,
         "target": target,
         "dynamic": by_dimension(dynamic),
         "padding": padding,
+        "float_from": float_from or None,
+        "states": by_input(state),
         "rungs": None if rungs is None else [name.strip() for name in rungs.split(",")],
         "directory": directory,
         "batch": batch,
@@ -207,11 +230,14 @@ def quantize(
                 floor=config.floor,
                 confidence=config.confidence,
                 strict=config.strict,
+                latency=config.latency,
                 tune=config.tune,
                 recipe=job.recipe(),
                 target=config.target,
                 dynamic=config.dynamic,
                 padding=config.padding,
+                float_from=config.float_from,
+                states=config.states,
                 directory=folder,
                 threads=config.threads,
                 budget=job.budget(),

@@ -14,7 +14,7 @@ from halfstep.errors import HalfstepError, MetricError
 from halfstep.evaluate.data_metric import Answer, DataMetric, Labelled, some
 from halfstep.evaluate.resampling import resample
 from halfstep.evaluate.score import Score
-from halfstep.graph.inputs import batch_size
+from halfstep.graph.inputs import batch_size, tensors_of
 
 #: From the examples of a set, in the form that ``update`` gives them, to the set's number.
 Compute = Callable[[Any], Any]
@@ -98,7 +98,9 @@ class SetMetric(DataMetric):
         what = f"update(outputs, labels) (batch {answer.batch})"
         statistics = _called(what, self.update, answer.outputs, answer.labels)
         rows, size = isinstance(statistics, torch.Tensor) and statistics.dim() > 0, batch_size(answer.inputs)
-        if not (rows or isinstance(statistics, (list, tuple))) or len(statistics) != size:
+        shape = tensors_of(answer.inputs)[0].shape
+        sizes = {size, shape[1] if len(shape) > 2 else size}  # time may be first, and the batch second
+        if not (rows or isinstance(statistics, (list, tuple))) or len(statistics) not in sizes:
             got = f"a tensor of shape {tuple(statistics.shape)}" if rows else type(statistics).__name__
             if isinstance(statistics, (list, tuple)):
                 got = f"a {got} of {len(statistics)}"

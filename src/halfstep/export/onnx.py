@@ -11,7 +11,7 @@ import torch
 from halfstep.errors import DataError, ExportError, RefusedError
 from halfstep.export.replacing import replacing
 from halfstep.fake_quantize import Mode
-from halfstep.graph.inputs import batch_size, tensors_of
+from halfstep.graph.inputs import tensors_of
 from halfstep.model import QuantizedModel
 from halfstep.runtime.deployed import DeployedModel
 from halfstep.runtime.parity import MINIMUM_EQUAL, Parity, compare
@@ -113,7 +113,7 @@ def _check_float(model: QuantizedModel, path: Path) -> None:
     """Hold the file to the float network, so that what no runtime can do is known before anything is calibrated."""
     captured = model.captured
     args, kwargs = captured.example_inputs
-    count = batch_size(kwargs or args)
+    count = captured.batch_size(kwargs or args)
     for tensor in tensors_of(kwargs or args):
         if bad := int(torch.isnan(tensor).sum()):
             raise DataError(

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from halfstep.errors import DataError, ExportError
 from halfstep.export.onnx import export_float
 from halfstep.fake_quantize import Mode
 from halfstep.formats import Integer
 from halfstep.granularity import PerGroup
-from halfstep.graph.inputs import ModelInputs
+from halfstep.graph.inputs import ModelInputs, call_arguments
 from halfstep.graph.names import readable_names
 from halfstep.graph.placement import Layer
 from halfstep.model import QuantizedModel
@@ -62,6 +66,8 @@ class Verification:
             own; without what the runtime does in between. Empty where the target's hardware is not here.
         saturable: layers that may answer otherwise on x86 processors without VNNI, where integer kernels add two
             products in 16 bits; empty if the file answers alike on every processor.
+        sizes: the same races on the shortest and the longest of the batches, where sizes vary beside the batch and are
+            not those of the first; by words such as ``"tokens 16"``.
     """
 
     parity: Parity
@@ -73,6 +79,7 @@ class Verification:
     float_size: int
     microseconds: Mapping[str, float] = field(default_factory=dict)
     saturable: tuple[str, ...] = ()
+    sizes: Mapping[str, dict[str, Latency]] = field(default_factory=dict)
 
     @property
     def integer_layers(self) -> int:
@@ -94,7 +101,8 @@ def verify(
     Args:
         path: the quantized ONNX file.
         model: the simulation that it was exported from.
-        batches: inputs to compare on; the first one is timed.
+        batches: inputs to compare on; the first one is timed, and where sizes vary beside the batch also the shortest
+            and the longest.
         float_path: the float network's file; written to a temporary place if None.
         threads: for one operator; None for all cores.
         rounds: interleaved runs to time.
@@ -117,14 +125,15 @@ def verify(
         with model.using(Mode.QUANTIZE):
             parity = compare(model, deployed, kept, classes)
         leaves = model.file_inputs(kept[0])
-        latency = race(
-            {
-                "float": lambda: reference(*leaves),
-                "null": lambda: reference(*leaves),
-                "quantized": lambda: deployed(*leaves),
-            },
-            rounds,
-        )
+        contestants = {"float": reference, "null": reference, "quantized": deployed}
+
+        def raced(inputs: Sequence[torch.Tensor]) -> dict[str, Latency]:
+            return race({name: functools.partial(run, *inputs) for name, run in contestants.items()}, rounds)
+
+        latency = raced(leaves)
+        sizes = {
+            words: raced(model.file_inputs(inputs)) for words, inputs in _other_sizes(model, kept).items()
+        }
         kernels = inspect_kernels(path, threads, runtime)
         return Verification(
             parity,
@@ -136,7 +145,21 @@ def verify(
             file_size(float_path),
             layer_times(path, [to_numpy(leaf) for leaf in leaves], threads, runtime, _own_names(model)),
             saturable_layers(path) if model.target.pair_sums else (),
+            sizes,
         )
+
+
+def _other_sizes(model: QuantizedModel, batches: Sequence[ModelInputs]) -> dict[str, ModelInputs]:
+    """The shortest and the longest of the batches, by their sizes in words, unless they are the first's."""
+    placeholders = [node for node in model.graph.nodes if node.op == "placeholder"]
+    found: dict[tuple[int, ...], tuple[str, ModelInputs]] = {}
+    for inputs in batches:
+        sizes = model.captured.axes.sizes(placeholders, model.flatten(*call_arguments(inputs)))
+        words = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        found.setdefault(tuple(sizes.values()), (words, inputs))
+    first, *_ = found
+    ends = (min(found, key=math.prod), max(found, key=math.prod))
+    return dict(found[sizes] for sizes in dict.fromkeys(ends) if sizes != first)
 
 
 def _own_names(model: QuantizedModel) -> set[str] | None:

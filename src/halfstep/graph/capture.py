@@ -19,7 +19,7 @@ from halfstep.graph.inputs import ModelInputs, batch_size, call_arguments
 from halfstep.graph.outputs import Outputs
 from halfstep.graph.precision import HandedOver, hand_over, in_float32, model_in_float32, other_types
 from halfstep.graph.rooted import PREFIX, bind, unrooted
-from halfstep.graph.shapes import BATCH, Axes, Dynamic, axes_of, input_names, named
+from halfstep.graph.shapes import BATCH, Axes, Dynamic, Names, axes_of, batch_of, input_names, named
 from halfstep.graph.tracing import batched_inputs, export_program
 from halfstep.graph.unfold import FoldedNorm, tensors
 from halfstep.identity import Identity
@@ -40,7 +40,7 @@ class Captured:
         in_spec: how ``(args, kwargs)`` flatten to the placeholders.
         out_spec: how the tuple of the graph's values is put together to what the user's model returns.
         example_inputs: ``(args, kwargs)`` that the graph was traced with, batch of at least 2.
-        batched: for each placeholder, whether its first dimension is the (dynamic) batch.
+        batch_axes: for each placeholder, which of its dimensions is the (dynamic) batch; None if it has none.
         axes: the sizes that vary beside the batch, by name.
         folded: the batch norms that are no longer in the graph, one record for each layer they were folded into.
         originals: the user's parameters and buffers that are not in the graph, by name; weights that a batch norm was
@@ -51,6 +51,9 @@ class Captured:
         notes: what is to be said of it, one sentence each.
         origin: the file that the user's model was read from, if it was; exports are written into it.
         read_in: the types of that file that give way to float32.
+        source: the user's module itself, for other ways into it.
+        given: the names of the sizes that the user lets vary, one dict an input.
+        entries: other ways into it that were traced, see :func:`halfstep.training.entry.entered`.
     """
 
     graph: fx.Graph
@@ -58,7 +61,7 @@ class Captured:
     in_spec: pytree.TreeSpec
     out_spec: Outputs
     example_inputs: tuple[tuple[Any, ...], dict[str, Any]]
-    batched: tuple[bool, ...]
+    batch_axes: tuple[int | None, ...]
     axes: Axes = field(default_factory=Axes)
     folded: list[FoldedNorm] = field(default_factory=list)
     originals: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -68,11 +71,41 @@ class Captured:
     notes: tuple[str, ...] = ()
     origin: object = None
     read_in: tuple[torch.dtype, ...] = ()
+    source: nn.Module | None = None
+    given: Sequence[Names] = ()
+    entries: dict[int, Any] = field(default_factory=dict)
 
     @property
     def types(self) -> tuple[torch.dtype, ...]:
         """The types that parameters and inputs of the user's may have beside float32, in which all is computed here."""
         return self.read_in if self.handed_over is None else self.handed_over.types
+
+    @property
+    def batched(self) -> tuple[bool, ...]:
+        """For each placeholder, whether it has a batch."""
+        return tuple(axis is not None for axis in self.batch_axes)
+
+    def batch_size(self, inputs: ModelInputs) -> int:
+        """How many examples a batch of model inputs has.
+
+        Raises:
+            DataError: if there is no tensor with a batch.
+        """
+        leaves = pytree.tree_leaves(call_arguments(inputs))
+        for leaf, axis in zip(leaves, self.batch_axes, strict=False):
+            if axis is not None and isinstance(leaf, torch.Tensor) and leaf.dim() > axis:
+                return leaf.shape[axis]
+        return batch_size(inputs)
+
+    def batch_axis(self, node: fx.Node) -> int | None:
+        """Which dimension of a node's value is the batch; None if none is, or it is in a product of sizes."""
+        return self.axes.batch_axis(node.meta.get("val"))
+
+    @property
+    def output_axes(self) -> tuple[int | None, ...]:
+        """For each value that the graph returns, which of its dimensions is the batch."""
+        (end,) = (node for node in self.graph.nodes if node.op == "output")
+        return tuple(map(self.batch_axis, end.args[0]))
 
     def check_inputs(self, flat: Sequence[Any]) -> None:
         """Raise unless ``flat`` are tensors of the example's types and shapes, but for sizes that may vary.
@@ -102,7 +135,10 @@ class Captured:
         """Some examples of a batch of model inputs, by a slice or by their indices; what has no batch stays whole."""
         args, kwargs = call_arguments(inputs)
         flat, spec = pytree.tree_flatten((args, kwargs))
-        flat = [x[which] if batched else x for x, batched in zip(flat, self.batched, strict=True)]
+        flat = [
+            x if axis is None else x[(*[slice(None)] * axis, which)]
+            for x, axis in zip(flat, self.batch_axes, strict=True)
+        ]
         if isinstance(inputs, torch.Tensor):
             (tensor,) = flat
             assert isinstance(tensor, torch.Tensor)
@@ -127,8 +163,9 @@ def capture(model: nn.Module, example_inputs: ModelInputs, dynamic: Dynamic | No
     Args:
         model: any module that :func:`torch.export.export` can trace.
         example_inputs: a tensor, a tuple or a dict of inputs with a batch of at least 2. The first dimension of the
-            first tensor is the batch. That of another one is if it has the same size and must have (as far as the
-            tracing and a trial show), or is the first dimension of an output.
+            first tensor is the batch, unless ``dynamic`` names another one ``"batch"``. That of another tensor is if it
+            has the same size and must have (as far as the tracing and a trial show), or is the first dimension of an
+            output.
         dynamic: what else may vary: names by input and dimension, ``{"ids": {1: "tokens"}, "mask": {1: "tokens"}}``, or
             another example whose sizes differ where they may. Dimensions of one name have one size.
 
@@ -140,12 +177,6 @@ def capture(model: nn.Module, example_inputs: ModelInputs, dynamic: Dynamic | No
             calls, or answers differently from its own graph.
     """
     check_parameters(model)
-    size = batch_size(example_inputs)
-    if size < 2:
-        raise CaptureError(
-            f"example_inputs: got a batch of {size}, needed at least 2, because torch.export takes a dimension of "
-            "size 1 as fixed; repeat the example, for instance x.repeat(2, 1, 1, 1)"
-        )
     try:
         own = copy.deepcopy(model).eval()
     except Exception as error:
@@ -155,6 +186,14 @@ def capture(model: nn.Module, example_inputs: ModelInputs, dynamic: Dynamic | No
         ) from error
 
     args, kwargs = call_arguments(example_inputs)
+    flat, in_spec = pytree.tree_flatten((args, kwargs))
+    given = named(dynamic, input_names(own, args, kwargs), flat, in_spec)
+    size = batch_of(flat, given)[0]
+    if size < 2:
+        raise CaptureError(
+            f"example_inputs: got a batch of {size}, needed at least 2, because torch.export takes a dimension of "
+            "size 1 as fixed; repeat the example, for instance x.repeat(2, 1, 1, 1)"
+        )
     handed_over = None
     if types := other_types(own):
         try:
@@ -165,8 +204,7 @@ def capture(model: nn.Module, example_inputs: ModelInputs, dynamic: Dynamic | No
                 "model.float() to have it compared with itself in float32"
             ) from error
         own, (args, kwargs) = model_in_float32(own, types), in_float32((args, kwargs), types)
-    flat, in_spec = pytree.tree_flatten((args, kwargs))
-    given = named(dynamic, input_names(own, args, kwargs), flat, in_spec)
+    flat = pytree.tree_leaves((args, kwargs))
     program = export_program(own, args, kwargs, in_spec, given, types)
     if program.graph_signature.buffers_to_mutate:
         changed = (name.removeprefix(PREFIX) for name in program.graph_signature.buffers_to_mutate.values())
@@ -184,19 +222,21 @@ def capture(model: nn.Module, example_inputs: ModelInputs, dynamic: Dynamic | No
     axes = axes_of(program, inputs, given)
     sizes = [given] if any(given) else []
     content = Identity(str(graph), sorted(tensors(module).items()), types, *sizes).digest
-    batched = batched_inputs(graph, module, flat, axes)
+    batch_axes = batched_inputs(graph, module, flat, axes, given)
     captured = Captured(
         graph,
         module,
         in_spec,
         Outputs(out_spec, fixed),
         (args, kwargs),
-        batched,
+        batch_axes,
         axes,
         originals=originals,
         names=graph_names,
         content=content,
         handed_over=handed_over,
+        source=model,
+        given=given,
     )
     check_equal(captured, own)
     if any(given):
@@ -242,7 +282,8 @@ def check_equal(captured: Captured, model: nn.Module) -> None:
     """
     flat = pytree.tree_leaves(captured.example_inputs)
     longer = [
-        torch.cat([x, x[:1]]) if batched else x for x, batched in zip(flat, captured.batched, strict=True)
+        x if axis is None else torch.cat([x, x.narrow(axis, 0, 1)], axis)
+        for x, axis in zip(flat, captured.batch_axes, strict=True)
     ]
     for leaves in (flat, longer):
         try:

@@ -19,6 +19,8 @@ from halfstep.graph.names import readable_names
 from halfstep.graph.operators import Operator, constant_operands, describe, is_depthwise
 from halfstep.graph.placement import INT16, FloatOperator, Follower, Layer, Placement, Position, Site
 from halfstep.graph.signs import nonnegative
+from halfstep.graph.states import states_in
+from halfstep.graph.tails import TAIL
 from halfstep.recipe import ACTIVATIONS, LayerSpec, Recipe, TensorSpec
 from halfstep.targets import Target
 
@@ -32,7 +34,8 @@ def place(graph: fx.Graph, target: Target, recipe: Recipe, choices: Choices) -> 
     3. Every input of an integer operator is quantized, and every output that its kernel must quantize, after the
        ReLU or clip that disappears into it.
     4. Operators that only move codes about carry the same scale on both sides.
-    5. Layers whose activations get their range at run time are islands: they read floats through a quantizer of their
+    5. What is marked as a tail (see :mod:`.tails`) is in float.
+    6. Layers whose activations get their range at run time are islands: they read floats through a quantizer of their
        own and write floats, unless the operator before must write codes anyway, which they then read.
 
     A value has the widest format that a layer reads it in. Where the target does not execute that, neither the layers
@@ -61,8 +64,9 @@ class _Placer:
         self.order = {node: index for index, node in enumerate(graph.nodes)}
         self.operators = {n: op for n in graph.nodes if (op := describe(n)) is not None}
         layers = [node for node, op in self.operators.items() if self._is_layer(op)]
-        outermost = ends(graph, layers)
-        if len(outermost) == len(layers):  # an exception that leaves no rule
+        quantizable = [node for node in layers if TAIL not in node.meta]
+        outermost = ends(graph, quantizable)
+        if len(outermost) == len(quantizable):  # an exception that leaves no rule
             outermost = set()
         self.asked = {node: recipe.spec(self.names[node], node in outermost) for node in layers}
         self.specs: dict[fx.Node, LayerSpec | None] = {
@@ -93,7 +97,9 @@ class _Placer:
     def _choose_layers(self) -> None:
         for node, spec in self.specs.items():
             op, name = self.operators[node], self.names[node]
-            if name in self.choices.float_layers:
+            if TAIL in node.meta:
+                self.reasons[node] = node.meta[TAIL]
+            elif name in self.choices.float_layers:
                 self.reasons[node] = "left in float on request"
             elif spec is None:
                 self.reasons[node] = "left in float by the recipe"
@@ -122,6 +128,7 @@ class _Placer:
             node
             for node, op in self.operators.items()
             if op.kind in self.target.followers
+            and TAIL not in node.meta
             and not (op.kind in ("add", "mul") and constant_operands(node))
         }
         self.kernels = {node for node in self.integer | followers if self._executed(node)}
@@ -206,6 +213,7 @@ class _Placer:
             if self.target.kernel(self.operators[node].kind).output:
                 self.quantized[self._after_absorbed(node)] = True
         self._lift()
+        self._join_states()
 
     def _read_as_codes(self, node: fx.Node) -> tuple[fx.Node, ...]:
         """The inputs that an integer operator reads quantized: all but the one whose layer computes it too."""
@@ -247,6 +255,40 @@ class _Placer:
                 self.quantized[source] = False
             self.root.update(dict.fromkeys(results, source))
 
+    def _join_states(self) -> None:
+        """One quantizer for a state that comes in and the one that goes out, which is the next one to come in.
+
+        Rounded once more it stays what it is, and its range is that of the states that really come, whatever those are
+        that calibration begins with.
+        """
+        self.state: dict[fx.Node, fx.Node] = {}  # root -> the root whose quantizer it has
+        self.returned: set[fx.Node] = set()
+        for source, value in states_in(self.graph):
+            read = [each for each in (source, *self._moved_from(source)) if each in self.quantized]
+            if not read or value not in self.operators or TAIL in value.meta:
+                continue
+            self.quantized.setdefault(value, False)
+            self.returned.add(value)
+            home = self._home(read[0])
+            for other in map(self._home, (*read[1:], value)):
+                if other is not home:
+                    self.state[other] = home
+
+    def _moved_from(self, value: fx.Node) -> Iterator[fx.Node]:
+        """What is made of ``value`` by moving it about: a layer's part of a state, say."""
+        for user in value.users:
+            op = self.operators.get(user)
+            if op is not None and op.kind in self.target.passes:
+                yield user
+                yield from self._moved_from(user)
+
+    def _home(self, value: fx.Node) -> fx.Node:
+        """The value whose site a value has."""
+        value = self._root(value)
+        while value in self.state:
+            value = self.state[value]
+        return value
+
     def _reads_codes(self, user: fx.Node) -> bool:
         if user in self.integer:
             return True
@@ -267,13 +309,19 @@ class _Placer:
         members: dict[fx.Node, list[fx.Node]] = {}
         for value in self.graph.nodes:
             if value in self.quantized:
-                members.setdefault(self._root(value), []).append(value)
+                members.setdefault(self._home(value), []).append(value)
         sites = []
         for root, values in members.items():
             positions = []
             for value in values:
-                readers = [u for u in value.users if self.quantized[value] or self._reads_codes(u)]
-                positions.append(Position(value, tuple(readers), tied=value is not root))
+                readers = [
+                    user
+                    for user in value.users
+                    if self.quantized[value]
+                    or self._reads_codes(user)
+                    or (user.op == "output" and value in self.returned)
+                ]
+                positions.append(Position(value, tuple(readers), tied=value in self.root))
             spec = self._activation_spec(values)
             granularity = activation_granularity(spec, self.names[root], values)
             negative = any(map(self._negative, values)) and not any(map(self._affine, values))
@@ -403,7 +451,7 @@ class _Placer:
             if node in self.run_time_names:
                 sites.append(self.run_time_names[node])
             elif node in self.integer | self.islands:
-                sites += [self.site_names[self._root(value)] for value in op.inputs]
+                sites += [self.site_names[self._home(value)] for value in op.inputs]
             if node in self.weight_names:
                 sites.append(self.weight_names[node])
             layers.append(Layer(self.names[node], op, tuple(sites), self.reasons.get(node, "")))
@@ -423,7 +471,9 @@ class _Placer:
             if node in self.specs or node in self.integer or op.kind in silent:
                 continue
             unknown = f"{op.kind} is not in the table of {self.target.name}; it runs in float"
-            reason = self.reasons.get(node) or self.target.reasons.get(op.kind, unknown)
+            reason = (
+                node.meta.get(TAIL) or self.reasons.get(node) or self.target.reasons.get(op.kind, unknown)
+            )
             found.append(FloatOperator(self.names[node], op, reason))
         return tuple(found)
 

@@ -45,6 +45,28 @@ class Axes:
             return str(int(size))
         return re.sub(r"\bs\d+\b", lambda found: self.names.get(found[0], BATCH), str(size))
 
+    def batch_axis(self, value: Any) -> int | None:
+        """Which dimension of a traced value is the batch; None for what has none, or has it in a product of sizes.
+
+        The first one, where several have its size; a size that varies and has no name counts as the batch too.
+        """
+        for axis, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+            symbol = str(size)
+            if varies(size) and re.fullmatch(r"s\d+", symbol) and self.names.get(symbol, BATCH) == BATCH:
+                return axis
+        return None
+
+    def sizes(self, placeholders: Sequence[fx.Node], flat: Sequence[Any]) -> dict[str, int]:
+        """The sizes that vary beside the batch, by name, as they are in the tensors of ``flat``."""
+        found: dict[str, int] = {}
+        for node, value in zip(placeholders, flat, strict=True):
+            traced = node.meta.get("val")
+            for axis, size in enumerate(traced.shape if isinstance(traced, torch.Tensor) else ()):
+                name = self.names.get(str(size), BATCH)
+                if varies(size) and name != BATCH:
+                    found[name] = value.shape[axis]
+        return found
+
     def shape(self, sizes: Sequence[int | torch.SymInt]) -> str:
         """A traced shape in words."""
         return f"({', '.join(map(self.name, sizes))}{',' if len(sizes) == 1 else ''})"
@@ -114,6 +136,23 @@ def named(
             "dynamic: got an example of another structure than example_inputs, needed the same inputs in other sizes"
         )
     return _by_example(names, flat, others)
+
+
+def batch_of(flat: Sequence[Any], given: Sequence[Names]) -> tuple[int, list[int]]:
+    """The size of the batch in example inputs, and the dimension of each input that is the batch if any is.
+
+    That is the one which the user names ``"batch"``, or else the first. The size is that of the first input with such a
+    name; without one, of the first tensor.
+
+    Raises:
+        DataError: if there is no tensor, or the first one has no dimension.
+    """
+    tensors = [x for x in flat if isinstance(x, torch.Tensor)]
+    if not tensors or tensors[0].dim() == 0:
+        raise DataError("model inputs: needed at least one tensor whose first dimension is the batch")
+    named = [next((d for d, name in names.items() if name == BATCH), None) for names in given]
+    sizes = [x.shape[axis] for x, axis in zip(flat, named, strict=True) if axis is not None]
+    return (sizes or [tensors[0].shape[0]])[0], [axis or 0 for axis in named]
 
 
 def _by_input(

@@ -17,9 +17,9 @@ from torch.utils import _pytree as pytree
 
 from halfstep.errors import CaptureError
 from halfstep.graph.explain import explain, fixed_at
-from halfstep.graph.inputs import batch_size, move
+from halfstep.graph.inputs import move
 from halfstep.graph.rooted import Rooted, bind
-from halfstep.graph.shapes import BATCH, Axes, Names, by_name, varies
+from halfstep.graph.shapes import BATCH, Axes, Names, batch_of, by_name, varies
 from halfstep.graph.unfold import tensors
 
 
@@ -45,11 +45,11 @@ def export_program(
         CaptureError: naming the module and line that cannot be traced, or that fix a size which must vary.
     """
     leaves = pytree.tree_leaves((args, kwargs))
-    size = batch_size(kwargs or args)
+    size, batches = batch_of(leaves, given)
     hints: list[dict[int, Any] | None] = []
-    for leaf, names in zip(leaves, given, strict=True):
+    for leaf, names, axis in zip(leaves, given, batches, strict=True):
         hint: dict[int, Any] = dict.fromkeys(names, torch.export.Dim.DYNAMIC)
-        if isinstance(leaf, torch.Tensor) and leaf.dim() and leaf.shape[0] == size and 0 not in names:
+        if isinstance(leaf, torch.Tensor) and leaf.dim() and axis not in names and leaf.shape[0] == size:
             # The batch must vary; what only happens to have its size may turn out to be fixed.
             hint[0] = torch.export.Dim.AUTO if any(hints) else torch.export.Dim.DYNAMIC
         hints.append(hint or None)
@@ -98,8 +98,10 @@ def quiet() -> Iterator[None]:
         logging.disable(disabled)
 
 
-def batched_inputs(graph: fx.Graph, module: nn.Module, flat: Sequence[Any], axes: Axes) -> tuple[bool, ...]:
-    """For each placeholder, whether its first dimension is the batch.
+def batched_inputs(
+    graph: fx.Graph, module: nn.Module, flat: Sequence[Any], axes: Axes, given: Sequence[Names]
+) -> tuple[int | None, ...]:
+    """For each placeholder, which dimension is the batch: the one named so, or the first; None if it has none.
 
     The tracing gives sizes that must be equal one symbol, and those that may differ one each: that of a table of which
     the code takes the mean, say. A symbol is a batch if it is the first input's, or the first dimension of an output
@@ -107,27 +109,32 @@ def batched_inputs(graph: fx.Graph, module: nn.Module, flat: Sequence[Any], axes
     together the tracing does not see.
     """
 
-    def first_size(node: Any) -> str:
+    def symbol_of(node: Any, axis: int = 0) -> str:
         value = node.meta.get("val") if isinstance(node, fx.Node) else None
-        if not isinstance(value, torch.Tensor) or not value.dim() or not varies(value.shape[0]):
+        if not isinstance(value, torch.Tensor) or not value.dim() or not varies(value.shape[axis]):
             return ""
-        symbol = str(value.shape[0])
+        symbol = str(value.shape[axis])
         return symbol if axes.names.get(symbol, BATCH) == BATCH else ""
 
-    sizes = [first_size(node) for node in graph.nodes if node.op == "placeholder"]
+    places = batch_of(flat, given)[1]
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    sizes = [symbol_of(node, axis) for node, axis in zip(inputs, places, strict=True)]
     (end,) = (node for node in graph.nodes if node.op == "output")
-    batches = {next(filter(None, sizes), ""), *map(first_size, end.args[0])} - {""}
+    named = {size for size, names in zip(sizes, given, strict=True) if BATCH in names.values()}
+    batches = (named or {next(filter(None, sizes), "")}) | set(map(symbol_of, end.args[0])) - {""}
     free = dict.fromkeys(size for size in sizes if size and size not in batches)
     if free and any(tensor.device.type != "cpu" for tensor in tensors(module).values()):
         module = copy.deepcopy(module).cpu()  # an index out of bounds would end all work on the device
     for size in free:
         longer = [
-            torch.cat([x, x[:1]]).cpu() if own and own != size else move(x, torch.device("cpu"))
-            for x, own in zip(flat, sizes, strict=True)
+            torch.cat([x, x.narrow(axis, 0, 1)], axis).cpu()
+            if own and own != size
+            else move(x, torch.device("cpu"))
+            for x, own, axis in zip(flat, sizes, places, strict=True)
         ]
         try:
             with torch.no_grad():
                 bind(graph, module)(*longer)
         except Exception:
             batches.add(size)
-    return tuple(size in batches for size in sizes)
+    return tuple(axis if size and size in batches else None for size, axis in zip(sizes, places, strict=True))

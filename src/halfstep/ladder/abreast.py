@@ -10,8 +10,8 @@ from typing import TypeVar
 import torch
 from torch import fx
 
-from halfstep.graph.inputs import ModelInputs, batch_size
-from halfstep.graph.shapes import hint, varies
+from halfstep.graph.inputs import ModelInputs
+from halfstep.graph.shapes import Axes, hint, varies
 from halfstep.model import QuantizedModel
 from halfstep.side_by_side import side_by_side
 
@@ -41,7 +41,7 @@ def abreast(
     first = next(numbered, None)
     if first is None:
         return
-    workers = 1 if ordered else _room(model, batch_size(first[1]))
+    workers = 1 if ordered else _room(model, model.captured.batch_size(first[1]))
     yield from side_by_side(lambda item: work(*item), itertools.chain([first], numbered), workers)
 
 
@@ -49,15 +49,18 @@ def _room(model: QuantizedModel, size: int) -> int:
     """How many batches of ``size`` may run at once."""
     if model.device.type != "cpu":
         return 1
-    largest = max((example_bytes(node) for node in model.graph.nodes), default=0)
+    largest = max((example_bytes(node, model.captured.axes) for node in model.graph.nodes), default=0)
     return 1 + HELD_BYTES // max(1, ALIVE * largest * size)
 
 
-def example_bytes(node: fx.Node) -> int:
+def example_bytes(node: fx.Node, axes: Axes) -> int:
     """Bytes of a node's value for one example, with what varies beside the batch as large as in the traced example."""
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor):
         return 0
-    first, rest = value.shape[:1], value.shape[1:]
-    sizes = [*(size for size in first if not varies(size)), *(hint(size) for size in rest)]
-    return math.prod(sizes) * value.element_size()
+    batch = axes.batch_axis(value)
+    if batch is None and value.dim() and varies(value.shape[0]):  # a product of the batch and other sizes
+        batch = 0
+    return (
+        math.prod(hint(size) for axis, size in enumerate(value.shape) if axis != batch) * value.element_size()
+    )

@@ -11,10 +11,10 @@ import torch
 from halfstep.errors import HalfstepError, RefusedError, RunError
 from halfstep.evaluate import Score
 from halfstep.fake_quantize import Mode
-from halfstep.graph.inputs import batch_size
 from halfstep.identity import Identity
 from halfstep.ladder.budget import BudgetSpent
 from halfstep.ladder.fingerprint import fingerprint
+from halfstep.ladder.pace import Pace
 from halfstep.ladder.portability import narrower_weights
 from halfstep.ladder.rung import Means, Reached, Rung
 from halfstep.ladder.search import Candidate, Search
@@ -32,6 +32,7 @@ def ascend(
     means: Means,
     max_float: float,
     score_file: Callable[[], tuple[str, Score]],
+    pace: Pace | None = None,
 ) -> list[Reached]:
     """Climb until a rung meets the goal or the budget is spent; the model is the best candidate then.
 
@@ -45,6 +46,8 @@ def ascend(
         max_float: the share of layers that may stay in float while there are rungs left to climb.
         score_file: exports the best candidate and scores the file on its runtime; what that is remembered by, and the
             score.
+        pace: how fast files must be; None for any speed. What has layers in float and is too slow for it is kept in
+            case nothing better comes, as what leaves too many in float is.
 
     Returns:
         What came of each rung climbed.
@@ -57,7 +60,7 @@ def ascend(
     if said := narrower_weights(search):
         search.decide(said)
     path: list[Reached] = []
-    spare: Candidate | None = None
+    spares: list[Candidate] = []
     for index, rung in enumerate(ladder):
         before, start = search.best, time.perf_counter()
         reached = _climb(search, rung, means)
@@ -66,28 +69,41 @@ def ascend(
         share = len(candidate.snapshot.put_back["float_layers"]) / max(1, len(search.model.layers))
         last = bool(reached.note) or index + 1 == len(ladder)
         too_many = share > max_float and not last
-        if reached.met and not last and not too_many:
+        too_slow = (
+            pace is not None
+            and not (last or too_many)
+            and reached.met
+            and share > 0
+            and not pace.enough(search, candidate)
+        )
+        if reached.met and not last and not (too_many or too_slow):
             known = search.recall(reached.file_key)
             file = score_file if known is None else lambda of=(reached.file_key, known.score): of
             reached = _with_file(search, rung, reached, candidate, file)
         search.journal.write("step", **asdict(reached), measured={"seconds": time.perf_counter() - start})
         path.append(reached)
-        if too_many:
+        if too_many or too_slow:
             verdict = "meets the target" if reached.met else "comes nearest to the target"
+            why = f"more than the {max_float:.0%} wanted" if too_many else "and is too slow so"
             search.decide(
-                f"{rung.title} {verdict} with {share:.0%} of the layers in float, more than the {max_float:.0%} "
-                f"wanted: climbing on; this result is kept in case nothing better comes"
+                f"{rung.title} {verdict} with {share:.0%} of the layers in float, {why}: climbing on; this result is "
+                "kept in case nothing better comes"
             )
-            spare, search.best = candidate, before
+            spares.append(candidate)
+            search.best = before
             if before is not None:
                 before.snapshot.restore()
             continue
         if last or (reached.met and reached.file_met):
             break
     best = search.best
-    if spare is not None and (best is None or search.rank(spare) < search.rank(best)):
-        search.best = best = spare
+    for spare in spares:
+        if best is None or search.rank(spare) < search.rank(best):
+            best = spare
     assert best is not None  # a search evaluates one candidate whatever the budget
+    if pace is not None:
+        best = pace.choose(search, best, [*spares, *search.reached.values()])
+    search.best = best
     best.snapshot.restore()
     return path
 
@@ -136,7 +152,7 @@ def _example_seconds(search: Search) -> float:
             start = time.perf_counter()
             run(search.model, batch)
             took.append(time.perf_counter() - start)
-    return min(took) / batch_size(batch)
+    return min(took) / search.model.captured.batch_size(batch)
 
 
 def _roughly(x: float) -> str:

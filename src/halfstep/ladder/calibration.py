@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from halfstep.calibrators import Calibrator, Max, WeightCalibrator
 from halfstep.errors import ArgumentError, DataError, named
 from halfstep.fake_quantize import Mode
-from halfstep.graph.inputs import ModelInputs, batch_size, call_arguments, tensors_of
+from halfstep.graph.inputs import ModelInputs, call_arguments, tensors_of
 from halfstep.ladder.abreast import abreast
 from halfstep.ladder.best_of import BestOf
 from halfstep.ladder.candidates import BEFORE, FLOAT, Candidate, Sweep
@@ -82,7 +82,7 @@ def observe(
     with model.using(Mode.OBSERVE), torch.no_grad():
         for inputs in abreast(model, work, _own(model, track(batches, "observing")), ordered):
             _keep(model, inputs)
-            seen += batch_size(inputs)
+            seen += model.captured.batch_size(inputs)
     if not seen:
         raise DataError(
             "calibration data: got no batch, needed at least one (a generator can be used only once)"
@@ -125,7 +125,7 @@ def _keep_batch_ranges(model: QuantizedModel) -> None:
 
 def _keep(model: QuantizedModel, inputs: ModelInputs) -> None:
     """Add a copy of the first examples to the model's sample, up to its bounds."""
-    size, kept = batch_size(inputs), kept_examples(model)
+    size, kept = model.captured.batch_size(inputs), kept_examples(model)
     used = sum(tensor.nbytes for batch in model.sample for tensor in tensors_of(batch))
     each = max(1, sum(tensor.nbytes for tensor in tensors_of(inputs)) / max(size, 1))
     fitting = int((SAMPLE_BYTES - used) // each)
@@ -138,7 +138,7 @@ def _keep(model: QuantizedModel, inputs: ModelInputs) -> None:
 
 def kept_examples(model: QuantizedModel) -> int:
     """How many examples :func:`observe` has kept."""
-    return sum(map(batch_size, model.sample))
+    return sum(map(model.captured.batch_size, model.sample))
 
 
 @overload
@@ -182,7 +182,9 @@ def calibrate(
     chosen = calibrator or Max()
     answers = activation_answers(model, chosen) | weight_answers(model, weights or Max())
     set_ranges(model, answers)
-    for sentence in sentences(concerns(model, (chosen,))):
+    # What a concat loses is a matter of the layer that reads it, whatever the calibrator: a run decides on that.
+    found = [each for each in concerns(model, (chosen,)) if each.concern.kind != "lost"]
+    for sentence in sentences(found):
         warnings.warn(sentence, stacklevel=2)
     return None
 

@@ -23,11 +23,13 @@ from halfstep.graph.fold import fold
 from halfstep.graph.inputs import ModelInputs
 from halfstep.graph.padding import Mask, find_padding
 from halfstep.graph.shapes import Dynamic
+from halfstep.graph.states import States, mark_states
+from halfstep.graph.tails import mark_tails
 from halfstep.ladder.aim import Aim, Asked
 from halfstep.ladder.ascent import ascend
 from halfstep.ladder.budget import Budget
 from halfstep.ladder.calibration import observe
-from halfstep.ladder.concerns import Seen, halving, look, sentences, unlike_sites, watching
+from halfstep.ladder.concerns import Seen, halving, look, lost_parts, sentences, tails, unlike_sites, watching
 from halfstep.ladder.deploy import deploy, file_score
 from halfstep.ladder.doubts import doubts
 from halfstep.ladder.exports import Exports
@@ -35,6 +37,7 @@ from halfstep.ladder.float_model import knowing_float
 from halfstep.ladder.identity import Claimed, Examples, claim
 from halfstep.ladder.journal import Journal
 from halfstep.ladder.outcome import Outcome
+from halfstep.ladder.pace import Pace, check_latency
 from halfstep.ladder.partial import Partial
 from halfstep.ladder.pins import pinned
 from halfstep.ladder.portability import PORTABLE, settle
@@ -62,6 +65,8 @@ def prepare(
     *,
     dynamic: Dynamic | None = None,
     padding: Mask | None = None,
+    float_from: str | Sequence[str] | None = None,
+    states: States = None,
 ) -> QuantizedModel:
     """Capture ``model``, fold its batch norms, and place its sites; it passes floats until observed and calibrated.
 
@@ -70,12 +75,18 @@ def prepare(
         example_inputs: a tensor, a tuple or a dict, with a batch of at least 2; None makes some up for a file.
         recipe: what to quantize, and how; :meth:`Recipe.int8` if None.
         target: where it will run.
-        dynamic: dimensions that may vary beside the batch, which is the first: names by input and dimension, such as
+        dynamic: dimensions that may vary beside the batch: names by input and dimension, such as
             ``{"ids": {1: "tokens"}, "mask": {1: "tokens"}}``; or another example, whose sizes differ where they may.
+            The batch is the first dimension, or the one that is named ``"batch"``: ``{"x": {0: "time", 1: "batch"},
+            "h": {1: "batch"}}`` is time first, with a state of (layers, batch, hidden).
             None for those that an ONNX file names, ``{}`` for none of them.
         padding: the name of an input (batch, length) that is 0 where a batch is only filled up, such as
             ``"attention_mask"``, or a function of the model's arguments that answers one: what is observed there is
             left out. The length must be one that varies.
+        float_from: names of modules, such as ``"head.decode"``, from whose first value on everything is left in float;
+            or of single operators.
+        states: outputs that are given back as inputs of the next call, by the input's name, ``{"h_in": "h_out"}``; True
+            finds them by their names (``past_k`` and ``present_k``, a key of both ...). Both have one quantizer.
 
     Warns of a model in half precision or float64 that it is computed in float32 from here on. It may then be given
     inputs of either type, and returns float32, as the files do; scores are compared with the model as it was handed
@@ -84,6 +95,7 @@ def prepare(
     Raises:
         CaptureError: if the model cannot be captured.
         RecipeError: if a pattern of the recipe matches no layer.
+        ArgumentError: if ``dynamic``, ``padding``, ``float_from`` or ``states`` names what is not there.
     """
     found = find_target(target)
     settled = settle(recipe or Recipe.int8(), found)
@@ -104,6 +116,8 @@ def prepare(
                     "Files are new graphs in torch.float32, not the one that the network was read from",
                 )
             origin.keep_whole(captured.graph, found)
+        mark_tails(captured, float_from)
+        mark_states(captured, states)
         known = None if padding is None else find_padding(captured, padding)
         prepared = QuantizedModel(captured, found, settled, known)
     prepared.refit = refit
@@ -156,6 +170,9 @@ def quantize(
     progress: bool = True,
     dynamic: Dynamic | None = None,
     padding: Mask | None = None,
+    float_from: str | Sequence[str] | None = None,
+    states: States = None,
+    latency: float | None = None,
 ) -> Outcome:
     """Quantize ``model`` so that its score drops by no more than allowed, and prove it on the deployed file.
 
@@ -204,6 +221,13 @@ def quantize(
         command: what to type to do it again; the report shows it.
         dynamic: dimensions of the inputs that may vary beside the batch, as :func:`prepare` takes them.
         padding: what only fills a batch up, as :func:`prepare` takes it.
+        float_from: modules from whose first value on everything is left in float, as :func:`prepare` takes them.
+        states: outputs that are given back as inputs, as :func:`prepare` takes them.
+        latency: how many times as fast as float the file must be beside the accuracy target, on the target's runtime
+            and this machine, such as 2.0. The outcome is the most accurate that was found to be so fast; ``met`` is
+            False where none is, or that one misses the accuracy. What meets the accuracy with layers in float, but too
+            slowly, is kept in reserve while rungs are left; where the best is too slow at the end, layers that integers
+            slow down go to float, as with ``tune``.
         progress: show what is being done: bars on a terminal and in notebooks, the log called ``"halfstep"`` elsewhere.
 
     Raises:
@@ -217,12 +241,22 @@ def quantize(
         check_training(training)
     aim = Aim(max_drop, relative_drop, floor, confidence, strict)
     found, recipe = find_target(target), recipe or Recipe.int8()
+    check_latency(latency, found)
     with shown(progress), Journal(directory, fresh) as journal, tempfile.TemporaryDirectory() as name:
         temporary = Path(name)
         scorer = as_scorers(metric)
         aim.check(scorer)
         settled = settle(recipe, found, journal.entries)
-        prepared = prepare(model, example_inputs, settled, found, dynamic=dynamic, padding=padding)
+        prepared = prepare(
+            model,
+            example_inputs,
+            settled,
+            found,
+            dynamic=dynamic,
+            padding=padding,
+            float_from=float_from,
+            states=states,
+        )
         _check_sites(prepared)
         names = [rung.name for rung in ladder]
         if partial is not None and "partial" in names:
@@ -237,13 +271,14 @@ def quantize(
         scorer = knowing_float(scorer, prepared)
         search = _begin(journal, prepared, scorer, aim, calibration, budget or Budget(), claimed)
         search.started = started
-        _write_settings(search, ladder, aim, command)
+        _write_settings(search, ladder, aim, command, latency)
         exports = Exports(temporary)
         score_file = functools.partial(file_score, search, exports, threads)
-        path = ascend(search, ladder, Means(training, partial, threads, tune), max_float, score_file)
-        if tune:
+        pace = None if latency is None else Pace(latency, exports, float_file, threads)
+        path = ascend(search, ladder, Means(training, partial, threads, tune), max_float, score_file, pace)
+        if tune or (pace is not None and search.best is not None and not pace.enough(search, search.best)):
             favour_speed(search, threads, score_file)
-        return deploy(search, path, exports, journal.folder or temporary, float_file, threads)
+        return deploy(search, path, exports, journal.folder or temporary, float_file, threads, pace)
 
 
 def _check_sites(prepared: QuantizedModel) -> None:
@@ -278,6 +313,8 @@ def _begin(
     search = Search(prepared, scorer, aim.goal(baseline, scorer), journal=journal, budget=budget, rung="data")
     for note in prepared.captured.notes:
         search.decide(note, aloud=False)  # a warning has said it
+    for sentence in tails(prepared):
+        search.decide(sentence)
     if claimed.unseen and journal.folder is not None:
         search.decide(
             f"What cannot be compared when this run goes on: {', '.join(claimed.unseen)}. The float model is scored "
@@ -300,16 +337,18 @@ def _begin(
     else:
         said, examples = kept
         search.calibrated = len(examples)
-        said = [*said, *_compare(calibration, examples, journal)]
+        said = [*said, *_compare(calibration, examples, search)]
     for sentence in said:
         search.decide(sentence, aloud=False)  # a warning is heard anyway
+    for sentence in sentences(lost_parts(prepared)):
+        search.decide(sentence)
     search.rung = ""
     return search
 
 
 def _observe(search: Search, calibration: Iterable[ModelInputs], judged: Examples, seen: Seen) -> list[str]:
     """Observe the calibration data and keep the statistics; what is to be said of the data, in sentences."""
-    model, calibrated = search.model, Examples()
+    model, calibrated = search.model, Examples(search.model.captured)
     with halving(model) as unsteady:
         observe(model, _watched(calibration, calibrated))
     said = [*doubts(calibrated, judged), *sentences([*unlike_sites(model, seen), *unsteady])]
@@ -320,17 +359,17 @@ def _observe(search: Search, calibration: Iterable[ModelInputs], judged: Example
     return said
 
 
-def _compare(calibration: Iterable[ModelInputs], known: Sequence[bytes], journal: Journal) -> list[str]:
+def _compare(calibration: Iterable[ModelInputs], known: Sequence[bytes], search: Search) -> list[str]:
     """See whether the calibration data are those that the kept statistics come from; what is to be said, in sentences.
 
     Raises:
         RunError: if they are others, in a list or tuple, which is the same each time.
     """
-    calibrated = Examples()
+    calibrated = Examples(search.model.captured)
     for inputs in calibration:
         calibrated.add(inputs)
     if isinstance(calibration, (list, tuple)):
-        journal.claim("calibration data", calibrated.contents())
+        search.journal.claim("calibration data", calibrated.contents())
     both = (Counter(calibrated.seen) & Counter(known)).total()
     if both == len(known) == len(calibrated.seen):
         return []
@@ -341,9 +380,12 @@ def _compare(calibration: Iterable[ModelInputs], known: Sequence[bytes], journal
     ]
 
 
-def _write_settings(search: Search, ladder: Sequence[Rung], aim: Aim, command: str) -> None:
+def _write_settings(
+    search: Search, ladder: Sequence[Rung], aim: Aim, command: str, latency: float | None
+) -> None:
     """Write down what was asked, with every default resolved."""
     model, goal = search.model, search.goal
+    timed: dict[str, Any] = {} if latency is None else {"latency": latency}
     search.journal.write(
         "settings",
         target=model.target.name,
@@ -361,6 +403,7 @@ def _write_settings(search: Search, ladder: Sequence[Rung], aim: Aim, command: s
         rungs=[rung.name for rung in ladder],
         budget=str(search.budget),
         command=command,
+        **timed,
     )
 
 

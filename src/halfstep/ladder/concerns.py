@@ -17,13 +17,16 @@ from halfstep.calibrators import (
     Concern,
     data_concerns,
     disagreements,
+    lost,
     range_of,
     unlike,
     unsteady,
 )
 from halfstep.errors import named
 from halfstep.fake_quantize import Mode
-from halfstep.graph.inputs import ModelInputs, batch_size, call_arguments
+from halfstep.graph.inputs import ModelInputs, call_arguments
+from halfstep.graph.placement import FloatOperator, Layer
+from halfstep.graph.tails import TAIL
 from halfstep.ladder.abreast import abreast
 from halfstep.ladder.ranges import activation_sites
 from halfstep.model import QuantizedModel, run
@@ -96,7 +99,8 @@ def concerns(
     """What the statistics of each activation say against trusting ranges that are taken from them.
 
     A site that was never reached or saw only zeros, values that are not finite, a percentile of too few values or of
-    a site that is mostly zero, calibrators more than twofold apart, and values distributed unlike those of other data.
+    a site that is mostly zero, calibrators more than twofold apart, values distributed unlike those of other data, and
+    inputs of a concat that the codes of the whole leave few bits.
 
     Args:
         model: observed.
@@ -105,7 +109,7 @@ def concerns(
             compares with nothing.
 
     Returns:
-        In the graph's order; empty if all is well.
+        In the graph's order, concats last; empty if all is well.
 
     Raises:
         DataError: an evaluation batch has a wrong shape or type.
@@ -123,7 +127,7 @@ def concerns(
                 at_site += disagreements({c: range_of(c, histogram, module.format) for c in calibrators})
             at_site += _unlike(name, histogram, seen)
         found += [SiteConcern(name, concern) for concern in at_site]
-    return tuple(found)
+    return (*found, *lost_parts(model))
 
 
 def unlike_sites(model: QuantizedModel, seen: Seen) -> tuple[SiteConcern, ...]:
@@ -155,7 +159,7 @@ def look(model: QuantizedModel, batches: Iterable[ModelInputs], seen: Seen) -> S
     def examples() -> Iterator[ModelInputs]:
         for index, inputs in enumerate(track(batches, "looking at evaluation data")):
             with named(f"evaluation batch {index}"):
-                if count := seen.take(batch_size(inputs)):
+                if count := seen.take(model.captured.batch_size(inputs)):
                     part = model.captured.examples(inputs, 0, count)
                     model.flatten(*call_arguments(part))
                     yield part
@@ -172,13 +176,16 @@ def look(model: QuantizedModel, batches: Iterable[ModelInputs], seen: Seen) -> S
 def _counting(model: QuantizedModel, seen: Seen, take: Callable[[int], int]) -> Iterator[None]:
     """Count the first examples of every batch that runs in the block, as many as ``take`` says of its size."""
     here = threading.local()  # several batches may run at once
+    axes = {site.name: model.captured.batch_axis(site.positions[0].value) for site in model.placement.sites}
 
     def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        here.size = batch_size(kwargs or args)
+        here.size = model.captured.batch_size(kwargs or args)
         here.count = take(here.size)
 
     def look_at(name: str, x: Tensor) -> None:
-        if here.count:
+        if here.count and (axis := axes[name]):  # the batch is not first
+            seen.histograms[name].update(x.narrow(axis, 0, here.count))
+        elif here.count:
             by_example = x.dim() > 0 and len(x) % here.size == 0  # also (batch * heads, ...)
             seen.histograms[name].update(x[: len(x) // here.size * here.count] if by_example else x)
 
@@ -255,3 +262,45 @@ def sentences(found: Sequence[SiteConcern]) -> list[str]:
         )
         lines.append(str(some[0]) + (f" (so too {more})" if others else ""))
     return lines
+
+
+def tails(model: QuantizedModel) -> list[str]:
+    """What is left in float behind the last layers, and why: a sentence for every reason, by name."""
+    found: dict[str, list[str]] = {}
+    everything: list[Layer | FloatOperator] = [*model.placement.layers, *model.placement.float_operators]
+    for each in everything:
+        if reason := each.operator.node.meta.get(TAIL):
+            found.setdefault(reason, []).append(each.name)
+    return [f"{', '.join(names)}: {reason}" for reason, names in found.items()]
+
+
+def lost_parts(model: QuantizedModel) -> tuple[SiteConcern, ...]:
+    """The inputs of concats whose values are hardly told apart in the codes of what they are joined to.
+
+    To leave the concat alone in float would not help: a layer that reads it whole takes codes of one scale on every
+    target. So the layers that lose by it are named, and the ladder decides by the metric whether they go to float.
+
+    Args:
+        model: observed.
+    """
+    placement, sites = model.placement, activation_sites(model)
+    names = {
+        site.positions[0].value: site.name
+        for site in placement.sites
+        if site.name in sites and not site.dynamic and sites[site.name].histogram.count
+    }
+    found = []
+    for follower in placement.followers:
+        joined = follower.operator
+        if joined.kind != "concat" or joined.node not in names:
+            continue
+        whole = sites[names[joined.node]]
+        readers = [layer.name for layer in placement.layers if names[joined.node] in layer.sites]
+        by = f"; what reads them in one scale is {', '.join(map(repr, readers))}: in float it would lose nothing"
+        for value in joined.inputs:
+            if value in names:
+                part = names[value]
+                for concern in lost(sites[part].histogram, whole.histogram, whole.format):
+                    message = f"its part {part!r}, {concern.message}{by if readers else ''}"
+                    found.append(SiteConcern(names[joined.node], replace(concern, message=message)))
+    return tuple(found)

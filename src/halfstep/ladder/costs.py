@@ -15,7 +15,6 @@ import torch
 from halfstep.errors import ArgumentError, NotObservedError
 from halfstep.export.onnx import export_onnx
 from halfstep.graph.choices import Choices
-from halfstep.graph.inputs import batch_size
 from halfstep.ladder.environment import free_memory
 from halfstep.ladder.groups import Group
 from halfstep.model import QuantizedModel
@@ -175,7 +174,7 @@ def _inputs(model: QuantizedModel, batch: int | None) -> list[torch.Tensor]:
         raise ArgumentError(f"batch: got {batch}, needed at least 1")
     inputs = model.sample[0]
     if batch is not None:
-        inputs = model.captured.select(inputs, torch.arange(batch) % batch_size(inputs))
+        inputs = model.captured.select(inputs, torch.arange(batch) % model.captured.batch_size(inputs))
     return model.file_inputs(inputs)
 
 

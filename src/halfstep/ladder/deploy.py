@@ -18,6 +18,7 @@ from halfstep.ladder.evaluation import Verdict
 from halfstep.ladder.exports import CHECKED, UNCHECKED, Exports, rung_of
 from halfstep.ladder.files import measure_files
 from halfstep.ladder.outcome import Outcome
+from halfstep.ladder.pace import Pace
 from halfstep.ladder.portrait import portray_input, portray_sites
 from halfstep.ladder.rung import Reached
 from halfstep.ladder.search import Search, timed_evaluation
@@ -36,6 +37,7 @@ def deploy(
     place: Path,
     float_file: Path,
     threads: int | None,
+    pace: Pace | None = None,
 ) -> Outcome:
     """Put the best candidate's file in ``place``, verify it, and score it on its runtime.
 
@@ -50,6 +52,7 @@ def deploy(
         place: a directory.
         float_file: the float network's, for comparison; copied to ``place``.
         threads: of the runtime.
+        pace: how fast the file must be; None for any speed.
     """
     file, score, refused = _file_that_holds(search, exports, place, threads)
     model, best = search.model, search.best
@@ -66,9 +69,11 @@ def deploy(
 
         for sentence in changes(origin.source, file):
             search.decide(sentence)
+    slow = "" if pace is None else pace.missed(proof.latency["quantized"].speedup)
+    advice = (slow, *advice) if slow else advice
     files = measure_files(search, exports, proof, score.value, float_file, threads)
     outcome = Outcome(
-        met=search.asked.met(score) and not refused,
+        met=search.asked.met(score) and not refused and not slow,
         rung=rung_of(search, best),
         float_score=search.asked.float_score.value,
         score=best.score.value,
@@ -85,6 +90,7 @@ def deploy(
         advice=advice,
         metrics=search.asked.standings(score),
         refused=refused,
+        latency=None if pace is None else pace.least,
     )
     _write_down(search, outcome, files)
     if search.journal.folder is not None:
@@ -162,11 +168,20 @@ def _write_down(search: Search, outcome: Outcome, files: list[dict[str, Any]]) -
     """
     best = search.best
     assert best is not None
-    known_by_now = ("history", "decisions", "path", "latency_ms", "microseconds", "environment")
+    known_by_now = (
+        "history",
+        "decisions",
+        "path",
+        "latency_ms",
+        "latency_by_size",
+        "microseconds",
+        "environment",
+    )
     record = {name: value for name, value in outcome.to_dict().items() if name not in known_by_now}
     latency = {name: asdict(value) for name, value in outcome.verification.latency.items()}
     times = {name: round(time, 2) for name, time in outcome.verification.microseconds.items()}
-    measured = {"latency_ms": latency, "files": files, "microseconds": times}
+    by_size = outcome.to_dict()["latency_by_size"]
+    measured = {"latency_ms": latency, "latency_by_size": by_size, "files": files, "microseconds": times}
     search.checkpoints.keep_network(OUTCOME, best.key, best.snapshot.state)
     search.journal.write(
         OUTCOME,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from halfstep.errors import ArgumentError, MetricError, NotObservedError
 from halfstep.fake_quantize import Mode
-from halfstep.graph.inputs import ModelInputs, batch_size
+from halfstep.graph.inputs import ModelInputs
 from halfstep.ladder.abreast import abreast
 from halfstep.model import QuantizedModel, run
 from halfstep.progress import track
@@ -83,7 +83,7 @@ class Reference:
         if not batches:
             raise NotObservedError("no example was kept to compare outputs on; run observe() first")
         self.batches = list(_first(model, batches, examples))
-        self.examples = sum(map(batch_size, self.batches))
+        self.examples = sum(map(model.captured.batch_size, self.batches))
         with model.using(Mode.FLOAT), torch.no_grad():
             found = abreast(model, lambda _, batch: run(model, batch), track(self.batches, "float outputs"))
             outputs = list(found)
@@ -143,7 +143,7 @@ def halves(
     """
     first, second, ahead = [], [], 0  # by how many the second has more
     for batch in batches:
-        size = batch_size(batch)
+        size = model.captured.batch_size(batch)
         middle = (size + ahead) // 2
         ahead += size - 2 * middle
         if middle:
@@ -156,7 +156,7 @@ def halves(
 def _first(model: QuantizedModel, batches: Sequence[ModelInputs], examples: int) -> Iterator[ModelInputs]:
     """Batches of examples, up to a number of them."""
     for batch in batches:
-        size = min(batch_size(batch), examples)
+        size = min(model.captured.batch_size(batch), examples)
         if size:
             yield model.captured.examples(batch, 0, size)
         examples -= size

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, fx
 
 from halfstep.evaluate import logits_of
-from halfstep.graph.inputs import batch_size
 from halfstep.graph.operators import describe
 from halfstep.ladder.groups import Group
 from halfstep.ladder.probe import Loss, Probe, loss_weight
@@ -80,22 +79,24 @@ def fisher(probe: Probe, groups: Sequence[Group], by: Loss, draws: int = 1, seed
                     objective, list(kept.values()), retain_graph=draw < draws - 1, allow_unused=True
                 )
             by_node = dict(zip(kept, gradients, strict=True))
-            changes = torch.zeros(len(groups), batch_size(inputs), dtype=torch.float64)
+            size = probe.model.captured.batch_size(inputs)
+            changes = torch.zeros(len(groups), size, dtype=torch.float64)
             for tap, error in zip(taps, errors, strict=True):
                 if (gradient := by_node[tap.node]) is not None:
-                    changes[tap.group] += _per_example(gradient * error, batch_size(inputs))
+                    axis = probe.model.captured.batch_axis(tap.node) or 0
+                    changes[tap.group] += _per_example(gradient * error, size, axis)
             totals += changes.square().sum(1) / draws
         weight += loss_weight(outputs, by) * (2 if by == "kl" else 1)
-        probe.passes += batch_size(inputs) * (
+        probe.passes += probe.model.captured.batch_size(inputs) * (
             2 + 2 * draws
         )  # forward, layers quantized, and a backward is two
     return (totals / weight).tolist()
 
 
-def _per_example(products: Tensor, batch: int) -> Tensor:
+def _per_example(products: Tensor, batch: int, axis: int) -> Tensor:
     """The sum for each example, (batch,); what has no batch (a table of positions, say) is shared out equally."""
-    if products.dim() and products.shape[0] == batch:
-        return products.reshape(batch, -1).sum(1).double().cpu()
+    if products.dim() and products.shape[axis] == batch:
+        return products.movedim(axis, 0).reshape(batch, -1).sum(1).double().cpu()
     return (products.double().sum().cpu() / batch).expand(batch)
 
 

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from halfstep.errors import RunError
 from halfstep.evaluate import CallableMetric, DataMetric, Scorer, labelled_data, parts
+from halfstep.graph.capture import Captured
 from halfstep.graph.inputs import ModelInputs, batch_size, call_arguments
 from halfstep.identity import Identity, rows_of_bytes, state_of
 from halfstep.ladder.aim import Aim
@@ -33,12 +34,16 @@ _HINT = (
 class Examples:
     """The digests of examples, collected as batches pass.
 
+    Args:
+        captured: the network that takes them, which says where the batch is; None where it is first.
+
     Attributes:
         seen: a digest for each example's inputs, in order.
         unknown: what could not be read, by where it was found.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, captured: Captured | None = None) -> None:
+        self._captured = captured
         self.seen: list[bytes] = []
         self.unknown: list[str] = []
         self._labelled: list[bytes] = []
@@ -50,8 +55,15 @@ class Examples:
         Raises:
             DataError: if there is no tensor whose first dimension is the batch.
         """
+        leaves = pytree.tree_leaves(call_arguments(inputs))
         count = batch_size(inputs)
-        rows, rest = _by_example(pytree.tree_leaves(call_arguments(inputs)), count)
+        if self._captured is not None and any(self._captured.batch_axes):
+            count = self._captured.batch_size(inputs)
+            leaves = [
+                leaf.movedim(axis, 0) if axis else leaf
+                for leaf, axis in zip(leaves, self._captured.batch_axes, strict=True)
+            ]
+        rows, rest = _by_example(leaves, count)
         own, others = _by_example([] if labels is None else pytree.tree_leaves(labels), count)
         self.seen += rows
         self._labelled += [_hash(a + b) for a, b in zip(rows, own, strict=True)]
@@ -126,7 +138,7 @@ def claim(
     surroundings = [each.surroundings for each in identities.values()]
     if journal.changed("surroundings", digests=surroundings):
         unseen.append("global variables that the metric's code refers to, which are not what they were")
-    judged = _labelled_examples(scorer)
+    judged = _labelled_examples(scorer, prepared.captured)
     if judged.seen:
         _claim_examples(journal, judged)
     unseen += [f"labelled data {what}" for what in judged.unknown]
@@ -160,8 +172,8 @@ def _metric_identity(scorer: Scorer) -> Identity:
     return Identity(type(scorer), state)
 
 
-def _labelled_examples(scorer: Scorer) -> Examples:
-    judged = Examples()
+def _labelled_examples(scorer: Scorer, captured: Captured) -> Examples:
+    judged = Examples(captured)
     for batches in labelled_data(scorer):
         for item in batches:
             if isinstance(item, (tuple, list)) and len(item) == 2:  # anything else is the metric's to refuse

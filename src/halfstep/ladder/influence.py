@@ -11,7 +11,6 @@ from torch import Tensor
 from halfstep.evaluate import logits_of
 from halfstep.fake_quantize import FakeQuantize, Mode
 from halfstep.functional import fake_quantize
-from halfstep.graph.inputs import batch_size
 from halfstep.ladder.fidelity import Measure, Reference
 from halfstep.model import QuantizedModel, run
 from halfstep.progress import steps
@@ -57,14 +56,14 @@ def influences(
     generator = torch.Generator().manual_seed(seed)
     with model.using(Mode.FLOAT), steps("influence of the sites", reference.examples) as advance:
         for batch in reference.batches:
-            for start in range(0, batch_size(batch), _TOGETHER):
+            for start in range(0, model.captured.batch_size(batch), _TOGETHER):
                 part = model.captured.examples(batch, start, start + _TOGETHER)
                 with torch.enable_grad(), _tapped(open_sites) as taps:
                     objective = _objective(run(model, part), by, generator)
                     seen = [(name, x) for name, xs in taps.items() for x in xs]
                     gradients = _gradients(objective, [x for _, x in seen])
                 _add(losses, seen, gradients, open_sites, parameters)
-                advance(batch_size(part))
+                advance(model.captured.batch_size(part))
     return {name: total.tolist() for name, total in losses.items()}
 
 

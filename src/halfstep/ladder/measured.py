@@ -6,10 +6,12 @@ it is measured anew.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from halfstep.graph.choices import Choices
@@ -19,6 +21,8 @@ from halfstep.ladder.fingerprint import fingerprint
 from halfstep.ladder.groups import Group
 from halfstep.ladder.search import Search
 from halfstep.ladder.tune import Tuning, tune
+from halfstep.runtime.deployed import DeployedModel
+from halfstep.runtime.latency import enough_rounds, race
 
 
 def group_times(search: Search, groups: Sequence[Group], threads: int | None) -> list[float]:
@@ -52,6 +56,30 @@ def tuned(search: Search, threads: int | None, among: Collection[str] | None = N
     floats = model.float_layers | set(known["float_layers"])
     search.choose(replace(model.choices, float_layers=floats))
     return Tuning(tuple(known["float_layers"]), known["saved"], known["tried"])
+
+
+def file_speed(search: Search, file: Callable[[], Path], float_file: Path, threads: int | None) -> float:
+    """How many times as fast as float the file of the search's model is, on the first batch that calibration kept.
+
+    Args:
+        search: its model is a candidate.
+        file: writes the candidate's file; not asked where its speed is known.
+        float_file: the float network's.
+        threads: of the runtime, for one operator; None for all cores.
+    """
+    model = search.model
+
+    def measure() -> float:
+        specs = model.captured.in_spec, model.captured.out_spec
+        inputs = model.file_inputs(model.sample[0])
+        paths = {"float": float_file, "quantized": file()}
+        runs = {
+            name: functools.partial(DeployedModel(path, *specs, threads, model.target.runtime), *inputs)
+            for name, path in paths.items()
+        }
+        return race(runs, enough_rounds(runs["float"], ROUNDS))["quantized"].speedup
+
+    return float(_measured(search, "speed", {"rounds": ROUNDS}, threads, measure))
 
 
 def _measured(

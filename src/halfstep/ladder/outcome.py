@@ -25,7 +25,7 @@ class Outcome:
     """The quantized model, its scores, and how they came about.
 
     Attributes:
-        met: the deployed file is within the target.
+        met: the deployed file is within the target, and as fast as was asked.
         rung: the rung that the result stands on, ``"ptq"``, ``"partial"`` or ``"qat"``.
         float_score: of the float model, in the metric's unit.
         score: of the simulation.
@@ -44,6 +44,7 @@ class Outcome:
         entries: the journal, from which the report is made.
         refused: why no file answers as its simulation, so that the target is not met whatever the file scores; empty
             where one does.
+        latency: how many times as fast as float the file was to be; None where any speed would do.
     """
 
     met: bool
@@ -64,6 +65,7 @@ class Outcome:
     entries: tuple[Entry, ...] = ()
     metrics: tuple[Standing, ...] = ()
     refused: str = ""
+    latency: float | None = None
 
     def export(self, path: str | Path) -> Path:
         """Write the quantized network to ``path`` as ONNX.
@@ -106,6 +108,7 @@ class Outcome:
             "score": self.score,
             "deployed_score": self.deployed_score,
             "max_drop": self.max_drop,
+            "latency": self.latency,
             "metrics": [asdict(standing) for standing in self.metrics],
             "float_layers": list(self.float_layers),
             "evaluations": self.evaluations,
@@ -115,6 +118,10 @@ class Outcome:
             "advice": list(self.advice),
             "parity": asdict(proof.parity),
             "latency_ms": {name: asdict(value) for name, value in proof.latency.items()},
+            "latency_by_size": {
+                words: {name: asdict(value) for name, value in raced.items()}
+                for words, raced in proof.sizes.items()
+            },
             "microseconds": dict(proof.microseconds),
             "bytes": proof.size,
             "float_bytes": proof.float_size,
@@ -157,8 +164,13 @@ class Outcome:
             ("layers left in float", ", ".join(self.float_layers) or "none"),
             ("layers on integer kernels", f"{proof.integer_layers} of {len(proof.layers)}"),
             ("size of float", f"{proof.size / proof.float_size:.2f}"),
-            ("speed over float", f"{proof.latency['quantized'].speedup:.2f}x"),
+            ("speed over float", f"{proof.latency['quantized'].speedup:.2f}x{_asked(self.latency)}"),
+            *((f"at {words}", f"{raced['quantized'].speedup:.2f}x") for words, raced in proof.sizes.items()),
             ("evaluations", str(self.evaluations)),
         ]
         sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in (*self.decisions, *self.advice))
         return f"{html_table(rows)}<ol>{sentences}</ol>"
+
+
+def _asked(latency: float | None) -> str:
+    return "" if latency is None else f" (asked {latency:g}x)"

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from halfstep.evaluate import DataMetric, Scorer, parts
-from halfstep.graph.inputs import batch_size, tensors_of
+from halfstep.graph.inputs import tensors_of
 from halfstep.model import QuantizedModel, run
 from halfstep.side_by_side import side_by_side
 
@@ -65,7 +65,7 @@ class InPieces(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns for the same arguments."""
         inputs = kwargs or args
-        kind, sizes = self._kind(inputs), _sizes(batch_size(inputs))
+        kind, sizes = self._kind(inputs), _sizes(self._size(inputs))
         if kind in self._cuts:
             return self._in_pieces(inputs, self._cuts[kind])
         if not sizes:
@@ -82,7 +82,7 @@ class InPieces(nn.Module):
 
     def _compare(self, kind: object, inputs: Any, sizes: Sequence[int]) -> Any:
         """The whole answer to the first batch, after the same in the smallest pieces."""
-        whole, cut = _Cut(batch_size(inputs)), _Cut(sizes[-1], self._workers())
+        whole, cut = _Cut(self._size(inputs)), _Cut(sizes[-1], self._workers())
         pieces, least = _timed(lambda: self._in_pieces(inputs, cut))
         answer, seconds = _timed(lambda: run(self.model, inputs))
         if cut.workers != 1 and pieces is not None and not _equal(answer, pieces):
@@ -118,7 +118,10 @@ class InPieces(nn.Module):
             if took > before:
                 break
             before = took
-        return answer, best if least <= seconds else _Cut(batch_size(inputs))
+        return answer, best if least <= seconds else _Cut(self._size(inputs))
+
+    def _size(self, inputs: Any) -> int:
+        return self.model.captured.batch_size(inputs)
 
     def _workers(self) -> int | None:
         """How many pieces run at once: one on an accelerator, which is shared anyway."""
@@ -126,18 +129,24 @@ class InPieces(nn.Module):
 
     def _in_pieces(self, inputs: Any, cut: _Cut) -> Any:
         """The answer put together from pieces; None if something in it does not belong to single examples."""
-        count, (size, workers) = batch_size(inputs), cut
+        count, (size, workers) = self._size(inputs), cut
         if size >= count:
             return run(self.model, inputs)
         starts = range(0, count, size)
         parts = (self.model.captured.examples(inputs, start, min(count, start + size)) for start in starts)
         each = list(side_by_side(lambda part: run(self.model, part), parts, workers))
         leaves = [pytree.tree_leaves(answer) for answer in each]
+        axes = [axis or 0 for axis in self.model.captured.output_axes]
         for start, some in zip(starts, leaves, strict=True):
             rows = min(size, count - start)
-            if not all(isinstance(leaf, torch.Tensor) and leaf.dim() and len(leaf) == rows for leaf in some):
+            if len(some) != len(axes) or not all(
+                isinstance(leaf, torch.Tensor) and leaf.dim() > axis and leaf.shape[axis] == rows
+                for leaf, axis in zip(some, axes, strict=True)
+            ):
                 return None
-        joined = [torch.cat(column) for column in zip(*leaves, strict=True)]
+        joined = [
+            torch.cat(column, axis) for column, axis in zip(zip(*leaves, strict=True), axes, strict=True)
+        ]
         return pytree.tree_unflatten(joined, pytree.tree_structure(each[0]))
 
 

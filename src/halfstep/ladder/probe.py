@@ -11,7 +11,7 @@ import torch
 
 from halfstep.errors import ArgumentError, NotObservedError
 from halfstep.evaluate import logits_of
-from halfstep.graph.inputs import ModelInputs, batch_size
+from halfstep.graph.inputs import ModelInputs
 from halfstep.graph.operators import WEIGHTED, describe
 from halfstep.ladder.abreast import example_bytes
 from halfstep.ladder.fidelity import divergences
@@ -59,14 +59,18 @@ class Probe:
     @property
     def examples(self) -> int:
         """How many examples there are."""
-        return sum(map(batch_size, self.batches))
+        return sum(map(self.model.captured.batch_size, self.batches))
 
     def _cut(self, examples: int) -> Iterator[ModelInputs]:
         """The kept examples in parts whose activations fit the memory set aside for them."""
-        held = sum(example_bytes(node) for node in self.replay.nodes if node.op == "call_function")
+        held = sum(
+            example_bytes(node, self.model.captured.axes)
+            for node in self.replay.nodes
+            if node.op == "call_function"
+        )
         size = max(1, HELD_BYTES // max(held, 1))
         for batch in self.model.sample:
-            stop = min(batch_size(batch), examples)
+            stop = min(self.model.captured.batch_size(batch), examples)
             for start in range(0, stop, size):
                 yield self.model.captured.examples(batch, start, min(start + size, stop))
             examples -= stop
@@ -108,17 +112,18 @@ class Probe:
         total = len(self.batches) * len(candidates)
         with quantizing([base, *candidates]), steps(what or "comparing outputs", total) as advance:
             for inputs in self.batches:
+                size = self.model.captured.batch_size(inputs)
                 values = self.replay.run(inputs)
                 wanted = self.replay.outputs(values)
                 if base:
                     values = self.replay.run(inputs, base)
-                self.passes += batch_size(inputs) * (2 if base else 1)
+                self.passes += size * (2 if base else 1)
                 weight += loss_weight(wanted, by)
                 for index, wires in enumerate(candidates):
                     changed = self.replay.change(values, base, wires)
                     totals[index] += _loss(wanted, self.replay.outputs({**values, **changed}), by)
                     redone = sum(node in self._weighted for node in changed)
-                    self.passes += batch_size(inputs) * redone / max(len(self._weighted), 1)
+                    self.passes += size * redone / max(len(self._weighted), 1)
                     advance(1)
         return [math.inf if math.isnan(loss) else loss for loss in (totals / weight).tolist()]
 

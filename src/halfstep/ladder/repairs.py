@@ -12,7 +12,7 @@ from typing import Any
 from halfstep.errors import ArgumentError
 from halfstep.evaluate import as_scorer
 from halfstep.fake_quantize import Mode
-from halfstep.graph.inputs import ModelInputs, batch_size
+from halfstep.graph.inputs import ModelInputs
 from halfstep.ladder.best_of import BestOf
 from halfstep.ladder.budget import BudgetSpent
 from halfstep.ladder.calibration import calibrate_moved
@@ -169,7 +169,7 @@ def repair(
     examples = sample_of(model, batches)
     fitted, held = halves(model, examples)
     model.set_mode(Mode.QUANTIZE)
-    reference = Reference(model, sum(map(batch_size, held)), held)
+    reference = Reference(model, sum(map(model.captured.batch_size, held)), held)
     by = reference.by
     calibrators = replace(calibrators or BestOf(), by=by)
     untouched = Snapshot.of(model)
@@ -204,7 +204,7 @@ def repair(
     return Repairs(
         tuple(trials),
         by,
-        sum(map(batch_size, fitted)),
+        sum(map(model.captured.batch_size, fitted)),
         reference.examples,
         time.perf_counter() - start,
         tuple(left_out),

@@ -104,6 +104,8 @@ class Search:
             self.evaluations.append(evaluation)
             self._remember(evaluation, verdict)
         found = early_stopping(self.scorer, self.goal.float_score)
+        if any(self.model.captured.batch_axes):  # examples are drawn along the first dimension
+            found = "the batch is not the first dimension of the inputs"
         self._stopper: EarlyStopping | None = found if isinstance(found, EarlyStopping) else None
         self._no_stopper = found if isinstance(found, str) else ""
 

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from halfstep.errors import DataError
 from halfstep.graph.inputs import ModelInputs, batch_size, call_arguments
 from halfstep.graph.precision import in_float32
+from halfstep.graph.shapes import BATCH
 from halfstep.onnx_in.origin import Origin
 from halfstep.onnx_in.table import DTYPES
 
@@ -121,7 +122,10 @@ def declared_axes(model: nn.Module, inputs: ModelInputs) -> list[dict[str, dict[
     from halfstep.onnx_in.network import arguments
 
     source = origin.source
-    given, batch = by_name(source, inputs), _called(source.inputs[0], 0) if source.inputs else ""
+    given = by_name(source, inputs)
+    called = {_called(value, d) for value in source.inputs for d in range(given[value.name].dim())}
+    batch = BATCH if BATCH in called else _called(source.inputs[0], 0) if source.inputs else ""
+    leads = bool(source.inputs) and _called(source.inputs[0], 0) == batch  # or the steps come first
     named: dict[str, dict[int, str]] = {}
     alike: dict[str, dict[int, str]] = {}
     first: dict[int, str] = {}
@@ -129,7 +133,7 @@ def declared_axes(model: nn.Module, inputs: ModelInputs) -> list[dict[str, dict[
         x = given[value.name]
         for dimension in range(x.dim()):
             name = _called(value, dimension)
-            own = dimension > 0 or (name != batch and len(x) != batch_size(inputs))
+            own = dimension > 0 or (name != batch and not (leads and len(x) == batch_size(inputs)))
             if name and own and x.shape[dimension] > 1:
                 named.setdefault(argument, {})[dimension] = name
                 alike.setdefault(argument, {})[dimension] = first.setdefault(x.shape[dimension], name)

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from halfstep.fake_quantize import Mode
-from halfstep.graph.inputs import ModelInputs, batch_size, call_arguments, move
+from halfstep.graph.inputs import ModelInputs, call_arguments, move
 from halfstep.graph.placement import Layer
 from halfstep.model import QuantizedModel
 from halfstep.progress import Interrupted, steps
@@ -82,7 +82,7 @@ def batches_that_fit(model: QuantizedModel, batches: Sequence[ModelInputs]) -> l
     kept: list[ModelInputs] = []
     used = 0
     for batch in batches:
-        used += each * batch_size(batch)
+        used += each * model.captured.batch_size(batch)
         if kept and used > MEMORY:
             break
         kept.append(batch)

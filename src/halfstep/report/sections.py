@@ -33,6 +33,7 @@ def summary(run: Run) -> str:
     latency = end["measured"]["latency_ms"]
     integer = sum(layer["integer"] for layer in end["layers"])
     speedup = latency["quantized"]["speedup"]
+    asked = f", asked {end['latency']:g}x" if end.get("latency") else ""
     rows = [
         ("float score", figure("float_score", end["float_score"], f"{end['float_score']:.4f}")),
         ("simulated score", figure("score", end["score"], f"{end['score']:.4f}")),
@@ -51,8 +52,21 @@ def summary(run: Run) -> str:
         (
             "speed over float",
             figure(
-                "speedup", speedup, f"{speedup:.2f}x (float against itself {latency['null']['speedup']:.2f}x)"
+                "speedup",
+                speedup,
+                f"{speedup:.2f}x (float against itself {latency['null']['speedup']:.2f}x{asked})",
             ),
+        ),
+        *(
+            (
+                f"at {words}",
+                figure(
+                    f"speedup at {words}",
+                    raced["quantized"]["speedup"],
+                    f"{raced['quantized']['speedup']:.2f}x",
+                ),
+            )
+            for words, raced in end["measured"].get("latency_by_size", {}).items()
         ),
         (
             "evaluations",

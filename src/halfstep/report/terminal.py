@@ -39,6 +39,7 @@ def proof_rows(proof: Verification) -> list[tuple[str, str]]:
         ("file size", f"{proof.size / 1024:,.0f} KiB, {proof.size / proof.float_size:.2f} of float"),
         ("latency", f"{quantized.median:.2f} ms ± {quantized.spread / 2:.0%}"),
         ("speed over float", f"{quantized.speedup:.2f}x (float against itself {null.speedup:.2f}x)"),
+        *((f"at {words}", f"{raced['quantized'].speedup:.2f}x") for words, raced in proof.sizes.items()),
     ]
 
 

@@ -21,6 +21,10 @@ def shared(target: str) -> dict[str, str]:
     return {
         **{kind: no_kernel(target, then) for kind, then in consequences.items()},
         "batch_norm": "does not follow a conv or linear directly, so it was not folded; it runs in float",
+        **dict.fromkeys(
+            ("topk", "sort", "argsort", "nms"), "orders values, and codes would make ties of them"
+        ),
+        "grid_sampler": no_kernel(target, "its grid holds places, for which 8 bits are too few"),
         "quantized": "is taken with the quantizers that the file had already",
         "embedding": "a table look-up: nothing is multiplied",
     }

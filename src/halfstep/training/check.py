@@ -11,9 +11,10 @@ import torch
 from halfstep.errors import DataError, TrainingError, named
 from halfstep.fake_quantize import Mode
 from halfstep.graph.inputs import move
-from halfstep.model import QuantizedModel, run
+from halfstep.model import QuantizedModel
 from halfstep.training.batches import check_iterable, pair
-from halfstep.training.distillation import check_gradient
+from halfstep.training.distillation import check_gradient, compared
+from halfstep.training.entry import entered
 from halfstep.training.fit import trainable
 from halfstep.training.loss import check_dependence, outputs_loss
 from halfstep.training.options import Training
@@ -46,13 +47,13 @@ def check_trainable(model: QuantizedModel, training: Training) -> None:
                 torch.enable_grad(),
                 torch.autocast(model.device.type, training.autocast, enabled=training.autocast is not None),
             ):
-                outputs = run(model, inputs)
+                outputs = entered(model, training.forward)(inputs)
                 loss = outputs_loss(training, outputs, labels)
                 if training.loss is not None:
                     check_dependence(loss, outputs)
-                if training.distillation is not None:
-                    comparison = training.distillation.comparison(outputs, training.loss, labels)
-                    distance = comparison.loss(outputs, outputs)
+                if asked := training.distilled():
+                    comparisons = compared(asked, outputs, training.loss, labels)
+                    distance = torch.stack([each.loss(outputs, outputs) for each in comparisons]).sum()
                     if training.loss is None:
                         check_gradient(distance)
                     loss = loss + distance

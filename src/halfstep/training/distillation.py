@@ -6,7 +6,7 @@ import copy
 import functools
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,8 +17,9 @@ from torch.utils import _pytree as pytree
 
 from halfstep.errors import TrainingError
 from halfstep.fake_quantize import Mode
-from halfstep.graph.inputs import ModelInputs
-from halfstep.model import QuantizedModel, run
+from halfstep.graph.inputs import ModelInputs, path_name
+from halfstep.model import QuantizedModel
+from halfstep.training.entry import Forward, entered
 
 Measure = Literal["kl", "bernoulli", "mse"]
 
@@ -54,11 +55,12 @@ class Distillation:
     examples of the batch, for numbers of any unit. All are means over examples and positions; what the float model
     puts at -inf (masked classes) counts nothing.
 
-    What is compared is the first floating-point tensor in the outputs that has a gradient. What it is, is left to find
-    out by default: torch's own losses tell, and labels: integers for all but one axis are classes along it, rows that
-    sum to one are their probabilities. Else it is taken for numbers; without a loss, for logits of classes along the
-    last axis of (batch, classes) and (batch, positions, classes), and axis 1 of maps. :class:`.Trained` says what was
-    chosen, and a warning where the shape alone decided.
+    What is compared is the first floating-point tensor in the outputs that has a gradient, or those that
+    ``Training(outputs=...)`` names, whose distances add up. What it is, is left to find out by default: torch's own
+    losses tell, and labels: integers for all but one axis are classes along it, rows that sum to one are their
+    probabilities. Else it is taken for numbers; without a loss, for logits of classes along the last axis of (batch,
+    classes) and (batch, positions, classes), and axis 1 of maps. :class:`.Trained` says what was chosen, and a warning
+    where the shape alone decided.
 
     It costs the float model's forward pass at every step.
 
@@ -102,7 +104,11 @@ class Distillation:
         return self.comparison(outputs).loss(outputs, teacher_outputs)
 
     def comparison(
-        self, outputs: Any, loss: Callable[..., Any] | None = None, labels: Any = None
+        self,
+        outputs: Any,
+        loss: Callable[..., Any] | None = None,
+        labels: Any = None,
+        output: str | None = None,
     ) -> Comparison:
         """What is compared, found out from a first batch.
 
@@ -110,23 +116,28 @@ class Distillation:
             outputs: the model's.
             loss: the user's, which may tell what they are; None without one.
             labels: what it gets, which may tell too; not looked at without a loss.
+            output: the name of the tensor among the outputs: its keys in their nest, ``"boxes"`` or ``"0"``; None for
+                the first one of floats with a gradient.
 
         Raises:
-            TrainingError: there is nothing to compare, or the axis asked for has no classes.
+            TrainingError: there is nothing to compare, no such output, or the axis asked for has no classes.
         """
         tensors = _tensors(outputs)
+        place = None if output is None else _place(outputs, output)
         real = [index for index, tensor in enumerate(tensors) if tensor.is_floating_point()]
         if not real:
             raise TrainingError(
                 f"distillation: the model's outputs ({type(outputs).__name__}) hold no floating-point tensor; train on "
                 "a loss alone with distillation=None"
             )
-        index = next((index for index in real if tensors[index].requires_grad), real[0])
+        first = next((index for index in real if tensors[index].requires_grad), real[0])
+        index = first if place is None else place
         shape = tensors[index].shape
         measure, axis, why, sure = self._choice(shape, loss, labels)
         size = ", ".join(["batch", *map(str, shape[1:])]) if len(shape) else "one number"
-        place = f"output {index} of {len(tensors)}" if len(tensors) > 1 else "the output"
-        what = f"{_WORDS[measure].format(axis=axis)} of {place} ({size}), {why}"
+        where = f"output {index} of {len(tensors)}" if len(tensors) > 1 else "the output"
+        where = where if output is None else f"output {output!r}"
+        what = f"{_WORDS[measure].format(axis=axis)} of {where} ({size}), {why}"
         return Comparison(self, index, measure, axis, what, sure)
 
     def _choice(
@@ -202,17 +213,24 @@ class Teacher:
 
     Args:
         model: copied, so that it stays as it is.
-        distillation: how to compare; what is left open there is found out from the first batch.
+        asked: how each output is compared, by name, None standing for the first one of floats; what is left open there
+            is found out from the first batch.
         loss: the user's; None without one.
+        forward: what is compared, as :func:`.entered` takes it.
     """
 
     def __init__(
-        self, model: QuantizedModel, distillation: Distillation, loss: Callable[..., Any] | None
+        self,
+        model: QuantizedModel,
+        asked: Mapping[str | None, Distillation],
+        loss: Callable[..., Any] | None,
+        forward: Forward | None = None,
     ) -> None:
         self.model = copy.deepcopy(model).requires_grad_(False)
         self.model.set_mode(Mode.FLOAT)
-        self.distillation, self.loss = distillation, loss
-        self.comparison: Comparison | None = None
+        self.answers = entered(self.model, forward)
+        self.asked, self.loss = asked, loss
+        self.comparisons: tuple[Comparison, ...] = ()
 
     def distance(self, inputs: ModelInputs, outputs: Any, labels: Any) -> Tensor:
         """How far ``outputs`` are from the float model's answers to ``inputs``; a warning where that is a guess.
@@ -221,28 +239,45 @@ class Teacher:
             TrainingError: there is nothing to compare, or, without a loss, nothing that trains.
         """
         with torch.no_grad():
-            answers = run(self.model, inputs)
-        if self.comparison is None:
-            self.comparison = self.distillation.comparison(outputs, self.loss, labels)
-            if not self.comparison.sure:
-                warnings.warn(f"distillation: {self.comparison}", stacklevel=2)
-        distance = self.comparison.loss(outputs, answers)
+            answers = self.answers(inputs)
+        if not self.comparisons:
+            self.comparisons = compared(self.asked, outputs, self.loss, labels)
+            for comparison in self.comparisons:
+                if not comparison.sure:
+                    warnings.warn(f"distillation: {comparison}", stacklevel=2)
+        distance = torch.stack([each.loss(outputs, answers) for each in self.comparisons]).sum()
         if self.loss is None:
             check_gradient(distance)
         return distance
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> list[dict[str, Any]]:
         """What was found out, as plain data; empty before the first batch."""
-        if self.comparison is None:
-            return {}
-        return {name: value for name, value in vars(self.comparison).items() if name != "distillation"}
+        return [
+            {name: value for name, value in vars(comparison).items() if name != "distillation"}
+            for comparison in self.comparisons
+        ]
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Compare what another run compared."""
-        self.comparison = Comparison(self.distillation, **state) if state else None
+    def restore(self, state: list[dict[str, Any]] | dict[str, Any]) -> None:
+        """Compare what another run compared; one comparison was kept by itself in earlier versions."""
+        known = state if isinstance(state, list) else [state] if state else []
+        options = self.asked.values()
+        self.comparisons = tuple(
+            Comparison(each, **kept) for each, kept in zip(options, known, strict=bool(known))
+        )
 
     def __str__(self) -> str:
-        return "" if self.comparison is None else str(self.comparison)
+        return "; ".join(map(str, self.comparisons))
+
+
+def compared(
+    asked: Mapping[str | None, Distillation], outputs: Any, loss: Callable[..., Any] | None, labels: Any
+) -> tuple[Comparison, ...]:
+    """What is compared of each output asked for, None standing for the one that :class:`Distillation` finds.
+
+    Raises:
+        TrainingError: naming the output that is not there, or cannot be compared so.
+    """
+    return tuple(how.comparison(outputs, loss, labels, name) for name, how in asked.items())
 
 
 def check_gradient(distance: Tensor) -> None:
@@ -346,6 +381,21 @@ def _checked_axis(axis: int, shape: torch.Size) -> int:
             f"be trained; {_HINT}"
         )
     return axis
+
+
+def _place(outputs: Any, name: str) -> int:
+    """The place of a tensor among all of the outputs.
+
+    Raises:
+        TrainingError: if there is none of floats of that name.
+    """
+    leaves = pytree.tree_flatten_with_path(outputs)[0]
+    named = [(path_name(path), leaf) for path, leaf in leaves if isinstance(leaf, Tensor)]
+    for index, (known, leaf) in enumerate(named):
+        if known == name and leaf.is_floating_point():
+            return index
+    floats = ", ".join(repr(known) for known, leaf in named if leaf.is_floating_point())
+    raise TrainingError(f"Training: outputs has {name!r}, needed one of what the model answers: {floats}")
 
 
 def _tensors(values: Any) -> list[Tensor]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from halfstep.errors import HalfstepError
 from halfstep.fake_quantize import FakeQuantize
 from halfstep.graph.inputs import ModelInputs, tensors_of
-from halfstep.model import QuantizedModel, run
+from halfstep.model import QuantizedModel
 
 
-def first_bad_value(model: QuantizedModel, inputs: ModelInputs) -> str:
-    """Name what is first not finite on the way from ``inputs`` to the outputs."""
+def first_bad_value(
+    model: QuantizedModel, inputs: ModelInputs, enter: Callable[[ModelInputs], object]
+) -> str:
+    """Name what is first not finite on the way from ``inputs`` to what ``enter``, a function through it, answers."""
     if not all(map(_finite, tensors_of(inputs))):
         return "the batch's inputs are not finite"
     for name, module in model.sites.items():
@@ -26,7 +30,7 @@ def first_bad_value(model: QuantizedModel, inputs: ModelInputs) -> str:
     hooks = [module.register_forward_pre_hook(look) for module in model.sites.values()]
     try:
         with torch.no_grad():
-            run(model, inputs)
+            enter(inputs)
     except HalfstepError as error:
         return str(error)
     finally:

@@ -18,7 +18,7 @@ from halfstep.errors import DivergedError, FormatError, NotObservedError, Traini
 from halfstep.fake_quantize import Mode
 from halfstep.graph.inputs import ModelInputs, move
 from halfstep.identity import Identity
-from halfstep.model import QuantizedModel, run
+from halfstep.model import QuantizedModel
 from halfstep.progress import steps
 from halfstep.training.batches import Batches
 from halfstep.training.checkpoint import (
@@ -31,6 +31,7 @@ from halfstep.training.checkpoint import (
 )
 from halfstep.training.distillation import Teacher
 from halfstep.training.divergence import first_bad_gradient, first_bad_value
+from halfstep.training.entry import entered
 from halfstep.training.loss import check_dependence, outputs_loss
 from halfstep.training.options import OPTIMIZERS, Training, default_rate
 from halfstep.training.randomness import own_randomness, random_state, restore_random_state
@@ -158,8 +159,9 @@ class _Fit:
         self.every = max(1, round(training.evaluate_every * self.batches.count))
         self.path = directory / FILE if directory is not None else None
         self.fingerprint = fingerprint(model.state_dict(), training) if self.path else ""
-        distillation = training.distillation
-        self.teacher = None if distillation is None else Teacher(model, distillation, training.loss)
+        self.enter = entered(model, training.forward)
+        asked = training.distilled()
+        self.teacher = Teacher(model, asked, training.loss, training.forward) if asked else None
         quantized = model.mode is Mode.QUANTIZE
         self.ranges = MovingRanges(model, training.ranges) if quantized else None
         keeping = training.oscillation if quantized else None
@@ -268,10 +270,12 @@ class _Fit:
         try:
             loss = self._loss(inputs, labels)
         except FormatError as error:  # a range that cannot be
-            raise self._diverged(f"{error}; {first_bad_value(self.model, inputs)}") from error
+            raise self._diverged(f"{error}; {first_bad_value(self.model, inputs, self.enter)}") from error
         value = loss.item()
         if not math.isfinite(value):
-            raise self._diverged(f"the loss became {value}; {first_bad_value(self.model, inputs)}")
+            raise self._diverged(
+                f"the loss became {value}; {first_bad_value(self.model, inputs, self.enter)}"
+            )
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
@@ -300,7 +304,7 @@ class _Fit:
     def _loss(self, inputs: ModelInputs, labels: Any) -> torch.Tensor:
         dtype = self.training.autocast
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            outputs = run(self.model, inputs)
+            outputs = self.enter(inputs)
             total = outputs_loss(self.training, outputs, labels)
             if self.step == self.resumed_at and self.training.loss is not None:
                 check_dependence(total, outputs)  # beside distillation nobody would notice
@@ -346,7 +350,7 @@ class _Fit:
             "best_step": self.best_step,
             "skipped": self.skipped,
             "scaler": self.scaler.state_dict(),
-            "comparison": {} if self.teacher is None else self.teacher.state(),
+            "comparison": [] if self.teacher is None else self.teacher.state(),
             "last_batch": Identity(*self.batch).digest if self.batch else self.last_batch,
         }
         parts = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -13,6 +13,7 @@ from halfstep.errors import TrainingError
 from halfstep.graph.inputs import ModelInputs
 from halfstep.identity import Identity
 from halfstep.training.distillation import Distillation
+from halfstep.training.entry import Forward
 from halfstep.training.oscillation import Damping, Freezing
 from halfstep.training.ranges import Ranges
 
@@ -62,6 +63,14 @@ class Training:
         weight_decay: of the weights; ranges and one-dimensional parameters have none.
         clip_norm: gradients are scaled down to this norm where theirs is larger; None leaves them.
         distillation: from the float model, by what suits the outputs; None trains on ``loss`` alone.
+        forward: what is trained, where that is not what the model answers with: the name of a method of the user's
+            module, or a function of the module and its inputs, such as the raw heads of a detector that answers with
+            boxes. It is traced once and runs the same layers through the same quantizers; ``loss`` and distillation get
+            what it returns, in evaluation mode but for flags that it sets itself. What it computes beside the model's
+            own layers stays in float; other layers are refused by name.
+        outputs: what distillation compares of several outputs: their names (keys, or numbers in a tuple), each compared
+            as ``distillation`` says, or a dict from names to a :class:`Distillation` each, whose distances add up. None
+            for the first output of floats.
         ranges: which ranges move, and when.
         oscillation: what keeps weights of 4 bits and fewer from jumping to and fro between two codes, ``Damping()`` or
             ``Freezing()``; None leaves them.
@@ -87,6 +96,8 @@ class Training:
     weight_decay: float = 0.0
     clip_norm: float | None = None
     distillation: Distillation | None = field(default_factory=Distillation)
+    forward: Forward | None = None
+    outputs: Sequence[str | int] | Mapping[str | int, Distillation] | None = None
     ranges: Ranges = field(default_factory=Ranges)
     oscillation: Damping | Freezing | None = None
     autocast: torch.dtype | None = None
@@ -103,6 +114,12 @@ class Training:
                 "Training: got neither a loss nor distillation; give loss=..., such as "
                 "torch.nn.functional.cross_entropy"
             )
+        if self.forward is not None and not (isinstance(self.forward, str) or callable(self.forward)):
+            raise TrainingError(
+                f"Training: forward is {self.forward!r}, needed the name of a method, or a function of the model and "
+                "its inputs"
+            )
+        self.distilled()
         if self.optimizer not in OPTIMIZERS:
             raise TrainingError(
                 f"Training: optimizer is {self.optimizer!r}, needed one of {', '.join(map(repr, OPTIMIZERS))}"
@@ -119,6 +136,29 @@ class Training:
             if getattr(self, name) is not None:
                 check_positive(name, getattr(self, name))
 
+    def distilled(self) -> dict[str | None, Distillation]:
+        """How each output is compared, by name; None stands for the first one of floats. Empty without distillation.
+
+        Raises:
+            TrainingError: if ``outputs`` are no names, or stand beside ``distillation=None``.
+        """
+        asked = self.outputs
+        if asked is None:
+            return {} if self.distillation is None else {None: self.distillation}
+        if isinstance(asked, str) or not asked or not all(isinstance(name, (str, int)) for name in asked):
+            raise TrainingError(
+                f"Training: outputs is {asked!r}, needed names of outputs such as ['scores', 'boxes'], or a dict from "
+                "names to hs.Distillation(...)"
+            )
+        how = asked.values() if isinstance(asked, Mapping) else [self.distillation] * len(asked)
+        found = {str(name): each for name, each in zip(asked, how, strict=True)}
+        if not all(isinstance(each, Distillation) for each in found.values()):
+            raise TrainingError(
+                f"Training: outputs is {asked!r}, needed hs.Distillation(...) for each name; distillation is "
+                f"{self.distillation!r}"
+            )
+        return {name: each for name, each in found.items() if each is not None}
+
     def rate(self, step: int, steps: int) -> float:
         """The share of the learning rate at ``step`` of ``steps``: a cosine from 1 to ``final_rate``.
 
@@ -128,16 +168,18 @@ class Training:
         return self.final_rate + (1 - self.final_rate) * (1 + math.cos(math.pi * step / steps)) / 2
 
     def describe(self) -> dict[str, str]:
-        """The options that decide about the result, in words: all but the data and the loss themselves."""
+        """The options that decide about the result, in words: all but the data and the functions."""
         return {
             option.name: repr(getattr(self, option.name))
             for option in fields(self)
-            if option.name not in ("labelled", "loss", "control", "checkpoint_every")
+            if option.name not in ("labelled", "loss", "control", "checkpoint_every", "forward")
+            and (option.name != "outputs" or self.outputs is not None)
         }
 
     def identity(self) -> Identity:
         """The content of the options that decide about the result, of the loss, and of the data."""
-        return Identity(self.describe(), self.loss, self.labelled)
+        entry = () if self.forward is None else (self.forward,)
+        return Identity(self.describe(), self.loss, self.labelled, *entry)
 
 
 def check_training(training: Any) -> None:
