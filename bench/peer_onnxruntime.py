@@ -15,9 +15,13 @@ from halfstep.graph.inputs import ModelInputs, tensors_of
 
 
 def quantize_static(
-    float_path: Path, batches: Sequence[ModelInputs], out: Path, method: str = "MinMax"
+    float_path: Path,
+    batches: Sequence[ModelInputs],
+    out: Path,
+    method: str = "MinMax",
+    weights: int = 8,
 ) -> Path:
-    """QDQ, u8 activations, s8 weights per channel, after quant_pre_process."""
+    """QDQ, u8 activations, s8 or s4 weights per channel, after quant_pre_process."""
     import onnx
     from onnxruntime import quantization as q
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -49,7 +53,7 @@ def quantize_static(
         quant_format=q.QuantFormat.QDQ,
         per_channel=True,
         activation_type=q.QuantType.QUInt8,
-        weight_type=q.QuantType.QInt8,
+        weight_type=q.QuantType.QInt8 if weights == 8 else q.QuantType.QInt4,
         calibrate_method=getattr(q.CalibrationMethod, method),
     )
     logging.disable(logging.NOTSET)

@@ -9,16 +9,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from onnx import helper
 
 from halfstep.cli.options import by_name
 from halfstep.demo import DigitsNet
 from halfstep.errors import ArgumentError
 from halfstep.runtime.deployed import DeployedModel
 from tests.cli.commands import halfstep
-from tests.onnx_in.files import export
+from tests.onnx_in.files import export, write
 
 MODEL = """
 import torch
+from onnx import helper
 from torch import nn
 
 def net():
@@ -364,7 +366,7 @@ def test_help_names_every_command_and_the_exit_codes(folder):
 def test_an_onnx_file_is_quantized(folder, tmp_path):
     namespace: dict = {}
     exec(MODEL, namespace)
-    export(namespace["net"](), torch.randn(2, 4), folder / "net.onnx")
+    export(namespace["net"](), torch.randn(1, 4), folder / "net.onnx", fixed=True)  # whose batch becomes any
     arguments = ("--labelled", "good.npz", "--calibration", "unlabelled.npz", "--max-drop", "0.1", "--json")
     done = halfstep(folder, "quantize", "net.onnx", *arguments, "--directory", tmp_path / "run")
     assert done.returncode == 0, done.stderr
@@ -372,6 +374,15 @@ def test_an_onnx_file_is_quantized(folder, tmp_path):
     assert DeployedModel(tmp_path / "run" / "model.onnx")(torch.randn(3, 4)).shape == (3, 3)
     verified = halfstep(folder, "verify", tmp_path / "run")
     assert verified.returncode == 0, verified.stderr
+
+
+def test_the_layers_of_an_onnx_file_are_listed_by_their_nodes(folder, tmp_path):
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"], name="/encoder/fc/MatMul")]
+    stored = {"w": np.ones((4, 3), np.float32)}
+    write(tmp_path / "m.onnx", nodes, {"x": ["batch", "tokens", 4]}, {"y": ["batch", "tokens", 3]}, stored)
+    done = halfstep(folder, "init", tmp_path / "m.onnx", "--output", tmp_path / "halfstep.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "#   /encoder/fc/MatMul" in (tmp_path / "halfstep.yaml").read_text()
 
 
 @pytest.mark.parametrize(

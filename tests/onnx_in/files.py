@@ -24,14 +24,14 @@ def write(path, nodes, inputs, outputs, stored=None, opset=21, domains=(), **fie
     return path
 
 
-def export(model, inputs, path, **options):
-    """What torch's exporter writes, with a dynamic batch."""
+def export(model, inputs, path, fixed=False, **options):
+    """What torch's exporter writes, with a dynamic batch unless it is to be fixed."""
     args = inputs if isinstance(inputs, tuple) else (inputs,)
     logging.disable(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own deprecations
-            shapes = tuple({0: torch.export.Dim.DYNAMIC} for _ in args)
+            shapes = None if fixed else tuple({0: torch.export.Dim.DYNAMIC} for _ in args)
             torch.onnx.export(
                 model.eval(), args, path, dynamo=True, dynamic_shapes=shapes, verbose=False, **options
             )

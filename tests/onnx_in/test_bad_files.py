@@ -96,7 +96,7 @@ def test_a_shape_that_depends_on_values(tmp_path):
         helper.make_node("Cast", ["n"], ["size"], to=TensorProto.INT64),
         helper.make_node("Expand", ["x", "size"], ["y"], name="grow"),
     ]
-    path = write(tmp_path / "m.onnx", nodes, {"x": [2, 3], "n": [2]}, {"y": None})
+    path = write(tmp_path / "m.onnx", nodes, {"x": ["n", 3], "n": [2]}, {"y": None})
     inputs = {"x": torch.randn(2, 3), "n": torch.tensor([2.0, 3.0])}
     refused(path, "'grow'", "depend on the values of a tensor", inputs=inputs)
 

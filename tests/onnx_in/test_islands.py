@@ -64,6 +64,33 @@ def detecting(path):
     return write(path, nodes, {"x": ["n", 4]}, outputs, stored)
 
 
+def looping(path):
+    """A Loop that adds to what a layer makes, of a shape that onnx does not infer, before another layer."""
+    info = helper.make_tensor_value_info
+    body = helper.make_graph(
+        [
+            helper.make_node("Add", ["s", "one"], ["t"], name="step"),
+            helper.make_node("Identity", ["c"], ["d"]),
+        ],
+        "body",
+        [info("i", TensorProto.INT64, []), info("c", TensorProto.BOOL, []), info("s", FLOAT, ["n", 6])],
+        [info("d", TensorProto.BOOL, []), info("t", FLOAT, ["n", 6])],
+    )
+    nodes = [
+        helper.make_node("Gemm", ["x", "w"], ["h"], name="first"),
+        helper.make_node("Loop", ["three", "yes", "h"], ["e"], name="again", body=body),
+        helper.make_node("Gemm", ["e", "v"], ["y"], name="second"),
+    ]
+    stored = {
+        "w": floats(4, 6),
+        "v": floats(6, 3),
+        "three": np.array(3),
+        "yes": np.array(True),
+        "one": np.float32(1),
+    }
+    return write(path, nodes, {"x": ["n", 4]}, {"y": ["n", 3]}, stored)
+
+
 def node_of(path, name):
     return next(node for node in onnx.load(path).graph.node if node.name == name)
 
@@ -75,7 +102,11 @@ def quantized(path, folder):
     return q, hs.export_onnx(q, folder / "q.onnx")
 
 
-@pytest.mark.parametrize(("build", "name"), [(branching, "choice"), (detecting, "nms")], ids=["If", "NMS"])
+@pytest.mark.parametrize(
+    ("build", "name"),
+    [(branching, "choice"), (detecting, "nms"), (looping, "again")],
+    ids=["If", "NMS", "Loop"],
+)
 def test_an_island_is_run_and_stays_to_the_byte(build, name, tmp_path):
     path = build(tmp_path / "m.onnx")
     q, out = quantized(path, tmp_path)
@@ -154,3 +185,16 @@ def test_a_file_that_is_quantized_in_part_is_taken(tmp_path):
         assert (list(after.input), list(after.output)) == (list(before.input), list(before.output))
     wanted = DeployedModel(path)(X)
     assert (DeployedModel(out)(X) - wanted).norm() < 0.05 * wanted.norm()
+
+
+def test_a_file_that_is_quantized_throughout_is_refused(tmp_path):
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["codes"], name="q"),
+        helper.make_node("DequantizeLinear", ["codes", "s", "z"], ["xq"], name="dq"),
+        helper.make_node("DequantizeLinear", ["wc", "s"], ["w"], name="wdq"),
+        helper.make_node("MatMul", ["xq", "w"], ["y"], name="theirs"),
+    ]
+    stored = {"s": np.float32(0.03), "z": np.uint8(128), "wc": np.ones((4, 6), np.int8)}
+    path = write(tmp_path / "m.onnx", nodes, {"x": ["n", 4]}, {"y": ["n", 6]}, stored)
+    with pytest.raises(CaptureError, match="it has no layers that are not quantized already"):
+        hs.quantize(path, X, [X], hs.Cosine([X]), progress=False)

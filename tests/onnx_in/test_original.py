@@ -139,6 +139,32 @@ def test_batch_norms_of_the_file_go_into_the_weights(tmp_path):
     hs.export_float(q, tmp_path / "float.onnx")
 
 
+def test_what_asks_for_a_shape_keeps_no_layer_from_its_integer_kernel(tmp_path):
+    """As torch's older exporter writes x.flatten(2) with a dynamic batch: it asks the conv, or what is behind it."""
+    make, rng = helper.make_node, np.random.default_rng(0)
+    nodes = [
+        make("Conv", ["x", "w"], ["c"], name="/first/Conv"),
+        make("Shape", ["c"], ["size"], name="/Shape"),
+        make("Relu", ["c"], ["r"], name="/Relu"),
+        make("Conv", ["r", "v"], ["d"], name="/second/Conv"),
+        make("Shape", ["d"], ["end"], name="/Shape_1"),
+        make("Slice", ["size", "zero", "two"], ["lead"], name="/Slice"),
+        make("Slice", ["end", "two", "four"], ["rest"], name="/Slice_1"),
+        make("Concat", ["lead", "rest"], ["all"], name="/Concat", axis=0),
+        make("Reshape", ["d", "all"], ["f"], name="/Reshape"),
+        make("Conv", ["f", "w"], ["y"], name="/third/Conv"),
+    ]
+    stored = {name: rng.normal(size=(2, 2, 1, 1)).astype(np.float32) for name in "wv"}
+    stored |= {"zero": np.array([0]), "two": np.array([2]), "four": np.array([4])}
+    path = write(tmp_path / "m.onnx", nodes, {"x": ["n", 2, 6, 6]}, {"y": None}, stored)
+    x = torch.randn(4, 2, 6, 6)
+    q = calibrated(path, x)
+    out = hs.export_onnx(q, tmp_path / "q.onnx")
+    assert hs.verify(out, q, [x], rounds=3).integer_layers == 3
+    names = {node.name for node in nodes} - {"/Relu"}  # which codes from 0 imply
+    assert set(kept(onnx.load(path).graph, onnx.load(out).graph)) == names
+
+
 def test_the_version_is_raised_where_codes_of_few_bits_need_it(tmp_path):
     nodes = [helper.make_node("MatMul", ["x", "w"], ["y"], name="fc")]
     stored = {"w": np.random.default_rng(0).normal(size=(64, 256)).astype(np.float32)}

@@ -44,7 +44,9 @@ def product(weight, op="MatMul", activation=np.uint8, clip=None, **attributes):
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
         [numpy_helper.from_array(np.asarray(array), name) for name, array in tensors.items()],
     )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    return helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10, producer_name="halfstep"
+    )
 
 
 def saved(model, folder):

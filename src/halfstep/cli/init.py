@@ -33,16 +33,19 @@ def init(
     from halfstep.config import commented
     from halfstep.errors import ArgumentError
     from halfstep.files import write_whole
-    from halfstep.sources import load_model
+    from halfstep.onnx_in.from_file import layers_of
+    from halfstep.sources import ONNX, load_model
 
     if output.exists() and not force:
         raise ArgumentError(f"{output} exists; choose another --output, or give --force to replace it")
-    module = load_model(model)
-    weighted = [
-        name
-        for name, child in module.named_modules()
-        if isinstance(getattr(child, "weight", None), nn.Parameter)
-    ]
+    if model.endswith(ONNX):
+        weighted = layers_of(model)
+    else:
+        weighted = [
+            name
+            for name, child in load_model(model).named_modules()
+            if isinstance(getattr(child, "weight", None), nn.Parameter)
+        ]
     write_whole(output, commented(model, labelled, calibration, weighted).encode())
     out.print(
         f"written to {output}; fill in labelled and calibration, then: halfstep quantize {output}",

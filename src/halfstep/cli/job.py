@@ -81,7 +81,7 @@ class Job:
             raise DataError(f"{source}: got no batch, needed at least one")
         with named(source):
             size = batch_size(example)
-        if size < 2:
+        if size < 2 and not is_file:  # whose example is repeated
             raise DataError(
                 f"{source}: got a first batch of {size}, needed 2 examples to capture the network with"
             )

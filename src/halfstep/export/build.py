@@ -17,6 +17,7 @@ from halfstep.export.lower import lower, pool_globally, rename
 from halfstep.export.original import Original
 from halfstep.export.trace import DOMAIN, trace
 from halfstep.model import QuantizedModel
+from halfstep.runtime.file_graph import OURS
 
 #: Protocol buffers end at 2 GiB; larger weights go to a file beside the model.
 EXTERNAL_ABOVE = 1_900_000_000
@@ -36,7 +37,7 @@ def build_quantized(model: QuantizedModel, metadata: Mapping[str, str]) -> ir.Mo
         rename(onnx_model.graph)
         lower(onnx_model, model)
         share_equal(onnx_model.graph)
-        onnx_model.producer_name, onnx_model.producer_version = "halfstep", version("halfstep")
+        onnx_model.producer_name, onnx_model.producer_version = OURS, version("halfstep")
         onnx_model.metadata_props.clear()
     unique_names(onnx_model.graph)
     onnx_model.opset_imports.pop(DOMAIN, None)

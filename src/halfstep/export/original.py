@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from halfstep.errors import ExportError
+from halfstep.export.calls import Calls
 from halfstep.export.editing import drop_unused, replace
 from halfstep.export.trace import DOMAIN, MARKER, bias_marker
 from halfstep.formats import Integer
@@ -26,7 +27,7 @@ from halfstep.onnx_in.linear import LINEAR
 from halfstep.onnx_in.network import arguments
 from halfstep.onnx_in.origin import SPLIT, Origin
 from halfstep.onnx_in.reader import bodies, convert, graph_of
-from halfstep.onnx_in.table import Node
+from halfstep.onnx_in.table import DTYPES, Node
 
 aten = torch.ops.aten
 
@@ -34,6 +35,10 @@ aten = torch.ops.aten
 NARROW = 21
 #: The version of the file format that has them.
 NARROW_FORMAT = 10
+#: Activations, which make of a tensor one of the same shape.
+_SAME_SHAPE = frozenset({"Relu", "Clip", "LeakyRelu", "Sigmoid", "HardSigmoid", "Tanh"})
+#: Types in ONNX's words.
+_TYPES = {dtype: ir.DataType(number) for number, dtype in DTYPES.items()}
 #: Nodes that hand on what they are given.
 _PASSING = frozenset({"Identity", "Dropout", "Cast", "CastLike", "BatchNormalization"})
 #: Activations that are their input times a gate of it, with the gate's operator and attributes.
@@ -100,15 +105,41 @@ class Original:
         """Give the nodes their own names back, after the lowering, and drop what nothing reads any more."""
         for node, name in self.renamed.items():
             node.name = name
+        self._ask_codes_for_shapes()
+        self.calls.restore()
         drop_unused(self.graph)
+
+    def _ask_codes_for_shapes(self) -> None:
+        """Let what asks for the shape of a quantized tensor ask its codes.
+
+        A runtime fuses an operator with the QuantizeLinear behind it only where nothing else reads the floats between.
+        """
+        before: set[ir.Node] = set()
+        for node in self.graph:
+            before.add(node)
+            value = node.inputs[0] if node.op_type in ("Shape", "Size") and not node.domain else None
+            while value is not None:
+                readers = value.consumers()
+                codes = next((user for user in readers if user.op_type == "QuantizeLinear"), None)
+                if codes is None:
+                    alike = (
+                        user.outputs[0] for user in readers if user.op_type in _SAME_SHAPE and not user.domain
+                    )
+                    value = next(alike, None)
+                    continue
+                node.replace_input_with(0, codes.outputs[0])
+                if codes not in before:
+                    self.graph.remove(node)
+                    self.graph.insert_after(codes, node)
+                break
 
     # the file's graph and the captured one
 
     def _narrow(self) -> bool:
-        """Whether the file needs a version that has codes of few or many bits."""
+        """Whether the file needs a version that has codes of 4 and 16 bits; those of 5 to 7 bits are stored in 8."""
         formats = [(site.format, site.granularity) for site in self.model.placement.sites]
         return any(
-            not isinstance(fmt, Integer) or fmt.bits != 8 or isinstance(granularity, PerGroup)
+            not isinstance(fmt, Integer) or not 4 < fmt.bits <= 8 or isinstance(granularity, PerGroup)
             for fmt, granularity in formats
         )
 
@@ -122,6 +153,7 @@ class Original:
             self.onnx.ir_version = max(self.onnx.ir_version, NARROW_FORMAT)
         self.graph = self.onnx.graph
         self.renamed = {node: node.name for node in self.graph}
+        self.calls = Calls(self.onnx, message)
         self.written: dict[tuple[str, bool], ir.Value] = {}
         self.nodes = self._find_nodes(source.nodes)
         for name, node in self.nodes.items():  # as in traced graphs, while it is lowered
@@ -173,9 +205,14 @@ class Original:
         for name, node in made.items():
             value, shape = known.get(name), node.meta.get("val")
             if value is not None and isinstance(shape, torch.Tensor):
-                value.shape = ir.Shape([size if isinstance(size, int) else str(size) for size in shape.shape])
-                if value.type is None and shape.dtype is torch.float32:
-                    value.type = ir.TensorType(ir.DataType.FLOAT)
+                if value.is_graph_output() and value.shape is not None:
+                    continue  # dimensions keep the names that they are known by
+                if value.type is None and shape.dtype in _TYPES:
+                    value.type = ir.TensorType(_TYPES[shape.dtype])
+                if value.type is not None:
+                    value.shape = ir.Shape(
+                        [size if isinstance(size, int) else str(size) for size in shape.shape]
+                    )
         return made
 
     def _input_names(self) -> list[str]:

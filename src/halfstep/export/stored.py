@@ -14,6 +14,8 @@ from halfstep.export.containers import Container, packed_initializer
 from halfstep.export.editing import add, existing, initializer
 from halfstep.packing import pack
 
+#: The version of ONNX's operators that has all those that unpack.
+UNPACKING = 21
 #: Fewer bytes saved than this do not pay for the operators that unpack.
 WORTH_PACKING = 2048
 
@@ -37,11 +39,14 @@ def stored_codes(
         before: the node in front of which they go.
         name: of the tensor.
         codes: integers, in the layout that is wanted.
-        bits: that hold every code; 8 and more are stored as they are.
+        bits: that hold every code; 8 and more are stored as they are, and all in a graph of an older version of ONNX.
         box: the type wanted.
         stretch: a power of two.
     """
-    if bits >= 8 or codes.numel() * (8 - bits) // 8 < WORTH_PACKING:
+    old = (
+        graph.opset_imports.get("", UNPACKING) < UNPACKING
+    )  # of a file that was given; codes of 4 bits raise it
+    if bits >= 8 or old or codes.numel() * (8 - bits) // 8 < WORTH_PACKING:
         return box.initializer(graph, name, (codes if stretch == 1 else codes.int() * stretch).numpy())
     if (found := existing(graph, f"{name}/unpacked")) is not None:
         return found

@@ -50,6 +50,7 @@ class Captured:
         handed_over: the user's model where it is not in float32, as the graph is; None where it is.
         notes: what is to be said of it, one sentence each.
         origin: the file that the user's model was read from, if it was; exports are written into it.
+        read_in: the types of that file that give way to float32.
         source: the user's module itself, for other ways into it.
         given: the names of the sizes that the user lets vary, one dict an input.
         entries: other ways into it that were traced, see :func:`halfstep.training.entry.entered`.
@@ -69,6 +70,7 @@ class Captured:
     handed_over: HandedOver | None = None
     notes: tuple[str, ...] = ()
     origin: object = None
+    read_in: tuple[torch.dtype, ...] = ()
     source: nn.Module | None = None
     given: Sequence[Names] = ()
     entries: dict[int, Any] = field(default_factory=dict)
@@ -76,7 +78,7 @@ class Captured:
     @property
     def types(self) -> tuple[torch.dtype, ...]:
         """The types that parameters and inputs of the user's may have beside float32, in which all is computed here."""
-        return () if self.handed_over is None else self.handed_over.types
+        return self.read_in if self.handed_over is None else self.handed_over.types
 
     @property
     def batched(self) -> tuple[bool, ...]:

@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import nn
 
-from halfstep.errors import ArgumentError
+from halfstep.errors import ArgumentError, CaptureError
 from halfstep.evaluate import Scorer, as_scorers, labelled_data, parts
 from halfstep.export.onnx import export_float
-from halfstep.graph.capture import capture
+from halfstep.graph.capture import Captured, capture
 from halfstep.graph.decompose import decompose
 from halfstep.graph.fold import fold
 from halfstep.graph.inputs import ModelInputs
@@ -48,7 +48,8 @@ from halfstep.ladder.search import Search, float_evaluation
 from halfstep.ladder.speed import favour_speed
 from halfstep.live import shown
 from halfstep.model import QuantizedModel
-from halfstep.onnx_in.from_file import opened, origin_of
+from halfstep.onnx_in.from_file import declared_axes, opened, origin_of
+from halfstep.onnx_in.origin import QUANTIZED
 from halfstep.progress import steps
 from halfstep.recipe import Recipe
 from halfstep.targets import Target, find_target
@@ -78,6 +79,7 @@ def prepare(
             ``{"ids": {1: "tokens"}, "mask": {1: "tokens"}}``; or another example, whose sizes differ where they may.
             The batch is the first dimension, or the one that is named ``"batch"``: ``{"x": {0: "time", 1: "batch"},
             "h": {1: "batch"}}`` is time first, with a state of (layers, batch, hidden).
+            None for those that an ONNX file names, ``{}`` for none of them.
         padding: the name of an input (batch, length) that is 0 where a batch is only filled up, such as
             ``"attention_mask"``, or a function of the model's arguments that answers one: what is observed there is
             left out. The length must be one that varies.
@@ -99,9 +101,16 @@ def prepare(
     settled = settle(recipe or Recipe.int8(), found)
     with steps("capturing"):
         model, example_inputs = opened(model, example_inputs)
-        captured = decompose(fold(capture(model, example_inputs, dynamic)), found.decomposed)
+        traced = (
+            capture(model, example_inputs, dynamic)
+            if dynamic is not None
+            else _capture(model, example_inputs)
+        )
+        captured = decompose(fold(traced), found.decomposed)
         if (origin := origin_of(model)) is not None:
             captured.origin = origin
+            captured.notes += origin.source.notes
+            captured.read_in = origin.source.types
             if captured.handed_over is not None:
                 captured.notes += (
                     "Files are new graphs in torch.float32, not the one that the network was read from",
@@ -115,6 +124,24 @@ def prepare(
     for note in captured.notes:
         warnings.warn(note, stacklevel=2)
     return prepared
+
+
+def _capture(model: nn.Module, example_inputs: ModelInputs) -> Captured:
+    """The captured network; of one that was read from a file with the dimensions varying that the file names."""
+    alternatives, reason = declared_axes(model, example_inputs), ""
+    for dynamic in alternatives:
+        try:
+            return capture(model, example_inputs, dynamic)
+        except CaptureError as error:
+            reason = reason or str(error)
+    captured = capture(model, example_inputs)
+    if alternatives:
+        names = sorted({name for sizes in alternatives[0].values() for name in sizes.values()})
+        captured.notes += (
+            f"The file lets {', '.join(map(repr, names))} vary, but its network is captured with the sizes of the "
+            f"example alone, and calibration data must have them: {reason}",
+        )
+    return captured
 
 
 def quantize(
@@ -230,6 +257,7 @@ def quantize(
             float_from=float_from,
             states=states,
         )
+        _check_sites(prepared)
         names = [rung.name for rung in ladder]
         if partial is not None and "partial" in names:
             pinned(prepared, partial.keep_float, partial.keep_quantized)
@@ -251,6 +279,19 @@ def quantize(
         if tune or (pace is not None and search.best is not None and not pace.enough(search, search.best)):
             favour_speed(search, threads, score_file)
         return deploy(search, path, exports, journal.folder or temporary, float_file, threads, pace)
+
+
+def _check_sites(prepared: QuantizedModel) -> None:
+    """Raise where there is nothing to quantize."""
+    if prepared.placement.sites:
+        return
+    kinds = {each.operator.kind for each in prepared.placement.float_operators}
+    reasons = "; ".join(f"{layer.name!r} {layer.reason}" for layer in prepared.layers[:3])
+    raise CaptureError(
+        "nothing of the network is to be quantized: "
+        + (reasons or "it has no layers" + (" that are not quantized already" if QUANTIZED in kinds else ""))
+        + "; give a network in float with convs or products by weights, and a recipe that quantizes them"
+    )
 
 
 def _begin(

@@ -22,6 +22,7 @@ from halfstep.ladder.pace import Pace
 from halfstep.ladder.portrait import portray_input, portray_sites
 from halfstep.ladder.rung import Reached
 from halfstep.ladder.search import Search, timed_evaluation
+from halfstep.onnx_in.origin import Origin
 from halfstep.progress import steps
 from halfstep.runtime.deployed import DeployedModel
 
@@ -63,6 +64,11 @@ def deploy(
         float_file = copy_file(float_file, place / float_file.name)
     with steps("verifying on the runtime"):
         proof = verify(file, model, model.sample, float_file, threads, classes=classifies(search.scorer))
+    if isinstance(origin := model.captured.origin, Origin):
+        from halfstep.export.calls import changes  # onnx loads when it is needed
+
+        for sentence in changes(origin.source, file):
+            search.decide(sentence)
     slow = "" if pace is None else pace.missed(proof.latency["quantized"].speedup)
     advice = (slow, *advice) if slow else advice
     files = measure_files(search, exports, proof, score.value, float_file, threads)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,19 +140,33 @@ def run(node: Node, inputs: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(next(made) if name else None for name in node.outputs)
 
 
-def types_of(message: onnx.ModelProto) -> dict[str, tuple[int, tuple[int | str | None, ...] | None]]:
-    """Types and shapes of a file's tensors, as far as onnx can tell."""
+def types_of(message: onnx.ModelProto, wanted: Collection[str]) -> Types:
+    """Types and shapes of a file's tensors: as far as onnx can tell, and by ONNX Runtime's script where it cannot.
+
+    Args:
+        message: of the file.
+        wanted: names of tensors for which the script is asked: it knows what loops carry along, and takes its time.
+    """
     try:
         graph = onnx.shape_inference.infer_shapes(message).graph
     except (onnx.shape_inference.InferenceError, ValueError):  # the runtime says what is wrong
         graph = message.graph
+    found = _declared(graph)
+    if any(found.get(name, (0, None))[1] is None for name in wanted):
+        from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
+
+        with suppress(Exception):  # of many kinds: what it cannot tell is said of the node
+            found |= _declared(SymbolicShapeInference.infer_shapes(message, auto_merge=True).graph)
+    return found
+
+
+def _declared(graph: onnx.GraphProto) -> dict[str, tuple[int, tuple[int | str | None, ...] | None]]:
     found: dict[str, tuple[int, tuple[int | str | None, ...] | None]] = {}
     for value in (*graph.input, *graph.output, *graph.value_info):
         kind = value.type.tensor_type
-        if not value.type.HasField("tensor_type"):
-            continue
-        sizes = tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in kind.shape.dim)
-        found[value.name] = kind.elem_type, sizes if kind.HasField("shape") else None
+        if value.type.HasField("tensor_type"):
+            sizes = (d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in kind.shape.dim)
+            found[value.name] = kind.elem_type, tuple(sizes) if kind.HasField("shape") else None
     return found
 
 

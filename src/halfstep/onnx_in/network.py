@@ -60,6 +60,12 @@ _TRAINED: dict[str, frozenset[int]] = {
     "BiasGelu": frozenset({1}),
     "FastGelu": frozenset({1}),
 }
+#: Operators that are layers where their weight, which is this one of their inputs, is stored.
+_WEIGHTS = {
+    **dict.fromkeys(("Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "Linear", "MatMul"), 1),
+    "FusedMatMul": 1,
+    "Gather": 0,
+}
 #: Stored tensors that stand as tensors in the graph whatever their size.
 _TENSORS = {**_TRAINED, "BatchNormalization": frozenset({1, 2, 3, 4})}
 #: Stored tensors that stay on the host whatever their type: scales of sizes.
@@ -174,6 +180,17 @@ class OnnxNetwork(nn.Module):
             else:
                 self._places[name] = _attach(self, name, content)
 
+    @property
+    def layer_names(self) -> list[str]:
+        """The nodes with weights, in order: what layers of the quantized network are called."""
+        return [
+            place
+            for place, node in self.origin.steps.items()
+            if (index := _WEIGHTS.get(node.op_type)) is not None
+            and node.inputs[index] in self._places
+            and self.stored(node.inputs[index]).is_floating_point()
+        ]
+
     def is_stored(self, name: str) -> bool:
         """Whether a tensor of the file does not depend on its inputs."""
         return name in self._hosted or name in self._places
@@ -202,33 +219,34 @@ class OnnxNetwork(nn.Module):
 
     def run(self, *args: Any) -> Any:
         """The outputs for the inputs in order."""
-        known = self.compute(self.given(args, {}))
+        known = self.compute(inputs_by_name(self.source, args, {}))
         found = [known[name] if name in known else self.stored(name) for name in self.output_names]
         outputs = [tensor(value) for value in found]
         if len(outputs) == 1:
             return outputs[0]
         return dict(zip(self.output_names, outputs, strict=True))
 
-    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a call by the names of the file's inputs.
-
-        Raises:
-            DataError: if there are others.
-        """
-        by_argument = dict(zip(arguments(self.input_names), self.input_names, strict=True))
-        named_inputs = {by_argument.get(name, name): value for name, value in kwargs.items()}
-        given = {**dict(zip(self.input_names, args, strict=False)), **named_inputs}
-        if len(args) > len(self.input_names) or set(given) != set(self.input_names):
-            got = [f"{len(args)} in order"] * bool(args) + sorted(map(repr, named_inputs))
-            raise DataError(
-                f"{self.source.path.name}: got the inputs {', '.join(got) or 'none'}, needed "
-                f"{', '.join(map(repr, self.input_names))}"
-            )
-        return given
-
     def extra_repr(self) -> str:
         """The file, and what it takes and returns."""
         return f"{self.source.path}: {', '.join(self.input_names)} -> {', '.join(self.output_names)}"
+
+
+def inputs_by_name(source: OnnxGraph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by the names of the file's inputs.
+
+    Raises:
+        DataError: if there are others.
+    """
+    names = tuple(value.name for value in source.inputs)
+    by_argument = dict(zip(arguments(names), names, strict=True))
+    named_inputs = {by_argument.get(name, name): value for name, value in kwargs.items()}
+    given = {**dict(zip(names, args, strict=False)), **named_inputs}
+    if len(args) > len(names) or set(given) != set(names):
+        got = [f"{len(args)} in order"] * bool(args) + sorted(map(repr, named_inputs))
+        raise DataError(
+            f"{source.path.name}: got the inputs {', '.join(got) or 'none'}, needed {', '.join(map(repr, names))}"
+        )
+    return given
 
 
 def make_network(source: OnnxGraph) -> OnnxNetwork:
@@ -278,8 +296,9 @@ def _with_islands(source: OnnxGraph) -> tuple[Node, ...]:
     strange = [node for node in source.nodes if (node.domain, node.op_type) not in TABLE]
     if not strange:
         return source.nodes
-    types = islands.types_of(source.message)
     read = {name for node in strange for name in node.inputs}
+    made = {name for node in strange for name in node.outputs}
+    types = islands.types_of(source.message, (read | made) - {""} - source.stored.keys())
     stored = {name: ir.to_proto(value) for name, value in source.stored.items() if name in read}
     keys = {node.name: islands.make_island(node, stored, types, source.message) for node in strange}
     return tuple(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
+import torch
 from onnx_ir.passes import common as passes
 
 from halfstep.errors import CaptureError
@@ -20,6 +21,10 @@ from halfstep.onnx_in.table import TABLE, Node
 OLDEST, NEWEST = 13, onnx.defs.onnx_opset_version()
 #: What older files become: axes are inputs, statistics of training are gone.
 CONVERTED = 21
+
+
+#: Where an inlined node says which node of the file has called for it.
+CALL = "halfstep.call"
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,9 @@ class OnnxGraph:
         stored: tensors by name, read from the disk when they are asked for.
         opset: of ONNX's own operators in the file, before anything was converted.
         message: the file's, converted where it is older than the table; without the tensors beside it.
+        given: the same before it was converted, which ONNX Runtime is asked about.
+        notes: what is to be said of how it was taken, one sentence each.
+        types: that it has in the file, where it is read in float32.
     """
 
     path: Path
@@ -58,6 +66,9 @@ class OnnxGraph:
     stored: dict[str, ir.TensorProtocol]
     opset: int
     message: onnx.ModelProto
+    given: onnx.ModelProto
+    notes: tuple[str, ...] = ()
+    types: tuple[torch.dtype, ...] = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OnnxGraph:
         """Itself: nothing in it changes."""
@@ -76,13 +87,27 @@ def read(path: str | Path) -> OnnxGraph:
     """
     path = Path(path)
     model = load(path)
-    opset = version(model, path)
+    version(model, path)
     _check_external(model, path)
     if model.training_info:
         raise CaptureError(f"{path}: holds a graph for training; export the network for inference")
     _check(model, path)
-    if opset < OLDEST:
-        model = convert(model, path, opset)
+    return understood(model, path)
+
+
+def understood(given: onnx.ModelProto, path: Path, notes: tuple[str, ...] = ()) -> OnnxGraph:
+    """What a message that was found sound says.
+
+    Args:
+        given: the file's.
+        path: of the file, beside which tensors lie.
+        notes: what was done to it.
+
+    Raises:
+        CaptureError: if it cannot be converted or has a cycle.
+    """
+    opset = version(given, path)
+    model = given if opset >= OLDEST else convert(given, path, opset)
     try:
         graph = graph_of(model, path)
         nodes = tuple(_nodes(graph))
@@ -97,17 +122,24 @@ def read(path: str | Path) -> OnnxGraph:
         {name: value for name, value in stored.items() if value is not None},
         opset,
         model,
+        given,
+        notes,
     )
 
 
 def graph_of(message: onnx.ModelProto, path: Path) -> ir.Model:
     """A graph of its own of a file's message, functions inlined, in the order of execution.
 
+    Nodes that come from a function carry the number of its call, see :data:`CALL`.
+
     Raises:
         RuntimeError, ValueError, TypeError, KeyError: if it has a cycle, or cannot be read.
     """
     model = ir.from_proto(message)
     ir.external_data.set_base_dir(model.graph, path.parent)
+    for index, node in enumerate(model.graph):
+        if node.op_identifier() in model.functions:
+            node.metadata_props[CALL] = str(index)
     passes.InlinePass()(model)
     passes.RemoveInitializersFromInputsPass()(model)
     passes.TopologicalSortPass()(model)  # raises for a cycle
@@ -216,18 +248,29 @@ def _check(model: onnx.ModelProto, path: Path) -> None:
 
 
 def convert(model: onnx.ModelProto, path: Path, opset: int) -> onnx.ModelProto:
-    """The message of a file in version :data:`CONVERTED`.
+    """The message of a file in version :data:`CONVERTED`, functions written out; what is noted in it stays.
 
     Raises:
         CaptureError: in the converter's words, if it has no way there.
     """
+    if model.functions:  # which the converter drops
+        model = ir.to_proto(graph_of(model, path))
     try:
-        return onnx.version_converter.convert_version(model, CONVERTED)
+        converted = onnx.version_converter.convert_version(model, CONVERTED)
     except (RuntimeError, onnx.version_converter.ConvertError) as error:
         raise CaptureError(
             f"{path}: cannot be brought from operator set {opset} to {CONVERTED}: {_line(error)}; export it "
             f"with operator set {OLDEST} or newer"
         ) from error
+    nodes = {name: node for node in converted.graph.node for name in node.output if name}
+    values = {value.name: value for value in (*converted.graph.input, *converted.graph.output)}
+    pairs = [(model.graph, converted.graph)]
+    pairs += [(v, values[v.name]) for v in (*model.graph.input, *model.graph.output) if v.name in values]
+    pairs += [(n, nodes[n.output[0]]) for n in model.graph.node if n.output and n.output[0] in nodes]
+    for before, after in pairs:  # the converter keeps no notes but the file's own
+        if not after.metadata_props:
+            after.metadata_props.extend(before.metadata_props)
+    return converted
 
 
 def _declared(value: ir.Value) -> Tensor:

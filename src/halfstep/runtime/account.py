@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from halfstep.runtime.file_graph import load
+from halfstep.runtime.file_graph import layer_name, load
 from halfstep.runtime.runtime import Kernels
 from halfstep.targets import Target
 
@@ -75,7 +75,8 @@ def float_nodes(path: str | Path, kernels: Kernels, target: Target) -> tuple[Flo
     Raises:
         ExportError: if it is no ONNX file.
     """
-    graph = load(path, weights=False).graph
+    model = load(path, weights=False)
+    graph = model.graph
     makers = {name: node for node in graph.node for name in node.output}
     computed = {value.name for value in graph.input}  # what depends on them; the rest is known at load
     found = []
@@ -90,8 +91,7 @@ def float_nodes(path: str | Path, kernels: Kernels, target: Target) -> tuple[Flo
             continue
         if kind in ("add", "mul", "sub", "div") and count < 2:
             continue
-        stem, slash, _ = node.name.rpartition("/")
-        name = stem if slash and stem else node.name or node.output[0]
+        name = layer_name(node, model.producer_name)
         found.append(FloatNode(name, node.op_type, _reason(kind, node.input[0], makers, target)))
     return tuple(found)
 

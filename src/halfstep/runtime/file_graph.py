@@ -14,6 +14,9 @@ from halfstep.errors import ExportError
 if TYPE_CHECKING:
     import onnx
 
+#: What files that we translate ourselves say made them.
+OURS = "halfstep"
+
 
 def load(path: str | Path, weights: bool) -> onnx.ModelProto:
     """The file, with or without weights that lie beside it.
@@ -29,6 +32,19 @@ def load(path: str | Path, weights: bool) -> onnx.ModelProto:
         raise ExportError(f"{path}: cannot be read as ONNX: {error}") from error
 
 
+def layer_name(node: onnx.NodeProto, producer: str) -> str:
+    """What a node is called in messages: in files of our own, whose nodes are ``layer/operator``, by its layer.
+
+    In all others, and in files that we quantized in their own graph, by its whole name, or by what it makes.
+
+    Args:
+        node: with outputs.
+        producer: what its file calls the tool that made it.
+    """
+    stem = node.name.rpartition("/")[0] if producer == OURS else ""
+    return stem or node.name or node.output[0]
+
+
 class FileGraph:
     """The nodes of a file, or of the body of an If, Loop or Scan in it.
 
@@ -37,13 +53,19 @@ class FileGraph:
         opset: of ONNX's own operators.
         folder: where the file is.
         outer: the graph around a body, whose tensors it sees.
+        producer: what the file calls the tool that made it.
     """
 
     def __init__(
-        self, graph: onnx.GraphProto, opset: int, folder: Path, outer: FileGraph | None = None
+        self,
+        graph: onnx.GraphProto,
+        opset: int,
+        folder: Path,
+        outer: FileGraph | None = None,
+        producer: str = "",
     ) -> None:
         self.nodes = list(graph.node)
-        self.opset, self.folder = opset, folder
+        self.opset, self.folder, self.producer = opset, folder, producer
         self.stored = {tensor.name: tensor for tensor in graph.initializer}
         self.stored |= {
             node.output[0]: found for node in self.nodes if (found := _constant(node)) is not None
@@ -52,7 +74,7 @@ class FileGraph:
         self.makers: dict[str, onnx.NodeProto] = {**(outer.makers if outer else {}), **made}
         self.tensors: dict[str, onnx.TensorProto] = {**(outer.tensors if outer else {}), **self.stored}
         self.bodies = [
-            FileGraph(body, opset, folder, self)
+            FileGraph(body, opset, folder, self, producer)
             for node in self.nodes
             for attribute in node.attribute
             for body in ([attribute.g] if attribute.HasField("g") else attribute.graphs)
@@ -67,7 +89,7 @@ class FileGraph:
         """
         model = load(path, weights=False)
         opset = max((entry.version for entry in model.opset_import if not entry.domain), default=1)
-        return cls(model.graph, opset, Path(path).parent)
+        return cls(model.graph, opset, Path(path).parent, producer=model.producer_name)
 
     def every(self) -> Iterator[FileGraph]:
         """This graph and all bodies within it."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from halfstep.runtime.file_graph import FileGraph
+from halfstep.runtime.file_graph import FileGraph, layer_name
 from halfstep.runtime.onnxruntime import open_session
 
 if TYPE_CHECKING:
@@ -76,8 +76,7 @@ def saturable_layers(path: str | Path) -> tuple[str, ...]:
     for graph in FileGraph.read(path).every():
         for node in graph.nodes:
             if _may_saturate(graph, node):
-                stem, slash, _ = node.name.rpartition("/")
-                found[stem if slash else node.name or node.output[0]] = None
+                found[layer_name(node, graph.producer)] = None
     return tuple(found)
 
 
