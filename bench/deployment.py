@@ -32,9 +32,10 @@ from bench.peer_onnxruntime import quantize_static
 from halfstep.graph.inputs import tensors_of
 from halfstep.model import QuantizedModel
 from halfstep.runtime.deployed import DeployedModel
-from halfstep.runtime.kernels import Kernels, inspect_kernels
+from halfstep.runtime.kernels import inspect_kernels
 from halfstep.runtime.latency import Latency, enough_rounds, race
 from halfstep.runtime.parity import Parity, compare
+from halfstep.runtime.runtime import Kernels
 from halfstep.runtime.runtimes import find_runtime
 from halfstep.runtime.sites import read_sites
 

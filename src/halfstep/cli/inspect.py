@@ -13,7 +13,7 @@ from halfstep.cli.console import NOT_MET, out, print_json
 from halfstep.cli.options import Json, Threads
 
 if TYPE_CHECKING:
-    from halfstep.runtime.kernels import Kernels
+    from halfstep.runtime.runtime import Kernels
     from halfstep.runtime.sites import FileSite
 
 

@@ -22,9 +22,10 @@ from halfstep.graph.names import readable_names
 from halfstep.graph.placement import Layer
 from halfstep.model import QuantizedModel
 from halfstep.runtime.deployed import DeployedModel, to_numpy
-from halfstep.runtime.kernels import Kernels, inspect_kernels, layer_of, layer_times
+from halfstep.runtime.kernels import inspect_kernels, layer_of, layer_times
 from halfstep.runtime.latency import Latency, race
 from halfstep.runtime.parity import Parity, compare
+from halfstep.runtime.runtime import Kernels
 from halfstep.runtime.saturation import saturable_layers
 from halfstep.runtime.size import file_size
 

@@ -14,17 +14,8 @@ from torch import Tensor, nn
 
 from halfstep.errors import CaptureError, DataError, named
 from halfstep.graph.rooted import put
-from halfstep.onnx_in import (  # noqa: F401 - each fills the table with its family of operators
-    attention,
-    convolution,
-    elementwise,
+from halfstep.onnx_in import (
     islands,
-    linear,
-    microsoft,
-    normalisation,
-    recurrent,
-    reductions,
-    shape,
 )
 from halfstep.onnx_in.origin import Origin
 from halfstep.onnx_in.patterns import fuse
