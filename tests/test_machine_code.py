@@ -17,8 +17,7 @@ from numba import njit
 from numba.core import config
 
 from halfstep import machine_code
-from halfstep.formats import kmeans
-from halfstep.functional import lookup
+from halfstep.functional import fitting, lookup
 from halfstep.machine_code import compiled, folder
 from halfstep.statistics import Histogram
 from halfstep.statistics.kernels import kernels
@@ -39,9 +38,9 @@ def every_loop() -> dict[str, Any]:
     answers = [
         *[part.double().sum() for part in histogram.state_dict().values()],
         *(down.sum(), up.sum(), lookup.totals(X, torch.ones_like(X), thresholds).sum()),
-        *kmeans.exact_kmeans(np.arange(40.0) ** 2, None, 3),
+        *fitting.exact_kmeans(np.arange(40.0) ** 2, None, 3),
     ]
-    loops = [*vars(kernels()).values(), *lookup._compiled(), kmeans._compiled_boundaries()]
+    loops = [*vars(kernels()).values(), *lookup._compiled(), fitting._compiled_boundaries()]
     misses = sum(sum(loop.stats.cache_misses.values()) for loop in loops)
     return {"answers": [float(answer) for answer in answers], "loops": len(loops), "compiled": misses}
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from scipy import optimize, stats
 
 from halfstep.errors import DataError, FormatError
-from halfstep.formats import kmeans
-from halfstep.formats.kmeans import exact_kmeans, lloyd_max
+from halfstep.functional import fitting
+from halfstep.functional.fitting import exact_kmeans, lloyd_max
 
 
 def error(values, samples, weights=None):
@@ -124,6 +124,6 @@ def test_bad_input(solve, samples, weights, message):
 
 
 def test_too_many_distinct_samples_ask_for_a_histogram(monkeypatch):
-    monkeypatch.setattr(kmeans, "MOST_ENTRIES", 100)
+    monkeypatch.setattr(fitting, "MOST_ENTRIES", 100)
     with pytest.raises(FormatError, match="got 51 distinct samples for 2 values, needed at most 50"):
         exact_kmeans(np.arange(51.0), None, 2)
