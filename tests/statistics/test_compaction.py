@@ -8,17 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from halfstep.statistics import compaction
-from halfstep.statistics.compaction import WIDTH
+from halfstep.statistics import kernels
+from halfstep.statistics.kernels import WIDTH
 
 NEGATIVE_ZERO = np.float32(-0.0).view(np.int32)
 
 
 @pytest.fixture(scope="module", params=["plain", "wide"])
 def compact(request: pytest.FixtureRequest):
-    if request.param == "wide" and not compaction._has_avx512():
+    if request.param == "wide" and not kernels._has_avx512():
         pytest.skip("needs a processor with AVX-512")
-    compact = compaction._one_by_one() if request.param == "plain" else compaction._sixteen_at_once()
+    compact = kernels._one_by_one() if request.param == "plain" else kernels._sixteen_at_once()
     compact(np.zeros(1, np.int32), np.zeros(1 + WIDTH, np.int32))  # compiles
     return compact
 
@@ -42,15 +42,15 @@ def test_features_follow_numbas_own_setting(monkeypatch: pytest.MonkeyPatch) -> 
     from numba.core import config
 
     monkeypatch.setattr(config, "CPU_FEATURES", "")
-    assert not compaction._has_avx512()
+    assert not kernels._has_avx512()
     monkeypatch.setattr(config, "CPU_FEATURES", "+avx2,+avx512f")
-    assert compaction._has_avx512()
+    assert kernels._has_avx512()
 
 
 def test_arrays_with_gaps_are_refused_by_the_compiler() -> None:
-    if not compaction._has_avx512():
+    if not kernels._has_avx512():
         pytest.skip("needs a processor with AVX-512")
     from numba.core.errors import TypingError
 
     with pytest.raises(TypingError, match="without gaps"):
-        compaction._sixteen_at_once()(np.zeros(64, np.int32)[::2], np.zeros(64, np.int32))
+        kernels._sixteen_at_once()(np.zeros(64, np.int32)[::2], np.zeros(64, np.int32))

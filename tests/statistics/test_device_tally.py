@@ -13,7 +13,7 @@ import torch
 
 from halfstep.formats import Codebook
 from halfstep.functional import fake_quantize, kmeans_codebook
-from halfstep.statistics import Histogram, device
+from halfstep.statistics import Histogram, counting
 
 
 def awkward(size: int) -> torch.Tensor:
@@ -28,11 +28,11 @@ def awkward(size: int) -> torch.Tensor:
 def test_the_tally_equals_the_compiled_count(
     size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device, "_PIECE", 700)
+    monkeypatch.setattr(counting, "_PIECE", 700)
     x = awkward(size).to(dtype)
     compiled, tallied = Histogram(), Histogram()
     compiled.update(x)
-    tallied._pending = device.Tally(torch.device("cpu"))
+    tallied._pending = counting.Tally(torch.device("cpu"))
     tallied._pending.add(x)
     assert tallied.nan_count == compiled.nan_count  # before anything else is handed over
     for name, tensor in compiled.state_dict().items():

@@ -14,8 +14,8 @@ from scipy import stats
 
 from halfstep.errors import ArgumentError, NotObservedError
 from halfstep.statistics import Histogram
+from halfstep.statistics.bins import TAIL
 from halfstep.statistics.histogram import _flat
-from halfstep.statistics.tails import TAIL
 
 
 def observed(*batches: torch.Tensor) -> Histogram:

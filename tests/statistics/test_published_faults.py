@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from halfstep.statistics import Histogram, counting, keys
-from halfstep.statistics.tails import Tails
+from halfstep.statistics import Histogram, bins, counting
+from halfstep.statistics.bins import Tails
 
 
 def observed(*batches: torch.Tensor) -> Histogram:
@@ -70,8 +70,8 @@ def test_packed_words_are_emptied_before_they_overflow() -> None:
     # A word counts in 24 bits and sums offsets in 40; the largest offset fills the sum fastest.
     bits = np.int32(0x3F80FFFF)
     words = np.full(counting.PIECE, bits)
-    counts, offsets = np.zeros(keys.BINS, np.int64), np.zeros(keys.BINS, np.int64)
-    counting.count(words, counts, offsets, np.zeros(keys.SPECIALS, np.int64), Tails.empty(), threads=1)
+    counts, offsets = np.zeros(bins.BINS, np.int64), np.zeros(bins.BINS, np.int64)
+    counting.count(words, counts, offsets, np.zeros(bins.SPECIALS, np.int64), Tails.empty(), threads=1)
     assert counts[0x3F80] == counting.PIECE
     assert offsets[0x3F80] == counting.PIECE * 0xFFFF
 

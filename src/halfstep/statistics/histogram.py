@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from halfstep.errors import ArgumentError, DataError, NotObservedError
-from halfstep.statistics import counting, device
-from halfstep.statistics.keys import (
+from halfstep.statistics import counting
+from halfstep.statistics import counting as device
+from halfstep.statistics.bins import (
     BINS,
     NAN,
     NEGATIVE_INF,
@@ -21,16 +22,17 @@ from halfstep.statistics.keys import (
     POSITIVE_INF,
     SIGN,
     SPECIALS,
+    TAIL,
     TINY_NEGATIVE,
     TINY_POSITIVE,
     Float64,
     Int64,
+    Tails,
     exact_sum,
     exponent,
     order,
     significand,
 )
-from halfstep.statistics.tails import TAIL, Tails
 
 Answer = TypeVar("Answer")
 
