@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from halfstep import functional
-from halfstep.calibrators.calibrator import Calibrator, WeightCalibrator, range_of
-from halfstep.calibrators.maximum import Max
+from halfstep.calibrators.calibrator import Calibrator, Max, WeightCalibrator, range_of
 from halfstep.errors import DataError, FormatError, NotObservedError, named
 from halfstep.formats import Codebook, Format, Integer
 from halfstep.formats.codebook import increasing, midpoints

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from halfstep.calibrators import MSE, Entropy, Max, Percentile
-from halfstep.calibrators.slabs import Slabs
+from halfstep.calibrators.error import Slabs
 from halfstep.errors import ArgumentError, FormatError
 from halfstep.formats import Codebook, Integer
 from halfstep.formats.floating import E2M1, E4M3

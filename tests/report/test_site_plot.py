@@ -10,7 +10,7 @@ from torch import nn
 
 import halfstep as hs
 from halfstep.calibrators import levels
-from halfstep.calibrators.slabs import Slabs
+from halfstep.calibrators.error import Slabs
 from halfstep.errors import ArgumentError, NotObservedError
 from halfstep.formats import Codebook
 from halfstep.report.site_plot import _shares, site_figure

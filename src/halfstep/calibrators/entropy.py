@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from halfstep.calibrators.calibrator import cover
-from halfstep.calibrators.placed import place
+from halfstep.calibrators.error import place
 from halfstep.errors import ArgumentError
 from halfstep.formats import Format
 from halfstep.statistics import Float64, Histogram, Int64

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from halfstep.calibrators import Calibrator, levels
-from halfstep.calibrators.slabs import Slabs
+from halfstep.calibrators.error import Slabs
 from halfstep.errors import ArgumentError, NotObservedError, RunError, named
 from halfstep.formats import Format
 from halfstep.ladder.best_of import CALIBRATORS

@@ -10,18 +10,23 @@ from typing import Literal
 
 import numpy as np
 
-from halfstep.calibrators.calibrator import Calibrator
-from halfstep.calibrators.maximum import Max
+from halfstep.calibrators.calibrator import Calibrator, Max
+from halfstep.calibrators.error import place
 from halfstep.calibrators.percentile import Percentile
-from halfstep.calibrators.placed import place
 from halfstep.formats.format import Format
 from halfstep.statistics import Histogram, distance
 
 APART = 2.0  # calibrators whose ranges differ by more than this factor disagree
+
+
 BEYOND = 10  # samples that a percentile needs to leave out before it says more than the largest samples do
+
+
 FAR = 0.1  # distance of the evaluation's values from the calibration's that is worth a word
 
 STEADY = 1.25  # ranges of two halves of the data that differ by more than this factor rest on too few of them
+
+
 BULK = Percentile(99.9)  # whose range outliers hardly move, so that it shows how steady the data are
 
 Kind = Literal[
