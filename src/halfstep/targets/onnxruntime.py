@@ -1,8 +1,7 @@
 """ONNX Runtime on CPU: integer kernels quantize what they write, so nearly every result gets a quantizer."""
 
 from halfstep.formats import Integer
-from halfstep.targets.reasons import no_kernel, shared
-from halfstep.targets.target import Kernel, Lowering, Target
+from halfstep.targets.target import Kernel, Lowering, Target, no_kernel, shared
 
 ONNXRUNTIME = Target(
     name="onnxruntime",

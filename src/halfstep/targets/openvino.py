@@ -1,8 +1,7 @@
 """OpenVINO on CPU: kernels write what the next one reads, so only inputs of layers get quantizers."""
 
 from halfstep.formats import Integer
-from halfstep.targets.reasons import shared
-from halfstep.targets.target import Kernel, Target
+from halfstep.targets.target import Kernel, Target, shared
 
 _FUSED = frozenset({"hardswish", "hardsigmoid", "silu", "gelu", "sigmoid", "tanh", "leaky_relu"})
 _IN_THE_LAYER = "is computed in float inside the layer before it, at no cost; that layer stays integer"

@@ -4,8 +4,7 @@ It needs an NVIDIA GPU; here its files are executed as they are written, and hel
 """
 
 from halfstep.formats import Integer
-from halfstep.targets.reasons import no_kernel, shared
-from halfstep.targets.target import Kernel, Target
+from halfstep.targets.target import Kernel, Target, no_kernel, shared
 
 _FUSED = frozenset({"hardswish", "hardsigmoid", "silu", "gelu", "sigmoid", "tanh", "leaky_relu"})
 _IN_THE_LAYER = "is computed in float inside the layer before it; that layer stays integer"
