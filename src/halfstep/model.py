@@ -19,17 +19,14 @@ from halfstep.errors import ArgumentError, DataError, RunError
 from halfstep.fake_quantize import FakeQuantize, Mode
 from halfstep.formats import Integer
 from halfstep.graph.capture import Captured
-from halfstep.graph.choices import Choices
+from halfstep.graph.float32 import in_float32
+from halfstep.graph.fold import overwrite
 from halfstep.graph.inputs import ModelInputs, call_arguments
-from halfstep.graph.insert import Inserted, insert
-from halfstep.graph.names import readable_names
-from halfstep.graph.operators import describe
-from halfstep.graph.overwrite import overwrite
+from halfstep.graph.operators import describe, readable_names
 from halfstep.graph.padding import Padding, Places
 from halfstep.graph.place import place
-from halfstep.graph.placement import INT16, Layer, Placement, Position, Site
-from halfstep.graph.precision import in_float32
-from halfstep.graph.rooted import bind
+from halfstep.graph.placement import INT16, Choices, Inserted, Layer, Placement, Position, Site, insert
+from halfstep.graph.tracing import bind
 from halfstep.graph.unfold import unfold
 from halfstep.listing import Listing, describe_site
 from halfstep.recipe import Recipe, match_layers

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from halfstep.errors import ArgumentError, DataError, named
 from halfstep.graph.capture import check_parameters
+from halfstep.graph.float32 import hand_over, other_types
 from halfstep.graph.inputs import ModelInputs, batch_size, call_arguments, tensors_of
-from halfstep.graph.precision import hand_over, other_types
 from halfstep.onnx_in.from_file import from_onnx
 from halfstep.progress import say
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import halfstep as hs
 from halfstep.errors import ExportError
 from halfstep.export.verify import layer_fates
-from halfstep.graph.choices import Choices
+from halfstep.graph.placement import Choices
 from halfstep.ladder.groups import groups_of
 from halfstep.ladder.snapshot import Snapshot
 from halfstep.ladder.steps import STEPS, choices

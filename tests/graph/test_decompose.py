@@ -9,7 +9,7 @@ import halfstep as hs
 from halfstep.export.verify import layer_fates
 from halfstep.fake_quantize import Mode
 from halfstep.graph.capture import capture
-from halfstep.graph.decompose import decompose
+from halfstep.graph.fold import decompose
 from halfstep.runtime.deployed import DeployedModel
 from halfstep.runtime.kernels import inspect_kernels
 from halfstep.runtime.parity import compare

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import halfstep as hs
-from halfstep.graph.ends import ends
+from halfstep.graph.operators import ends
 
 
 class Two(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import halfstep as hs
 from halfstep.fake_quantize import Mode
-from halfstep.graph.overwrite import overwrite
+from halfstep.graph.fold import overwrite
 
 aten = torch.ops.aten
 

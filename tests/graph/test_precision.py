@@ -9,7 +9,7 @@ from torch import nn
 import halfstep as hs
 from halfstep.errors import ArgumentError, CaptureError, DataError
 from halfstep.graph.capture import capture, relative_error
-from halfstep.graph.precision import other_types
+from halfstep.graph.float32 import other_types
 
 TYPES = [torch.float16, torch.bfloat16, torch.float64]
 

@@ -6,7 +6,7 @@ from torch import nn
 
 import halfstep as hs
 from halfstep.evaluate import Score, as_scorer
-from halfstep.graph.choices import Choices
+from halfstep.graph.placement import Choices
 from halfstep.ladder import measured
 from halfstep.ladder.goal import Goal
 from halfstep.ladder.groups import groups_of

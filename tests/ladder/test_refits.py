@@ -9,7 +9,7 @@ from torch import nn
 import halfstep as hs
 from halfstep.evaluate import Score
 from halfstep.fake_quantize import Mode
-from halfstep.graph.choices import Choices
+from halfstep.graph.placement import Choices
 from halfstep.ladder import refits
 from halfstep.ladder.fingerprint import fingerprint
 from halfstep.ladder.goal import Goal

@@ -16,8 +16,8 @@ from halfstep.errors import ArgumentError, DataError, HalfstepError, RunError, n
 from halfstep.evaluate import SQNR, Accuracy, AgainstFloat, Agreement, Cosine, Metric, Scorer
 from halfstep.files import write_whole
 from halfstep.granularity import PerTensor
+from halfstep.graph.float32 import in_float32, other_types
 from halfstep.graph.inputs import batch_size
-from halfstep.graph.precision import in_float32, other_types
 from halfstep.ladder.budget import Budget
 from halfstep.ladder.journal import Entry, Journal, Saved
 from halfstep.model import QuantizedModel

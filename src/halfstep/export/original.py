@@ -19,8 +19,7 @@ from halfstep.export.editing import drop_unused, replace
 from halfstep.export.trace import DOMAIN, MARKER, bias_marker
 from halfstep.formats import Integer
 from halfstep.granularity import PerGroup
-from halfstep.graph.names import readable_names
-from halfstep.graph.operators import WEIGHTED, describe
+from halfstep.graph.operators import WEIGHTED, describe, readable_names
 from halfstep.graph.placement import Layer, Site
 from halfstep.model import QuantizedModel
 from halfstep.onnx_in.linear import LINEAR

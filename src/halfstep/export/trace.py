@@ -20,13 +20,11 @@ from torch import fx
 
 from halfstep.errors import ExportError
 from halfstep.export.program import program_of, to_onnx
-from halfstep.graph.insert import insert
-from halfstep.graph.names import readable_names
-from halfstep.graph.placement import Position, Site
+from halfstep.graph.operators import readable_names
+from halfstep.graph.placement import Position, Site, insert
 from halfstep.graph.recurrences import recurrences_whole
-from halfstep.graph.rooted import PREFIX, rooted
 from halfstep.graph.shapes import Axes
-from halfstep.graph.tracing import quiet
+from halfstep.graph.tracing import PREFIX, quiet, rooted
 from halfstep.identity import Identity
 from halfstep.model import QuantizedModel
 

@@ -18,7 +18,7 @@ from halfstep.fake_quantize import Mode
 from halfstep.formats import Integer
 from halfstep.granularity import PerGroup
 from halfstep.graph.inputs import ModelInputs, call_arguments
-from halfstep.graph.names import readable_names
+from halfstep.graph.operators import readable_names
 from halfstep.graph.placement import Layer
 from halfstep.model import QuantizedModel
 from halfstep.runtime.deployed import DeployedModel, to_numpy

@@ -14,13 +14,19 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from halfstep.errors import CaptureError, DataError
-from halfstep.graph.explain import explain, where, words
-from halfstep.graph.inputs import ModelInputs, batch_size, call_arguments
-from halfstep.graph.outputs import Outputs
-from halfstep.graph.precision import HandedOver, hand_over, in_float32, model_in_float32, other_types
-from halfstep.graph.rooted import PREFIX, bind, unrooted
+from halfstep.graph.float32 import HandedOver, hand_over, in_float32, model_in_float32, other_types
+from halfstep.graph.inputs import ModelInputs, Outputs, batch_size, call_arguments
 from halfstep.graph.shapes import BATCH, Axes, Dynamic, Names, axes_of, batch_of, input_names, named
-from halfstep.graph.tracing import batched_inputs, export_program
+from halfstep.graph.tracing import (
+    PREFIX,
+    batched_inputs,
+    bind,
+    explain,
+    export_program,
+    unrooted,
+    where,
+    words,
+)
 from halfstep.graph.unfold import FoldedNorm, tensors
 from halfstep.identity import Identity
 

@@ -1,17 +1,23 @@
-"""Passes that make the captured graph smaller without changing what it computes."""
+"""Passes that make the captured graph smaller, or fit for kernels, without changing what it computes.
+
+Weights that the model computes from its parameters, and operators that it computes twice.
+
+Activations split into the parts that a runtime has integer kernels for.
+
+ReLUs that overwrite what they read: no second tensor is written for a value that nobody else sees.
+"""
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from halfstep.graph.capture import Captured, unchanged
-from halfstep.graph.constants import fold_weights, merge_repeated
-from halfstep.graph.operators import is_spatial_mean
-from halfstep.graph.parameters import parameter, store, trainable
+from halfstep.graph.operators import WEIGHTED, describe, is_spatial_mean, parameter, store, trainable
 from halfstep.graph.unfold import FoldedNorm, tensors
 
 aten = torch.ops.aten
@@ -54,6 +60,8 @@ CONVOLUTIONS = frozenset(
         aten.conv3d.padding,
     }
 )
+
+
 TRANSPOSED = frozenset(
     {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
 )
@@ -299,3 +307,111 @@ def _drop_empty(module: nn.Module) -> bool:
         if child is None or _drop_empty(child):
             del module._modules[name]
     return not (module._modules or module._parameters or module._buffers)
+
+
+def fold_weights(captured: Captured) -> None:
+    """A weight or bias that is computed from parameters alone (weight norm, say) becomes a parameter of its own.
+
+    It is called after the layer that reads it: ``conv.weight`` for the conv at ``conv``.
+    """
+    for node in list(captured.graph.nodes):
+        op = describe(node)
+        if op is None or op.kind not in WEIGHTED:
+            continue
+        for index, leaf in ((WEIGHTED[op.kind], "weight"), (2, "bias")):
+            source = node.args[index] if index < len(node.args) else None
+            if not isinstance(source, fx.Node) or source.op != "call_function" or not _constant(source):
+                continue
+            stack = list(node.meta.get("nn_module_stack", {}).values())
+            path = stack[-1][0].split("@")[0] if stack else ""
+            with torch.no_grad(), captured.graph.inserting_before(node):
+                value = _value(captured.module, source)
+                assert isinstance(value, torch.Tensor)
+                folded = store(captured, f"{path}.{leaf}" if path else leaf, value, None)
+            node.args = (*node.args[:index], folded, *node.args[index + 1 :])
+
+
+def _constant(node: fx.Node) -> bool:
+    inputs = node.all_input_nodes
+    return node.op == "get_attr" or (
+        node.op == "call_function" and bool(inputs) and all(map(_constant, inputs))
+    )
+
+
+def _value(module: nn.Module, node: fx.Node) -> Any:
+    if node.op == "get_attr":
+        return parameter(module, node)
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: _value(module, source))
+    operation: Any = node.target
+    return operation(*args, **kwargs)
+
+
+def merge_repeated(graph: fx.Graph) -> None:
+    """An operator applied twice to the same values is computed once.
+
+    Runtimes merge such operators by themselves, and then find two quantizers behind one result.
+    """
+    seen: dict[tuple[object, ...], fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "get_attr" and (node.op != "call_function" or describe(node) is None):
+            continue
+        key = (node.op, node.target, repr(node.args), repr(node.kwargs))  # a node's repr is its unique name
+        if key in seen:
+            node.replace_all_uses_with(seen[key])
+            graph.erase_node(node)
+        else:
+            seen[key] = node
+
+
+#: Kinds that are their input times a gate of it, with the gate.
+GATES = {"silu": aten.sigmoid.default, "hardswish": aten.hardsigmoid.default}
+
+
+def decompose(captured: Captured, kinds: Collection[str]) -> Captured:
+    """Write ``x * sigmoid(x)`` for SiLU and ``x * hardsigmoid(x)`` for HardSwish.
+
+    The graph is changed in place and returned; its outputs stay equal up to float rounding.
+
+    Args:
+        captured: a captured, folded graph.
+        kinds: which of :data:`GATES` to split; others are left alone.
+    """
+    graph = captured.graph
+    found = [(node, op) for node in graph.nodes if (op := describe(node)) is not None]
+    split = [(node, op) for node, op in found if op.kind in kinds and op.kind in GATES]
+    if not split:
+        return captured
+    with unchanged(captured, "splitting activations"):
+        for node, op in split:
+            source = op.inputs[0]
+            with graph.inserting_before(node):
+                gate = graph.call_function(GATES[op.kind], (source,))
+                product = graph.call_function(aten.mul.Tensor, (source, gate))
+            # Two nodes of one module: each is named after its kind in it.
+            stack = {key: (path, "halfstep.Gate") for key, (path, _) in node.meta["nn_module_stack"].items()}
+            gate.meta = product.meta = {**node.meta, "nn_module_stack": stack}
+            product.meta = dict(gate.meta)
+            node.replace_all_uses_with(product)
+            graph.erase_node(node)
+        graph.lint()
+    return captured
+
+
+#: Kinds that make a tensor of their own and whose gradients do not need it.
+MAKERS = frozenset({"conv", "conv_transpose", "linear", "add"})
+
+
+def overwrite(graph: fx.Graph) -> fx.Graph:
+    """Let every ReLU work in place that alone reads the result of one of :data:`MAKERS`.
+
+    The graph is changed in place and returned. It computes the same, forwards and backwards.
+    """
+    for node in graph.nodes:
+        if node.target is aten.relu.default and _made_for(node, node.args[0]):
+            node.target = aten.relu_.default
+    return graph
+
+
+def _made_for(reader: fx.Node, value: fx.Node) -> bool:
+    op = describe(value)
+    return op is not None and op.kind in MAKERS and set(value.users) == {reader}

@@ -1,16 +1,27 @@
-"""What a node of the ATen graph is, in the words of the deployment tables.
+"""What a node of the ATen graph is: in the words of the deployment tables, by parameter, sign, place and name.
 
 A *kind* is a word such as ``"conv"`` or ``"add"``: what a runtime has (or lacks) an integer kernel for. Everything
 that decides about quantization reads kinds; only this file knows ATen's names.
+
+Reading and replacing the parameters that a graph's ``get_attr`` nodes name.
+
+Which values can never be negative, by what computes them.
+
+The first and the last of a network's layers.
+
+Readable names for nodes: the module path in the user's model, and the operation where the path alone is not one.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import fx
+from torch import fx, nn
+
+from halfstep.graph.capture import Captured
 
 aten = torch.ops.aten
 
@@ -185,3 +196,169 @@ def _is_float(node: fx.Node) -> bool:
 
 def _constant(argument: object) -> fx.Node | None:
     return argument if isinstance(argument, fx.Node) and argument.op == "get_attr" else None
+
+
+def parameter(module: nn.Module, node: fx.Node) -> torch.Tensor:
+    """The tensor that a ``get_attr`` node reads, detached."""
+    owner, _, name = str(node.target).rpartition(".")
+    tensor = getattr(module.get_submodule(owner), name)
+    assert isinstance(tensor, torch.Tensor)
+    return tensor.detach()
+
+
+def trainable(module: nn.Module, node: fx.Node) -> bool:
+    """Whether the tensor that a ``get_attr`` node reads is a parameter that the user lets train."""
+    owner, _, name = str(node.target).rpartition(".")
+    return bool(getattr(module.get_submodule(owner), name).requires_grad)
+
+
+def store(
+    captured: Captured, wanted: str, value: torch.Tensor, old: fx.Node | None, requires_grad: bool = True
+) -> fx.Node:
+    """Store ``value`` under ``wanted`` and return a new ``get_attr`` node for it, at the graph's insertion point.
+
+    Where ``wanted`` is read by any node but ``old`` with its one user, a number is appended instead: what another
+    layer reads is never overwritten.
+    """
+    graph, module = captured.graph, captured.module
+    readers: list[fx.Node] = [n for n in graph.nodes if n.op == "get_attr" and n.target == wanted]
+    taken = any(node is not old or len(node.users) > 1 for node in readers)
+    name, count = wanted, 1
+    while taken or (name != wanted and _exists(module, name)):
+        taken, count = False, count + 1
+        name = f"{wanted}_{count}"
+    owner_name, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(owner_name)
+    for table in (owner._parameters, owner._buffers):
+        table.pop(leaf, None)
+    if hasattr(owner, leaf):  # a plain attribute, such as ``bias = None``
+        delattr(owner, leaf)
+    owner.register_parameter(leaf, nn.Parameter(value.contiguous(), requires_grad=requires_grad))
+    node = graph.get_attr(name)
+    node.meta["val"] = value
+    return node
+
+
+def _exists(module: nn.Module, name: str) -> bool:
+    owner, _, leaf = name.rpartition(".")
+    return hasattr(module.get_submodule(owner), leaf)
+
+
+#: Kinds whose results are never negative.
+NONNEGATIVE = frozenset({"relu", "sigmoid", "hardsigmoid", "softmax"})
+
+#: Kinds whose results are never negative where none of their inputs is.
+KEEPING = frozenset(
+    {
+        "add",
+        "mul",
+        "concat",
+        "max_pool",
+        "average_pool",
+        "global_average_pool",
+        "mean",
+        "reshape",
+        "transpose",
+        "slice",
+        "expand",
+        "split",
+        "item",
+        "resize_nearest",
+        "resize_linear",
+    }
+)
+
+
+def nonnegative(value: fx.Node, operators: Mapping[fx.Node, Operator]) -> bool:
+    """Whether ``value`` can never be negative; False where the graph alone does not tell.
+
+    Args:
+        value: a node.
+        operators: what the graph's nodes are.
+    """
+    op = operators.get(value)
+    if op is None:
+        return False
+    if op.kind == "clip":
+        return _lower_bound(value) >= 0 or all(nonnegative(source, operators) for source in op.inputs)
+    if op.kind in KEEPING:
+        factors = [argument for argument in value.all_input_nodes if argument.op == "get_attr"]
+        constants = [a for a in value.args[:2] if isinstance(a, (int, float)) and a < 0]
+        settled = not factors and (op.kind not in ("add", "mul") or not constants)
+        return settled and all(nonnegative(source, operators) for source in op.inputs)
+    return op.kind in NONNEGATIVE
+
+
+def _lower_bound(clip: fx.Node) -> float:
+    """The constant lower bound of a clip; minus infinity where there is none."""
+    if clip.target is aten.relu6.default:
+        return 0.0
+    default = -1.0 if clip.target is aten.hardtanh.default else None
+    bound = clip.args[1] if len(clip.args) > 1 else clip.kwargs.get("min", default)
+    return float(bound) if isinstance(bound, (int, float)) else float("-inf")
+
+
+def ends(graph: fx.Graph, layers: Collection[fx.Node]) -> set[fx.Node]:
+    """The layers that no other layer stands before, and those that none stands behind.
+
+    A network with several inputs or heads has several of them.
+
+    Args:
+        graph: topologically ordered, as fx graphs are.
+        layers: its weighted operators.
+    """
+    behind: set[fx.Node] = set()  # nodes that some layer stands before
+    for node in graph.nodes:
+        if any(source in behind or source in layers for source in node.all_input_nodes):
+            behind.add(node)
+    before: set[fx.Node] = set()  # nodes that some layer stands behind
+    for node in reversed(graph.nodes):
+        if any(user in before or user in layers for user in node.users):
+            before.add(node)
+    return {node for node in layers if node not in behind or node not in before}
+
+
+#: The module that stands for a node of an ONNX file.
+ONNX_NODE = "halfstep.onnx_in.network.Step"
+
+
+def readable_names(graph: fx.Graph) -> dict[fx.Node, str]:
+    """A unique name for every placeholder and call of ``graph``.
+
+    A node of a leaf module of torch (``nn.Conv2d``), or of what stands for a node of an ONNX file, is called by the
+    module's path, ``layer1.0.conv1``; any other by the path of the module whose code calls it and its kind,
+    ``layer1.0.add``. A second call of the same gets ``:2`` and so on.
+    """
+    names: dict[fx.Node, str] = {}
+    count: dict[str, int] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            name = str(node.target)
+        elif node.op == "call_function":
+            name = _name(node)
+        else:
+            continue
+        count[name] = count.get(name, 0) + 1
+        names[node] = name if count[name] == 1 else f"{name}:{count[name]}"
+    return names
+
+
+def _name(node: fx.Node) -> str:
+    op = describe(node)
+    kind = op.kind if op else node.name
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    if not stack:
+        return kind
+    path, owner = stack[-1]
+    leaf = isinstance(owner, str) and (owner.startswith("torch.nn.modules.") or owner == ONNX_NODE)
+    path = path.split("@")[0]  # torch marks the second call of a shared module by "@1"
+    if owner == ONNX_NODE and any(_path(user) == path for user in node.users):
+        return f"{path}.{kind}"  # what the node makes has its name, what it makes that of has not
+    if leaf and path and "container" not in owner and "MultiheadAttention" not in owner:
+        return str(path)
+    return f"{path}.{kind}" if path else kind
+
+
+def _path(node: fx.Node) -> str:
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    return str(stack[-1][0]).split("@")[0] if stack else ""

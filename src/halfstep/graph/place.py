@@ -12,13 +12,27 @@ from torch import fx
 from halfstep.formats import Format
 from halfstep.granularity import Granularity, PerGroup
 from halfstep.graph.biases import stored_biases
-from halfstep.graph.choices import Choices
-from halfstep.graph.ends import ends
-from halfstep.graph.granularities import activation_granularity, weight_granularity
-from halfstep.graph.names import readable_names
-from halfstep.graph.operators import Operator, constant_operands, describe, is_depthwise
-from halfstep.graph.placement import INT16, FloatOperator, Follower, Layer, Placement, Position, Site
-from halfstep.graph.signs import nonnegative
+from halfstep.graph.operators import (
+    Operator,
+    constant_operands,
+    describe,
+    ends,
+    is_depthwise,
+    nonnegative,
+    readable_names,
+)
+from halfstep.graph.placement import (
+    INT16,
+    Choices,
+    FloatOperator,
+    Follower,
+    Layer,
+    Placement,
+    Position,
+    Site,
+    activation_granularity,
+    weight_granularity,
+)
 from halfstep.graph.states import states_in
 from halfstep.graph.tails import TAIL
 from halfstep.recipe import ACTIVATIONS, LayerSpec, Recipe, TensorSpec

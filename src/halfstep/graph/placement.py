@@ -1,14 +1,24 @@
-"""The result of placement: sites, layers, and what stays in float, as frozen data over a graph's nodes."""
+"""The result of placement, as frozen data over a graph's nodes, and what it is made from.
+
+Choices: the layers that are not quantized as the recipe says, on request.
+
+How many scales a site gets: a spec's granularity on the axes of the tensor at hand.
+
+Put one node on every edge that a placement names.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 
 from torch import fx, nn
 
+from halfstep.errors import RecipeError
 from halfstep.formats import Format
-from halfstep.granularity import Granularity
-from halfstep.graph.operators import Operator
+from halfstep.granularity import Granularity, PerChannel, PerGroup
+from halfstep.graph.operators import Operator, input_axis, weight_axis
+from halfstep.recipe import ACTIVATIONS, LayerSpec, Recipe, TensorSpec
 
 _TAKEN = frozenset(dir(nn.ModuleDict()))
 
@@ -118,3 +128,124 @@ class Placement:
     float_operators: tuple[FloatOperator, ...]
     followers: tuple[Follower, ...] = ()
     biases: tuple[StoredBias, ...] = ()
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Layers at a step between the recipe and float; one that is named more than once is at the first below.
+
+    Attributes:
+        float_layers: left in float.
+        int16_layers: whose activations are read in 16 bits.
+        dynamic_layers: whose activations get their range at run time.
+    """
+
+    float_layers: frozenset[str] = frozenset()
+    int16_layers: frozenset[str] = frozenset()
+    dynamic_layers: frozenset[str] = frozenset()
+
+    def spec(self, recipe: Recipe, layer: str, end: bool) -> LayerSpec | None:
+        """The spec of a layer that is not left in float here; None if it stays so by the recipe.
+
+        Args:
+            recipe: what it would be otherwise.
+            layer: its name.
+            end: whether it is one of the network's first or last layers.
+        """
+        spec = recipe.spec(layer, end)
+        if spec is not None and layer in self.int16_layers:
+            return spec.with_int16_activations()
+        if spec is not None and layer in self.dynamic_layers:
+            return spec.with_dynamic_activations()
+        return spec
+
+    def to_dict(self) -> dict[str, list[str]]:
+        """The names, sorted, by the field that they are in."""
+        return {name: sorted(layers) for name, layers in asdict(self).items()}
+
+
+def activation_granularity(spec: TensorSpec, name: str, values: Sequence[fx.Node]) -> Granularity:
+    """The spec's granularity for a site.
+
+    A fixed scale cannot belong to an example, so it must leave the batch alone; and all the values that share its
+    scales must have the same channels.
+
+    Args:
+        spec: of the activation.
+        name: the site's.
+        values: what shares its scales.
+
+    Raises:
+        RecipeError: naming the site, if they do not.
+    """
+    granularity = spec.granularity or ACTIVATIONS
+    value = values[0]
+    if isinstance(granularity, PerGroup) or (
+        isinstance(granularity, PerChannel) and granularity.axis % value.meta["val"].dim() == 0
+    ):
+        raise RecipeError(
+            f"site {name!r}: got activations {granularity}, needed one scale per tensor, or per channel of an axis "
+            "that is not the batch's (axis 0)"
+        )
+    if isinstance(granularity, PerChannel):
+        counts = [value.meta["val"].shape[granularity.axis] for value in values]
+        if len(set(counts)) > 1:
+            raise RecipeError(
+                f"site {name!r}: got activations {granularity}, but the tensors that share its codes have {counts} "
+                "channels there, being reshaped; needed one scale per tensor for the layers that read them"
+            )
+    return granularity
+
+
+def weight_granularity(spec: TensorSpec, op: Operator) -> Granularity:
+    """The spec's granularity on this operator's axes: channels of the output, groups along the input."""
+    if spec.granularity is None:
+        return PerChannel(weight_axis(op))
+    if isinstance(spec.granularity, PerGroup):
+        return PerGroup(input_axis(op), spec.granularity.size)
+    if isinstance(spec.granularity, PerChannel):
+        return PerChannel(weight_axis(op))
+    return spec.granularity
+
+
+#: Adds a node for a site, given the graph (with its insertion point set) and the value to quantize.
+Maker = Callable[[fx.Graph, fx.Node, Site, Position], fx.Node]
+
+
+@dataclass(frozen=True)
+class Inserted:
+    """A copy of a graph with quantizers in it, and where each node of the original went."""
+
+    graph: fx.Graph
+    copies: dict[fx.Node, fx.Node]
+
+
+def insert(graph: fx.Graph, placement: Placement, make: Maker, tied: bool) -> Inserted:
+    """Copy ``graph`` and let the readers of every position see ``make``'s node instead of the value.
+
+    Args:
+        graph: the float graph that ``placement`` speaks of; left as it is.
+        placement: the sites.
+        make: adds the node, for instance a call of a fake quantizer.
+        tied: whether tied positions get a node too. They change nothing in a simulation, but an exported file
+            needs them around operators that move codes.
+    """
+    result = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    output = result.graph_copy(graph, copies)
+    result.output(output)
+    end = next(iter(reversed(result.nodes)))
+    for node in graph.nodes:
+        if node.op == "output":
+            copies[node] = end
+    for site in placement.sites:
+        for position in site.positions:
+            if position.tied and not (tied or site.is_weight):
+                continue
+            value = copies[position.value]
+            with result.inserting_after(value):
+                quantized = make(result, value, site, position)
+            for reader in position.readers:
+                copies[reader].replace_input_with(value, quantized)
+    result.lint()
+    return Inserted(result, copies)

@@ -12,8 +12,7 @@ from torch import fx
 
 from halfstep.errors import ArgumentError
 from halfstep.graph.capture import Captured
-from halfstep.graph.names import readable_names
-from halfstep.graph.operators import Operator, describe
+from halfstep.graph.operators import Operator, describe, readable_names
 from halfstep.identity import Identity
 
 #: In a node's ``meta``: why it stays in float, whatever the recipe says.

@@ -1,14 +1,29 @@
-"""Tracing a module with torch.export, and what the trace says of its inputs."""
+"""Tracing a module with torch.export: below a root of our own, and why where it cannot be done.
+
+Tracing a module with torch.export, and what the trace says of its inputs.
+
+Networks one level below a root of our own, where none of their names can be one of torch's.
+
+``fx.GraphModule`` keeps ``graph``, ``code``, ``recompile`` ... beside a network's own parameters and layers, which may
+be called so too. What torch is handed therefore has one child, the network; what we keep has its names as they are.
+
+Why a model cannot be captured: which module and line stopped the tracing, and what to try.
+"""
 
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import logging
+import os
 import re
+import traceback
+import types
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from types import FrameType
 from typing import Any
 
 import torch
@@ -16,10 +31,8 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from halfstep.errors import CaptureError
-from halfstep.graph.explain import explain, fixed_at
 from halfstep.graph.inputs import move
 from halfstep.graph.recurrences import recurrences_whole
-from halfstep.graph.rooted import Rooted, bind
 from halfstep.graph.shapes import BATCH, Axes, Names, batch_of, by_name, varies
 from halfstep.graph.unfold import tensors
 
@@ -142,3 +155,215 @@ def batched_inputs(
         except Exception:
             batches.add(size)
     return tuple(axis if size and size in batches else None for size, axis in zip(sizes, places, strict=True))
+
+
+CHILD = "model"
+
+
+PREFIX = f"{CHILD}."
+
+
+class Rooted(nn.Module):
+    """A module whose one child is ``model``, with the signature of ``model``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.add_module(CHILD, model)
+
+        @functools.wraps(model.forward)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return model(*args, **kwargs)
+
+        self.forward = forward
+
+
+def unrooted(module: fx.GraphModule) -> tuple[fx.Graph, nn.Module, dict[int, Any]]:
+    """What was traced from a :class:`Rooted`, with names of tensors and module paths that are the network's own.
+
+    Returns:
+        The graph, which returns only what it computes; the tensors that it reads, in plain modules; and what the
+        network returns beside, by its place among the outputs.
+    """
+    graph, root = fx.Graph(), nn.Module()
+    fixed: dict[int, Any] = {}
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        if node.op == "output":
+            fixed = {place: x for place, x in enumerate(node.args[0]) if not isinstance(x, fx.Node)}
+            graph.output(tuple(copies[x] for x in node.args[0] if isinstance(x, fx.Node)))
+        elif node.op == "get_attr":
+            target = str(node.target)
+            name = target.removeprefix(PREFIX)  # constants of the code lie beside the network
+            _place(root, name, functools.reduce(getattr, target.split("."), module))
+            copies[node] = graph.get_attr(name)
+            copies[node].meta = dict(node.meta)
+        else:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+            stack = copies[node].meta.get("nn_module_stack")
+            if stack is not None:
+                copies[node].meta["nn_module_stack"] = _own_stack(stack)
+    return graph, root, fixed
+
+
+def _own_stack(stack: dict[str, tuple[str, Any]]) -> dict[str, tuple[str, Any]]:
+    """Without the root, and with paths from the network on."""
+    return {key: (path[len(PREFIX) :], owner) for key, (path, owner) in stack.items() if path}
+
+
+def rooted(graph: fx.Graph, module: nn.Module) -> fx.GraphModule:
+    """What torch can be handed: ``graph`` over the tensors of ``module``, all below a root.
+
+    Args:
+        graph: reads tensors of ``module`` by their names; changed so that it reads them below the root.
+        module: left as it is.
+    """
+    for node in graph.nodes:
+        if node.op in ("get_attr", "call_module"):
+            node.target = PREFIX + str(node.target)
+        elif node.op == "placeholder":
+            node.target = (
+                node.name
+            )  # names that mean something else to the code that fx writes are numbered there
+    root = nn.Module()
+    root.add_module(CHILD, module)
+    return fx.GraphModule(root, graph)
+
+
+def _place(root: nn.Module, name: str, value: torch.Tensor | nn.Module) -> None:
+    """Keep a tensor (or the body of a branch) under its dotted name, in modules made for it; any name will do."""
+    *path, leaf = name.split(".")
+    for part in path:
+        root = root._modules.setdefault(part, nn.Module())  # type: ignore[assignment]
+    put(root, leaf, value)
+
+
+def put(owner: nn.Module, leaf: str, value: torch.Tensor | nn.Module) -> None:
+    """Keep a tensor or a module in ``owner`` under a name, which torch's own attributes may have too."""
+    if isinstance(value, nn.Module):
+        owner._modules[leaf] = value
+    elif isinstance(value, nn.Parameter):
+        owner._parameters[leaf] = value
+    else:
+        owner._buffers[leaf] = value
+
+
+def bind(graph: fx.Graph, module: nn.Module) -> Callable[..., Any]:
+    """``graph`` as a function of the values of its placeholders, in order, over the tensors of ``module``."""
+    targets = {node: node.target for node in graph.nodes if node.op == "placeholder"}
+    try:
+        for (
+            node
+        ) in targets:  # an argument may be called ``torch`` or ``getattr``, which the code needs itself
+            node.target = node.name
+        code = graph.python_code("self")
+    finally:
+        for node, target in targets.items():
+            node.target = target
+    namespace = dict(code.globals)
+    exec(compile(code.src, "<halfstep graph>", "exec"), namespace)
+    return types.MethodType(namespace["forward"], module)
+
+
+_OURS_AND_TORCHS = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__)))
+
+
+#: What torch's messages about operands of different types have in common.
+_TYPES_DIFFER = re.compile(r"dtype|type \(|Half|BFloat16|Double")
+
+
+def where(model: nn.Module, error: Exception) -> str:
+    """The user's module and line at which ``error`` was raised, where that is known, and its first line."""
+    found = _places(model, traceback.walk_tb(error.__traceback__))
+    kind = type(error).__name__
+    text = str(error).strip().splitlines()
+    return f"{found[-1] + ': ' if found else ''}{text[0] if text else kind} ({kind})"
+
+
+def fixed_at(trace: Callable[[], Any], model: nn.Module, size: int) -> str:
+    """The user's module and line that made a dimension of this ``size`` the number that it is in the example.
+
+    Torch tells it only while it traces, so the model is traced once more.
+
+    Returns:
+        The place, or nothing where torch decided it by itself.
+    """
+    places: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if re.match(rf"set_replacement s\d+ = {size}\b", record.getMessage()):
+                places.extend(_places(model, traceback.walk_stack(None))[:1])
+
+    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    before = log.handlers, log.level, log.propagate
+    log.handlers, log.propagate = [Listener()], False
+    log.setLevel(logging.INFO)
+    try:
+        trace()
+    except Exception:  # the same as before: only the place is wanted
+        return places[0] if places else ""
+    finally:
+        log.handlers, level, log.propagate = before
+        log.setLevel(level)
+    return ""
+
+
+def _places(model: nn.Module, frames: Iterable[tuple[FrameType, int]]) -> list[str]:
+    """Those frames that run a method of a module of the user's, in words."""
+    paths = {id(module): name or type(model).__name__ for name, module in model.named_modules()}
+    found = []
+    for frame, line in frames:
+        code = frame.f_code
+        owner = frame.f_locals.get(code.co_varnames[0]) if code.co_varnames else None
+        file = code.co_filename
+        if id(owner) in paths and isinstance(owner, nn.Module) and not file.startswith(_OURS_AND_TORCHS):
+            found.append(f"module {paths[id(owner)]!r}, {file}:{line}")
+    return found
+
+
+def explain(
+    model: nn.Module, error: Exception, inputs: Sequence[Any], converted: Sequence[torch.dtype] = ()
+) -> str:
+    """Which module and line stopped the tracing, in one sentence, and what to try.
+
+    Args:
+        model: that was traced.
+        error: that ended it.
+        inputs: that it was traced with.
+        converted: the types that were converted to float32 before.
+    """
+    kind = type(error).__name__
+    odd = [x.dtype for x in inputs if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    odd = [dtype for dtype in odd if dtype is not torch.float32]
+    if converted and _TYPES_DIFFER.search(str(error)):
+        advice = (
+            f"its {words(converted)} was converted to torch.float32 before: code that names a type, such as "
+            "x.to(torch.float16), must take that of what it computes with: x.to(self.weight.dtype)"
+        )
+    elif odd and "dtype" in str(error):
+        advice = f"example_inputs hold a {odd[0]}, the model's parameters are torch.float32: convert it with x.float()"
+    elif "DataDependent" in kind or "data-dependent" in str(error):
+        advice = (
+            "the path taken depends on the values of a tensor, which a fixed graph cannot express: replace the "
+            "`if`/`while` by torch.where or masking, or capture the submodule without it"
+        )
+    elif "Constraint" in kind or "Dim.DYNAMIC" in str(error):
+        advice = (
+            "the code holds for some sizes only of a dimension that varies: give it padded inputs, leave the dimension "
+            "out of dynamic, or make the code hold for all sizes"
+        )
+    else:
+        advice = (
+            "try torch.export.export(model.eval(), example_inputs) alone to see torch's own account; rewriting the "
+            "line with plain tensor operations usually helps"
+        )
+    return f"the model cannot be captured: {where(model, error)}; {advice}"
+
+
+def words(types: Sequence[torch.dtype]) -> str:
+    """Types in words.
+
+    >>> words([torch.bfloat16, torch.float16])
+    'torch.bfloat16 and torch.float16'
+    """
+    return " and ".join(map(str, types))

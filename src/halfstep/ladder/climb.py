@@ -18,8 +18,7 @@ from halfstep.errors import ArgumentError, CaptureError
 from halfstep.evaluate import Scorer, as_scorers, labelled_data, parts
 from halfstep.export.onnx import export_float
 from halfstep.graph.capture import Captured, capture
-from halfstep.graph.decompose import decompose
-from halfstep.graph.fold import fold
+from halfstep.graph.fold import decompose, fold
 from halfstep.graph.inputs import ModelInputs
 from halfstep.graph.padding import Mask, find_padding
 from halfstep.graph.shapes import Dynamic

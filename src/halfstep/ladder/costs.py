@@ -14,7 +14,7 @@ import torch
 
 from halfstep.errors import ArgumentError, NotObservedError
 from halfstep.export.onnx import export_onnx
-from halfstep.graph.choices import Choices
+from halfstep.graph.placement import Choices
 from halfstep.ladder.environment import free_memory
 from halfstep.ladder.groups import Group
 from halfstep.model import QuantizedModel

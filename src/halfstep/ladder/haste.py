@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from halfstep.evaluate import Score
-from halfstep.graph.choices import Choices
+from halfstep.graph.placement import Choices
 from halfstep.ladder.fingerprint import fingerprint
 from halfstep.ladder.groups import Group, names_of
 from halfstep.ladder.measured import file_times, tuned

@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from halfstep.graph.choices import Choices
+from halfstep.graph.placement import Choices
 from halfstep.ladder.costs import ROUNDS, microseconds, race_choices
 from halfstep.ladder.environment import machine
 from halfstep.ladder.fingerprint import fingerprint

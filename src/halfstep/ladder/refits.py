@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from halfstep.fake_quantize import Mode
-from halfstep.graph.choices import Choices
+from halfstep.graph.placement import Choices
 from halfstep.ladder.budget import BudgetSpent
 from halfstep.ladder.checkpoints import Checkpoints
 from halfstep.ladder.fidelity import Fidelity, Reference, halves

@@ -15,7 +15,7 @@ from halfstep.errors import RunError
 from halfstep.evaluate import EarlyStopping, Metric, Score, Scorer, early_stopping, parts, share_of_error
 from halfstep.fake_quantize import Mode
 from halfstep.granularity import PerTensor
-from halfstep.graph.choices import Choices
+from halfstep.graph.placement import Choices
 from halfstep.ladder.budget import Budget, BudgetSpent
 from halfstep.ladder.checkpoints import Checkpoints
 from halfstep.ladder.evaluation import Evaluation, Verdict, keep, kept

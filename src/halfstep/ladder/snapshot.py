@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from halfstep.fake_quantize import Mode
-from halfstep.graph.choices import Choices
+from halfstep.graph.placement import Choices
 from halfstep.ladder.steps import STEPS
 from halfstep.model import QuantizedModel
 

@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from halfstep.errors import ArgumentError
-from halfstep.graph.choices import Choices
 from halfstep.graph.place import takes_run_time_ranges
-from halfstep.graph.placement import Layer
+from halfstep.graph.placement import Choices, Layer
 from halfstep.ladder.groups import Group
 from halfstep.model import QuantizedModel
 

@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from halfstep.errors import DataError
+from halfstep.graph.float32 import in_float32
 from halfstep.graph.inputs import ModelInputs, batch_size, call_arguments
-from halfstep.graph.precision import in_float32
 from halfstep.graph.shapes import BATCH
 from halfstep.onnx_in.origin import Origin
 from halfstep.onnx_in.table import DTYPES

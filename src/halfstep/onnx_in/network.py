@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from halfstep.errors import CaptureError, DataError, named
-from halfstep.graph.rooted import put
+from halfstep.graph.tracing import put
 from halfstep.onnx_in import islands
 from halfstep.onnx_in.origin import Origin
 from halfstep.onnx_in.patterns import fuse

@@ -15,8 +15,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from halfstep.graph.names import readable_names
-from halfstep.graph.operators import Operator, constant_operands, describe, input_axis, weight_axis
+from halfstep.graph.operators import (
+    Operator,
+    constant_operands,
+    describe,
+    input_axis,
+    readable_names,
+    weight_axis,
+)
 
 aten = torch.ops.aten
 

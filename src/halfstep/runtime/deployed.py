@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from halfstep.errors import DataError
-from halfstep.graph.outputs import Outputs
+from halfstep.graph.inputs import Outputs
 from halfstep.runtime.runtimes import find_runtime, runtime_of
 
 

@@ -13,15 +13,12 @@ from torch import Tensor, fx, nn
 
 from halfstep.errors import CaptureError, TrainingError
 from halfstep.graph.capture import Captured, capture
-from halfstep.graph.decompose import decompose
-from halfstep.graph.fold import fold
+from halfstep.graph.fold import decompose, fold, overwrite
 from halfstep.graph.inputs import ModelInputs, call_arguments, move
-from halfstep.graph.names import readable_names
-from halfstep.graph.operators import Operator, describe
-from halfstep.graph.overwrite import overwrite
+from halfstep.graph.operators import Operator, describe, readable_names
 from halfstep.graph.placement import Layer, Placement, Position, Site
-from halfstep.graph.rooted import bind
 from halfstep.graph.shapes import input_names
+from halfstep.graph.tracing import bind
 from halfstep.graph.unfold import tensors
 from halfstep.identity import Identity
 from halfstep.model import QuantizedModel, run
