@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 from halfstep.evaluate import Score, SequentialTest, paired_drop, share_of_error
-from halfstep.evaluate.bootstrap import bootstrap_interval
+from halfstep.evaluate.paired import bootstrap_interval
 from halfstep.ladder.goal import Goal
 
 CONFIDENCE, ALLOWED = 0.95, 0.01

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from halfstep.evaluate.data_metric import DataMetric
+from halfstep.evaluate.score import DataMetric
 from halfstep.graph.inputs import ModelInputs
 from halfstep.graph.padding import Mask
 from halfstep.graph.shapes import Dynamic

@@ -7,7 +7,7 @@ from torch import nn
 import halfstep as hs
 from halfstep.errors import MetricError
 from halfstep.evaluate import EarlyStopping, Score, early_stopping
-from halfstep.evaluate.order import Shuffled, cannot_shuffle
+from halfstep.evaluate.early import Shuffled, cannot_shuffle
 
 INPUTS = torch.randn(1000, 4, generator=torch.Generator().manual_seed(0))
 LABELS = INPUTS[:, :3].argmax(1)

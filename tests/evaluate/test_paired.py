@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from halfstep.evaluate import Score, paired_drop, share_of_error
-from halfstep.evaluate.bootstrap import bootstrap_interval
-from halfstep.evaluate.discordant import mcnemar, tango_interval
+from halfstep.evaluate.paired import bootstrap_interval, mcnemar, tango_interval
 
 
 @given(st.integers(0, 60), st.integers(0, 60))

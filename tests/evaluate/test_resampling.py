@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from halfstep.evaluate import Score, paired_drop
-from halfstep.evaluate.bootstrap import bootstrap_interval
+from halfstep.evaluate.paired import bootstrap_interval
 from halfstep.evaluate.resampling import LEAST_DRAWS, Resampled, drawn, resample
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from halfstep.evaluate.sequential import STAKES, SequentialTest
+from halfstep.evaluate.early import STAKES, SequentialTest
 
 
 def reference(differences, threshold, low, high, total=None):

@@ -11,8 +11,8 @@ from typing import Any, Self
 import torch
 
 from halfstep.errors import DataError, MetricError, named
-from halfstep.evaluate.data_metric import Answer, DataMetric, answers
 from halfstep.evaluate.metric import Metric, logits_of
+from halfstep.evaluate.score import Answer, DataMetric, answers
 from halfstep.evaluate.set_metric import SetMetric
 from halfstep.graph.inputs import ModelInputs
 from halfstep.identity import Identity

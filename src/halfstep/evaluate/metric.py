@@ -10,8 +10,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from halfstep.errors import HalfstepError, MetricError
-from halfstep.evaluate.data_metric import Answer, DataMetric, Labelled, some
-from halfstep.evaluate.score import Score, Scorer
+from halfstep.evaluate.score import Answer, DataMetric, Labelled, Score, Scorer, some
 from halfstep.evaluate.set_metric import accumulates
 
 

@@ -11,9 +11,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 from halfstep.errors import HalfstepError, MetricError
-from halfstep.evaluate.data_metric import Answer, DataMetric, Labelled, some
 from halfstep.evaluate.resampling import resample
-from halfstep.evaluate.score import Score
+from halfstep.evaluate.score import Answer, DataMetric, Labelled, Score, some
 from halfstep.graph.inputs import batch_size, tensors_of
 
 #: From the examples of a set, in the form that ``update`` gives them, to the set's number.

@@ -8,9 +8,8 @@ from typing import Any
 
 from halfstep.errors import MetricError, named
 from halfstep.evaluate.against_float import AgainstFloat, Agreement, answered
-from halfstep.evaluate.data_metric import DataMetric, Labelled, answers
 from halfstep.evaluate.metric import Accuracy, as_scorer
-from halfstep.evaluate.score import Score, Scorer
+from halfstep.evaluate.score import DataMetric, Labelled, Score, Scorer, answers
 
 
 class Several:
