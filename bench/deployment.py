@@ -31,13 +31,11 @@ from bench.networks.catalogue import CATALOGUE, build
 from bench.peer_onnxruntime import quantize_static
 from halfstep.graph.inputs import tensors_of
 from halfstep.model import QuantizedModel
-from halfstep.runtime.deployed import DeployedModel
-from halfstep.runtime.kernels import inspect_kernels
+from halfstep.runtime.deployed import DeployedModel, find_runtime, inspect_kernels
+from halfstep.runtime.file import read_sites
 from halfstep.runtime.latency import Latency, enough_rounds, race
 from halfstep.runtime.parity import Parity, compare
 from halfstep.runtime.runtime import Kernels
-from halfstep.runtime.runtimes import find_runtime
-from halfstep.runtime.sites import read_sites
 
 TRANSFORMERS = ("vit", "small vit", "swin-like", "bert")
 #: Eight-bit products that VNNI makes where float's fused multiply-add makes one.

@@ -26,8 +26,7 @@ from bench.networks.text import DYNAMIC, SentenceEncoder, sentence_encoder
 from bench.peer_onnxruntime import quantize_dynamic
 from bench.sentences import batched, encoded, parts, sentences
 from halfstep.model import QuantizedModel
-from halfstep.runtime.deployed import DeployedModel
-from halfstep.runtime.kernels import inspect_kernels
+from halfstep.runtime.deployed import DeployedModel, inspect_kernels
 from halfstep.runtime.latency import race
 
 CALIBRATION, TEST = 64, 256

@@ -33,9 +33,8 @@ from bench.networks.task import Task
 from bench.networks.text import classifier, tagger
 from bench.peer_onnxruntime import quantize_dynamic, quantize_static
 from halfstep.graph.inputs import tensors_of
-from halfstep.runtime.deployed import DeployedModel
+from halfstep.runtime.deployed import DeployedModel, find_runtime
 from halfstep.runtime.latency import enough_rounds, race
-from halfstep.runtime.runtimes import find_runtime
 
 TASKS: dict[str, tuple[str, Callable[[], Task]]] = {
     "detector": ("mAP 50-95", detector),

@@ -16,8 +16,7 @@ from rich.table import Table
 import halfstep as hs
 from bench.networks.resnet import ResNet18, randomize_batch_norm
 from bench.peer_onnxruntime import quantize_static
-from halfstep.runtime.deployed import DeployedModel
-from halfstep.runtime.kernels import inspect_kernels
+from halfstep.runtime.deployed import DeployedModel, inspect_kernels
 from halfstep.runtime.latency import race
 
 

@@ -23,9 +23,9 @@ from bench.networks.sequence import bert
 from halfstep.fake_quantize import Mode
 from halfstep.graph.inputs import tensors_of
 from halfstep.runtime.deployed import DeployedModel
+from halfstep.runtime.file import file_size
 from halfstep.runtime.latency import race
 from halfstep.runtime.parity import compare
-from halfstep.runtime.size import file_size
 
 RECIPES = {
     "int8, weights and activations": hs.Recipe.int8(),

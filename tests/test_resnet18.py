@@ -4,8 +4,7 @@ import torch
 
 import halfstep as hs
 from bench.networks.resnet import ResNet18, randomize_batch_norm
-from halfstep.runtime.deployed import DeployedModel
-from halfstep.runtime.kernels import inspect_kernels
+from halfstep.runtime.deployed import DeployedModel, inspect_kernels
 from halfstep.runtime.parity import compare
 
 

@@ -5,8 +5,7 @@ from torch import nn
 
 import halfstep as hs
 from halfstep.fake_quantize import Mode
-from halfstep.runtime.deployed import DeployedModel
-from halfstep.runtime.kernels import inspect_kernels
+from halfstep.runtime.deployed import DeployedModel, inspect_kernels
 from halfstep.runtime.parity import compare
 
 TOKENS = torch.arange(28).reshape(4, 7)

@@ -8,8 +8,7 @@ import torch
 import halfstep as hs
 from bench.networks.catalogue import CATALOGUE, build
 from bench.networks.vit import SmallViT
-from halfstep.runtime.deployed import DeployedModel
-from halfstep.runtime.kernels import inspect_kernels
+from halfstep.runtime.deployed import DeployedModel, inspect_kernels
 from halfstep.runtime.parity import compare
 
 

@@ -12,8 +12,7 @@ import halfstep as hs
 from halfstep.fake_quantize import Mode
 from halfstep.formats import Codebook
 from halfstep.formats.floating import E4M3
-from halfstep.runtime.deployed import DeployedModel
-from halfstep.runtime.kernels import inspect_kernels
+from halfstep.runtime.deployed import DeployedModel, inspect_kernels
 from halfstep.runtime.parity import compare
 from tests.export.mixed_network import deployed, quantized
 

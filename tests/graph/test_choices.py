@@ -14,8 +14,7 @@ from halfstep.graph.placement import Choices
 from halfstep.ladder.groups import groups_of
 from halfstep.ladder.snapshot import Snapshot
 from halfstep.ladder.steps import STEPS, choices
-from halfstep.runtime.deployed import DeployedModel
-from halfstep.runtime.kernels import inspect_kernels
+from halfstep.runtime.deployed import DeployedModel, inspect_kernels
 from halfstep.runtime.parity import compare
 
 IMAGES = torch.rand(32, 1, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -6,8 +6,7 @@ from torch.nn import functional as F
 
 import halfstep as hs
 from halfstep.fake_quantize import Mode
-from halfstep.runtime.deployed import DeployedModel
-from halfstep.runtime.kernels import inspect_kernels
+from halfstep.runtime.deployed import DeployedModel, inspect_kernels
 from halfstep.runtime.parity import compare
 
 

@@ -10,8 +10,7 @@ from halfstep.export.verify import layer_fates
 from halfstep.fake_quantize import Mode
 from halfstep.graph.capture import capture
 from halfstep.graph.fold import decompose
-from halfstep.runtime.deployed import DeployedModel
-from halfstep.runtime.kernels import inspect_kernels
+from halfstep.runtime.deployed import DeployedModel, inspect_kernels
 from halfstep.runtime.parity import compare
 
 

@@ -13,7 +13,7 @@ from halfstep.ladder.goal import Goal
 from halfstep.report.page import page
 from halfstep.report.run import Run
 from halfstep.runtime.deployed import DeployedModel
-from halfstep.runtime.sites import read_sites
+from halfstep.runtime.file import read_sites
 
 
 def spoil(monkeypatch, rungs, examples=16):

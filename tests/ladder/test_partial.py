@@ -16,8 +16,7 @@ from halfstep.ladder.journal import Journal
 from halfstep.ladder.partial import climb_partial
 from halfstep.ladder.search import Search, float_evaluation
 from halfstep.ladder.tune import Tuning
-from halfstep.runtime.deployed import DeployedModel
-from halfstep.runtime.kernels import inspect_kernels
+from halfstep.runtime.deployed import DeployedModel, inspect_kernels
 from halfstep.runtime.latency import Latency
 from halfstep.runtime.parity import compare
 from tests.ladder.networks import FAULTS, INPUTS, Attention, calibrated, faulty, labelled, weights_per_tensor

@@ -10,9 +10,8 @@ import halfstep as hs
 from halfstep.errors import RecipeError
 from halfstep.export.calls import changes
 from halfstep.onnx_in.from_file import layers_of
-from halfstep.runtime.account import float_nodes
-from halfstep.runtime.deployed import DeployedModel
-from halfstep.runtime.kernels import inspect_kernels
+from halfstep.runtime.deployed import DeployedModel, inspect_kernels
+from halfstep.runtime.file import float_nodes
 from halfstep.runtime.saturation import saturable_layers
 from halfstep.targets import find_target
 from tests.onnx_in.files import write

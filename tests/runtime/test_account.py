@@ -7,8 +7,8 @@ from torch.nn import functional as F
 
 import halfstep as hs
 from halfstep.export.verify import float_fates
-from halfstep.runtime.account import float_nodes
-from halfstep.runtime.kernels import inspect_kernels
+from halfstep.runtime.deployed import inspect_kernels
+from halfstep.runtime.file import float_nodes
 from halfstep.targets import TARGETS
 
 

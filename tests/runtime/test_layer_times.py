@@ -7,7 +7,7 @@ from torch import nn
 
 import halfstep as hs
 from halfstep.errors import ArgumentError
-from halfstep.runtime.kernels import layer_of, layer_times
+from halfstep.runtime.deployed import layer_of, layer_times
 from halfstep.runtime.latency import STATED, per_run, race
 
 

@@ -6,8 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import halfstep as hs
-from halfstep.runtime.kernels import inspect_kernels
-from halfstep.runtime.runtimes import runtime_of
+from halfstep.runtime.deployed import inspect_kernels, runtime_of
 
 
 class Net(nn.Module):

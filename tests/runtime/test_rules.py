@@ -11,9 +11,9 @@ from torch.nn import functional as F
 import halfstep as hs
 from halfstep.errors import ExportError
 from halfstep.export import build
-from halfstep.runtime import tensorrt
-from halfstep.runtime.rules import lint
-from halfstep.runtime.sites import read_sites
+from halfstep.runtime import lint as tensorrt
+from halfstep.runtime.file import read_sites
+from halfstep.runtime.lint import lint
 
 INT8 = np.zeros((), np.int8)
 

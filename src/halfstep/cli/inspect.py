@@ -13,8 +13,8 @@ from halfstep.cli.console import NOT_MET, out, print_json
 from halfstep.cli.options import Json, Threads
 
 if TYPE_CHECKING:
+    from halfstep.runtime.file import FileSite
     from halfstep.runtime.runtime import Kernels
-    from halfstep.runtime.sites import FileSite
 
 
 def inspect(
@@ -34,11 +34,9 @@ def inspect(
 
     For a target that cannot run here (tensorrt) the file is held to its rules; the exit code is 3 if it breaks one.
     """
-    from halfstep.runtime.account import float_nodes
-    from halfstep.runtime.kernels import inspect_kernels
-    from halfstep.runtime.rules import lint
-    from halfstep.runtime.runtimes import RULES
-    from halfstep.runtime.sites import read_sites
+    from halfstep.runtime.deployed import RULES, inspect_kernels
+    from halfstep.runtime.file import float_nodes, read_sites
+    from halfstep.runtime.lint import lint
     from halfstep.targets import find_target
 
     sites, metadata = read_sites(file)

@@ -13,10 +13,9 @@ from halfstep.export.replacing import replacing
 from halfstep.fake_quantize import Mode
 from halfstep.graph.inputs import tensors_of
 from halfstep.model import QuantizedModel
-from halfstep.runtime.deployed import DeployedModel
+from halfstep.runtime.deployed import RULES, DeployedModel
+from halfstep.runtime.lint import lint
 from halfstep.runtime.parity import MINIMUM_EQUAL, Parity, compare
-from halfstep.runtime.rules import lint
-from halfstep.runtime.runtimes import RULES
 from halfstep.runtime.saturation import saturable_layers, saturates_here
 
 #: The float network's file rounds like the network does, in another order: dB of the outputs that it keeps to at least.
@@ -89,7 +88,7 @@ def copy_file(file: Path, path: Path) -> Path:
     Raises:
         ExportError: if it cannot be written.
     """
-    from halfstep.runtime.size import parts
+    from halfstep.runtime.file import parts
 
     def write(temporary: Path) -> None:
         for part in parts(file):

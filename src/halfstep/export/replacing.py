@@ -12,7 +12,7 @@ from pathlib import Path
 
 from halfstep.errors import ExportError
 from halfstep.files import sync
-from halfstep.runtime.size import parts
+from halfstep.runtime.file import parts
 
 
 @contextmanager

@@ -21,13 +21,12 @@ from halfstep.graph.inputs import ModelInputs, call_arguments
 from halfstep.graph.operators import readable_names
 from halfstep.graph.placement import Layer
 from halfstep.model import QuantizedModel
-from halfstep.runtime.deployed import DeployedModel, to_numpy
-from halfstep.runtime.kernels import inspect_kernels, layer_of, layer_times
+from halfstep.runtime.deployed import DeployedModel, inspect_kernels, layer_of, layer_times, to_numpy
+from halfstep.runtime.file import file_size
 from halfstep.runtime.latency import Latency, race
 from halfstep.runtime.parity import Parity, compare
 from halfstep.runtime.runtime import Kernels
 from halfstep.runtime.saturation import saturable_layers
-from halfstep.runtime.size import file_size
 
 #: A file that gives the simulation's answer to so many fewer of the examples than it did answers otherwise.
 FEWER_ANSWERS = 0.01

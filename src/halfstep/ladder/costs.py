@@ -20,8 +20,8 @@ from halfstep.ladder.groups import Group
 from halfstep.model import QuantizedModel
 from halfstep.progress import track
 from halfstep.runtime.deployed import DeployedModel
+from halfstep.runtime.file import file_size
 from halfstep.runtime.latency import enough_rounds, race
-from halfstep.runtime.size import file_size
 
 #: Interleaved runs of every file.
 ROUNDS = 31

@@ -13,8 +13,8 @@ from halfstep.ladder.exports import Exports
 from halfstep.ladder.search import Candidate, Search
 from halfstep.progress import interruptible, track
 from halfstep.runtime.deployed import DeployedModel
+from halfstep.runtime.file import file_size
 from halfstep.runtime.latency import race
-from halfstep.runtime.size import file_size
 
 
 def measure_files(

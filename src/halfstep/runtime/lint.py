@@ -1,4 +1,11 @@
-"""What TensorRT asks of a quantized file.
+"""Runtimes that are not at hand: files for them are executed as they are written, and judged by their rules.
+
+Rules that a runtime has for files, for runtimes that are not here to judge them themselves.
+
+ONNX Runtime runs every operator in float between its quantizers, which is what QuantizeLinear and DequantizeLinear
+mean; its own fusions, which serve its own kernels, are off.
+
+What TensorRT asks of a quantized file.
 
 Source: NVIDIA TensorRT documentation, "Working with Quantized Types" (explicit quantization, ONNX support and the
 recommendations on where to put Q/DQ), and the documentation of IQuantizeLayer and IDequantizeLayer.
@@ -6,18 +13,104 @@ recommendations on where to put Q/DQ), and the documentation of IQuantizeLayer a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from halfstep.runtime.file_graph import FileGraph
-from halfstep.runtime.rules import Rule
+from halfstep.runtime.file_graph import FileGraph, load
+from halfstep.runtime.onnxruntime import OnnxRuntimeSession
+from halfstep.runtime.runtime import Kernels, Runtime
 
 if TYPE_CHECKING:
     import onnx
 
+
+@dataclass(frozen=True)
+class Rule:
+    """One thing that a runtime asks of a file.
+
+    Attributes:
+        name: of the rule.
+        refused: a file that breaks it cannot be loaded (True), or runs slower than it could (False).
+        reason: why the runtime asks it.
+        cure: what to do.
+        breaches: the names of the places that break it.
+    """
+
+    name: str
+    refused: bool
+    reason: str
+    cure: str
+    breaches: Callable[[FileGraph], Iterator[str]]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A rule that a file breaks, and where."""
+
+    rule: Rule
+    places: tuple[str, ...]
+
+    def __str__(self) -> str:
+        shown = ", ".join(self.places[:3]) + (" ..." if len(self.places) > 3 else "")
+        verdict = "refused" if self.rule.refused else "slower"
+        places = f"{len(self.places)} place{'s' if len(self.places) > 1 else ''}"
+        return f"{verdict}, {self.rule.name}, {places} ({shown}): {self.rule.reason}; {self.rule.cure}"
+
+
+def lint(path: str | Path, rules: Iterable[Rule]) -> tuple[Finding, ...]:
+    """Hold a file to rules; one finding for every rule that it breaks.
+
+    Raises:
+        ExportError: if it is no ONNX file, or tensors beside it are missing.
+    """
+    graphs = list(FileGraph.read(path).every())
+    found = (
+        (rule, dict.fromkeys(place for graph in graphs for place in rule.breaches(graph))) for rule in rules
+    )
+    return tuple(Finding(rule, tuple(places)) for rule, places in found if places)
+
+
+#: Operators that multiply two tensors.
+HEAVY = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU"})
+
+#: Operators that runtimes have kernels on codes for, beside those.
+FOLLOWING = frozenset({"Add", "AveragePool", "GlobalAveragePool"})
+
+
+def inspect(path: Path, threads: int | None) -> Kernels:
+    """Take an operator as integer if it reads codes.
+
+    One that multiplies must read both of its factors from a DequantizeLinear, an add or pool one of its inputs.
+
+    Raises:
+        ExportError: if it is no ONNX file.
+    """
+    graph = load(path, weights=False).graph
+    makers = {name: node.op_type for node in graph.node for name in node.output}
+    heavy, integer = list[str](), list[str]()
+    for node in graph.node:
+        codes = [makers.get(name) == "DequantizeLinear" for name in node.input[:2]]
+        if node.op_type in HEAVY:
+            (integer if all(codes) else heavy).append(node.name)
+        elif node.op_type in FOLLOWING and any(codes):
+            integer.append(node.name)
+    return Kernels(
+        counts=dict(Counter(node.op_type for node in graph.node).most_common()),
+        integer=tuple(integer),
+        floating=tuple(heavy),
+    )
+
+
+REFERENCE = Runtime("reference", lambda path, threads: OnnxRuntimeSession(path, threads, fuse=False), inspect)
+
 _CODES = frozenset({"int8", "int4", "float8e4m3fn", "float4e2m1"})
+
+
 _BLOCKS = frozenset({64, 128})
 
 
