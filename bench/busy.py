@@ -27,10 +27,10 @@ from rich.table import Table
 import halfstep as hs
 from bench import fashion
 from bench.wall import Task, task
+from halfstep.batches import InPieces
 from halfstep.fake_quantize import Mode
 from halfstep.ladder.fidelity import Reference
-from halfstep.ladder.pieces import InPieces
-from halfstep.ladder.ranges import activation_sites
+from halfstep.ranges import activation_sites
 
 
 def main() -> None:

@@ -30,8 +30,8 @@ from bench.peer_onnxruntime import calibrate_only
 from halfstep.cli.allocator import keep_freed_memory
 from halfstep.fake_quantize import Mode
 from halfstep.ladder.best_of import CALIBRATORS
-from halfstep.ladder.ranges import activation_answers, activation_sites
 from halfstep.model import QuantizedModel
+from halfstep.ranges import activation_answers, activation_sites
 from halfstep.statistics import Histogram
 
 console = Console()

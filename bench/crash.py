@@ -35,7 +35,7 @@ import halfstep as hs
 from bench.instructions import narrower
 from halfstep.cli.demo import ACTIVATION_BITS, IMAGES, MAX_DROP, MAX_FLOAT, WEIGHT_BITS, WIDTH
 from halfstep.demo import DigitsNet, load_digits, train_digits
-from halfstep.ladder.journal import read
+from halfstep.journal import read
 
 KILLS_A_RUN = 8  # on average
 MOMENT = 3.0  # seconds

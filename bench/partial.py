@@ -27,7 +27,7 @@ import halfstep as hs
 from bench import fashion
 from halfstep.evaluate import Score, SequentialTest, paired_drop
 from halfstep.ladder.evaluation import Evaluation
-from halfstep.ladder.groups import groups_of
+from halfstep.precision import groups_of
 from halfstep.runtime.deployed import DeployedModel
 from halfstep.runtime.latency import race
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import halfstep as hs
+from halfstep.cores import side_by_side
 from halfstep.errors import DataError
-from halfstep.side_by_side import side_by_side
 from halfstep.statistics import ChannelRange, Histogram
 
 

@@ -8,7 +8,6 @@ from halfstep.export.verify import Verification, verify
 from halfstep.formats import E2M1, E4M3, E5M2, Codebook, Floating, Integer
 from halfstep.granularity import PerChannel, PerGroup, PerTensor
 from halfstep.ladder.best_of import best_of
-from halfstep.ladder.budget import Budget
 from halfstep.ladder.calibration import calibrate, observe
 from halfstep.ladder.candidates import Candidate, Sweep
 from halfstep.ladder.climb import prepare, quantize
@@ -23,6 +22,7 @@ from halfstep.ladder.shards import gather_statistics, load_statistics, save_stat
 from halfstep.ladder.tune import Tuning, tune
 from halfstep.model import QuantizedModel
 from halfstep.onnx_in.from_file import from_onnx
+from halfstep.progress import Budget
 from halfstep.recipe import LayerSpec, Recipe, TensorSpec
 from halfstep.repair.bias import correct_bias
 from halfstep.repair.equalize import equalize

@@ -3,10 +3,13 @@
 A learned rounding or a bias shift undoes the errors of all that is quantized in its layer and before it. With other
 layers in float, in 16 bits or with ranges at run time those errors are others, and the compensation is itself one. So
 it is in force only where what comes before the layer is quantized as it was, which the layer's lineage tells.
+
+What a layer computes from: the quantizers in it and before it, as a digest.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +20,6 @@ from torch import Tensor, fx
 
 from halfstep.bias_shift import BiasShift
 from halfstep.fake_quantize import FakeQuantize
-from halfstep.graph.lineage import lineages
 from halfstep.graph.placement import Placement
 
 #: Of what was fitted after a change of layers, this much is kept for each layer beside what repairs learned: a search
@@ -203,3 +205,28 @@ class Compensations:
             if place.lineage not in known and not all(one.empty for one in known.values()):
                 missing.add(name)
         self.missing = frozenset(missing)
+
+
+def lineages(graph: fx.Graph, placement: Placement) -> Mapping[str, str]:
+    """A digest for every layer of what is quantized in it and on the way to it, and in which formats.
+
+    Two placements on one graph give a layer the same digest if what it reads is made in the same way in both: its own
+    weight and inputs, and those of all that they are computed from. What comes behind it makes no difference.
+
+    Args:
+        graph: the float graph.
+        placement: on it.
+
+    Returns:
+        16 hexadecimal digits by the layer's name, for layers in float too.
+    """
+    seen: dict[tuple[fx.Node, fx.Node], str] = {}
+    for site in placement.sites:
+        kind = f"{site.format!r} {site.granularity!r} {site.dynamic}"
+        for position in site.positions:
+            seen.update({(position.value, reader): kind for reader in position.readers})
+    digests: dict[fx.Node, str] = {}
+    for node in graph.nodes:
+        read = [(digests[value], seen.get((value, node), "")) for value in node.all_input_nodes]
+        digests[node] = hashlib.blake2b(repr((node.name, read)).encode(), digest_size=8).hexdigest()
+    return {layer.name: digests[layer.operator.node] for layer in placement.layers}

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from halfstep.bias_shift import BiasShift, BiasSteps
 from halfstep.compensation import Compensations, Place, places
 from halfstep.errors import ArgumentError, DataError, RunError
-from halfstep.fake_quantize import FakeQuantize, Mode
+from halfstep.fake_quantize import FakeQuantize, Mode, RunTimeQuantize
 from halfstep.formats import Integer
 from halfstep.graph.capture import Captured
 from halfstep.graph.float32 import in_float32
@@ -30,7 +30,6 @@ from halfstep.graph.tracing import bind
 from halfstep.graph.unfold import unfold
 from halfstep.listing import Listing, describe_site
 from halfstep.recipe import Recipe, match_layers
-from halfstep.run_time_quantize import RunTimeQuantize
 from halfstep.targets import Target
 
 

@@ -1,4 +1,4 @@
-"""Progress of long loops, told to whoever listens; nobody by default.
+"""Progress of long loops, told to whoever listens, and how much work they may cost.
 
 The command line and :func:`halfstep.quantize` listen and draw bars (:mod:`halfstep.live`). Library code only wraps its
 loops in :func:`track`. The same loops ask before every step whether to go on, so that a bound on time can end any of
@@ -7,10 +7,14 @@ them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
+
+from halfstep.errors import ArgumentError
 
 Item = TypeVar("Item")
 
@@ -36,6 +40,8 @@ class Listener(Protocol):
 
 
 _LISTENER: ContextVar[Listener | None] = ContextVar("listener", default=None)
+
+
 _ASKED: ContextVar[tuple[Callable[[], None], ...]] = ContextVar("asked", default=())
 
 
@@ -121,3 +127,45 @@ def track(items: Iterable[Item], what: str, total: int | None = None) -> Iterato
         for item in items:
             yield item
             advance(1)
+
+
+class BudgetSpent(Interrupted):
+    """Stops a rung where it is; the climb goes on with the best candidate so far."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A bound on evaluations, on time, or on both; what is reached first ends the search.
+
+    The float baseline and the deployed file are always evaluated, and count.
+
+    Attributes:
+        evaluations: full evaluations of the metric, parts counted as parts; None for any number.
+        minutes: since the start of the call; None for any time.
+
+    >>> Budget(evaluations=3).spent(evaluations=3, seconds=1.0)
+    '3 of 3 evaluations'
+    """
+
+    evaluations: int | None = None
+    minutes: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("evaluations", "minutes"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ArgumentError(
+                    f"budget: {name} is {value}, needed a number above 0, or None for no bound"
+                )
+
+    def spent(self, evaluations: float, seconds: float) -> str:
+        """What is used up, in words; empty while there is something left."""
+        if self.evaluations is not None and evaluations >= self.evaluations:
+            return f"{evaluations:.3g} of {self.evaluations} evaluations"
+        if self.minutes is not None and seconds >= self.minutes * 60:
+            return f"{seconds / 60:.1f} of {self.minutes:g} minutes"
+        return ""
+
+    def __str__(self) -> str:
+        bounds = [f"{value:g} {name}" for name, value in vars(self).items() if value is not None]
+        return " or ".join(bounds) or "no bound"

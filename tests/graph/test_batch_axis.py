@@ -8,14 +8,14 @@ import torch
 from torch import nn
 
 import halfstep as hs
+from halfstep.batches import InPieces
 from halfstep.errors import ArgumentError, CaptureError, DataError
 from halfstep.fake_quantize import Mode
 from halfstep.graph.capture import capture
 from halfstep.ladder.fidelity import halves
 from halfstep.ladder.fisher import fisher
-from halfstep.ladder.groups import groups_of
-from halfstep.ladder.pieces import InPieces
 from halfstep.ladder.probe import Probe
+from halfstep.precision import groups_of
 from halfstep.runtime.deployed import DeployedModel
 from halfstep.runtime.parity import compare, error_power, power
 

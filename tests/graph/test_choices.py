@@ -11,11 +11,10 @@ import halfstep as hs
 from halfstep.errors import ExportError
 from halfstep.export.verify import layer_fates
 from halfstep.graph.placement import Choices
-from halfstep.ladder.groups import groups_of
-from halfstep.ladder.snapshot import Snapshot
-from halfstep.ladder.steps import STEPS, choices
+from halfstep.precision import STEPS, choices, groups_of
 from halfstep.runtime.deployed import DeployedModel, inspect_kernels
 from halfstep.runtime.parity import compare
+from halfstep.snapshot import ModelState
 
 IMAGES = torch.rand(32, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -146,7 +145,7 @@ def test_a_candidate_of_several_steps_is_placed_once(monkeypatch):
     q = hs.prepare(Bracketed(), x)
     hs.observe(q, [x])
     hs.calibrate(q)
-    before = Snapshot.of(q)
+    before = ModelState.of(q)
     built = []
     build = hs.QuantizedModel._build
     monkeypatch.setattr(

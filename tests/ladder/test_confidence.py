@@ -10,8 +10,8 @@ from torch import nn
 import halfstep as hs
 from halfstep.evaluate import Score, share_of_error
 from halfstep.fake_quantize import Mode
+from halfstep.journal import Journal
 from halfstep.ladder.goal import Goal
-from halfstep.ladder.journal import Journal
 from halfstep.ladder.search import Search, float_evaluation
 
 ALLOWED = 0.01

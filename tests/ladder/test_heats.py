@@ -12,7 +12,7 @@ import halfstep as hs
 from halfstep.ladder import costs
 from halfstep.ladder.costs import heats, microseconds, race_choices
 from halfstep.ladder.environment import free_memory
-from halfstep.ladder.groups import groups_of
+from halfstep.precision import groups_of
 from halfstep.runtime.deployed import DeployedModel
 from halfstep.runtime.latency import Latency
 

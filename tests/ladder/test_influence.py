@@ -8,7 +8,7 @@ import halfstep as hs
 from halfstep.fake_quantize import Mode
 from halfstep.ladder.fidelity import Reference
 from halfstep.ladder.influence import influences
-from halfstep.ladder.ranges import activation_sites
+from halfstep.ranges import activation_sites
 
 RANGES = [(torch.tensor(-high), torch.tensor(high)) for high in (3.0, 1.0, 0.3)]
 FOUR_BITS = hs.Recipe.uniform(8, 4)

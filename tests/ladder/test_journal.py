@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from halfstep.errors import RunError
 from halfstep.evaluate import Score
+from halfstep.journal import FILE, Entry, Journal, read
 from halfstep.ladder.evaluation import Evaluation, Verdict, keep, kept
-from halfstep.ladder.journal import FILE, Entry, Journal, read
 
 WHOLE = Verdict(True, Score(0.5), complete=True)
 
@@ -150,7 +150,7 @@ def test_a_second_journal_on_the_same_directory_is_refused(tmp_path):
 
 
 def test_a_second_process_is_refused(tmp_path):
-    code = f"from halfstep.ladder.journal import Journal; Journal({str(tmp_path)!r})"
+    code = f"from halfstep.journal import Journal; Journal({str(tmp_path)!r})"
     with Journal(tmp_path):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
@@ -160,7 +160,7 @@ def test_a_second_process_is_refused(tmp_path):
 def test_a_forked_child_does_not_hold_the_lock(tmp_path):
     code = (
         "import os, sys, time\n"
-        "from halfstep.ladder.journal import Journal\n"
+        "from halfstep.journal import Journal\n"
         "journal = Journal(sys.argv[1])\n"
         "read, write = os.pipe()\n"
         "if os.fork() == 0:\n"

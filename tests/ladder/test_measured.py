@@ -7,13 +7,13 @@ from torch import nn
 import halfstep as hs
 from halfstep.evaluate import Score, as_scorer
 from halfstep.graph.placement import Choices
+from halfstep.journal import Journal
 from halfstep.ladder import measured
 from halfstep.ladder.goal import Goal
-from halfstep.ladder.groups import groups_of
-from halfstep.ladder.journal import Journal
 from halfstep.ladder.measured import file_times, group_times, tuned
 from halfstep.ladder.search import Search
 from halfstep.ladder.tune import Tuning
+from halfstep.precision import groups_of
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ import pytest
 
 import halfstep as hs
 from halfstep.ladder import rungs
-from halfstep.ladder.fingerprint import fingerprint
 from halfstep.ladder.rung import Means
 from halfstep.progress import Interrupted, interruptible, listening, may_go_on, protected, steps, track
+from halfstep.snapshot import fingerprint
 from tests.ladder.climbing import climb
 from tests.ladder.clock import Clock
 

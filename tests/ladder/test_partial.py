@@ -8,14 +8,14 @@ import halfstep as hs
 from halfstep.demo import DigitsNet
 from halfstep.errors import ArgumentError, MetricError, NotObservedError, RecipeError, RunError
 from halfstep.evaluate import EarlyStopping, Score, share_of_error
+from halfstep.journal import Journal
 from halfstep.ladder.costs import microseconds
 from halfstep.ladder.goal import Goal
-from halfstep.ladder.groups import groups_of
 from halfstep.ladder.halves import ADVICE, Halves
-from halfstep.ladder.journal import Journal
 from halfstep.ladder.partial import climb_partial
 from halfstep.ladder.search import Search, float_evaluation
 from halfstep.ladder.tune import Tuning
+from halfstep.precision import groups_of
 from halfstep.runtime.deployed import DeployedModel, inspect_kernels
 from halfstep.runtime.latency import Latency
 from halfstep.runtime.parity import compare

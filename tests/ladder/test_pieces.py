@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import halfstep as hs
-from halfstep.ladder import pieces
-from halfstep.ladder.pieces import InPieces, scored
+from halfstep import batches
+from halfstep.batches import InPieces, scored
 
 #: Quarters, so that no order of summation makes a difference.
 X = torch.randn(200, 4, generator=torch.Generator().manual_seed(0)).mul(4).round() / 4
@@ -37,8 +37,8 @@ def took(monkeypatch):
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     calls = itertools.count()
-    monkeypatch.setattr(pieces, "_timed", lambda work: (work(), seconds[next(calls) % len(seconds)]))
-    monkeypatch.setattr(pieces, "SIZES", (64, 32))
+    monkeypatch.setattr(batches, "_timed", lambda work: (work(), seconds[next(calls) % len(seconds)]))
+    monkeypatch.setattr(batches, "SIZES", (64, 32))
     yield seconds
     torch.set_num_threads(threads)
 
@@ -151,7 +151,7 @@ def test_a_run_goes_on_whatever_size_was_fastest_then(monkeypatch, tmp_path, too
         return hs.quantize(Net(), X[:2], [X + 1e-3], metric, 0.1, recipe, directory=tmp_path, rungs=("ptq",))
 
     first = run()
-    monkeypatch.setattr(pieces, "SIZES", ())
+    monkeypatch.setattr(batches, "SIZES", ())
     again = run()
     assert again.evaluations == first.evaluations and again.score == first.score
     assert again.deployed_score == first.deployed_score

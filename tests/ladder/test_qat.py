@@ -8,8 +8,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import halfstep as hs
+from halfstep.journal import Journal
 from halfstep.ladder.goal import Goal
-from halfstep.ladder.journal import Journal
 from halfstep.ladder.qat import climb_qat
 from halfstep.ladder.search import Search, float_evaluation
 from tests.training.networks import calibrated, task, trained_net

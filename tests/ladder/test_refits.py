@@ -10,16 +10,15 @@ import halfstep as hs
 from halfstep.evaluate import Score
 from halfstep.fake_quantize import Mode
 from halfstep.graph.placement import Choices
+from halfstep.journal import Journal
 from halfstep.ladder import refits
-from halfstep.ladder.fingerprint import fingerprint
 from halfstep.ladder.goal import Goal
-from halfstep.ladder.journal import Journal
 from halfstep.ladder.partial import climb_partial, evaluations_at_most
 from halfstep.ladder.refits import Refits, refit
 from halfstep.ladder.repairs import repair
 from halfstep.ladder.search import Search
-from halfstep.ladder.snapshot import Snapshot
 from halfstep.repair.record import Repair, Treated
+from halfstep.snapshot import ModelState, fingerprint
 
 IMAGES = torch.randn(96, 3, 6, 6, generator=torch.Generator().manual_seed(1)) + 0.5
 #: Layers in float: behind what they leave quantized, before it, and on both sides of it.
@@ -143,9 +142,9 @@ def test_new_ranges_end_what_was_learned_for_the_old_ones(both):
 
 
 def test_a_loaded_state_is_what_is_wanted(both, monkeypatch):
-    snapshot = Snapshot.of(both)
+    snapshot = ModelState.of(both)
     both.float_layers = ["2"]
-    other = Snapshot.of(both)
+    other = ModelState.of(both)
     names = [fingerprint(each.restore()) for each in (snapshot, other, snapshot)]
     assert names[0] == names[2] != names[1]
     monkeypatch.setattr(refits, "refit_layers", lambda *_: pytest.fail("it has all it needs"))

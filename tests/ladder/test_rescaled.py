@@ -9,15 +9,15 @@ import halfstep as hs
 from bench.repair import rescaled
 from halfstep.demo import load_digits, train_digits
 from halfstep.evaluate import Score, as_scorer
+from halfstep.journal import Journal
 from halfstep.ladder import ptq, repairs
 from halfstep.ladder.best_of import BestOf
 from halfstep.ladder.fidelity import Reference
-from halfstep.ladder.fingerprint import fingerprint
 from halfstep.ladder.goal import Goal
-from halfstep.ladder.journal import Journal
-from halfstep.ladder.ranges import activation_sites
 from halfstep.ladder.search import Search
 from halfstep.ladder.sweep import passes_at_most
+from halfstep.ranges import activation_sites
+from halfstep.snapshot import fingerprint
 from tests.repair.networks import built, calibrated, images, ready, residual
 
 STREAMS = (

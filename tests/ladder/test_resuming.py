@@ -19,7 +19,7 @@ from climbing import BATCHES, climb, climb_in_a_process, data, kill_somewhere
 import halfstep as hs
 from bench.instructions import narrower
 from halfstep.errors import RunError
-from halfstep.ladder.journal import FILE, Journal, read
+from halfstep.journal import FILE, Journal, read
 
 MEASURED = ("latency_ms", "microseconds", "history", "environment")
 

@@ -269,7 +269,7 @@ def test_a_shuffled_calibration_loader_goes_on(tmp_path):
 
 
 def test_a_directory_of_an_earlier_halfstep_is_refused(tmp_path):
-    from halfstep.ladder.journal import Journal
+    from halfstep.journal import Journal
 
     with Journal(tmp_path) as journal:
         journal.claim("model", "abc")

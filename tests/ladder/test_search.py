@@ -8,9 +8,9 @@ from torch import nn
 
 import halfstep as hs
 from halfstep.evaluate import EarlyStopping
-from halfstep.ladder.fingerprint import fingerprint
 from halfstep.ladder.goal import Goal
 from halfstep.ladder.search import Search, float_evaluation
+from halfstep.snapshot import fingerprint
 
 INPUTS = torch.randn(2000, 8, generator=torch.Generator().manual_seed(1))
 

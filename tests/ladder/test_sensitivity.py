@@ -14,8 +14,8 @@ from halfstep.errors import ArgumentError, NotObservedError
 from halfstep.fake_quantize import Mode
 from halfstep.ladder.agreement import kendall_tau
 from halfstep.ladder.fidelity import divergences
-from halfstep.ladder.groups import groups_of
 from halfstep.ladder.methods import METHODS, Fisher, Spared
+from halfstep.precision import groups_of
 from tests.ladder.networks import FAULTS, INPUTS, Attention, calibrated, faulty, labelled, weights_per_tensor
 
 

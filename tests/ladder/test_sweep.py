@@ -15,8 +15,8 @@ from halfstep.ladder.best_of import BestOf
 from halfstep.ladder.fidelity import Reference
 from halfstep.ladder.goal import Goal
 from halfstep.ladder.ptq import climb_ptq
-from halfstep.ladder.ranges import activation_sites
 from halfstep.ladder.search import Search
+from halfstep.ranges import activation_sites
 
 
 class Net(nn.Module):

@@ -15,7 +15,7 @@ from halfstep.errors import DataError
 from halfstep.fake_quantize import Mode
 from halfstep.repair import scaling
 from halfstep.repair.channels import find_channels
-from halfstep.repair.snapshot import Snapshot
+from halfstep.snapshot import Snapshot
 from tests.repair.networks import HOMOGENEOUS, Net, built, calibrated, chain, conv, images, ready, residual
 
 equalization = importlib.import_module("halfstep.repair.equalize")  # the package has a function of that name

@@ -13,10 +13,10 @@ from halfstep.fake_quantize import Mode
 from halfstep.repair import walk as walking
 from halfstep.repair.layer_weight import LayerWeight, unfit
 from halfstep.repair.moments import gather
-from halfstep.repair.snapshot import Snapshot
 from halfstep.repair.walk import walk
 from halfstep.runtime.deployed import DeployedModel
 from halfstep.runtime.parity import compare
+from halfstep.snapshot import Snapshot
 from tests.repair.networks import Net, built, calibrated, chain, conv, images, residual
 
 

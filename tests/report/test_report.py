@@ -9,7 +9,7 @@ from torch import nn
 
 import halfstep as hs
 from halfstep.errors import RunError
-from halfstep.ladder.journal import Journal, read
+from halfstep.journal import Journal, read
 from halfstep.report.chart import ticks
 from halfstep.report.html import number, size
 from halfstep.report.page import page, write_report

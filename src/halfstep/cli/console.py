@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from halfstep.ladder.journal import finite
+from halfstep.journal import finite
 from halfstep.live import bars, error_stream
 
 MET, DEFECT, BAD_INPUT, NOT_MET, INTERRUPTED = 0, 1, 2, 3, 130

@@ -18,9 +18,9 @@ from halfstep.files import write_whole
 from halfstep.granularity import PerTensor
 from halfstep.graph.float32 import in_float32, other_types
 from halfstep.graph.inputs import batch_size
-from halfstep.ladder.budget import Budget
-from halfstep.ladder.journal import Entry, Journal, Saved
+from halfstep.journal import Entry, Journal, Saved
 from halfstep.model import QuantizedModel
+from halfstep.progress import Budget
 from halfstep.recipe import Recipe
 from halfstep.sources import ONNX, check_input, find_callable, load_inputs, load_labelled, load_model
 from halfstep.targets import find_target
@@ -320,10 +320,10 @@ def restore(run: Path, rung: str | None) -> tuple[QuantizedModel, dict[str, Any]
         RunError: if the run has no such rung, or its checkpoint is missing, damaged or another network's.
         ArgumentError: if the run was not made by ``halfstep quantize``.
     """
+    from halfstep.journal import read
     from halfstep.ladder.calibration import SAMPLE_EXAMPLES
     from halfstep.ladder.checkpoints import Checkpoints
-    from halfstep.ladder.journal import read
-    from halfstep.ladder.snapshot import Snapshot
+    from halfstep.snapshot import ModelState
 
     entries = read(run)
     record, saved = _kept(run, entries, rung)
@@ -333,7 +333,7 @@ def restore(run: Path, rung: str | None) -> tuple[QuantizedModel, dict[str, Any]
     put_back = {name: frozenset(layers) for name, layers in record["put_back"].items()}
     try:
         state = Checkpoints(Journal(), model).network(saved)
-        restored = Snapshot(model, put_back, state).restore()
+        restored = ModelState(model, put_back, state).restore()
         strangers = sorted(set(state) ^ set(restored.state_dict()))
     except (HalfstepError, RuntimeError) as error:
         strangers = [str(error).strip().splitlines()[-1].strip()]
@@ -347,8 +347,8 @@ def restore(run: Path, rung: str | None) -> tuple[QuantizedModel, dict[str, Any]
 
 def _kept(run: Path, entries: list[Entry], rung: str | None) -> tuple[dict[str, Any], Saved]:
     """The record of what is to be restored, and its checkpoint."""
+    from halfstep.journal import read_checkpoint
     from halfstep.ladder.deploy import OUTCOME
-    from halfstep.ladder.journal import read_checkpoint
 
     ends = [entry.data for entry in entries if entry.kind == OUTCOME and "key" in entry.data]
     if ends and rung is None:

@@ -170,8 +170,8 @@ def quantize(
     """
     from halfstep.cli.job import CONFIG, Job, config_from
     from halfstep.errors import RunError
+    from halfstep.journal import Journal
     from halfstep.ladder.climb import quantize as climb
-    from halfstep.ladder.journal import Journal
     from halfstep.ladder.rungs import RUNGS, find_rungs
 
     flags: dict[str, Any] = {

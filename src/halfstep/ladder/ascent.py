@@ -12,15 +12,13 @@ from halfstep.errors import HalfstepError, RefusedError, RunError
 from halfstep.evaluate import Score
 from halfstep.fake_quantize import Mode
 from halfstep.identity import Identity
-from halfstep.ladder.budget import BudgetSpent
-from halfstep.ladder.fingerprint import fingerprint
 from halfstep.ladder.pace import Pace
 from halfstep.ladder.portability import narrower_weights
 from halfstep.ladder.rung import Means, Reached, Rung
 from halfstep.ladder.search import Candidate, Search
-from halfstep.ladder.snapshot import Snapshot
 from halfstep.model import run
-from halfstep.progress import interruptible
+from halfstep.progress import BudgetSpent, interruptible
+from halfstep.snapshot import ModelState, fingerprint
 
 #: A simulated evaluation takes about so many times as long as a float one.
 SLOWER = 3
@@ -267,7 +265,7 @@ def _restored(search: Search, rung: Rung, key: str) -> Reached | None:
     if verdict is None or not verdict.complete:
         return None
     put_back = {name: frozenset(layers) for name, layers in reached.put_back.items()}
-    snapshot = Snapshot(search.model, put_back, search.checkpoints.network(saved))
+    snapshot = ModelState(search.model, put_back, search.checkpoints.network(saved))
     if fingerprint(snapshot.restore()) != reached.candidate:
         return None
     known = [candidate for candidate in search.reached.values() if candidate.key == reached.candidate]

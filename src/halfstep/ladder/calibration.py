@@ -11,25 +11,19 @@ from typing import overload
 import torch
 from torch.utils import _pytree as pytree
 
+from halfstep.batches import abreast
 from halfstep.calibrators import Calibrator, Max, WeightCalibrator
 from halfstep.errors import ArgumentError, DataError, named
 from halfstep.fake_quantize import Mode
 from halfstep.graph.inputs import ModelInputs, call_arguments, tensors_of
-from halfstep.ladder.abreast import abreast
 from halfstep.ladder.best_of import BestOf
 from halfstep.ladder.candidates import BEFORE, FLOAT, Candidate, Sweep
 from halfstep.ladder.concerns import BATCH, concerns, sentences
 from halfstep.ladder.fidelity import Fidelity, Measure, Reference
-from halfstep.ladder.ranges import (
-    activation_answers,
-    activation_sites,
-    own_answers,
-    set_ranges,
-    weight_answers,
-)
 from halfstep.ladder.sweep import sweep, sweep_activations
 from halfstep.model import QuantizedModel, run
 from halfstep.progress import track
+from halfstep.ranges import activation_answers, activation_sites, own_answers, set_ranges, weight_answers
 from halfstep.repair.ranges import observe_sites
 from halfstep.statistics import Histogram
 

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from halfstep.calibrators import Calibrator, Concern, WeightCalibrator, data_concerns, disagreements
+from halfstep.journal import Journal, exact
 from halfstep.ladder.concerns import SiteConcern
 from halfstep.ladder.fidelity import Fidelity, Measure
-from halfstep.ladder.journal import Journal, exact
-from halfstep.ladder.ranges import Answer, Answers, activation_sites, set_ranges
 from halfstep.model import QuantizedModel
+from halfstep.ranges import Answer, Answers, activation_sites, set_ranges
 
 FLOAT = "float"  # in a candidate's place for weights or activations that are not quantized
 MIXED = "mixed"  # where the calibrator differs by site

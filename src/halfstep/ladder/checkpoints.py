@@ -15,10 +15,10 @@ from torch.utils import _pytree as pytree
 
 from halfstep.graph.inputs import ModelInputs, call_arguments
 from halfstep.identity import Identity
-from halfstep.ladder.fingerprint import fingerprint
-from halfstep.ladder.journal import Journal, Saved
-from halfstep.ladder.ranges import activation_sites
+from halfstep.journal import Journal, Saved
 from halfstep.model import QuantizedModel
+from halfstep.ranges import activation_sites
+from halfstep.snapshot import fingerprint
 from halfstep.statistics import Histogram
 
 Tensors = dict[str, torch.Tensor]

@@ -24,9 +24,9 @@ from halfstep.graph.padding import Mask, find_padding
 from halfstep.graph.shapes import Dynamic
 from halfstep.graph.states import States, mark_states
 from halfstep.graph.tails import mark_tails
+from halfstep.journal import Journal
 from halfstep.ladder.aim import Aim, Asked
 from halfstep.ladder.ascent import ascend
-from halfstep.ladder.budget import Budget
 from halfstep.ladder.calibration import observe
 from halfstep.ladder.concerns import Seen, halving, look, lost_parts, sentences, tails, unlike_sites, watching
 from halfstep.ladder.deploy import deploy, file_score
@@ -34,11 +34,9 @@ from halfstep.ladder.doubts import doubts
 from halfstep.ladder.exports import Exports
 from halfstep.ladder.float_model import knowing_float
 from halfstep.ladder.identity import Claimed, Examples, claim
-from halfstep.ladder.journal import Journal
 from halfstep.ladder.outcome import Outcome
 from halfstep.ladder.pace import Pace, check_latency
 from halfstep.ladder.partial import Partial
-from halfstep.ladder.pins import pinned
 from halfstep.ladder.portability import PORTABLE, settle
 from halfstep.ladder.refits import refit
 from halfstep.ladder.rung import Means, Rung
@@ -49,7 +47,8 @@ from halfstep.live import shown
 from halfstep.model import QuantizedModel
 from halfstep.onnx_in.from_file import declared_axes, opened, origin_of
 from halfstep.onnx_in.origin import QUANTIZED
-from halfstep.progress import steps
+from halfstep.precision import pinned
+from halfstep.progress import Budget, steps
 from halfstep.recipe import Recipe
 from halfstep.targets import Target, find_target
 from halfstep.training.check import check_trainable

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from halfstep.batches import abreast
 from halfstep.calibrators import (
     Calibrator,
     Concern,
@@ -27,10 +28,9 @@ from halfstep.fake_quantize import Mode
 from halfstep.graph.inputs import ModelInputs, call_arguments
 from halfstep.graph.placement import FloatOperator, Layer
 from halfstep.graph.tails import TAIL
-from halfstep.ladder.abreast import abreast
-from halfstep.ladder.ranges import activation_sites
 from halfstep.model import QuantizedModel, run
 from halfstep.progress import track
+from halfstep.ranges import activation_sites
 from halfstep.statistics import Histogram
 
 #: So many examples of the evaluation's data are looked at: enough to see that they are of another kind, and no more

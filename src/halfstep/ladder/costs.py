@@ -16,8 +16,8 @@ from halfstep.errors import ArgumentError, NotObservedError
 from halfstep.export.onnx import export_onnx
 from halfstep.graph.placement import Choices
 from halfstep.ladder.environment import free_memory
-from halfstep.ladder.groups import Group
 from halfstep.model import QuantizedModel
+from halfstep.precision import Group
 from halfstep.progress import track
 from halfstep.runtime.deployed import DeployedModel
 from halfstep.runtime.file import file_size

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from halfstep.evaluate import Resampled, Score
-from halfstep.ladder.journal import Entry, Journal
+from halfstep.journal import Entry, Journal
 
 
 @dataclass(frozen=True)

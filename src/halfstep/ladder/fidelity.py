@@ -10,10 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from halfstep.batches import abreast
 from halfstep.errors import ArgumentError, MetricError, NotObservedError
 from halfstep.fake_quantize import Mode
 from halfstep.graph.inputs import ModelInputs
-from halfstep.ladder.abreast import abreast
 from halfstep.model import QuantizedModel, run
 from halfstep.progress import track
 from halfstep.runtime.parity import compared, decibels, error_power, power

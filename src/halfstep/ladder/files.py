@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from halfstep.export.verify import Verification
-from halfstep.ladder.budget import BudgetSpent
 from halfstep.ladder.exports import Exports
 from halfstep.ladder.search import Candidate, Search
-from halfstep.progress import interruptible, track
+from halfstep.progress import BudgetSpent, interruptible, track
 from halfstep.runtime.deployed import DeployedModel
 from halfstep.runtime.file import file_size
 from halfstep.runtime.latency import race

@@ -11,9 +11,9 @@ from torch import Tensor, fx
 
 from halfstep.evaluate import logits_of
 from halfstep.graph.operators import describe
-from halfstep.ladder.groups import Group
 from halfstep.ladder.probe import Loss, Probe, loss_weight
 from halfstep.ladder.replay import Values, Wiring, quantizing, wiring
+from halfstep.precision import Group
 from halfstep.progress import track
 from halfstep.runtime.parity import float_tensors
 

@@ -6,12 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from halfstep.evaluate import Score
 from halfstep.graph.placement import Choices
-from halfstep.ladder.fingerprint import fingerprint
-from halfstep.ladder.groups import Group, names_of
 from halfstep.ladder.measured import file_times, tuned
 from halfstep.ladder.search import Candidate, Search
-from halfstep.ladder.snapshot import Snapshot
-from halfstep.ladder.steps import STEPS, Assignment, choices
+from halfstep.precision import STEPS, Assignment, Group, choices, names_of
+from halfstep.snapshot import ModelState, fingerprint
 
 #: An assignment that meets the goal, and its score.
 Settled = tuple[Assignment, Score]
@@ -54,7 +52,7 @@ def hasten(
     search.decide(verdict)
     # By itself the search prefers what has fewer layers in float.
     search.best = Candidate(
-        "the fastest file that meets the target", score, Snapshot.of(model), fingerprint(model)
+        "the fastest file that meets the target", score, ModelState.of(model), fingerprint(model)
     )
     return assignment, score
 

@@ -18,9 +18,9 @@ from halfstep.evaluate import CallableMetric, DataMetric, Scorer, labelled_data,
 from halfstep.graph.capture import Captured
 from halfstep.graph.inputs import ModelInputs, batch_size, call_arguments
 from halfstep.identity import Identity, rows_of_bytes, state_of
+from halfstep.journal import Journal
 from halfstep.ladder.aim import Aim
 from halfstep.ladder.environment import environment
-from halfstep.ladder.journal import Journal
 from halfstep.model import QuantizedModel
 from halfstep.training.options import Training
 

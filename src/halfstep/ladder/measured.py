@@ -17,12 +17,12 @@ from typing import Any
 from halfstep.graph.placement import Choices
 from halfstep.ladder.costs import ROUNDS, microseconds, race_choices
 from halfstep.ladder.environment import machine
-from halfstep.ladder.fingerprint import fingerprint
-from halfstep.ladder.groups import Group
 from halfstep.ladder.search import Search
 from halfstep.ladder.tune import Tuning, tune
+from halfstep.precision import Group
 from halfstep.runtime.deployed import DeployedModel
 from halfstep.runtime.latency import enough_rounds, race
+from halfstep.snapshot import fingerprint
 
 
 def group_times(search: Search, groups: Sequence[Group], threads: int | None) -> list[float]:

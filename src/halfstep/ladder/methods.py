@@ -9,8 +9,8 @@ from typing import Literal, Protocol
 from halfstep.errors import ArgumentError
 from halfstep.fake_quantize import Mode
 from halfstep.ladder.fisher import fisher
-from halfstep.ladder.groups import Group
 from halfstep.ladder.probe import Loss, Probe
+from halfstep.precision import Group
 
 By = Literal["metric", "kl", "sqnr"]
 

@@ -10,8 +10,8 @@ from halfstep.ladder.best_of import BestOf
 from halfstep.ladder.candidates import FLOAT, MIXED, Candidate, Sweep, site_concerns
 from halfstep.ladder.fidelity import Reference
 from halfstep.ladder.influence import influences
-from halfstep.ladder.ranges import Answer, activation_sites, set_ranges
 from halfstep.model import QuantizedModel
+from halfstep.ranges import Answer, activation_sites, set_ranges
 
 #: Passes at most: the float network's, a backward pass (which takes as long as two) with its own forward one, and five
 #: mixtures.

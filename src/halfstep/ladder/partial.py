@@ -11,18 +11,26 @@ from typing import Literal
 from halfstep.errors import ArgumentError
 from halfstep.evaluate import Score
 from halfstep.fake_quantize import Mode
+from halfstep.journal import exact
 from halfstep.ladder.calibration import SAMPLE_EXAMPLES, kept_examples
-from halfstep.ladder.groups import Group, groups_of, names_of
 from halfstep.ladder.halves import where_is_the_loss
 from halfstep.ladder.haste import Settled, hasten
-from halfstep.ladder.journal import exact
 from halfstep.ladder.measured import group_times
 from halfstep.ladder.methods import Method, find_method
-from halfstep.ladder.pins import pinned
 from halfstep.ladder.prefix import QUESTIONS, WALKS, without_needless
 from halfstep.ladder.search import Search
 from halfstep.ladder.sensitivity import LayerSensitivity, Sensitivity, rank
-from halfstep.ladder.steps import STEPS, Assignment, Step, choices, find_steps
+from halfstep.precision import (
+    STEPS,
+    Assignment,
+    Group,
+    Step,
+    choices,
+    find_steps,
+    groups_of,
+    names_of,
+    pinned,
+)
 
 #: Groups times examples of a ranking, and examples at least: 32 groups are ranked on all kept examples.
 RANKED, LEAST_RANKED = 32 * SAMPLE_EXAMPLES, 32
@@ -34,7 +42,7 @@ class Partial:
 
     Attributes:
         method: of sensitivity; see :func:`halfstep.sensitivity`.
-        steps: what layers may be put to, by names of :data:`~halfstep.ladder.steps.STEPS`.
+        steps: what layers may be put to, by names of :data:`~halfstep.precision.STEPS`.
         order: which layers come first: the most sensitive (``"accuracy"``), or those that regain most for each
             microsecond that leaving them in float costs, measured on the target's runtime (``"latency"``). Then
             both orders are tried and their files raced, and float layers are joined where conversions between them

@@ -10,19 +10,17 @@ from typing import Any
 from halfstep.errors import ArgumentError
 from halfstep.evaluate import Drop, as_scorers
 from halfstep.identity import Identity
+from halfstep.journal import Journal
 from halfstep.ladder.aim import Aim, Asked
 from halfstep.ladder.evaluation import Evaluation
 from halfstep.ladder.float_model import knowing_float
-from halfstep.ladder.groups import groups_of
 from halfstep.ladder.halves import Halves
 from halfstep.ladder.identity import claim
-from halfstep.ladder.journal import Journal
 from halfstep.ladder.partial import Partial, climb_partial
-from halfstep.ladder.pins import pinned
 from halfstep.ladder.search import Search, float_evaluation
 from halfstep.ladder.sensitivity import Sensitivity
-from halfstep.ladder.steps import STEPS
 from halfstep.model import QuantizedModel
+from halfstep.precision import STEPS, groups_of, pinned
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from halfstep.graph.place import place
-from halfstep.ladder.journal import Entry
+from halfstep.journal import Entry
 from halfstep.ladder.search import Search
 from halfstep.recipe import Recipe
 from halfstep.runtime.saturation import saturates_here

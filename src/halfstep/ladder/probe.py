@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 import torch
 
+from halfstep.batches import example_bytes
 from halfstep.errors import ArgumentError, NotObservedError
 from halfstep.evaluate import logits_of
 from halfstep.graph.inputs import ModelInputs
 from halfstep.graph.operators import WEIGHTED, describe
-from halfstep.ladder.abreast import example_bytes
 from halfstep.ladder.fidelity import divergences
 from halfstep.ladder.replay import FLOAT, Replay, Wiring, quantizing, wiring
 from halfstep.model import QuantizedModel

@@ -9,16 +9,16 @@ from dataclasses import asdict, replace
 from halfstep.calibrators import Calibrator, WeightCalibrator
 from halfstep.evaluate import Score, classifies
 from halfstep.identity import Identity
+from halfstep.journal import exact
 from halfstep.ladder.best_of import BestOf
 from halfstep.ladder.candidates import MIXED, Sweep
 from halfstep.ladder.concerns import sentences
-from halfstep.ladder.journal import exact
 from halfstep.ladder.mixing import mix
 from halfstep.ladder.repairs import Pass, Trial, repair
 from halfstep.ladder.search import Search
 from halfstep.ladder.sweep import judge, sweep
 from halfstep.model import QuantizedModel
-from halfstep.repair.snapshot import Snapshot
+from halfstep.snapshot import Snapshot
 
 #: Repairs end after so many seconds.
 REPAIR_SECONDS = 600.0

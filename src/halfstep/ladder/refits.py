@@ -11,12 +11,11 @@ import torch
 
 from halfstep.fake_quantize import Mode
 from halfstep.graph.placement import Choices
-from halfstep.ladder.budget import BudgetSpent
+from halfstep.journal import exact
 from halfstep.ladder.checkpoints import Checkpoints
 from halfstep.ladder.fidelity import Fidelity, Reference, halves
-from halfstep.ladder.journal import exact
 from halfstep.model import QuantizedModel
-from halfstep.progress import interruptible, may_go_on, protected
+from halfstep.progress import BudgetSpent, interruptible, may_go_on, protected
 from halfstep.repair.refit import refit_layers
 
 #: A search fits anew for so many seconds; what it tries after that is tried without what repairs learned for others.

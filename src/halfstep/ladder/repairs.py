@@ -14,13 +14,12 @@ from halfstep.evaluate import as_scorer
 from halfstep.fake_quantize import Mode
 from halfstep.graph.inputs import ModelInputs
 from halfstep.ladder.best_of import BestOf
-from halfstep.ladder.budget import BudgetSpent
 from halfstep.ladder.calibration import calibrate_moved
 from halfstep.ladder.fidelity import Fidelity, Measure, Reference, halves
 from halfstep.ladder.float_model import knowing_float
-from halfstep.ladder.ranges import activation_sites
 from halfstep.model import QuantizedModel
-from halfstep.progress import interruptible, may_go_on, protected, track
+from halfstep.progress import BudgetSpent, interruptible, may_go_on, protected, track
+from halfstep.ranges import activation_sites
 from halfstep.repair.bias import correct_bias
 from halfstep.repair.equalize import equalize
 from halfstep.repair.gptq import gptq
@@ -28,7 +27,7 @@ from halfstep.repair.migrate import migrate
 from halfstep.repair.ranges import sample_of, weigh_ranges
 from halfstep.repair.record import Repair, Treated
 from halfstep.repair.rounding import learn_rounding
-from halfstep.repair.snapshot import Snapshot
+from halfstep.snapshot import Snapshot
 
 #: A repair: takes a calibrated model and batches, changes the model, and says what it did.
 Pass = Callable[[QuantizedModel, Sequence[ModelInputs]], Repair]

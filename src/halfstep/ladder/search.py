@@ -11,22 +11,20 @@ from typing import Any
 
 import torch
 
+from halfstep.batches import scored
 from halfstep.errors import RunError
 from halfstep.evaluate import EarlyStopping, Metric, Score, Scorer, early_stopping, parts, share_of_error
 from halfstep.fake_quantize import Mode
 from halfstep.granularity import PerTensor
 from halfstep.graph.placement import Choices
-from halfstep.ladder.budget import Budget, BudgetSpent
+from halfstep.journal import Journal
 from halfstep.ladder.checkpoints import Checkpoints
 from halfstep.ladder.evaluation import Evaluation, Verdict, keep, kept
-from halfstep.ladder.fingerprint import fingerprint
 from halfstep.ladder.goal import Goal
-from halfstep.ladder.journal import Journal
-from halfstep.ladder.pieces import scored
 from halfstep.ladder.refits import Refits
-from halfstep.ladder.snapshot import Snapshot, put_back_in
 from halfstep.model import QuantizedModel
-from halfstep.progress import protected, say, steps
+from halfstep.progress import Budget, BudgetSpent, protected, say, steps
+from halfstep.snapshot import ModelState, fingerprint, put_back_in
 
 #: Examples on which the float model is scored a second time, to see whether the metric answers the same.
 REPEATED = 1000
@@ -48,7 +46,7 @@ class Candidate:
 
     what: str
     score: Score
-    snapshot: Snapshot
+    snapshot: ModelState
     key: str
 
 
@@ -316,7 +314,7 @@ class Search:
 
         score, best = verdict.score, self.best
         if best is None or self._rank(score, put_back_in(self.model)) < self.rank(best):
-            self.best = Candidate(what, score, Snapshot.of(self.model), key)
+            self.best = Candidate(what, score, ModelState.of(self.model), key)
             say(f"best so far {self.goal.words(score)}: {what}")
 
     def rank(self, candidate: Candidate) -> tuple[float, ...]:

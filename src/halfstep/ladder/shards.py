@@ -10,8 +10,8 @@ from torch import Tensor
 
 from halfstep.errors import ArgumentError, DataError, named
 from halfstep.files import write_whole
-from halfstep.ladder.ranges import activation_sites
 from halfstep.model import QuantizedModel
+from halfstep.ranges import activation_sites
 
 _KIND = {"halfstep": "statistics, version 1"}
 

@@ -6,12 +6,10 @@ from collections.abc import Callable
 
 from halfstep.errors import RefusedError
 from halfstep.evaluate import Score
-from halfstep.ladder.budget import BudgetSpent
-from halfstep.ladder.fingerprint import fingerprint
 from halfstep.ladder.measured import tuned
 from halfstep.ladder.search import Candidate, Search
-from halfstep.ladder.snapshot import Snapshot
-from halfstep.progress import interruptible
+from halfstep.progress import BudgetSpent, interruptible
+from halfstep.snapshot import ModelState, fingerprint
 
 
 def favour_speed(search: Search, threads: int | None, score_file: Callable[[], tuple[str, Score]]) -> None:
@@ -39,7 +37,7 @@ def favour_speed(search: Search, threads: int | None, score_file: Callable[[], t
         search.decide(f"nothing is left in float for speed, the budget is spent: {spent}")
         return
     goal, kept = search.goal, search.reached
-    faster = search.best = Candidate(before.what, score, Snapshot.of(model), fingerprint(model))
+    faster = search.best = Candidate(before.what, score, ModelState.of(model), fingerprint(model))
     search.reached = {rung: faster if reached is before else reached for rung, reached in kept.items()}
     if goal.met(score):
         try:

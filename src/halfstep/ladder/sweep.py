@@ -12,8 +12,8 @@ from halfstep.ladder.candidates import FLOAT, Candidate, Sweep, site_concerns
 from halfstep.ladder.fidelity import Fidelity, Reference
 from halfstep.ladder.float_model import knowing_float
 from halfstep.ladder.mixing import PASSES, mix
-from halfstep.ladder.ranges import Answers, activation_answers, activation_sites, set_ranges, weight_answers
 from halfstep.model import QuantizedModel
+from halfstep.ranges import Answers, activation_answers, activation_sites, set_ranges, weight_answers
 
 
 def sweep(model: QuantizedModel, options: BestOf) -> Sweep:

@@ -6,8 +6,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from halfstep.ladder.costs import ROUNDS, microseconds
-from halfstep.ladder.groups import Group, groups_of
 from halfstep.model import QuantizedModel
+from halfstep.precision import Group, groups_of
 
 #: What was put to float changes what its neighbours cost: they are timed again, this often at most.
 PASSES = 2

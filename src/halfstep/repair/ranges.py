@@ -14,7 +14,7 @@ from halfstep.fake_quantize import Mode
 from halfstep.graph.inputs import ModelInputs, call_arguments
 from halfstep.graph.placement import Site
 from halfstep.model import QuantizedModel
-from halfstep.repair.bias_room import widen_for_bias
+from halfstep.ranges import widen_for_bias
 from halfstep.repair.layer_weight import LayerWeight, unfit
 from halfstep.repair.moments import gather, too_large
 from halfstep.repair.record import OUTPUT_ERROR, Repair, Treated

@@ -17,7 +17,7 @@ from halfstep.progress import may_go_on
 from halfstep.repair.channels import Channels, Port
 from halfstep.repair.ranges import calibrate_again, observe_sites
 from halfstep.repair.record import Repair, Treated
-from halfstep.repair.snapshot import undone_on_error
+from halfstep.snapshot import undone_on_error
 
 #: Factors are kept within 2^-20 to 2^20, so that no weight leaves the normal floats.
 LIMIT = 2.0**20

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from halfstep.journal import Entry, read
 from halfstep.ladder.evaluation import Evaluation, kept
-from halfstep.ladder.journal import Entry, read
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from halfstep.fake_quantize import LEARNABLE, FakeQuantize
 from halfstep.formats import Codebook
 from halfstep.functional import LSQ, XNOR
 from halfstep.model import QuantizedModel
-from halfstep.repair.bias_room import widen_for_bias
+from halfstep.ranges import widen_for_bias
 
 WEIGHTS = ("learned", "follow", "fixed")
 ACTIVATIONS = ("learned", "fixed")

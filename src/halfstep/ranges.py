@@ -1,4 +1,9 @@
-"""The ranges of all sites at once: asked of calibrators, and given to a model."""
+"""The ranges of all sites at once, and the room that they leave for biases.
+
+The ranges of all sites at once: asked of calibrators, and given to a model.
+
+Room for biases: kernels hold them as int32 in steps of what their codes multiply to.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +15,8 @@ from torch import Tensor
 
 from halfstep.calibrators import MSE, Calibrator, WeightCalibrator
 from halfstep.fake_quantize import FakeQuantize, Mode
+from halfstep.graph.placement import Layer
 from halfstep.model import QuantizedModel
-from halfstep.repair.bias_room import widen_for_bias
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,3 +105,24 @@ def set_ranges(model: QuantizedModel, answers: Answers) -> None:
         if all(name in answers for name in layer.sites):
             widen_for_bias(model, layer)
     model.set_mode(Mode.QUANTIZE)
+
+
+#: A bias must stay below this many steps: int32, with room for the products that it is added to.
+BIAS_STEPS = 2**30
+
+
+def widen_for_bias(model: QuantizedModel, layer: Layer) -> None:
+    """Widen the weight's range in channels whose bias would not fit 32 bits.
+
+    Where batch norm all but switched a channel off, its folded weight is tiny beside its bias, and those steps too
+    fine.
+    """
+    shift, op = model.shifts.get(layer.name), layer.operator
+    if shift is None or shift.steps is None or op.bias is None:
+        return
+    scale, activation = shift.steps.weight.scale, shift.steps.activation.scale
+    bias = shift.corrected(model.weight(str(op.bias.target)).detach()).abs()
+    needed = bias * shift.steps.stretch / (activation * BIAS_STEPS)
+    if scale.dim() == 0:
+        needed = needed.max()
+    scale.copy_(torch.maximum(scale, needed.to(scale.dtype)))

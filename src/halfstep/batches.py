@@ -1,28 +1,36 @@
-"""Batches in pieces of the size that a network runs fastest at, where its answers do not depend on that.
+"""How batches go through a model: in pieces of the fastest size, and side by side.
+
+Batches in pieces of the size that a network runs fastest at, where its answers do not depend on that.
 
 A layer's output for a large batch is memory that the operating system hands over page by page; small ones stay in the
 caches. Pieces are computed side by side. Which size is best depends on the network and the machine, so it is measured
 on the first batches.
+
+Batches through a model side by side, as many as memory has room for.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from halfstep.cores import side_by_side
 from halfstep.evaluate import DataMetric, Scorer, parts
-from halfstep.graph.inputs import tensors_of
+from halfstep.graph.inputs import ModelInputs, tensors_of
+from halfstep.graph.shapes import Axes, hint, varies
 from halfstep.model import QuantizedModel, run
-from halfstep.side_by_side import side_by_side
 
 #: Sizes that are tried beside a piece for each thread, the smallest on the first batch.
 SIZES = (256, 128, 64)
+
+
 #: Pieces that take less than this share of a whole batch's time need no comparison with others.
 CLEARLY = 0.5
 
@@ -178,4 +186,57 @@ def _equal(whole: Any, pieces: Any) -> bool:
     return kind == same and all(
         isinstance(a, torch.Tensor) and torch.equal(a, b) and a.stride() == b.stride()
         for a, b in zip(one, other, strict=True)
+    )
+
+
+Result = TypeVar("Result")
+
+#: Activations that batches which run at once may hold together, beside the first one's.
+HELD_BYTES = 512 * 2**20
+
+
+#: Of the largest activation so many are alive at a time: what an operator reads and writes, and what a skip keeps.
+ALIVE = 4
+
+
+def abreast(
+    model: QuantizedModel,
+    work: Callable[[int, ModelInputs], Result],
+    batches: Iterable[ModelInputs],
+    ordered: bool = False,
+) -> Iterator[Result]:
+    """What ``work`` makes of each batch and its number, in order.
+
+    Args:
+        model: what ``work`` runs; on an accelerator, which is shared anyway, one batch runs at a time.
+        work: may be called from several threads at once.
+        batches: taken as they are needed; a batch may be taken before ``work`` has ended with the ones before.
+        ordered: one batch at a time, for what depends on the order.
+    """
+    numbered = enumerate(batches)
+    first = next(numbered, None)
+    if first is None:
+        return
+    workers = 1 if ordered else _room(model, model.captured.batch_size(first[1]))
+    yield from side_by_side(lambda item: work(*item), itertools.chain([first], numbered), workers)
+
+
+def _room(model: QuantizedModel, size: int) -> int:
+    """How many batches of ``size`` may run at once."""
+    if model.device.type != "cpu":
+        return 1
+    largest = max((example_bytes(node, model.captured.axes) for node in model.graph.nodes), default=0)
+    return 1 + HELD_BYTES // max(1, ALIVE * largest * size)
+
+
+def example_bytes(node: fx.Node, axes: Axes) -> int:
+    """Bytes of a node's value for one example, with what varies beside the batch as large as in the traced example."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return 0
+    batch = axes.batch_axis(value)
+    if batch is None and value.dim() and varies(value.shape[0]):  # a product of the batch and other sizes
+        batch = 0
+    return (
+        math.prod(hint(size) for axis, size in enumerate(value.shape) if axis != batch) * value.element_size()
     )

@@ -25,13 +25,19 @@ from halfstep.errors import RunError
 from halfstep.files import lock, write_whole
 
 FILE, CHECKPOINTS = "journal.jsonl", "checkpoints"
+
+
 #: What a run leaves in its directory; the rest of what lies there is not the run's.
 LEFT = (
     *(FILE, f"{FILE}.damaged", CHECKPOINTS, "config.yaml", "outcome.json", "report.html"),
     *("model.onnx", "model.onnx.*", "float.onnx", "float.onnx.*", "refused.onnx", "refused.onnx.*"),
     *("training*.safetensors", "control"),
 )
+
+
 _HEAD, _MIDDLE, _TAIL = b'{"check":"', b'","entry":', b"}\n"
+
+
 _DIGITS = 16
 
 #: Kinds of which the last entry counts: the last of all, or of those that are equal in these fields.
