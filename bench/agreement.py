@@ -34,8 +34,8 @@ from bench import fashion
 from halfstep.demo import load_digits, train_digits
 from halfstep.export.parting import OUTPUTS, agreements
 from halfstep.fake_quantize import Mode
+from halfstep.fidelity.compare import compare
 from halfstep.runtime.deployed import DeployedModel
-from halfstep.runtime.parity import compare
 
 TARGETS = ("onnxruntime", "openvino")
 WIDTHS = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4), "W3A3": (3, 3), "W2A8": (2, 8), "W2A2": (2, 2)}

@@ -23,8 +23,8 @@ from rich.table import Table
 from torch import nn
 
 import halfstep as hs
+from halfstep.fidelity.compare import compare
 from halfstep.graph.shapes import Dynamic
-from halfstep.runtime.parity import compare
 
 WIDTH, LAYERS, HEADS, VOCABULARY = 64, 2, 4, 200
 SIZES = {

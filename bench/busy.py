@@ -29,7 +29,7 @@ from bench import fashion
 from bench.wall import Task, task
 from halfstep.batches import InPieces
 from halfstep.fake_quantize import Mode
-from halfstep.ladder.fidelity import Reference
+from halfstep.fidelity.compare import Reference
 from halfstep.ranges import activation_sites
 
 

@@ -29,12 +29,12 @@ import halfstep as hs
 from bench import peer_nncf, weight_only
 from bench.networks.catalogue import CATALOGUE, build
 from bench.peer_onnxruntime import quantize_static
+from halfstep.fidelity.compare import Parity, compare
 from halfstep.graph.inputs import tensors_of
 from halfstep.model import QuantizedModel
 from halfstep.runtime.deployed import DeployedModel, find_runtime, inspect_kernels
 from halfstep.runtime.file import read_sites
 from halfstep.runtime.latency import Latency, enough_rounds, race
-from halfstep.runtime.parity import Parity, compare
 from halfstep.runtime.runtime import Kernels
 
 TRANSFORMERS = ("vit", "small vit", "swin-like", "bert")

@@ -18,8 +18,8 @@ from rich.table import Table
 
 import halfstep as hs
 from bench import fashion
+from halfstep.fidelity.compare import compare
 from halfstep.runtime.deployed import DeployedModel
-from halfstep.runtime.parity import compare
 
 TARGETS = ("onnxruntime", "openvino")
 

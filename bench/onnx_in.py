@@ -41,10 +41,10 @@ from bench import fashion
 from bench.networks.catalogue import CATALOGUE, build
 from bench.peer_onnxruntime import quantize_static
 from halfstep.errors import HalfstepError
+from halfstep.fidelity.compare import signal_to_noise
 from halfstep.graph.inputs import call_arguments, tensors_of
 from halfstep.runtime.deployed import DeployedModel
 from halfstep.runtime.latency import race
-from halfstep.runtime.parity import signal_to_noise
 
 
 class ByPlace(torch.nn.Module):

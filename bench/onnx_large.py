@@ -24,9 +24,9 @@ import torch
 from onnx import TensorProto, helper
 
 import halfstep as hs
+from halfstep.fidelity.compare import signal_to_noise
 from halfstep.runtime.deployed import DeployedModel
 from halfstep.runtime.file import parts
-from halfstep.runtime.parity import signal_to_noise
 
 WIDTH, HIDDEN = 4096, 16384
 RECIPES = {"w4": lambda: hs.Recipe.weight_only(4, group=128), "w8a8": hs.Recipe.int8}

@@ -21,11 +21,11 @@ import halfstep as hs
 from bench.networks.catalogue import CATALOGUE
 from bench.networks.sequence import bert
 from halfstep.fake_quantize import Mode
+from halfstep.fidelity.compare import compare
 from halfstep.graph.inputs import tensors_of
 from halfstep.runtime.deployed import DeployedModel
 from halfstep.runtime.file import file_size
 from halfstep.runtime.latency import race
-from halfstep.runtime.parity import compare
 
 RECIPES = {
     "int8, weights and activations": hs.Recipe.int8(),

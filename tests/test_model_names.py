@@ -9,8 +9,8 @@ from torch import fx, nn
 
 import halfstep as hs
 from halfstep.errors import ArgumentError
+from halfstep.fidelity.compare import compare
 from halfstep.runtime.deployed import DeployedModel
-from halfstep.runtime.parity import compare
 from tests.export.mixed_network import quantized
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))

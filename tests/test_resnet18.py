@@ -4,8 +4,8 @@ import torch
 
 import halfstep as hs
 from bench.networks.resnet import ResNet18, randomize_batch_norm
+from halfstep.fidelity.compare import compare
 from halfstep.runtime.deployed import DeployedModel, inspect_kernels
-from halfstep.runtime.parity import compare
 
 
 def test_all_convs_adds_and_the_linear_are_integer(tmp_path):

@@ -5,8 +5,8 @@ from torch import nn
 
 import halfstep as hs
 from halfstep.fake_quantize import Mode
+from halfstep.fidelity.compare import compare
 from halfstep.runtime.deployed import DeployedModel, inspect_kernels
-from halfstep.runtime.parity import compare
 
 TOKENS = torch.arange(28).reshape(4, 7)
 

@@ -8,8 +8,8 @@ import torch
 import halfstep as hs
 from bench.networks.catalogue import CATALOGUE, build
 from bench.networks.vit import SmallViT
+from halfstep.fidelity.compare import compare
 from halfstep.runtime.deployed import DeployedModel, inspect_kernels
-from halfstep.runtime.parity import compare
 
 
 @dataclass(frozen=True)

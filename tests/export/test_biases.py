@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 import halfstep as hs
 from halfstep.fake_quantize import Mode
+from halfstep.fidelity.compare import compare
 from halfstep.runtime.deployed import DeployedModel, inspect_kernels
 from halfstep.runtime.onnxruntime import open_session
-from halfstep.runtime.parity import compare
 
 
 class Kinds(nn.Module):

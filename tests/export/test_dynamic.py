@@ -11,8 +11,8 @@ import halfstep as hs
 from halfstep.errors import ArgumentError
 from halfstep.export.parting import OUTPUTS, agreements
 from halfstep.fake_quantize import Mode
+from halfstep.fidelity.compare import compare
 from halfstep.runtime.deployed import DeployedModel
-from halfstep.runtime.parity import compare
 from tests.export.mixed_network import TOKENS, build, deployed, quantized
 
 #: Integer sums are exact; what follows them is float32 in the same order.

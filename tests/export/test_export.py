@@ -16,9 +16,9 @@ from halfstep.export import build
 from halfstep.export import onnx as export
 from halfstep.export.parting import OUTPUTS, agreements, run_watched
 from halfstep.fake_quantize import Mode
+from halfstep.fidelity.compare import Parity, compare
 from halfstep.runtime.deployed import DeployedModel, inspect_kernels
 from halfstep.runtime.file import read_sites
-from halfstep.runtime.parity import Parity, compare
 
 
 class Residual(nn.Module):

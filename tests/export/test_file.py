@@ -16,10 +16,10 @@ import halfstep as hs
 from halfstep.errors import ExportError
 from halfstep.export import build, replacing
 from halfstep.export.onnx import copy_file
+from halfstep.fidelity.compare import compare
 from halfstep.runtime.deployed import DeployedModel
 from halfstep.runtime.file import file_size
 from halfstep.runtime.onnxruntime import OnnxRuntimeSession
-from halfstep.runtime.parity import compare
 from tests.export.mixed_network import quantized
 
 X = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))

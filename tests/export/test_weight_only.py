@@ -10,10 +10,10 @@ from torch import nn
 
 import halfstep as hs
 from halfstep.fake_quantize import Mode
+from halfstep.fidelity.compare import compare
 from halfstep.formats import Codebook
 from halfstep.formats.floating import E4M3
 from halfstep.runtime.deployed import DeployedModel, inspect_kernels
-from halfstep.runtime.parity import compare
 from tests.export.mixed_network import deployed, quantized
 
 #: Both sides compute in float32 and differ in the order of sums only.

@@ -11,13 +11,12 @@ import halfstep as hs
 from halfstep.batches import InPieces
 from halfstep.errors import ArgumentError, CaptureError, DataError
 from halfstep.fake_quantize import Mode
+from halfstep.fidelity.compare import compare, error_power, halves, power
+from halfstep.fidelity.fisher import fisher
+from halfstep.fidelity.reference import Probe
 from halfstep.graph.capture import capture
-from halfstep.ladder.fidelity import halves
-from halfstep.ladder.fisher import fisher
-from halfstep.ladder.probe import Probe
 from halfstep.precision import groups_of
 from halfstep.runtime.deployed import DeployedModel
-from halfstep.runtime.parity import compare, error_power, power
 
 BATCH = {"x": {0: "time", 1: "batch"}, "h": {1: "batch"}}
 

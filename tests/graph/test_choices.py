@@ -10,10 +10,10 @@ from torch.nn import functional as F
 import halfstep as hs
 from halfstep.errors import ExportError
 from halfstep.export.verify import layer_fates
+from halfstep.fidelity.compare import compare
 from halfstep.graph.placement import Choices
 from halfstep.precision import STEPS, choices, groups_of
 from halfstep.runtime.deployed import DeployedModel, inspect_kernels
-from halfstep.runtime.parity import compare
 from halfstep.snapshot import ModelState
 
 IMAGES = torch.rand(32, 1, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -6,8 +6,8 @@ from torch.nn import functional as F
 
 import halfstep as hs
 from halfstep.fake_quantize import Mode
+from halfstep.fidelity.compare import compare
 from halfstep.runtime.deployed import DeployedModel, inspect_kernels
-from halfstep.runtime.parity import compare
 
 
 class Both(nn.Module):

@@ -8,10 +8,10 @@ from torch.nn import functional as F
 import halfstep as hs
 from halfstep.export.verify import layer_fates
 from halfstep.fake_quantize import Mode
+from halfstep.fidelity.compare import compare
 from halfstep.graph.capture import capture
 from halfstep.graph.fold import decompose
 from halfstep.runtime.deployed import DeployedModel, inspect_kernels
-from halfstep.runtime.parity import compare
 
 
 class Gates(nn.Module):

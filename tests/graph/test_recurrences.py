@@ -6,10 +6,10 @@ from torch import nn
 from torch._decomp import decomposition_table
 
 import halfstep as hs
+from halfstep.fidelity.compare import compare
 from halfstep.graph.capture import capture
 from halfstep.graph.recurrences import recurrences_whole
 from halfstep.runtime.deployed import DeployedModel
-from halfstep.runtime.parity import compare
 
 TIME = {"x": {1: "time"}}
 

@@ -8,9 +8,9 @@ from torch import nn
 import halfstep as hs
 from bench.networks.unet import UNet
 from halfstep.errors import ArgumentError, CaptureError, DataError
+from halfstep.fidelity.compare import compare
 from halfstep.graph.capture import capture
 from halfstep.runtime.deployed import DeployedModel
-from halfstep.runtime.parity import compare
 
 TOKENS = {"ids": {1: "tokens"}, "mask": {1: "tokens"}}
 

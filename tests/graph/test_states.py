@@ -7,8 +7,8 @@ from torch import nn
 import halfstep as hs
 from halfstep.errors import ArgumentError
 from halfstep.fake_quantize import Mode
+from halfstep.fidelity.compare import compare
 from halfstep.runtime.deployed import DeployedModel
-from halfstep.runtime.parity import compare
 
 
 class Step(nn.Module):

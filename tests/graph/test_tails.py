@@ -7,9 +7,9 @@ from torch import nn
 
 import halfstep as hs
 from halfstep.errors import ArgumentError
+from halfstep.fidelity.compare import compare
 from halfstep.ladder.concerns import tails
 from halfstep.runtime.deployed import DeployedModel
-from halfstep.runtime.parity import compare
 
 
 class Decode(nn.Module):

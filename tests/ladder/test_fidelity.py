@@ -9,7 +9,7 @@ from torch import nn
 import halfstep as hs
 from halfstep.errors import ArgumentError, MetricError, NotObservedError
 from halfstep.fake_quantize import Mode
-from halfstep.ladder.fidelity import Fidelity, Reference, divergences
+from halfstep.fidelity.compare import Fidelity, Reference, divergences
 
 
 def observed(model=None, batches=None, width=4):

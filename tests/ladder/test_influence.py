@@ -6,8 +6,8 @@ from torch import nn
 
 import halfstep as hs
 from halfstep.fake_quantize import Mode
-from halfstep.ladder.fidelity import Reference
-from halfstep.ladder.influence import influences
+from halfstep.fidelity.compare import Reference
+from halfstep.fidelity.fisher import influences
 from halfstep.ranges import activation_sites
 
 RANGES = [(torch.tensor(-high), torch.tensor(high)) for high in (3.0, 1.0, 0.3)]

@@ -8,6 +8,7 @@ import halfstep as hs
 from halfstep.demo import DigitsNet
 from halfstep.errors import ArgumentError, MetricError, NotObservedError, RecipeError, RunError
 from halfstep.evaluate import EarlyStopping, Score, share_of_error
+from halfstep.fidelity.compare import compare
 from halfstep.journal import Journal
 from halfstep.ladder.costs import microseconds
 from halfstep.ladder.goal import Goal
@@ -18,7 +19,6 @@ from halfstep.ladder.tune import Tuning
 from halfstep.precision import groups_of
 from halfstep.runtime.deployed import DeployedModel, inspect_kernels
 from halfstep.runtime.latency import Latency
-from halfstep.runtime.parity import compare
 from tests.ladder.networks import FAULTS, INPUTS, Attention, calibrated, faulty, labelled, weights_per_tensor
 
 

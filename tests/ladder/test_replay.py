@@ -5,7 +5,7 @@ import torch
 
 import halfstep as hs
 from halfstep.demo import DigitsNet
-from halfstep.ladder.replay import FLOAT, Replay, quantizing, wiring
+from halfstep.fidelity.replay import FLOAT, Replay, quantizing, wiring
 from tests.ladder.networks import INPUTS, Attention, calibrated
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 import halfstep as hs
 from halfstep.errors import ArgumentError, NotObservedError
 from halfstep.fake_quantize import Mode
+from halfstep.fidelity.compare import divergences
 from halfstep.ladder.agreement import kendall_tau
-from halfstep.ladder.fidelity import divergences
 from halfstep.ladder.methods import METHODS, Fisher, Spared
 from halfstep.precision import groups_of
 from tests.ladder.networks import FAULTS, INPUTS, Attention, calibrated, faulty, labelled, weights_per_tensor

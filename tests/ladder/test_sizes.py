@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import halfstep as hs
+from halfstep.fidelity.compare import compare
 from halfstep.runtime.deployed import DeployedModel
-from halfstep.runtime.parity import compare
 
 
 class Tagger(nn.Module):

@@ -10,12 +10,12 @@ from torch.nn import functional as F
 import halfstep as hs
 from halfstep.bias_shift import BiasShift
 from halfstep.fake_quantize import Mode
+from halfstep.fidelity.compare import compare
 from halfstep.repair import walk as walking
 from halfstep.repair.layer_weight import LayerWeight, unfit
 from halfstep.repair.moments import gather
 from halfstep.repair.walk import walk
 from halfstep.runtime.deployed import DeployedModel
-from halfstep.runtime.parity import compare
 from halfstep.snapshot import Snapshot
 from tests.repair.networks import Net, built, calibrated, chain, conv, images, residual
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import halfstep as hs
+from halfstep.fidelity.compare import compare, signal_to_noise
 from halfstep.runtime.deployed import DeployedModel
-from halfstep.runtime.parity import compare, signal_to_noise
 from tests.export.mixed_network import quantized
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from halfstep.errors import DataError
-from halfstep.runtime.parity import Parity, class_axis, compare, decibels, signal_to_noise
+from halfstep.fidelity.compare import Parity, class_axis, compare, decibels, signal_to_noise
 
 X = torch.arange(12.0).reshape(4, 3)
 

@@ -10,11 +10,11 @@ import halfstep as hs
 from halfstep.calibrators import MSE
 from halfstep.errors import FormatError, NotObservedError, TrainingError
 from halfstep.fake_quantize import FakeQuantize, Mode
+from halfstep.fidelity.compare import compare
 from halfstep.formats import Codebook, Integer
 from halfstep.functional import CLIPPED_STE, LSQ, PACT, binary_scale
 from halfstep.granularity import PerChannel, PerTensor
 from halfstep.runtime.deployed import DeployedModel
-from halfstep.runtime.parity import compare
 from halfstep.training.fit import Verdict, fit
 from halfstep.training.oscillation import BITS, Damping, Freezing
 from halfstep.training.ranges import MovingRanges, Ranges

@@ -11,11 +11,11 @@ import torch
 from halfstep.errors import DataError, ExportError, RefusedError
 from halfstep.export.replacing import replacing
 from halfstep.fake_quantize import Mode
+from halfstep.fidelity.compare import MINIMUM_EQUAL, Parity, compare
 from halfstep.graph.inputs import tensors_of
 from halfstep.model import QuantizedModel
 from halfstep.runtime.deployed import RULES, DeployedModel
 from halfstep.runtime.lint import lint
-from halfstep.runtime.parity import MINIMUM_EQUAL, Parity, compare
 from halfstep.runtime.saturation import saturable_layers, saturates_here
 
 #: The float network's file rounds like the network does, in another order: dB of the outputs that it keeps to at least.

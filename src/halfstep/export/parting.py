@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from halfstep.fake_quantize import FakeQuantize, Mode
+from halfstep.fidelity.compare import compared, decibels, error_power, power, signal_to_noise
 from halfstep.graph.inputs import ModelInputs, call_arguments
 from halfstep.model import QuantizedModel
 from halfstep.runtime.deployed import find_runtime, to_numpy
-from halfstep.runtime.parity import compared, decibels, error_power, power, signal_to_noise
 
 #: What the outputs are called beside the sites.
 OUTPUTS = "the outputs"

@@ -15,6 +15,7 @@ import torch
 from halfstep.errors import DataError, ExportError
 from halfstep.export.onnx import export_float
 from halfstep.fake_quantize import Mode
+from halfstep.fidelity.compare import Parity, compare
 from halfstep.formats import Integer
 from halfstep.granularity import PerGroup
 from halfstep.graph.inputs import ModelInputs, call_arguments
@@ -24,7 +25,6 @@ from halfstep.model import QuantizedModel
 from halfstep.runtime.deployed import DeployedModel, inspect_kernels, layer_of, layer_times, to_numpy
 from halfstep.runtime.file import file_size
 from halfstep.runtime.latency import Latency, race
-from halfstep.runtime.parity import Parity, compare
 from halfstep.runtime.runtime import Kernels
 from halfstep.runtime.saturation import saturable_layers
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from halfstep.calibrators import MSE, Calibrator, Entropy, Max, Percentile, WeightCalibrator
 from halfstep.errors import ArgumentError
-from halfstep.ladder.fidelity import Measure
+from halfstep.fidelity.compare import Measure
 
 #: What is tried where nothing else is asked for: none of them is best everywhere.
 CALIBRATORS: tuple[Calibrator, ...] = (

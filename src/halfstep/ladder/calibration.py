@@ -15,11 +15,11 @@ from halfstep.batches import abreast
 from halfstep.calibrators import Calibrator, Max, WeightCalibrator
 from halfstep.errors import ArgumentError, DataError, named
 from halfstep.fake_quantize import Mode
+from halfstep.fidelity.compare import Fidelity, Measure, Reference
 from halfstep.graph.inputs import ModelInputs, call_arguments, tensors_of
 from halfstep.ladder.best_of import BestOf
 from halfstep.ladder.candidates import BEFORE, FLOAT, Candidate, Sweep
 from halfstep.ladder.concerns import BATCH, concerns, sentences
-from halfstep.ladder.fidelity import Fidelity, Measure, Reference
 from halfstep.ladder.sweep import sweep, sweep_activations
 from halfstep.model import QuantizedModel, run
 from halfstep.progress import track

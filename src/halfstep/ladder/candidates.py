@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from halfstep.calibrators import Calibrator, Concern, WeightCalibrator, data_concerns, disagreements
+from halfstep.fidelity.compare import Fidelity, Measure
 from halfstep.journal import Journal, exact
 from halfstep.ladder.concerns import SiteConcern
-from halfstep.ladder.fidelity import Fidelity, Measure
 from halfstep.model import QuantizedModel
 from halfstep.ranges import Answer, Answers, activation_sites, set_ranges
 

@@ -17,6 +17,7 @@ from torch import nn
 from halfstep.errors import ArgumentError, CaptureError
 from halfstep.evaluate import Scorer, as_scorers, labelled_data, parts
 from halfstep.export.onnx import export_float
+from halfstep.fidelity.reference import knowing_float
 from halfstep.graph.capture import Captured, capture
 from halfstep.graph.fold import decompose, fold
 from halfstep.graph.inputs import ModelInputs
@@ -32,7 +33,6 @@ from halfstep.ladder.concerns import Seen, halving, look, lost_parts, sentences,
 from halfstep.ladder.deploy import deploy, file_score
 from halfstep.ladder.doubts import doubts
 from halfstep.ladder.exports import Exports
-from halfstep.ladder.float_model import knowing_float
 from halfstep.ladder.identity import Claimed, Examples, claim
 from halfstep.ladder.outcome import Outcome
 from halfstep.ladder.pace import Pace, check_latency

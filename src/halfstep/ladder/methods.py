@@ -8,8 +8,8 @@ from typing import Literal, Protocol
 
 from halfstep.errors import ArgumentError
 from halfstep.fake_quantize import Mode
-from halfstep.ladder.fisher import fisher
-from halfstep.ladder.probe import Loss, Probe
+from halfstep.fidelity.fisher import fisher
+from halfstep.fidelity.reference import Loss, Probe
 from halfstep.precision import Group
 
 By = Literal["metric", "kl", "sqnr"]
@@ -80,7 +80,7 @@ class Spared:
 
 @dataclass(frozen=True)
 class Fisher:
-    """All groups at once from one forward and backward pass: :func:`~halfstep.ladder.fisher.fisher`.
+    """All groups at once from one forward and backward pass: :func:`~halfstep.fidelity.fisher.fisher`.
 
     Attributes:
         by: the loss that is estimated.

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from halfstep.fake_quantize import Mode
+from halfstep.fidelity.compare import Reference
+from halfstep.fidelity.fisher import influences
 from halfstep.ladder.best_of import BestOf
 from halfstep.ladder.candidates import FLOAT, MIXED, Candidate, Sweep, site_concerns
-from halfstep.ladder.fidelity import Reference
-from halfstep.ladder.influence import influences
 from halfstep.model import QuantizedModel
 from halfstep.ranges import Answer, activation_sites, set_ranges
 

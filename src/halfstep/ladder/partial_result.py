@@ -9,11 +9,11 @@ from typing import Any
 
 from halfstep.errors import ArgumentError
 from halfstep.evaluate import Drop, as_scorers
+from halfstep.fidelity.reference import knowing_float
 from halfstep.identity import Identity
 from halfstep.journal import Journal
 from halfstep.ladder.aim import Aim, Asked
 from halfstep.ladder.evaluation import Evaluation
-from halfstep.ladder.float_model import knowing_float
 from halfstep.ladder.halves import Halves
 from halfstep.ladder.identity import claim
 from halfstep.ladder.partial import Partial, climb_partial

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from halfstep.fake_quantize import Mode
+from halfstep.fidelity.compare import Fidelity, Reference, halves
 from halfstep.graph.placement import Choices
 from halfstep.journal import exact
 from halfstep.ladder.checkpoints import Checkpoints
-from halfstep.ladder.fidelity import Fidelity, Reference, halves
 from halfstep.model import QuantizedModel
 from halfstep.progress import BudgetSpent, interruptible, may_go_on, protected
 from halfstep.repair.refit import refit_layers

@@ -12,11 +12,11 @@ from typing import Any
 from halfstep.errors import ArgumentError
 from halfstep.evaluate import as_scorer
 from halfstep.fake_quantize import Mode
+from halfstep.fidelity.compare import Fidelity, Measure, Reference, halves
+from halfstep.fidelity.reference import knowing_float
 from halfstep.graph.inputs import ModelInputs
 from halfstep.ladder.best_of import BestOf
 from halfstep.ladder.calibration import calibrate_moved
-from halfstep.ladder.fidelity import Fidelity, Measure, Reference, halves
-from halfstep.ladder.float_model import knowing_float
 from halfstep.model import QuantizedModel
 from halfstep.progress import BudgetSpent, interruptible, may_go_on, protected, track
 from halfstep.ranges import activation_sites

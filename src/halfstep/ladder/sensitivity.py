@@ -11,11 +11,10 @@ from typing import Any
 
 from halfstep.errors import ArgumentError, HalfstepError
 from halfstep.evaluate import as_scorer
+from halfstep.fidelity.reference import Probe, default_loss, knowing_float
 from halfstep.ladder.agreement import kendall_tau
-from halfstep.ladder.float_model import knowing_float
 from halfstep.ladder.goal import Goal
 from halfstep.ladder.methods import METHODS, UNITS, Alone, Method, find_method
-from halfstep.ladder.probe import Probe, default_loss
 from halfstep.ladder.search import Search, float_evaluation
 from halfstep.model import QuantizedModel
 from halfstep.precision import Group, groups_of

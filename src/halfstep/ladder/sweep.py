@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from halfstep.evaluate import Score, as_scorer
 from halfstep.fake_quantize import Mode
+from halfstep.fidelity.compare import Fidelity, Reference
+from halfstep.fidelity.reference import knowing_float
 from halfstep.ladder.best_of import FINALISTS, BestOf
 from halfstep.ladder.candidates import FLOAT, Candidate, Sweep, site_concerns
-from halfstep.ladder.fidelity import Fidelity, Reference
-from halfstep.ladder.float_model import knowing_float
 from halfstep.ladder.mixing import PASSES, mix
 from halfstep.model import QuantizedModel
 from halfstep.ranges import Answers, activation_answers, activation_sites, set_ranges, weight_answers

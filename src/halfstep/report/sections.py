@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 from halfstep.evaluate import percent
+from halfstep.fidelity.compare import Parity
 from halfstep.ladder.goal import Standing
 from halfstep.report.chart import Chart
 from halfstep.report.html import Html, escape, figure, number, size, table
 from halfstep.report.picture import as_formats_see_it
 from halfstep.report.run import Run
-from halfstep.runtime.parity import Parity
 from halfstep.runtime.saturation import holds_on
 
 #: What the confidence of the intervals is that of.

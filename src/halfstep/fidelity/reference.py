@@ -1,4 +1,9 @@
-"""Losses of the outputs under many placements of the quantizers, on the examples that calibration kept."""
+"""What the float model answers, kept: losses under many placements, and what goals without labels learn from it.
+
+Losses of the outputs under many placements of the quantizers, on the examples that calibration kept.
+
+What metrics that need no labels learn from the float model before anything is scored.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +16,14 @@ import torch
 
 from halfstep.batches import example_bytes
 from halfstep.errors import ArgumentError, NotObservedError
-from halfstep.evaluate import logits_of
+from halfstep.evaluate import AgainstFloat, Scorer, against, logits_of, parts
+from halfstep.fake_quantize import Mode
+from halfstep.fidelity.compare import compared, divergences, error_power, float_tensors, power
+from halfstep.fidelity.replay import FLOAT, Replay, Wiring, quantizing, wiring
 from halfstep.graph.inputs import ModelInputs
 from halfstep.graph.operators import WEIGHTED, describe
-from halfstep.ladder.fidelity import divergences
-from halfstep.ladder.replay import FLOAT, Replay, Wiring, quantizing, wiring
 from halfstep.model import QuantizedModel
 from halfstep.progress import steps, track
-from halfstep.runtime.parity import compared, error_power, float_tensors, power
 
 Loss = Literal["kl", "sqnr"]
 
@@ -153,3 +158,22 @@ def _loss(wanted: Any, got: Any, by: Loss) -> float:
     if by == "kl":
         return float(divergences(logits_of(wanted), logits_of(got)).sum())
     return error_power(compared(wanted), compared(got))
+
+
+def knowing_float(scorer: Scorer, model: QuantizedModel) -> Scorer:
+    """``scorer`` with the float model's answers, where it compares with them and has none yet.
+
+    One pass, made before training or anything else could change the parameters.
+
+    Args:
+        scorer: the metric.
+        model: in whatever mode; its float network, as it was handed over, answers.
+
+    Raises:
+        MetricError: if an answer is none that can be compared with.
+        DataError: naming the batch, if the model does not take its inputs.
+    """
+    if not any(isinstance(part, AgainstFloat) and part.place is None for part in parts(scorer).values()):
+        return scorer
+    with model.using(Mode.FLOAT), steps("asking the float model for its answers"):
+        return against(scorer, model.handed_over)

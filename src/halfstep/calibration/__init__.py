@@ -1,0 +1,1 @@
+"""Ranges from data: observed, asked of every calibrator, compared, and doubted."""
