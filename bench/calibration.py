@@ -27,9 +27,9 @@ import halfstep as hs
 from bench import fashion, peer_nncf
 from bench.networks.resnet import ResNet18, SmallResNet, randomize_batch_norm
 from bench.peer_onnxruntime import calibrate_only
+from halfstep.calibration.candidates import CALIBRATORS
 from halfstep.cli.allocator import keep_freed_memory
 from halfstep.fake_quantize import Mode
-from halfstep.ladder.best_of import CALIBRATORS
 from halfstep.model import QuantizedModel
 from halfstep.ranges import activation_answers, activation_sites
 from halfstep.statistics import Histogram

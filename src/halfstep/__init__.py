@@ -1,5 +1,9 @@
 """halfstep: quantize a trained network to an accuracy target, proven on the runtime it is deployed to."""
 
+from halfstep.calibration.calibrate import calibrate, observe
+from halfstep.calibration.candidates import Candidate, Sweep, best_of
+from halfstep.calibration.diagnostics import SiteConcern, concerns
+from halfstep.calibration.shards import gather_statistics, load_statistics, save_statistics
 from halfstep.calibrators import MSE, Entropy, Max, MovingAverage, Percentile
 from halfstep.errors import HalfstepError
 from halfstep.evaluate import SQNR, Accuracy, Agreement, CallableMetric, Cosine, Metric, Score, SetMetric
@@ -7,18 +11,13 @@ from halfstep.export.onnx import export_float, export_onnx
 from halfstep.export.verify import Verification, verify
 from halfstep.formats import E2M1, E4M3, E5M2, Codebook, Floating, Integer
 from halfstep.granularity import PerChannel, PerGroup, PerTensor
-from halfstep.ladder.best_of import best_of
-from halfstep.ladder.calibration import calibrate, observe
-from halfstep.ladder.candidates import Candidate, Sweep
 from halfstep.ladder.climb import prepare, quantize
-from halfstep.ladder.concerns import SiteConcern, concerns
 from halfstep.ladder.outcome import Outcome
 from halfstep.ladder.partial import Partial
 from halfstep.ladder.partial_result import PartialResult, partial
 from halfstep.ladder.qat import train
 from halfstep.ladder.repairs import Repairs, repair
 from halfstep.ladder.sensitivity import Sensitivity, sensitivity
-from halfstep.ladder.shards import gather_statistics, load_statistics, save_statistics
 from halfstep.ladder.tune import Tuning, tune
 from halfstep.model import QuantizedModel
 from halfstep.onnx_in.from_file import from_onnx

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 import halfstep as hs
+from halfstep.calibration.diagnostics import tails
 from halfstep.errors import ArgumentError
 from halfstep.fidelity.compare import compare
-from halfstep.ladder.concerns import tails
 from halfstep.runtime.deployed import DeployedModel
 
 

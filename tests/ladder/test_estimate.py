@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import halfstep as hs
+from halfstep.calibration.sweep import passes_at_most
 from halfstep.evaluate import EarlyStopping
 from halfstep.ladder.ascent import estimate
 from halfstep.ladder.goal import Goal
@@ -15,7 +16,6 @@ from halfstep.ladder.partial import climb_partial, evaluations_at_most, ranked_a
 from halfstep.ladder.rung import Means
 from halfstep.ladder.rungs import find_rungs
 from halfstep.ladder.search import Search, float_evaluation
-from halfstep.ladder.sweep import passes_at_most
 from tests.ladder.climbing import climb
 from tests.ladder.networks import INPUTS, calibrated, labelled
 

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import halfstep as hs
+from halfstep.calibration import calibrate
 from halfstep.demo import load_digits, train_digits
 from halfstep.errors import ArgumentError, DataError, MetricError, RunError
-from halfstep.ladder import calibration
 from halfstep.runtime.deployed import DeployedModel
 
 
@@ -81,11 +81,11 @@ def test_calibration_keeps_a_bounded_sample(digits, network):
 
 def test_large_inputs_are_kept_too_up_to_a_bound_that_is_said(monkeypatch):
     """Examples of 4 KiB, where 16 KiB are kept as a rule."""
-    monkeypatch.setattr(calibration, "SAMPLE_BYTES", 2**14)
+    monkeypatch.setattr(calibrate, "SAMPLE_BYTES", 2**14)
     network = nn.Sequential(nn.Flatten(), nn.Linear(1024, 3))
 
     def kept(batches, most):
-        monkeypatch.setattr(calibration, "SAMPLE_MOST_BYTES", most)
+        monkeypatch.setattr(calibrate, "SAMPLE_MOST_BYTES", most)
         q = hs.prepare(network, torch.randn(2, 1024))
         hs.observe(q, batches)
         return [len(batch) for batch in q.sample]
@@ -96,7 +96,7 @@ def test_large_inputs_are_kept_too_up_to_a_bound_that_is_said(monkeypatch):
         UserWarning, match=r"10 of 60 examples are kept to compare outputs on, since each takes 0 MiB"
     ):
         assert kept(torch.randn(60, 1024).split(6), 10 * 2**12) == [6, 4]
-    monkeypatch.setattr(calibration, "SAMPLE_BYTES", 0)
+    monkeypatch.setattr(calibrate, "SAMPLE_BYTES", 0)
     with pytest.warns(UserWarning, match=r"1 of 60 examples are kept .* 16 are wanted"):
         assert kept(torch.randn(60, 1024).split(6), 0) == [1]
 
@@ -107,7 +107,7 @@ LABELLED = [(torch.randn(8, 4), torch.zeros(8, dtype=torch.int64))]
 
 
 def small(calibration=GOOD, metric=None, **options):
-    return hs.quantize(LINEAR, torch.randn(2, 4), calibration, metric or hs.Accuracy(LABELLED), **options)
+    return hs.quantize(LINEAR, torch.randn(2, 4), calibrate, metric or hs.Accuracy(LABELLED), **options)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def small(calibration=GOOD, metric=None, **options):
 )
 def test_calibration_data_that_cannot_be_used(calibration, message):
     with pytest.raises(DataError, match=message):
-        small(calibration)
+        small(calibrate)
 
 
 @pytest.mark.parametrize(

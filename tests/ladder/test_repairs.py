@@ -8,11 +8,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import halfstep as hs
+from halfstep.calibration.candidates import BestOf
 from halfstep.errors import ArgumentError, DataError, NotObservedError
 from halfstep.evaluate import Score, as_scorer
 from halfstep.fidelity.compare import halves
 from halfstep.ladder import ptq, repairs
-from halfstep.ladder.best_of import BestOf
 from halfstep.ladder.goal import Goal
 from halfstep.ladder.repairs import PASSES
 from halfstep.ladder.search import Search

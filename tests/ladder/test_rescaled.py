@@ -7,15 +7,15 @@ import torch
 
 import halfstep as hs
 from bench.repair import rescaled
+from halfstep.calibration.candidates import BestOf
+from halfstep.calibration.sweep import passes_at_most
 from halfstep.demo import load_digits, train_digits
 from halfstep.evaluate import Score, as_scorer
 from halfstep.fidelity.compare import Reference
 from halfstep.journal import Journal
 from halfstep.ladder import ptq, repairs
-from halfstep.ladder.best_of import BestOf
 from halfstep.ladder.goal import Goal
 from halfstep.ladder.search import Search
-from halfstep.ladder.sweep import passes_at_most
 from halfstep.ranges import activation_sites
 from halfstep.snapshot import fingerprint
 from tests.repair.networks import built, calibrated, images, ready, residual

@@ -6,8 +6,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import halfstep as hs
+from halfstep.calibration.shards import _state
 from halfstep.errors import ArgumentError, DataError
-from halfstep.ladder.shards import _state
 
 BATCHES = list(torch.randn(6, 16, 4, generator=torch.Generator().manual_seed(0)))
 

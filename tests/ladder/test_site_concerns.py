@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import halfstep as hs
+from halfstep.calibration.diagnostics import Seen, halving, look, sentences, watching
 from halfstep.errors import DataError, NotObservedError
-from halfstep.ladder.concerns import Seen, halving, look, sentences, watching
 from halfstep.progress import listening
 
 X = torch.randn(256, 4, generator=torch.Generator().manual_seed(0))

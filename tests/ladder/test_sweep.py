@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 import halfstep as hs
+from halfstep.calibration.candidates import BestOf
 from halfstep.errors import ArgumentError
 from halfstep.evaluate import Score
 from halfstep.fake_quantize import Mode
 from halfstep.fidelity.compare import Reference
 from halfstep.ladder import ptq
-from halfstep.ladder.best_of import BestOf
 from halfstep.ladder.goal import Goal
 from halfstep.ladder.ptq import climb_ptq
 from halfstep.ladder.search import Search

@@ -18,10 +18,10 @@ def calibrate(
     as_json: Json = False,
 ) -> None:
     """Compare every calibrator on the calibration data, without labels, and show what each does to the outputs."""
+    from halfstep.calibration.candidates import best_of
+    from halfstep.calibration.sweep import sweep
     from halfstep.cli.job import Job, find_config
     from halfstep.export.onnx import export_onnx
-    from halfstep.ladder.best_of import best_of
-    from halfstep.ladder.sweep import sweep
 
     with progress():
         job = Job.load(find_config(source))

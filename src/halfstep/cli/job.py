@@ -226,7 +226,7 @@ class Job:
 
     def observed(self) -> QuantizedModel:
         """The model with its sites, after one pass over the calibration data."""
-        from halfstep.ladder.calibration import observe
+        from halfstep.calibration.calibrate import observe
 
         model = self.prepare()
         observe(model, self.calibration)
@@ -320,8 +320,8 @@ def restore(run: Path, rung: str | None) -> tuple[QuantizedModel, dict[str, Any]
         RunError: if the run has no such rung, or its checkpoint is missing, damaged or another network's.
         ArgumentError: if the run was not made by ``halfstep quantize``.
     """
+    from halfstep.calibration.calibrate import SAMPLE_EXAMPLES
     from halfstep.journal import read
-    from halfstep.ladder.calibration import SAMPLE_EXAMPLES
     from halfstep.ladder.checkpoints import Checkpoints
     from halfstep.snapshot import ModelState
 

@@ -27,8 +27,8 @@ def sensitivity(
     as_json: Json = False,
 ) -> None:
     """Score every group of layers by what quantizing it loses, most sensitive first."""
+    from halfstep.calibration.calibrate import calibrate
     from halfstep.cli.job import Job, find_config
-    from halfstep.ladder.calibration import calibrate
     from halfstep.ladder.sensitivity import sensitivity as score
 
     with progress():

@@ -14,6 +14,17 @@ from typing import Any
 
 from torch import nn
 
+from halfstep.calibration.calibrate import observe
+from halfstep.calibration.diagnostics import (
+    Seen,
+    halving,
+    look,
+    lost_parts,
+    sentences,
+    tails,
+    unlike_sites,
+    watching,
+)
 from halfstep.errors import ArgumentError, CaptureError
 from halfstep.evaluate import Scorer, as_scorers, labelled_data, parts
 from halfstep.export.onnx import export_float
@@ -28,8 +39,6 @@ from halfstep.graph.tails import mark_tails
 from halfstep.journal import Journal
 from halfstep.ladder.aim import Aim, Asked
 from halfstep.ladder.ascent import ascend
-from halfstep.ladder.calibration import observe
-from halfstep.ladder.concerns import Seen, halving, look, lost_parts, sentences, tails, unlike_sites, watching
 from halfstep.ladder.deploy import deploy, file_score
 from halfstep.ladder.doubts import doubts
 from halfstep.ladder.exports import Exports

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from halfstep.calibration.calibrate import SAMPLE_EXAMPLES, kept_examples
 from halfstep.errors import ArgumentError
 from halfstep.evaluate import Score
 from halfstep.fake_quantize import Mode
 from halfstep.journal import exact
-from halfstep.ladder.calibration import SAMPLE_EXAMPLES, kept_examples
 from halfstep.ladder.halves import where_is_the_loss
 from halfstep.ladder.haste import Settled, hasten
 from halfstep.ladder.measured import group_times

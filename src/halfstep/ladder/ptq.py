@@ -6,17 +6,15 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 
+from halfstep.calibration.candidates import MIXED, BestOf, Sweep
+from halfstep.calibration.diagnostics import sentences
+from halfstep.calibration.sweep import judge, mix, sweep
 from halfstep.calibrators import Calibrator, WeightCalibrator
 from halfstep.evaluate import Score, classifies
 from halfstep.identity import Identity
 from halfstep.journal import exact
-from halfstep.ladder.best_of import BestOf
-from halfstep.ladder.candidates import MIXED, Sweep
-from halfstep.ladder.concerns import sentences
-from halfstep.ladder.mixing import mix
 from halfstep.ladder.repairs import Pass, Trial, repair
 from halfstep.ladder.search import Search
-from halfstep.ladder.sweep import judge, sweep
 from halfstep.model import QuantizedModel
 from halfstep.snapshot import Snapshot
 

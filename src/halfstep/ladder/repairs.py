@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from halfstep.calibration.calibrate import calibrate_moved
+from halfstep.calibration.candidates import BestOf
 from halfstep.errors import ArgumentError
 from halfstep.evaluate import as_scorer
 from halfstep.fake_quantize import Mode
 from halfstep.fidelity.compare import Fidelity, Measure, Reference, halves
 from halfstep.fidelity.reference import knowing_float
 from halfstep.graph.inputs import ModelInputs
-from halfstep.ladder.best_of import BestOf
-from halfstep.ladder.calibration import calibrate_moved
 from halfstep.model import QuantizedModel
 from halfstep.progress import BudgetSpent, interruptible, may_go_on, protected, track
 from halfstep.ranges import activation_sites

@@ -6,16 +6,16 @@ import difflib
 import math
 from collections.abc import Sequence, Sized
 
+from halfstep.calibration.calibrate import kept_examples
+from halfstep.calibration.candidates import FINALISTS
+from halfstep.calibration.sweep import passes_at_most
 from halfstep.errors import ArgumentError
 from halfstep.evaluate import Score
-from halfstep.ladder.best_of import FINALISTS
-from halfstep.ladder.calibration import kept_examples
 from halfstep.ladder.partial import Partial, climb_partial, evaluations_at_most, ranked_at_most
 from halfstep.ladder.ptq import REPAIR_SECONDS, climb_ptq
 from halfstep.ladder.qat import climb_qat
 from halfstep.ladder.rung import Cost, Means, Rung
 from halfstep.ladder.search import Search
-from halfstep.ladder.sweep import passes_at_most
 from halfstep.progress import protected
 
 

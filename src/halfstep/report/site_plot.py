@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from halfstep.calibration.candidates import CALIBRATORS
 from halfstep.calibrators import Calibrator, levels
 from halfstep.calibrators.error import Slabs
 from halfstep.errors import ArgumentError, NotObservedError, RunError, named
 from halfstep.formats import Format
-from halfstep.ladder.best_of import CALIBRATORS
 from halfstep.model import QuantizedModel
 from halfstep.statistics import Float64, Histogram
 

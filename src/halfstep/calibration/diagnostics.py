@@ -36,6 +36,8 @@ from halfstep.statistics import Histogram
 #: So many examples of the evaluation's data are looked at: enough to see that they are of another kind, and no more
 #: than calibration usually has, so that this costs no more.
 LOOKED_AT = 512
+
+
 _NAMED = 3  # sites that a sentence names
 
 

@@ -12,15 +12,14 @@ import torch
 from torch.utils import _pytree as pytree
 
 from halfstep.batches import abreast
+from halfstep.calibration.candidates import BEFORE, FLOAT, BestOf, Candidate, Sweep
+from halfstep.calibration.diagnostics import BATCH, concerns, sentences
+from halfstep.calibration.sweep import sweep, sweep_activations
 from halfstep.calibrators import Calibrator, Max, WeightCalibrator
 from halfstep.errors import ArgumentError, DataError, named
 from halfstep.fake_quantize import Mode
 from halfstep.fidelity.compare import Fidelity, Measure, Reference
 from halfstep.graph.inputs import ModelInputs, call_arguments, tensors_of
-from halfstep.ladder.best_of import BestOf
-from halfstep.ladder.candidates import BEFORE, FLOAT, Candidate, Sweep
-from halfstep.ladder.concerns import BATCH, concerns, sentences
-from halfstep.ladder.sweep import sweep, sweep_activations
 from halfstep.model import QuantizedModel, run
 from halfstep.progress import track
 from halfstep.ranges import activation_answers, activation_sites, own_answers, set_ranges, weight_answers
@@ -29,10 +28,16 @@ from halfstep.statistics import Histogram
 
 #: The calibration inputs that a model keeps for scoring without labels: at most so many examples and bytes.
 SAMPLE_EXAMPLES = 256
+
+
 SAMPLE_BYTES = 32 * 2**20
+
+
 #: Repairs are fitted on one half of them and judged on the other. So that neither is a matter of luck, as many examples
 #: as this are kept even where they are larger, up to so many bytes.
 SAMPLE_LEAST = 16
+
+
 SAMPLE_MOST_BYTES = 512 * 2**20
 
 #: Calibrators that were chosen before stay unless others leave less than a part of this of the error: the
