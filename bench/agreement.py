@@ -32,7 +32,7 @@ from torch.nn import functional as F
 import halfstep as hs
 from bench import fashion
 from halfstep.demo import load_digits, train_digits
-from halfstep.export.parting import OUTPUTS, agreements
+from halfstep.export.mismatch import OUTPUTS, agreements
 from halfstep.fake_quantize import Mode
 from halfstep.fidelity.compare import compare
 from halfstep.runtime.deployed import DeployedModel

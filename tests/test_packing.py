@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from halfstep import packing
 from halfstep.errors import FormatError
-from halfstep.packing import pack, unpack
+from halfstep.export import storage
+from halfstep.export.storage import pack, unpack
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -65,7 +65,7 @@ def test_blocks_join_without_a_seam(monkeypatch, bits, signed):
     low = -(2 ** (bits - 1)) if signed else 0
     codes = torch.randint(low, low + 2**bits, (1001,), generator=torch.Generator().manual_seed(bits))
     whole = pack(codes, bits)
-    monkeypatch.setattr(packing, "BLOCK", 16)
+    monkeypatch.setattr(storage, "BLOCK", 16)
     assert torch.equal(pack(codes, bits), whole)
     assert torch.equal(unpack(whole, bits, (1001,), signed).long(), codes)
 
@@ -84,7 +84,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("bits", [4, 7])
 def test_memory_is_bounded(bits):
-    codes = torch.zeros(32 * packing.BLOCK, dtype=torch.int8)
+    codes = torch.zeros(32 * storage.BLOCK, dtype=torch.int8)
     with Largest() as making:
         packed = pack(codes, bits)
     assert making.found == packed.nbytes

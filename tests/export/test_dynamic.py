@@ -9,7 +9,7 @@ from torch import nn
 
 import halfstep as hs
 from halfstep.errors import ArgumentError
-from halfstep.export.parting import OUTPUTS, agreements
+from halfstep.export.mismatch import OUTPUTS, agreements
 from halfstep.fake_quantize import Mode
 from halfstep.fidelity.compare import compare
 from halfstep.runtime.deployed import DeployedModel

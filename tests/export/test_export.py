@@ -14,7 +14,7 @@ import halfstep as hs
 from halfstep.errors import ExportError, NotObservedError, RefusedError
 from halfstep.export import build
 from halfstep.export import onnx as export
-from halfstep.export.parting import OUTPUTS, agreements, run_watched
+from halfstep.export.mismatch import OUTPUTS, agreements, run_watched
 from halfstep.fake_quantize import Mode
 from halfstep.fidelity.compare import Parity, compare
 from halfstep.runtime.deployed import DeployedModel, inspect_kernels

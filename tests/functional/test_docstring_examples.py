@@ -8,7 +8,8 @@ import numpy
 import pytest
 import torch
 
-from halfstep import formats, functional, granularity, packing
+from halfstep import formats, functional, granularity
+from halfstep.export import storage
 
 PACKAGES = (formats, functional)
 MODULES = [
@@ -18,7 +19,7 @@ MODULES = [
 ]
 
 
-@pytest.mark.parametrize("name", [*MODULES, granularity.__name__, packing.__name__])
+@pytest.mark.parametrize("name", [*MODULES, granularity.__name__, storage.__name__])
 def test_examples(name):
     names = {"torch": torch, "np": numpy, **vars(granularity), **vars(formats), **vars(functional)}
     result = doctest.testmod(importlib.import_module(name), extraglobs=names)

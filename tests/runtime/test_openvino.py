@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import halfstep as hs
 from halfstep.errors import ArgumentError, ExportError
-from halfstep.export.parting import agreements
+from halfstep.export.mismatch import agreements
 from halfstep.fidelity.compare import compare
 from halfstep.runtime.deployed import DeployedModel, inspect_kernels, runtime_of
 from halfstep.runtime.openvino import INTEGER

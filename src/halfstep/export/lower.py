@@ -1,5 +1,7 @@
 """The lowering: an ONNX graph with markers becomes one that runtimes fuse into integer kernels.
 
+HardSigmoid on codes, without a kernel of its own.
+
 Each pass changes the graph in place and does one thing. What a runtime fuses is told in the table of its target and
 in the comments here; every rule was checked on the optimised graph of the runtime, not inferred.
 """
@@ -13,8 +15,8 @@ import torch
 from halfstep import functional
 from halfstep.bias_shift import SMALLEST
 from halfstep.errors import ExportError, RefusedError
-from halfstep.export.containers import Container, container, packed_initializer
 from halfstep.export.editing import (
+    add,
     constant,
     drop_unused,
     existing,
@@ -26,14 +28,71 @@ from halfstep.export.editing import (
     replace,
     scale_of,
 )
-from halfstep.export.gates import saturate_gates
 from halfstep.export.products import lower_products
-from halfstep.export.stored import stored_codes
+from halfstep.export.storage import container, packed_initializer, stored_codes
 from halfstep.export.trace import MARKER, bias_marker
 from halfstep.fake_quantize import FakeQuantize
 from halfstep.granularity import PerChannel, PerGroup
 from halfstep.model import QuantizedModel
 from halfstep.targets import Target
+
+
+def saturate_gates(graph: ir.Graph) -> None:
+    """A HardSigmoid between quantizers becomes an Add.
+
+    ``clip(alpha * x + beta, 0, 1)`` is a sum whose QuantizeLinear clips: its codes end at 0 and at most at 1. The
+    factor costs nothing: the same codes are dequantized by ``alpha * scale``, and the runtime's integer Add reads
+    them as they are.
+    """
+    for node in list(graph):
+        if node.op_type != "HardSigmoid":
+            continue
+        dequantize = producer(node.inputs[0], "DequantizeLinear")
+        users = list(node.outputs[0].uses())
+        if dequantize is None or len(users) != 1 or users[0].node.op_type != "QuantizeLinear":
+            continue
+        scale, zero_point = (constant(value) for value in dequantize.inputs[1:3])
+        if scale is None or zero_point is None or scale.ndim or not _saturates(users[0].node):
+            continue
+        alpha = node.attributes.get_float("alpha", 0.2)
+        beta = node.attributes.get_float("beta", 0.5)
+        name, shape = str(node.name), node.outputs[0].shape
+        shrunk = initializer(graph, f"{name}/scale", np.asarray(scale * np.float32(alpha), np.float32))
+        one = initializer(graph, f"{name}/one", np.ones((1,), zero_point.dtype))
+        nought = initializer(graph, f"{name}/nought", np.zeros((), zero_point.dtype))
+        offset = initializer(graph, f"{name}/offset", np.asarray(beta, np.float32))
+        codes = dequantize.inputs[0]
+        product = add(
+            graph,
+            node,
+            "DequantizeLinear",
+            [codes, shrunk, dequantize.inputs[2]],
+            f"{name}/DequantizeLinear",
+            shape,
+            ir.DataType.FLOAT,
+        )
+        shift = add(
+            graph,
+            node,
+            "DequantizeLinear",
+            [one, offset, nought],
+            f"{name}/offset/DequantizeLinear",
+            [1],
+            ir.DataType.FLOAT,
+        )
+        total = add(graph, node, "Add", [product, shift], f"{name}/Add", shape, ir.DataType.FLOAT)
+        users[0].node.replace_input_with(0, total)
+        graph.remove(node, safe=True)
+
+
+def _saturates(quantize: ir.Node) -> bool:
+    """Whether the codes of a QuantizeLinear end at 0, and at most at 1."""
+    scale, zero_point = (constant(value) for value in quantize.inputs[1:3])
+    if scale is None or zero_point is None or scale.ndim:
+        return False
+    ends = np.iinfo(zero_point.dtype)
+    bounds = np.rint(np.asarray([0.0, 1.0], np.float32) / scale) + np.float32(zero_point)
+    return bool(bounds[0] <= ends.min and bounds[1] >= ends.max)
 
 
 def lower(onnx_model: ir.Model, model: QuantizedModel) -> None:
@@ -355,6 +414,3 @@ def shape_biases(graph: ir.Graph) -> None:
             graph, f"{bias.name}_rank{rank}", values.reshape((1,) * (rank - 1) + values.shape)
         )
         node.replace_input_with(1, shaped)
-
-
-__all__ = ["Container", "lower"]

@@ -141,7 +141,7 @@ def mismatch(model: QuantizedModel, path: Path) -> str:
         parity = compare(model, deployed, [kwargs or args])
     if parity.reaches(MINIMUM_SQNR):
         return ""
-    from halfstep.export.parting import agreements
+    from halfstep.export.mismatch import agreements
 
     parting = [a for a in agreements(model, path, kwargs or args) if not a.sqnr >= MINIMUM_SQNR]
     if not parting:

@@ -1,4 +1,17 @@
-"""Products with quantized weights that are no plain integer ones: which kernel each of them gets.
+"""Products with quantized weights that are no plain integer ones: which kernel each of them gets, and how.
+
+Activations with ranges computed at run time: DynamicQuantizeLinear, and the integer products that follow it.
+
+ONNX Runtime fuses DynamicQuantizeLinear, MatMulInteger, the scaling and the bias to DynamicQuantizeMatMul, or, where
+several products read one activation, to MatMulIntegerToFloat.
+
+Tables of few bits whose rows are looked up: ONNX Runtime's GatherBlockQuantized, which dequantizes only the rows.
+
+Weights of few bits in groups: ONNX Runtime's MatMulNBits.
+
+Its ``accuracy_level`` is part of the arithmetic, so it is written into the file: at 1 activations stay float; at 4,
+which the runtime picks by itself when it fuses DequantizeLinear and MatMul, each row of the activations is rounded to
+8 bits in the weight's blocks. The latter is what :class:`.RunTimeQuantize` simulates per group, and is used only then.
 
 What is left to QuantizeLinear/DequantizeLinear is a product of activations with a fixed range by integer weights per
 tensor or per channel. Every other weight is tried on the table below, kernel by kernel; the last one takes all.
@@ -8,17 +21,198 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import onnx_ir as ir
+import torch
 
-from halfstep.export.dynamic import multiply_at_run_time, quantize_at_run_time
-from halfstep.export.editing import MICROSOFT, drop_unused, is_marker, marker_name, markers
-from halfstep.export.embedding import look_up_rows
-from halfstep.export.grouped import multiply_in_groups
+from halfstep.export.editing import (
+    MICROSOFT,
+    add,
+    drop_unused,
+    initializer,
+    is_marker,
+    marker_name,
+    markers,
+    replace,
+)
 from halfstep.export.product import Product
-from halfstep.export.unpacked import unpack_at_load
+from halfstep.export.storage import container, pack, packed_initializer, stored_codes, unpack_at_load
+from halfstep.export.trace import MARKER
 from halfstep.formats import Integer
-from halfstep.granularity import PerGroup
+from halfstep.granularity import PerGroup, PerTensor
 from halfstep.model import QuantizedModel
+
+
+def multiply_at_run_time(graph: ir.Graph, product: Product) -> bool:
+    """Make integers of both factors, if the activation has one range and the weight one for each output at most."""
+    site, activation = product.site, product.activation
+    if activation is None or not activation.dynamic or not isinstance(activation.granularity, PerTensor):
+        return False
+    rows = product.rows() if product.is_matrix and isinstance(site.format, Integer) else None
+    if rows is None or site.format.bits > 8 or rows.scale.shape[1] > 1 or _has_offset(site.format):
+        return False
+    assert product.marker is not None
+    node, name, layer = product.node, f"{site.name}_transposed", product.layer
+    codes, scale, zero_point = _quantized_at_run_time(graph, product.marker)
+    box = container(site.format, site.name)
+    weight = stored_codes(graph, node, f"{name}_quantized", rows.codes.T.contiguous(), site.format.bits, box)
+    weight_zero = box.initializer(graph, f"{name}_zero_point", rows.zero_point[:, 0].numpy())
+    weight_scale = initializer(graph, f"{name}_scale", rows.scale[:, 0].numpy().astype(np.float32))
+    shape = node.outputs[0].shape
+    integers = add(
+        graph,
+        node,
+        "MatMulInteger",
+        [codes, weight, zero_point, weight_zero],
+        f"{layer}/MatMulInteger",
+        shape,
+        ir.DataType.INT32,
+    )
+    floats = add(
+        graph, node, "Cast", [integers], f"{layer}/Cast", shape, ir.DataType.FLOAT, to=int(ir.DataType.FLOAT)
+    )
+    scales = add(graph, node, "Mul", [scale, weight_scale], f"{layer}/scales")
+    result = add(graph, node, "Mul", [floats, scales], f"{layer}/Mul", shape, ir.DataType.FLOAT)
+    if product.bias is not None:
+        result = add(graph, node, "Add", [result, product.bias], f"{layer}/Add", shape, ir.DataType.FLOAT)
+    product.becomes(graph, result)
+    return True
+
+
+def quantize_at_run_time(graph: ir.Graph, marker: ir.Node) -> None:
+    """Replace a marker whose range is computed at run time, for readers that take floats."""
+    name = (marker.name or "").replace(MARKER, "DequantizeLinear")
+    codes = list(_quantized_at_run_time(graph, marker))
+    result = add(graph, marker, "DequantizeLinear", codes, name, marker.outputs[0].shape, ir.DataType.FLOAT)
+    replace(graph, marker.outputs[0], result)
+    graph.remove(marker, safe=True)
+
+
+def _quantized_at_run_time(graph: ir.Graph, marker: ir.Node) -> tuple[ir.Value, ...]:
+    """Codes, scale and zero point of a marker's activation; made once."""
+    name = (marker.name or "").replace(MARKER, "DynamicQuantizeLinear")
+    source = marker.inputs[0]
+    assert source is not None
+    for user, _ in source.uses():
+        if user.name == name:
+            return tuple(user.outputs)
+    node = ir.node("DynamicQuantizeLinear", [source], num_outputs=3, name=name)
+    endings = (("codes", ir.DataType.UINT8), ("scale", ir.DataType.FLOAT), ("zero_point", ir.DataType.UINT8))
+    for value, (ending, dtype) in zip(node.outputs, endings, strict=True):
+        value.name, value.dtype = f"{name}.{ending}", dtype
+        value.shape = source.shape if ending == "codes" else ir.Shape(())
+    graph.insert_before(marker, node)
+    return tuple(node.outputs)
+
+
+def _has_offset(format: object) -> bool:
+    return isinstance(format, Integer) and format.mid_rise
+
+
+def look_up_rows(graph: ir.Graph, product: Product) -> bool:
+    """Make a GatherBlockQuantized of a Gather of rows, if its table holds integers of 8 bits at most."""
+    format, node = product.site.format, product.node
+    if node.op_type != "Gather" or product.operand != 0 or node.attributes.get_int("axis", 0) != 0:
+        return False
+    if not (product.packed and isinstance(format, Integer) and format.bits <= 8 and not format.mid_rise):
+        return False
+    rows = product.rows()
+    block = rows.block() if rows is not None else None
+    if rows is None or block is None:
+        return False
+    bits = 4 if format.bits <= 4 else 8
+    name = product.site.name
+    codes, zero_point = rows.unsigned(bits, format.signed)
+    if bits == 4:
+        table = packed_initializer(graph, f"{name}_quantized", codes, signed=False)
+        zero = packed_initializer(graph, f"{name}_zero_point", zero_point, signed=False)
+    else:
+        table = initializer(graph, f"{name}_quantized", codes.numpy().astype(np.uint8))
+        zero = initializer(graph, f"{name}_zero_point", zero_point.numpy().astype(np.uint8))
+    scale = initializer(graph, f"{name}_scale", rows.scale.numpy().astype(np.float32))
+    result = add(
+        graph,
+        node,
+        "GatherBlockQuantized",
+        [table, node.inputs[1], scale, zero],
+        f"{product.layer}/GatherBlockQuantized",
+        domain=MICROSOFT,
+        bits=bits,
+        block_size=block,
+        gather_axis=0,
+        quantize_axis=1,
+    )
+    product.becomes(graph, result)
+    return True
+
+
+FLOAT_SUMS, INTEGER_SUMS = 1, 4
+
+#: Widths that the kernel multiplies in float without losing to plain float. It unpacks 2 and 8 bits anew in every call,
+#: at a fifth of float's speed for small batches.
+FAST_IN_FLOAT = (3, 4)
+
+
+def multiply_in_groups(graph: ir.Graph, product: Product) -> bool:
+    """Make a MatMulNBits of the product, if it is one of integers in groups that the kernel takes."""
+    format, activation = product.site.format, product.activation
+    if not (product.packed and product.is_matrix and isinstance(format, Integer) and not format.mid_rise):
+        return False
+    in_groups = activation is not None and activation.dynamic and isinstance(activation.granularity, PerGroup)
+    rows = product.rows()
+    block = rows.block() if rows is not None else None
+    if rows is None or block is None or not (in_groups or format.bits in FAST_IN_FLOAT):
+        return False
+    bits = _width(format.bits, block)
+    node, name = product.node, product.site.name
+    source = node.inputs[0]
+    if in_groups:  # the kernel rounds the activation itself
+        assert product.marker is not None
+        source = product.marker.inputs[0]
+    codes, zero_point = rows.unsigned(bits, format.signed)
+    groups = rows.scale.shape[1]
+    codes = torch.nn.functional.pad(
+        codes, (0, groups * block - codes.shape[1])
+    )  # what the kernel never reads
+    packed = pack(codes, bits).reshape(len(codes), groups, block * bits // 8)
+    inputs: list[ir.Value | None] = [
+        source,
+        initializer(graph, f"{name}_quantized", packed.numpy()),
+        initializer(graph, f"{name}_scale", rows.scale.numpy().astype(np.float32)),
+        None,
+        None,
+        product.bias,
+    ]
+    if not bool((zero_point == 2 ** (bits - 1)).all()):  # where the kernel takes it to be if none is given
+        padded = torch.nn.functional.pad(zero_point, (0, -groups % (8 // bits)))
+        inputs[3] = initializer(
+            graph, f"{name}_zero_point", pack(padded, bits).reshape(len(codes), -1).numpy()
+        )
+    while inputs[-1] is None:
+        inputs.pop()
+    result = add(
+        graph,
+        node,
+        "MatMulNBits",
+        inputs,
+        f"{product.layer}/MatMulNBits",
+        domain=MICROSOFT,
+        K=rows.codes.shape[1],
+        N=len(codes),
+        bits=bits,
+        block_size=block,
+        accuracy_level=INTEGER_SUMS if in_groups else FLOAT_SUMS,
+    )
+    product.becomes(graph, result)
+    return True
+
+
+def _width(bits: int, block: int) -> int:
+    """The kernel's width that holds codes of ``bits``; for 2 bits it sums integers in blocks of at least 32."""
+    if bits == 2 and block >= 32:
+        return 2
+    return 4 if bits <= 4 else 8
+
 
 #: Each takes a product over if it has a kernel for it, and says whether it did.
 _KERNELS: tuple[Callable[[ir.Graph, Product], bool], ...] = (
