@@ -25,11 +25,10 @@ from halfstep.progress import Budget
 from halfstep.recipe import LayerSpec, Recipe, TensorSpec
 from halfstep.repair.bias import correct_bias
 from halfstep.repair.equalize import equalize
-from halfstep.repair.gptq import gptq
-from halfstep.repair.migrate import migrate
 from halfstep.repair.ranges import weigh_ranges
 from halfstep.repair.record import Repair
-from halfstep.repair.rounding import learn_rounding
+from halfstep.repair.rounding import gptq, learn_rounding
+from halfstep.repair.smooth_quant import migrate
 from halfstep.report.site_plot import plot_site
 from halfstep.training.distillation import Distillation
 from halfstep.training.fit import Trained

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import halfstep as hs
 from halfstep.errors import DataError
 from halfstep.fake_quantize import Mode
-from halfstep.repair import scaling
+from halfstep.repair import equalize
 from halfstep.repair.channels import find_channels
 from halfstep.snapshot import Snapshot
 from tests.repair.networks import HOMOGENEOUS, Net, built, calibrated, chain, conv, images, ready, residual
@@ -219,7 +219,7 @@ def test_an_error_on_the_way_leaves_the_model_as_it_was(monkeypatch, repair, err
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(scaling, "calibrate_again", fail)
+    monkeypatch.setattr(equalize, "calibrate_again", fail)
     with pytest.raises(error):
         repair(q)
     assert {name: site.calibrated_by for name, site in q.sites.items()} == by
@@ -269,13 +269,13 @@ def test_equalization_settles_whatever_the_channels_are_scaled_by():
     with torch.no_grad():
         for seed, channels in enumerate(c for c in find_channels(q.graph) if c.scalable):
             generator = torch.Generator().manual_seed(seed)
-            scaling.scale(q, channels, torch.exp2(4 * torch.randn(channels.size, generator=generator)))
+            equalize.scale(q, channels, torch.exp2(4 * torch.randn(channels.size, generator=generator)))
     first = hs.equalize(q)
     assert {"a.weight", "relu"} <= set(first.moved)
     assert not any("not settled" in note for note in first.notes)
     again = hs.equalize(q)
     assert again.moved == ()
-    assert all(treated.before <= scaling.SETTLED**2 for treated in again.treated)
+    assert all(treated.before <= equalize.SETTLED**2 for treated in again.treated)
 
 
 def test_equalization_that_does_not_settle_says_so(monkeypatch):

@@ -12,8 +12,7 @@ from halfstep.bias_shift import BiasShift
 from halfstep.fake_quantize import Mode
 from halfstep.fidelity.compare import compare
 from halfstep.repair import walk as walking
-from halfstep.repair.layer_weight import LayerWeight, unfit
-from halfstep.repair.moments import gather
+from halfstep.repair.moments import LayerWeight, gather, unfit
 from halfstep.repair.walk import walk
 from halfstep.runtime.deployed import DeployedModel
 from halfstep.snapshot import Snapshot

@@ -17,13 +17,10 @@ import halfstep as hs
 from halfstep.fake_quantize import Mode
 from halfstep.formats import Codebook
 from halfstep.granularity import PerGroup
-from halfstep.repair import gptq as gptq_file
 from halfstep.repair import moments as moments_file
-from halfstep.repair.gptq import gptq_rows
-from halfstep.repair.layer_weight import LayerWeight
-from halfstep.repair.moments import Moments
-from halfstep.repair.quadratic import Grid, Quadratic
-from halfstep.repair.rounding import descend
+from halfstep.repair import rounding as gptq_file
+from halfstep.repair.moments import LayerWeight, Moments
+from halfstep.repair.rounding import Grid, Quadratic, descend, gptq_rows
 from halfstep.repair.walk import walk
 from tests.repair.networks import Net, built, calibrated, conv, depthwise, images, residual
 

@@ -22,11 +22,10 @@ from halfstep.progress import BudgetSpent, interruptible, may_go_on, protected, 
 from halfstep.ranges import activation_sites
 from halfstep.repair.bias import correct_bias
 from halfstep.repair.equalize import equalize
-from halfstep.repair.gptq import gptq
-from halfstep.repair.migrate import migrate
 from halfstep.repair.ranges import sample_of, weigh_ranges
 from halfstep.repair.record import Repair, Treated
-from halfstep.repair.rounding import learn_rounding
+from halfstep.repair.rounding import gptq, learn_rounding
+from halfstep.repair.smooth_quant import migrate
 from halfstep.snapshot import Snapshot
 
 #: A repair: takes a calibrated model and batches, changes the model, and says what it did.

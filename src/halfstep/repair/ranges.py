@@ -15,8 +15,7 @@ from halfstep.graph.inputs import ModelInputs, call_arguments
 from halfstep.graph.placement import Site
 from halfstep.model import QuantizedModel
 from halfstep.ranges import widen_for_bias
-from halfstep.repair.layer_weight import LayerWeight, unfit
-from halfstep.repair.moments import gather, too_large
+from halfstep.repair.moments import LayerWeight, gather, too_large, unfit
 from halfstep.repair.record import OUTPUT_ERROR, Repair, Treated
 from halfstep.repair.walk import walk, while_time_lasts
 

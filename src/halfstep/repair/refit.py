@@ -8,12 +8,10 @@ from collections.abc import Iterable
 from halfstep.graph.inputs import ModelInputs
 from halfstep.model import QuantizedModel
 from halfstep.repair.bias import shift_bias
-from halfstep.repair.gptq import gptq_rows
-from halfstep.repair.layer_weight import unfit
-from halfstep.repair.moments import too_large
+from halfstep.repair.moments import too_large, unfit
 from halfstep.repair.ranges import sample_of
 from halfstep.repair.record import OUTPUT_ERROR, Repair, Treated
-from halfstep.repair.rounding import round_layer
+from halfstep.repair.rounding import gptq_rows, round_layer
 from halfstep.repair.walk import walk, while_time_lasts
 
 

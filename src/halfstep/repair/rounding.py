@@ -1,21 +1,108 @@
-"""Rounding up or down by what the layer's output feels."""
+"""Rounding weights by what the layer's output feels: up or down, or one input after another.
+
+The layer's output error as a quadratic form of its quantized rows, and the numbers that those may take.
+
+GPTQ: weights are rounded one input after another, and the inputs that are left make up for the error.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from halfstep import functional
+from halfstep.formats import Format
+from halfstep.granularity import PerChannel
 from halfstep.graph.inputs import ModelInputs
 from halfstep.model import QuantizedModel
-from halfstep.repair.layer_weight import LayerWeight, unfit
-from halfstep.repair.moments import gather, too_large
-from halfstep.repair.quadratic import DAMPING, Grid, Quadratic
+from halfstep.repair.moments import LayerWeight, Moments, as_rows, gather, too_large, unfit
 from halfstep.repair.ranges import sample_of
 from halfstep.repair.record import OUTPUT_ERROR, Repair, Treated
 from halfstep.repair.walk import Step, walk, while_time_lasts
+
+#: The part of the mean square of the inputs that is added to every input's own: what a sample does not tell should
+#: not be fitted.
+DAMPING = 0.01
+
+
+@dataclass(frozen=True)
+class Quadratic:
+    """``(v - target) H (v - target)``, up to a constant the output's mean squared error, damped towards the weight.
+
+    Attributes:
+        target: the rows that real numbers would take, (groups, out, inputs), float64.
+        hessian: H, (groups, inputs, inputs), float64, positive definite.
+        singular: whether the inputs span fewer directions than there are inputs: only the damping decides the rest.
+    """
+
+    target: Tensor
+    hessian: Tensor
+    singular: bool
+
+    @classmethod
+    def of(cls, moments: Moments, rows: Tensor, damping: float = DAMPING) -> Quadratic:
+        """The form for a layer's moments and its float rows w.
+
+        With ``d`` the damping, ``(v x' - y)^2 + d (v - w)^2`` is least for ``v = (H + d)^-1 (C + d w)``. An input that
+        is always zero keeps its float weight as target.
+        """
+        amount = damping * moments.inputs.diagonal(dim1=-2, dim2=-1).mean(-1)
+        amount = torch.where(amount > 0, amount, 1.0)[:, None]  # a group whose inputs are all zero
+        factor, failed = torch.linalg.cholesky_ex(moments.inputs)
+        hessian = moments.inputs.clone()
+        hessian.diagonal(dim1=-2, dim2=-1).add_(amount)
+        torch.linalg.cholesky(hessian, out=factor)
+        product = moments.cross + amount[..., None] * rows.double()
+        target = torch.cholesky_solve(product.mT, factor).mT
+        return cls(target, hessian, bool(failed.any()))
+
+    def value(self, rows: Tensor) -> Tensor:
+        """The form for each row, (groups, out)."""
+        away = rows.double() - self.target
+        return (away @ self.hessian * away).sum(-1)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The numbers that each element of the rows may take.
+
+    Attributes:
+        scale: of every element, (groups, out, inputs).
+        zero_point: the same.
+        format: their format.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    format: Format
+
+    @classmethod
+    def of(cls, weight: LayerWeight) -> Grid:
+        """The grid of a weight at its present range."""
+        site, shape = weight.site, weight.tensor.shape
+        scale, zero_point = (
+            as_rows(weight.op, site.granularity.expand(parameter, shape).expand(shape))
+            for parameter in (site.scale, site.zero_point)
+        )
+        return cls(scale, zero_point, site.format)
+
+    def take(self, order: Tensor) -> Grid:
+        """The grid with its inputs in another order, (groups, inputs)."""
+        index = order.unsqueeze(1).expand(self.scale.shape)
+        return Grid(self.scale.gather(2, index), self.zero_point.gather(2, index), self.format)
+
+    def nearest(self, values: Tensor, column: int) -> Tensor:
+        """The nearest numbers to one column of values, (groups, out)."""
+        flat = values.reshape(-1, 1)
+        scale, zero_point = (p[..., column].reshape(-1) for p in (self.scale, self.zero_point))
+        return functional.fake_quantize(flat, scale, zero_point, self.format, PerChannel(0)).reshape(
+            values.shape
+        )
+
 
 #: Sweeps over all inputs of a layer at most; most settle after five.
 SWEEPS = 20
@@ -114,3 +201,56 @@ def round_layer(model: QuantizedModel, step: Step, find: Round) -> tuple[float, 
             f"damped by {DAMPING:.0%} of their mean square"
         )
     return float(was.sum()), float(torch.where(better, now, was).sum()), note
+
+
+#: Inputs after which the error is handed on to all that are left at once.
+BLOCK = 128
+
+
+def gptq(model: QuantizedModel, batches: Iterable[ModelInputs] | None = None) -> Repair:
+    """Round each layer's weight so that the error of one input's weights is made up for by those not yet rounded.
+
+    Works on linear layers, convs of any groups, and products with a matrix, on any format, layer after layer, each on
+    what the layers before it make. The target is the float layer's output on the float network's inputs. A row is
+    taken only where the layer's output error falls, so no layer gets worse on the sample.
+
+    Args:
+        model: calibrated.
+        batches: model inputs; the sample that the model kept if None.
+
+    Raises:
+        DataError: if there are no inputs.
+
+    Source: Frantar, Ashkboos, Hoefler, Alistarh, "GPTQ: Accurate Post-Training Quantization for Generative
+    Pre-trained Transformers", 2022, section 3; the order is that of falling mean squares of the inputs.
+    """
+    return round_layers(model, batches, "GPTQ", gptq_rows)
+
+
+def gptq_rows(form: Quadratic, grid: Grid, rows: Tensor) -> Tensor:
+    """Rows on the grid that GPTQ finds, (groups, out, inputs), float64.
+
+    Args:
+        form: what is minimised.
+        grid: what the rows may be.
+        rows: where they are now; not read.
+    """
+    order = form.hessian.diagonal(dim1=-2, dim2=-1).argsort(-1, descending=True)
+    size, groups = order.shape[1], torch.arange(len(order), device=order.device)[:, None, None]
+    grid = grid.take(order)
+    left = form.target.gather(2, order.unsqueeze(1).expand(form.target.shape))
+    # The upper factor U of H^-1 = U^T U: row j tells how the inputs after j make up for an error in j.
+    factor = form.hessian[groups, order[:, :, None], order[:, None, :]]
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(factor, out=factor))
+    torch.linalg.cholesky(inverse, upper=True, out=factor)
+    result = torch.empty_like(left)
+    for start in range(0, size, BLOCK):
+        stop = min(start + BLOCK, size)
+        errors = torch.empty_like(left[..., start:stop])
+        for j in range(start, stop):
+            result[..., j] = grid.nearest(left[..., j], j)
+            error = (left[..., j] - result[..., j]) / factor[:, j, j, None]
+            left[..., j:stop] -= error[..., None] * factor[:, j, None, j:stop]
+            errors[..., j - start] = error
+        left[..., stop:] -= errors @ factor[:, start:stop, stop:]
+    return torch.empty_like(result).scatter_(2, order.unsqueeze(1).expand(result.shape), result)

@@ -17,11 +17,10 @@ from halfstep.graph.inputs import ModelInputs
 from halfstep.graph.placement import Layer
 from halfstep.model import QuantizedModel
 from halfstep.repair.channels import Channels, Port, find_channels
-from halfstep.repair.layer_weight import LayerWeight, unfit
-from halfstep.repair.moments import as_rows, patches
+from halfstep.repair.equalize import rows_of, scale_port, scaled
+from halfstep.repair.moments import LayerWeight, as_rows, patches, unfit
 from halfstep.repair.ranges import sample_of
 from halfstep.repair.record import Repair
-from halfstep.repair.scaling import rows_of, scale_port, scaled
 from halfstep.repair.walk import walk
 from halfstep.statistics import Histogram
 
