@@ -12,13 +12,12 @@ from halfstep.errors import DataError, TrainingError, named
 from halfstep.fake_quantize import Mode
 from halfstep.graph.inputs import move
 from halfstep.model import QuantizedModel
-from halfstep.training.batches import check_iterable, pair
+from halfstep.training.batches import check_dependence, check_iterable, outputs_loss, pair
+from halfstep.training.checkpoint import own_randomness, seed_everything
 from halfstep.training.distillation import check_gradient, compared
 from halfstep.training.entry import entered
 from halfstep.training.fit import trainable
-from halfstep.training.loss import check_dependence, outputs_loss
 from halfstep.training.options import Training
-from halfstep.training.randomness import own_randomness, seed_everything
 
 
 def check_trainable(model: QuantizedModel, training: Training) -> None:

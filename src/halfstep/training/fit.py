@@ -20,21 +20,27 @@ from halfstep.graph.inputs import ModelInputs, move
 from halfstep.identity import Identity
 from halfstep.model import QuantizedModel
 from halfstep.progress import steps
-from halfstep.training.batches import Batches
+from halfstep.training.batches import (
+    Batches,
+    check_dependence,
+    first_bad_gradient,
+    first_bad_value,
+    outputs_loss,
+)
 from halfstep.training.checkpoint import (
     FILE,
     Checkpoint,
     Tensors,
     fingerprint,
     optimizer_tensors,
+    own_randomness,
+    random_state,
     restore_optimizer,
+    restore_random_state,
 )
 from halfstep.training.distillation import Teacher
-from halfstep.training.divergence import first_bad_gradient, first_bad_value
 from halfstep.training.entry import entered
-from halfstep.training.loss import check_dependence, outputs_loss
 from halfstep.training.options import OPTIMIZERS, Training, default_rate
-from halfstep.training.randomness import own_randomness, random_state, restore_random_state
 from halfstep.training.ranges import MovingRanges
 
 
