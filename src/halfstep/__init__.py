@@ -11,14 +11,14 @@ from halfstep.export.onnx import export_float, export_onnx
 from halfstep.export.verify import Verification, verify
 from halfstep.formats import E2M1, E4M3, E5M2, Codebook, Floating, Integer
 from halfstep.granularity import PerChannel, PerGroup, PerTensor
-from halfstep.ladder.climb import prepare, quantize
+from halfstep.ladder.costs import Tuning, tune
 from halfstep.ladder.outcome import Outcome
 from halfstep.ladder.partial import Partial
 from halfstep.ladder.partial_result import PartialResult, partial
 from halfstep.ladder.qat import train
+from halfstep.ladder.quantize import prepare, quantize
 from halfstep.ladder.repairs import Repairs, repair
 from halfstep.ladder.sensitivity import Sensitivity, sensitivity
-from halfstep.ladder.tune import Tuning, tune
 from halfstep.model import QuantizedModel
 from halfstep.onnx_in.from_file import from_onnx
 from halfstep.progress import Budget

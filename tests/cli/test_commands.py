@@ -313,7 +313,7 @@ def test_an_interrupted_run_says_how_to_go_on(folder, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("halfstep.ladder.climb.ascend", interrupted)
+    monkeypatch.setattr("halfstep.ladder.quantize.ascend", interrupted)
     done = quantize(folder, "mine:net", "good.npz", "good.npz", "--directory", "stopped", "--max-drop", "0.2")
     assert done.returncode == 130
     assert (
@@ -346,7 +346,7 @@ def test_the_demo_ends_as_every_climb_does(folder, monkeypatch, met, code):
         return SimpleNamespace(met=met, directory=None, to_dict=lambda: {"met": met})
 
     monkeypatch.setattr("halfstep.demo.train_digits", lambda digits, **_: DigitsNet())
-    monkeypatch.setattr("halfstep.ladder.climb.quantize", climb)
+    monkeypatch.setattr("halfstep.ladder.quantize.quantize", climb)
     done = halfstep(folder, "demo", "--json")
     assert (done.returncode, json.loads(done.stdout)) == (code, {"met": met})
     assert climbed["command"] == "halfstep demo"

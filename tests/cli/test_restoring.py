@@ -8,7 +8,7 @@ import torch
 from onnx import load
 
 from halfstep.cli.job import restore
-from halfstep.ladder import tune as tuning
+from halfstep.ladder import costs as tuning
 from halfstep.runtime.deployed import DeployedModel
 from tests.cli.commands import halfstep
 
@@ -128,7 +128,7 @@ def test_what_an_interrupted_run_has_finished_can_be_exported(folder, monkeypatc
         raise KeyboardInterrupt
 
     few = ("--weight-bits", "2", "--max-drop", "0.02")
-    monkeypatch.setattr("halfstep.ladder.rungs.climb_partial", interrupted)
+    monkeypatch.setattr("halfstep.ladder.climb.climb_partial", interrupted)
     assert run(folder, *few, ends=(130,)).returncode == 130
     done = halfstep(folder, "export", "run", "ptq.onnx")
     assert done.returncode == 0 and "written to ptq.onnx: PTQ" in done.stdout
@@ -179,12 +179,12 @@ def test_a_baseline_holds_later_runs_to_what_was_recorded(folder):
 def test_a_run_keeps_the_weights_that_the_processor_of_its_beginning_needed(folder, monkeypatch):
     """Though the one that it goes on with needs others."""
     for need in (True, False):
-        monkeypatch.setattr("halfstep.ladder.portability.saturates_here", lambda need=need: need)
+        monkeypatch.setattr("halfstep.ladder.climb.saturates_here", lambda need=need: need)
         there = ("--max-drop", "0.1", "--rungs", "ptq", "--directory", f"run{need}")
         run(folder, *there)
         journal = (folder / f"run{need}" / "journal.jsonl").read_text()
         assert ("weights have 7 bits instead of 8" in journal) == need
-        monkeypatch.setattr("halfstep.ladder.portability.saturates_here", lambda need=need: not need)
+        monkeypatch.setattr("halfstep.ladder.climb.saturates_here", lambda need=need: not need)
         run(folder, *there)  # goes on
         monkeypatch.chdir(folder)
         model, _, _ = restore(folder / f"run{need}", None)

@@ -260,7 +260,7 @@ def test_a_fresh_run_moves_the_earlier_one_aside(folder, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("halfstep.ladder.climb.ascend", interrupted)
+    monkeypatch.setattr("halfstep.ladder.quantize.ascend", interrupted)
     done = quantize(folder, "spoken:net", "--directory", "fresh", "--target", "tensorrt", "--fresh")
     assert done.returncode == 130
     assert "to go on where it stopped: halfstep quantize spoken:net" in words_of(done)
@@ -276,7 +276,7 @@ def test_a_fresh_demo_asks_the_climb_for_it(folder, monkeypatch):
         asked.append(options["fresh"])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("halfstep.ladder.climb.quantize", climb)
+    monkeypatch.setattr("halfstep.ladder.quantize.quantize", climb)
     monkeypatch.setattr("halfstep.demo.train_digits", lambda digits, **_: torch.nn.Linear(64, 10))
     assert halfstep(folder, "demo").returncode == halfstep(folder, "demo", "--fresh").returncode == 130
     assert asked == [False, True]

@@ -8,7 +8,7 @@ import torch
 import halfstep as hs
 from halfstep.errors import ArgumentError, DataError, MetricError
 from halfstep.evaluate import Several, against, classifies, early_stopping, labelled_data, paired_drop, parts
-from halfstep.ladder.aim import Aim
+from halfstep.ladder.goal import Aim
 
 GENERATOR = torch.Generator().manual_seed(0)
 INPUTS = [torch.randn(size, 5, generator=GENERATOR) for size in (40, 40, 20)]

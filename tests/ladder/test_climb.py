@@ -11,9 +11,8 @@ import halfstep as hs
 from halfstep.errors import ArgumentError, ExportError, RunError, TrainingError
 from halfstep.evaluate import Score
 from halfstep.fake_quantize import Mode
-from halfstep.ladder.aim import Aim
-from halfstep.ladder.doubts import doubts
-from halfstep.ladder.identity import Examples
+from halfstep.ladder.goal import Aim
+from halfstep.ladder.identity import Examples, doubts
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +87,7 @@ def test_a_failure_before_there_is_a_candidate_is_raised(monkeypatch):
     def fail(*_):
         raise ExportError("nothing was evaluated yet")
 
-    monkeypatch.setattr("halfstep.ladder.rungs.climb_ptq", fail)
+    monkeypatch.setattr("halfstep.ladder.climb.climb_ptq", fail)
     with pytest.raises(ExportError, match="nothing was evaluated yet"):
         climb(None)
 

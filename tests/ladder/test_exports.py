@@ -5,7 +5,7 @@ import torch
 from climbing import climb
 
 import halfstep as hs
-from halfstep.ladder import climb as climbs
+from halfstep.ladder import quantize as climbs
 
 RECIPE = hs.Recipe.uniform(7, 8)  # no processor's kernels saturate
 

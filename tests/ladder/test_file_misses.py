@@ -8,8 +8,7 @@ import halfstep as hs
 from halfstep.errors import ExportError, RefusedError
 from halfstep.evaluate import CallableMetric, Score, Several
 from halfstep.export.onnx import export_onnx
-from halfstep.ladder.aim import Aim
-from halfstep.ladder.goal import Goal
+from halfstep.ladder.goal import Aim, Goal
 from halfstep.report.page import page
 from halfstep.report.run import Run
 from halfstep.runtime.deployed import DeployedModel
@@ -58,7 +57,7 @@ def test_a_tuned_file_that_misses_is_put_back(monkeypatch):
         model.float_layers = ["2"]
         return hs.Tuning(("2",), 1.0, 3)
 
-    monkeypatch.setattr("halfstep.ladder.measured.tune", leave_one_in_float)
+    monkeypatch.setattr("halfstep.ladder.costs.tune", leave_one_in_float)
 
     class Spoilt(DeployedModel):
         def forward(self, x):
@@ -111,7 +110,7 @@ def refuse(monkeypatch, rungs):
             raise RefusedError("they part at site 'x'")
         return written(model, path, metadata, check)
 
-    monkeypatch.setattr("halfstep.ladder.exports.export_onnx", strict)
+    monkeypatch.setattr("halfstep.ladder.pace.export_onnx", strict)
 
 
 def test_a_refused_file_counts_as_missed_and_the_climb_goes_on(monkeypatch, tmp_path):
@@ -160,7 +159,7 @@ def test_a_tuned_file_that_is_refused_is_put_back(monkeypatch):
         model.float_layers = ["2"]
         return hs.Tuning(("2",), 1.0, 3)
 
-    monkeypatch.setattr("halfstep.ladder.measured.tune", leave_one_in_float)
+    monkeypatch.setattr("halfstep.ladder.costs.tune", leave_one_in_float)
     written = export_onnx
 
     def strict(model, path, metadata=None, check=True):
@@ -168,7 +167,7 @@ def test_a_tuned_file_that_is_refused_is_put_back(monkeypatch):
             raise RefusedError("they part at site 'x'")
         return written(model, path, metadata, check)
 
-    monkeypatch.setattr("halfstep.ladder.exports.export_onnx", strict)
+    monkeypatch.setattr("halfstep.ladder.pace.export_onnx", strict)
     outcome = climb(None, recipe=hs.Recipe.uniform(8, 8), max_drop=0.05, rungs=("ptq",), tune=True)
     assert outcome.met and outcome.float_layers == ()
     assert any("put back: its file, refused (they part at site 'x'), would" in s for s in outcome.decisions)
@@ -178,7 +177,7 @@ def test_a_place_that_cannot_be_written_to_still_ends_the_call(monkeypatch):
     def full(*_, **__):
         raise ExportError("cannot write: no space left on device")
 
-    monkeypatch.setattr("halfstep.ladder.exports.export_onnx", full)
+    monkeypatch.setattr("halfstep.ladder.pace.export_onnx", full)
     with pytest.raises(ExportError, match="no space left"):
         climb(None, recipe=hs.Recipe.uniform(8, 8), max_drop=0.05, rungs=("ptq",))
 

@@ -5,8 +5,7 @@ import torch
 
 from halfstep.errors import ArgumentError, MetricError
 from halfstep.evaluate import Accuracy, CallableMetric, Score, Several
-from halfstep.ladder.aim import Aim
-from halfstep.ladder.goal import Goal
+from halfstep.ladder.goal import Aim, Goal
 
 ACCURACY = CallableMetric(lambda model: 0.0)
 LOSS = CallableMetric(lambda model: 0.0, higher_is_better=False)

@@ -11,7 +11,7 @@ from torch import nn
 import halfstep as hs
 from halfstep.ladder import costs
 from halfstep.ladder.costs import heats, microseconds, race_choices
-from halfstep.ladder.environment import free_memory
+from halfstep.ladder.identity import free_memory
 from halfstep.precision import groups_of
 from halfstep.runtime.deployed import DeployedModel
 from halfstep.runtime.latency import Latency

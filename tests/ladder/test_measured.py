@@ -8,11 +8,10 @@ import halfstep as hs
 from halfstep.evaluate import Score, as_scorer
 from halfstep.graph.placement import Choices
 from halfstep.journal import Journal
-from halfstep.ladder import measured
+from halfstep.ladder import costs
+from halfstep.ladder.costs import Tuning, file_times, group_times, tuned
 from halfstep.ladder.goal import Goal
-from halfstep.ladder.measured import file_times, group_times, tuned
 from halfstep.ladder.search import Search
-from halfstep.ladder.tune import Tuning
 from halfstep.precision import groups_of
 
 
@@ -49,9 +48,9 @@ def asked(monkeypatch):
         model.float_layers = ["2"]
         return Tuning(("2",), float(len(asked)), 2)
 
-    monkeypatch.setattr(measured, "microseconds", microseconds)
-    monkeypatch.setattr(measured, "race_choices", race_choices)
-    monkeypatch.setattr(measured, "tune", tune)
+    monkeypatch.setattr(costs, "microseconds", microseconds)
+    monkeypatch.setattr(costs, "race_choices", race_choices)
+    monkeypatch.setattr(costs, "tune", tune)
     return asked
 
 
@@ -90,9 +89,9 @@ def test_another_machine_is_another_question(model, asked, tmp_path, monkeypatch
     with Journal(tmp_path) as journal:
         every(begin(model, journal))
         for name, value in (("processor", "another"), ("cores", "999"), ("onnxruntime", "0.0")):
-            machine = {**measured.machine(), name: value}
+            machine = {**costs.machine(), name: value}
             with monkeypatch.context() as patched:
-                patched.setattr(measured, "machine", lambda machine=machine: machine)
+                patched.setattr(costs, "machine", lambda machine=machine: machine)
                 every(begin(model, journal))
     assert asked == 4 * ["groups", "files", "tuning"]
 

@@ -5,7 +5,7 @@ import time
 import pytest
 
 import halfstep as hs
-from halfstep.ladder import rungs
+from halfstep.ladder import climb as rungs
 from halfstep.ladder.rung import Means
 from halfstep.progress import Interrupted, interruptible, listening, may_go_on, protected, steps, track
 from halfstep.snapshot import fingerprint

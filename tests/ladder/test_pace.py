@@ -6,7 +6,7 @@ import pytest
 
 import halfstep as hs
 from halfstep.errors import ArgumentError
-from halfstep.ladder import pace, tune
+from halfstep.ladder import costs, pace
 from tests.ladder.climbing import data, network
 
 
@@ -21,7 +21,7 @@ def clock(monkeypatch):
         return 0.0 if search.model.float_layers else 3.0
 
     monkeypatch.setattr(pace, "file_speed", speed)
-    monkeypatch.setattr(tune, "microseconds", lambda model, groups, *rest: [1.0 for _ in groups])
+    monkeypatch.setattr(costs, "microseconds", lambda model, groups, *rest: [1.0 for _ in groups])
     return asked
 
 
@@ -57,7 +57,7 @@ def test_the_most_accurate_of_the_fast_ones_is_taken_and_the_rest_is_said(tmp_pa
 
 
 def test_a_file_that_is_not_fast_enough_misses_whatever_it_scores(tmp_path, monkeypatch):
-    monkeypatch.setattr(tune, "microseconds", lambda model, groups, *rest: [1.0 for _ in groups])
+    monkeypatch.setattr(costs, "microseconds", lambda model, groups, *rest: [1.0 for _ in groups])
     inputs, labels = data()
     outcome = hs.quantize(
         network(),

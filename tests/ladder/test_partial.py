@@ -10,12 +10,11 @@ from halfstep.errors import ArgumentError, MetricError, NotObservedError, Recipe
 from halfstep.evaluate import EarlyStopping, Score, share_of_error
 from halfstep.fidelity.compare import compare
 from halfstep.journal import Journal
-from halfstep.ladder.costs import microseconds
+from halfstep.ladder.costs import Tuning, microseconds
 from halfstep.ladder.goal import Goal
-from halfstep.ladder.halves import ADVICE, Halves
 from halfstep.ladder.partial import climb_partial
 from halfstep.ladder.search import Search, float_evaluation
-from halfstep.ladder.tune import Tuning
+from halfstep.ladder.sensitivity import ADVICE, Halves
 from halfstep.precision import groups_of
 from halfstep.runtime.deployed import DeployedModel, inspect_kernels
 from halfstep.runtime.latency import Latency
@@ -220,12 +219,12 @@ def clock(monkeypatch):
     """Times of groups in float by name, of whole files by the number of float layers; nothing is worth joining."""
     times = {"0": 0.0, "2": 500.0, "4": 10.0, "6": 10.0, "8": 10.0, "10": -3.0}
     monkeypatch.setattr(
-        "halfstep.ladder.measured.microseconds",
+        "halfstep.ladder.costs.microseconds",
         lambda model, groups, threads: [times[g.name] for g in groups],
     )
-    monkeypatch.setattr("halfstep.ladder.measured.race_choices", race_by_size)
+    monkeypatch.setattr("halfstep.ladder.costs.race_choices", race_by_size)
     monkeypatch.setattr(
-        "halfstep.ladder.measured.tune", lambda model, threads, among: Tuning((), 0.0, len(among))
+        "halfstep.ladder.costs.tune", lambda model, threads, among: Tuning((), 0.0, len(among))
     )
     return times
 
@@ -256,7 +255,7 @@ def test_the_faster_of_both_orders_is_taken(accuracy, clock, monkeypatch):
     model = weights_per_tensor()
     by_accuracy = set(hs.partial(weights_per_tensor(), accuracy, 0.015).float_layers)
     monkeypatch.setattr(
-        "halfstep.ladder.measured.race_choices",
+        "halfstep.ladder.costs.race_choices",
         lambda model, choices, threads: [
             sum(times[name] for name in chosen.float_layers) for chosen in choices
         ],
@@ -274,7 +273,7 @@ def test_layers_between_float_ones_join_them_where_that_is_faster(accuracy, cloc
         model.float_layers = model.float_layers | {"4"}
         return Tuning(("4",), 5.0, len(among))
 
-    monkeypatch.setattr("halfstep.ladder.measured.tune", joining)
+    monkeypatch.setattr("halfstep.ladder.costs.tune", joining)
     model = weights_per_tensor()
     result = hs.partial(model, accuracy, 0.06, hs.Partial(order="latency"))
     assert result.met and set(result.float_layers) == {*FAULTS, "4"} == set(model.float_layers)
@@ -288,7 +287,7 @@ def test_the_fastest_is_what_the_search_hands_on_even_with_more_layers_in_float(
         model.float_layers = model.float_layers | {"4"}
         return Tuning(("4",), 5.0, len(among))
 
-    monkeypatch.setattr("halfstep.ladder.measured.tune", joining)
+    monkeypatch.setattr("halfstep.ladder.costs.tune", joining)
     model = weights_per_tensor()
     score, made = float_evaluation(accuracy, model)
     search = Search(model, accuracy, Goal(0.06, score), made)
@@ -299,7 +298,7 @@ def test_the_fastest_is_what_the_search_hands_on_even_with_more_layers_in_float(
 
 def test_a_float_network_that_is_as_fast_is_said_to_be(accuracy, clock, monkeypatch):
     monkeypatch.setattr(
-        "halfstep.ladder.measured.race_choices", lambda model, choices, threads: [1000.0 for _ in choices]
+        "halfstep.ladder.costs.race_choices", lambda model, choices, threads: [1000.0 for _ in choices]
     )
     result = hs.partial(weights_per_tensor(), accuracy, 0.06, hs.Partial(order="latency"))
     assert any("Float is as fast on this machine" in sentence for sentence in result.decisions)

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import halfstep as hs
-from halfstep.ladder import deploy, portrait
-from halfstep.ladder.portrait import portray_sites
+from halfstep.ladder import deploy, site_records
+from halfstep.ladder.site_records import portray_sites
 from halfstep.report.page import page
 from halfstep.report.run import Run
 from halfstep.statistics import Histogram
@@ -44,7 +44,7 @@ def test_a_weight_is_what_its_definition_says(model):
     decibels = 10 * math.log10((weight**2).sum() / ((weight - rounded) ** 2).sum())
     assert site["sqnr"] == pytest.approx(decibels, abs=0.006)
     bars = site["bars"]
-    counted, _ = np.histogram(weight, portrait.BARS, (bars["low"], bars["high"]))
+    counted, _ = np.histogram(weight, site_records.BARS, (bars["low"], bars["high"]))
     assert sum(bars["counts"]) == 2000
     # A bin of the statistics is drawn at its mean: it may fall on the other side of a bar's edge.
     assert np.abs(np.cumsum(counted) - np.cumsum(bars["counts"])).max() <= 20
@@ -59,8 +59,8 @@ def test_no_more_of_a_weight_is_looked_at_together_than_a_block(model, monkeypat
             sizes.append(x.numel())
             super().update(x)
 
-    monkeypatch.setattr(portrait, "BLOCK", 300)
-    monkeypatch.setattr(portrait, "Histogram", Measured)
+    monkeypatch.setattr(site_records, "BLOCK", 300)
+    monkeypatch.setattr(site_records, "Histogram", Measured)
     assert portray_sites(model) == whole
     weights = [model.weight(f"{name}.weight").numel() for name in (0, 2, 4)]
     assert max(sizes) == 300 and len(sizes) == sum(-(-weight // 300) for weight in weights)
@@ -69,7 +69,7 @@ def test_no_more_of_a_weight_is_looked_at_together_than_a_block(model, monkeypat
 def test_of_many_sites_some_of_each_kind_are_taken(model, monkeypatch):
     every = portray_sites(model)
     assert every["of"] == len(every["sites"]) >= 6
-    monkeypatch.setattr(portrait, "SITES", 4)
+    monkeypatch.setattr(site_records, "SITES", 4)
     some = portray_sites(model)
     assert len(some["sites"]) == 4 and some["of"] == every["of"]
     assert {site["weight"] for site in some["sites"]} == {True, False}
@@ -85,9 +85,9 @@ def test_a_weight_without_memory_is_left_out(model, monkeypatch, error):
             raise error
         return draw(module, weight)
 
-    draw = portrait._weight
+    draw = site_records._weight
     every = portray_sites(model)
-    monkeypatch.setattr(portrait, "_weight", short)
+    monkeypatch.setattr(site_records, "_weight", short)
     some = portray_sites(model)
     assert [s["name"] for s in some["sites"]] == [
         s["name"] for s in every["sites"] if s["name"] != "2.weight"
@@ -99,7 +99,7 @@ def test_any_other_error_is_no_shortage(model, monkeypatch):
     def broken(module, weight):
         raise RuntimeError("a shape")
 
-    monkeypatch.setattr(portrait, "_weight", broken)
+    monkeypatch.setattr(site_records, "_weight", broken)
     with pytest.raises(RuntimeError, match="a shape"):
         portray_sites(model)
 
@@ -119,7 +119,7 @@ def test_the_outcome_is_on_the_disk_before_anything_is_drawn(tmp_path, monkeypat
     run = Run.read(tmp_path)
     assert run.outcome["met"] and run.sites == () and "Histograms</h2>" not in page(run)
     monkeypatch.undo()
-    monkeypatch.setattr(portrait, "SITES", 2)
+    monkeypatch.setattr(site_records, "SITES", 2)
     climb(tmp_path, rungs=("ptq",), max_drop=1.0)
     run = Run.read(tmp_path)
     assert len(run.sites) == 2 < run.known_sites

@@ -6,8 +6,8 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
+from halfstep.ladder.gallop import QUESTIONS, gallop, one_by_one, without_needless
 from halfstep.ladder.partial import pruning
-from halfstep.ladder.prefix import QUESTIONS, gallop, one_by_one, without_needless
 
 
 @given(st.integers(1, 300), st.integers(1, 320))

@@ -11,11 +11,10 @@ from halfstep.evaluate import Score
 from halfstep.fake_quantize import Mode
 from halfstep.graph.placement import Choices
 from halfstep.journal import Journal
-from halfstep.ladder import refits
+from halfstep.ladder import repairs
 from halfstep.ladder.goal import Goal
 from halfstep.ladder.partial import climb_partial, evaluations_at_most
-from halfstep.ladder.refits import Refits, refit
-from halfstep.ladder.repairs import repair
+from halfstep.ladder.repairs import Refits, refit, repair
 from halfstep.ladder.search import Search
 from halfstep.repair.record import Repair, Treated
 from halfstep.snapshot import ModelState, fingerprint
@@ -129,7 +128,7 @@ def test_what_was_fitted_anew_comes_back_too_for_a_while(both, monkeypatch):
     both.float_layers = ["2"]
     anew = fingerprint(both)
     both.float_layers = []
-    monkeypatch.setattr(refits, "refit_layers", lambda *_: pytest.fail("fitted before"))
+    monkeypatch.setattr(repairs, "refit_layers", lambda *_: pytest.fail("fitted before"))
     both.float_layers = ["2"]
     assert fingerprint(both) == anew
 
@@ -147,7 +146,7 @@ def test_a_loaded_state_is_what_is_wanted(both, monkeypatch):
     other = ModelState.of(both)
     names = [fingerprint(each.restore()) for each in (snapshot, other, snapshot)]
     assert names[0] == names[2] != names[1]
-    monkeypatch.setattr(refits, "refit_layers", lambda *_: pytest.fail("it has all it needs"))
+    monkeypatch.setattr(repairs, "refit_layers", lambda *_: pytest.fail("it has all it needs"))
     other.restore().fit_anew()
 
 
@@ -159,7 +158,7 @@ def harm(model, batches):
 
 
 def test_a_refit_that_measures_worse_is_dropped(plain, both, monkeypatch):
-    monkeypatch.setattr(refits, "refit_layers", harm)
+    monkeypatch.setattr(repairs, "refit_layers", harm)
     both.choose(Choices(float_layers=frozenset({"2"})))
     dropped = fingerprint(both)
     done = refit(both)
@@ -173,7 +172,7 @@ def test_a_refit_that_fails_leaves_what_it_found(both, monkeypatch):
         harm(model, batches)
         raise RuntimeError("stopped")
 
-    monkeypatch.setattr(refits, "refit_layers", failing)
+    monkeypatch.setattr(repairs, "refit_layers", failing)
     both.choose(Choices(float_layers=frozenset({"2"})))
     dropped = fingerprint(both)
     with pytest.raises(RuntimeError, match="stopped"):
@@ -245,7 +244,7 @@ def test_a_resumed_search_tries_the_very_same_networks(both, tmp_path, monkeypat
     first.choose(choices)
     wanted = fingerprint(both)
     first.journal.close()
-    monkeypatch.setattr(refits, "refit", lambda *_: pytest.fail("fitted before"))
+    monkeypatch.setattr(repairs, "refit", lambda *_: pytest.fail("fitted before"))
     again = searching(twin, tmp_path)
     again.choose(choices)
     assert fingerprint(twin) == wanted
@@ -264,7 +263,7 @@ def test_without_a_directory_the_networks_are_the_same(both, tmp_path):
 
 def test_once_the_time_is_up_what_was_learned_is_dropped(plain, both, monkeypatch):
     plain = copy.deepcopy(plain)
-    monkeypatch.setattr(refits, "REFIT_SECONDS", 0.0)
+    monkeypatch.setattr(repairs, "REFIT_SECONDS", 0.0)
     search = searching(both)
     search.choose(Choices(float_layers=frozenset({"0"})))
     plain.float_layers = ["0"]

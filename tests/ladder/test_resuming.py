@@ -188,7 +188,7 @@ def test_a_finished_rung_is_restored_not_replayed(unbroken, tmp_path, monkeypatc
     shutil.copytree(unbroken.folder, tmp_path / "run")
     for work in ("halfstep.ladder.ptq.sweep", "halfstep.ladder.ptq.repair", "halfstep.ladder.partial.rank"):
         monkeypatch.setattr(work, lambda *_, **__: pytest.fail("done before"))
-    monkeypatch.setattr("halfstep.ladder.climb.observe", lambda *_: pytest.fail("observed before"))
+    monkeypatch.setattr("halfstep.ladder.quantize.observe", lambda *_: pytest.fail("observed before"))
     climb(tmp_path / "run", tmp_path / "marks")
     assert figures(tmp_path / "run") == figures(unbroken.folder)
 

@@ -10,8 +10,7 @@ from climbing import climb, data, network
 import halfstep as hs
 from halfstep.errors import RunError
 from halfstep.graph.capture import capture
-from halfstep.ladder.environment import environment
-from halfstep.ladder.identity import Examples
+from halfstep.ladder.identity import Examples, environment
 
 
 def examples(*batches):

@@ -13,8 +13,8 @@ import halfstep as hs
 from halfstep.errors import ArgumentError, NotObservedError
 from halfstep.fake_quantize import Mode
 from halfstep.fidelity.compare import divergences
-from halfstep.ladder.agreement import kendall_tau
 from halfstep.ladder.methods import METHODS, Fisher, Spared
+from halfstep.ladder.sensitivity import kendall_tau
 from halfstep.precision import groups_of
 from tests.ladder.networks import FAULTS, INPUTS, Attention, calibrated, faulty, labelled, weights_per_tensor
 

@@ -3,7 +3,7 @@
 import pytest
 
 import halfstep as hs
-from halfstep.ladder import tune as tuning
+from halfstep.ladder import costs as tuning
 from tests.ladder.climbing import data, network
 
 

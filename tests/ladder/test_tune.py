@@ -6,7 +6,7 @@ from torch import nn
 
 import halfstep as hs
 from halfstep.errors import ArgumentError, NotObservedError
-from halfstep.ladder import tune as tuning
+from halfstep.ladder import costs as tuning
 
 
 @pytest.fixture

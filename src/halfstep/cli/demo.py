@@ -33,7 +33,7 @@ def demo(
     from halfstep.demo import load_digits, train_digits
     from halfstep.evaluate import Accuracy
     from halfstep.granularity import PerTensor
-    from halfstep.ladder.climb import quantize
+    from halfstep.ladder.quantize import quantize
     from halfstep.recipe import Recipe
     from halfstep.training.options import Training
 

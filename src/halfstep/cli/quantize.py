@@ -171,8 +171,8 @@ def quantize(
     from halfstep.cli.job import CONFIG, Job, config_from
     from halfstep.errors import RunError
     from halfstep.journal import Journal
-    from halfstep.ladder.climb import quantize as climb
-    from halfstep.ladder.rungs import RUNGS, find_rungs
+    from halfstep.ladder.climb import RUNGS, find_rungs
+    from halfstep.ladder.quantize import quantize as climb
 
     flags: dict[str, Any] = {
         "labelled": labelled,

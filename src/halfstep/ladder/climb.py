@@ -1,420 +1,409 @@
-"""The whole ladder in one call."""
+"""The climb: rung after rung, by the table of rungs, until the target is met.
+
+The rungs by name; this table is where a new one is added.
+
+Whether weights have 7 bits where sums could saturate: settled at a run's beginning, and said.
+"""
 
 from __future__ import annotations
 
-import functools
-import tempfile
+import difflib
+import math
 import time
-import warnings
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence, Sized
+from dataclasses import asdict, replace
 
-from torch import nn
+import torch
 
-from halfstep.calibration.calibrate import observe
-from halfstep.calibration.diagnostics import (
-    Seen,
-    halving,
-    look,
-    lost_parts,
-    sentences,
-    tails,
-    unlike_sites,
-    watching,
-)
-from halfstep.errors import ArgumentError, CaptureError
-from halfstep.evaluate import Scorer, as_scorers, labelled_data, parts
-from halfstep.export.onnx import export_float
-from halfstep.fidelity.reference import knowing_float
-from halfstep.graph.capture import Captured, capture
-from halfstep.graph.fold import decompose, fold
-from halfstep.graph.inputs import ModelInputs
-from halfstep.graph.padding import Mask, find_padding
-from halfstep.graph.shapes import Dynamic
-from halfstep.graph.states import States, mark_states
-from halfstep.graph.tails import mark_tails
-from halfstep.journal import Journal
-from halfstep.ladder.aim import Aim, Asked
-from halfstep.ladder.ascent import ascend
-from halfstep.ladder.deploy import deploy, file_score
-from halfstep.ladder.doubts import doubts
-from halfstep.ladder.exports import Exports
-from halfstep.ladder.identity import Claimed, Examples, claim
-from halfstep.ladder.outcome import Outcome
-from halfstep.ladder.pace import Pace, check_latency
-from halfstep.ladder.partial import Partial
-from halfstep.ladder.portability import PORTABLE, settle
-from halfstep.ladder.refits import refit
-from halfstep.ladder.rung import Means, Rung
-from halfstep.ladder.rungs import RUNGS, find_rungs
-from halfstep.ladder.search import Search, float_evaluation
-from halfstep.ladder.speed import favour_speed
-from halfstep.live import shown
-from halfstep.model import QuantizedModel
-from halfstep.onnx_in.from_file import declared_axes, opened, origin_of
-from halfstep.onnx_in.origin import QUANTIZED
-from halfstep.precision import pinned
-from halfstep.progress import Budget, steps
+from halfstep.calibration.calibrate import kept_examples
+from halfstep.calibration.candidates import FINALISTS
+from halfstep.calibration.sweep import passes_at_most
+from halfstep.errors import ArgumentError, HalfstepError, RefusedError, RunError
+from halfstep.evaluate import Score
+from halfstep.fake_quantize import Mode
+from halfstep.graph.place import place
+from halfstep.identity import Identity
+from halfstep.journal import Entry
+from halfstep.ladder.pace import Pace
+from halfstep.ladder.partial import Partial, climb_partial, evaluations_at_most, ranked_at_most
+from halfstep.ladder.ptq import REPAIR_SECONDS, climb_ptq
+from halfstep.ladder.qat import climb_qat
+from halfstep.ladder.rung import Cost, Means, Reached, Rung
+from halfstep.ladder.search import Candidate, Search
+from halfstep.model import run
+from halfstep.progress import BudgetSpent, interruptible, protected
 from halfstep.recipe import Recipe
-from halfstep.targets import Target, find_target
-from halfstep.training.check import check_trainable
-from halfstep.training.options import Training, check_training
+from halfstep.runtime.saturation import saturates_here
+from halfstep.snapshot import ModelState, fingerprint
+from halfstep.targets import Target
+
+#: A simulated evaluation takes about so many times as long as a float one.
+SLOWER = 3
 
 
-def prepare(
-    model: nn.Module | str | Path,
-    example_inputs: ModelInputs | None,
-    recipe: Recipe | None = None,
-    target: str | Target = "onnxruntime",
-    *,
-    dynamic: Dynamic | None = None,
-    padding: Mask | None = None,
-    float_from: str | Sequence[str] | None = None,
-    states: States = None,
-) -> QuantizedModel:
-    """Capture ``model``, fold its batch norms, and place its sites; it passes floats until observed and calibrated.
+def ascend(
+    search: Search,
+    ladder: Sequence[Rung],
+    means: Means,
+    max_float: float,
+    score_file: Callable[[], tuple[str, Score]],
+    pace: Pace | None = None,
+) -> list[Reached]:
+    """Climb until a rung meets the goal or the budget is spent; the model is the best candidate then.
 
-    Args:
-        model: left untouched; or the path of an ONNX file, which :func:`.from_onnx` reads.
-        example_inputs: a tensor, a tuple or a dict, with a batch of at least 2; None makes some up for a file.
-        recipe: what to quantize, and how; :meth:`Recipe.int8` if None.
-        target: where it will run.
-        dynamic: dimensions that may vary beside the batch: names by input and dimension, such as
-            ``{"ids": {1: "tokens"}, "mask": {1: "tokens"}}``; or another example, whose sizes differ where they may.
-            The batch is the first dimension, or the one that is named ``"batch"``: ``{"x": {0: "time", 1: "batch"},
-            "h": {1: "batch"}}`` is time first, with a state of (layers, batch, hidden).
-            None for those that an ONNX file names, ``{}`` for none of them.
-        padding: the name of an input (batch, length) that is 0 where a batch is only filled up, such as
-            ``"attention_mask"``, or a function of the model's arguments that answers one: what is observed there is
-            left out. The length must be one that varies.
-        float_from: names of modules, such as ``"head.decode"``, from whose first value on everything is left in float;
-            or of single operators.
-        states: outputs that are given back as inputs of the next call, by the input's name, ``{"h_in": "h_out"}``; True
-            finds them by their names (``past_k`` and ``present_k``, a key of both ...). Both have one quantizer.
-
-    Warns of a model in half precision or float64 that it is computed in float32 from here on. It may then be given
-    inputs of either type, and returns float32, as the files do; scores are compared with the model as it was handed
-    over.
-
-    Raises:
-        CaptureError: if the model cannot be captured.
-        RecipeError: if a pattern of the recipe matches no layer.
-        ArgumentError: if ``dynamic``, ``padding``, ``float_from`` or ``states`` names what is not there.
-    """
-    found = find_target(target)
-    settled = settle(recipe or Recipe.int8(), found)
-    with steps("capturing"):
-        model, example_inputs = opened(model, example_inputs)
-        traced = (
-            capture(model, example_inputs, dynamic)
-            if dynamic is not None
-            else _capture(model, example_inputs)
-        )
-        captured = decompose(fold(traced), found.decomposed)
-        if (origin := origin_of(model)) is not None:
-            captured.origin = origin
-            captured.notes += origin.source.notes
-            captured.read_in = origin.source.types
-            if captured.handed_over is not None:
-                captured.notes += (
-                    "Files are new graphs in torch.float32, not the one that the network was read from",
-                )
-            origin.keep_whole(captured.graph, found)
-        mark_tails(captured, float_from)
-        mark_states(captured, states)
-        known = None if padding is None else find_padding(captured, padding)
-        prepared = QuantizedModel(captured, found, settled, known)
-    prepared.refit = refit
-    for note in captured.notes:
-        warnings.warn(note, stacklevel=2)
-    return prepared
-
-
-def _capture(model: nn.Module, example_inputs: ModelInputs) -> Captured:
-    """The captured network; of one that was read from a file with the dimensions varying that the file names."""
-    alternatives, reason = declared_axes(model, example_inputs), ""
-    for dynamic in alternatives:
-        try:
-            return capture(model, example_inputs, dynamic)
-        except CaptureError as error:
-            reason = reason or str(error)
-    captured = capture(model, example_inputs)
-    if alternatives:
-        names = sorted({name for sizes in alternatives[0].values() for name in sizes.values()})
-        captured.notes += (
-            f"The file lets {', '.join(map(repr, names))} vary, but its network is captured with the sizes of the "
-            f"example alone, and calibration data must have them: {reason}",
-        )
-    return captured
-
-
-def quantize(
-    model: nn.Module | str | Path,
-    example_inputs: ModelInputs | None,
-    calibration: Iterable[ModelInputs],
-    metric: Any,
-    max_drop: Asked = None,
-    recipe: Recipe | None = None,
-    target: str | Target = "onnxruntime",
-    directory: str | Path | None = None,
-    threads: int | None = None,
-    *,
-    training: Training | None = None,
-    relative_drop: Asked = None,
-    floor: Asked = None,
-    confidence: float = 0.95,
-    strict: bool = False,
-    rungs: Iterable[str] = tuple(RUNGS),
-    budget: Budget | None = None,
-    partial: Partial | None = None,
-    max_float: float = 0.5,
-    tune: bool = False,
-    fresh: bool = False,
-    command: str = "",
-    progress: bool = True,
-    dynamic: Dynamic | None = None,
-    padding: Mask | None = None,
-    float_from: str | Sequence[str] | None = None,
-    states: States = None,
-    latency: float | None = None,
-) -> Outcome:
-    """Quantize ``model`` so that its score drops by no more than allowed, and prove it on the deployed file.
-
-    Climbs rung after rung, each from the best candidate so far, and stops at the first that meets the target. If none
-    does, the outcome is the best that was found, with ``met`` False and advice.
-
-    With a ``directory`` everything is kept in a journal: the same call again goes on where an earlier one was killed,
-    on another processor too, and repeats no finished evaluation. Model, data, metric, loss and options are compared
-    with the earlier call's by their content, for which data are read once more; with others the directory is refused.
-    Of what cannot be compared (what a function reads) a part of the float model's scores is taken again.
+    A rung meets the goal if its file does too. Where only the simulation does, the climb goes on, and simulations are
+    held to what is left of the target after what files lose more. A file that is refused counts as one that misses.
 
     Args:
-        model: a trained module, or the path of an ONNX file; left untouched. In half precision or float64 it is
-            computed in float32, and its own scores are what the drop is measured from; inputs may come in its type or
-            in float32.
-        example_inputs: a tensor, a tuple or a dict, with a batch of at least 2; None makes some up for a file.
-        calibration: model inputs, each a tensor, a tuple or a dict; iterated once.
-        metric: :class:`Accuracy`, :class:`Metric`, :class:`SetMetric`, or any callable from a model to a float; without
-            labels :class:`Agreement`, :class:`Cosine` or :class:`SQNR`; or several of them by name, all of which must
-            keep to their targets. The first one leads: single figures are its.
-        max_drop: in the metric's unit, against the float model on the same examples; 0.01 unless another target is
-            given. Of several metrics, one number for each or a dict of numbers by name; so ``relative_drop`` and
-            ``floor`` too.
-        recipe: what to quantize, and how; :meth:`Recipe.int8` if None.
-        target: where it will run.
-        directory: for the journal, ``model.onnx``, ``float.onnx`` and ``outcome.json``; None keeps nothing.
-        threads: of the runtime, for one operator; None for all cores.
-        training: for quantization-aware training; without it that rung is left out, and the outcome says so.
-        relative_drop: instead of ``max_drop``: a share of the float score.
-        floor: instead of ``max_drop``: the worst score allowed.
-        confidence: of the drops' intervals, 0.95 for 95%: with it the upper ends of all candidates hold together, and
-            so the lower ends. Each is widened for the candidates examined on the same examples before.
-        strict: demand that the upper end of the interval keeps to the target, not only the drop that was measured. If
-            the labelled examples are a random sample, a network that drops by more than the target on all such data is
-            then accepted with a probability of at most 1 - confidence, however many candidates are tried, see
-            :class:`.Goal`; docs/confidence.md says how many examples that takes. Not strict, nothing of the kind is
-            promised: of many candidates the first that passes is likely to be worse than it looks.
-        rungs: which to climb, from the bottom up: ``"ptq"`` always.
-        budget: what the search may cost; None for no bound.
-        partial: how to look for layers to put back to float.
-        max_float: the share of layers that partial quantization may leave in float while there are rungs left to
-            climb; what leaves more is kept for the case that no later rung meets the target.
-        tune: measure every group of layers on this machine, and leave in float those that integers slow down, where
-            the target still holds; a decision says which.
-        fresh: begin anew in a used directory; what an earlier run left there is moved to a folder in it.
-        command: what to type to do it again; the report shows it.
-        dynamic: dimensions of the inputs that may vary beside the batch, as :func:`prepare` takes them.
-        padding: what only fills a batch up, as :func:`prepare` takes it.
-        float_from: modules from whose first value on everything is left in float, as :func:`prepare` takes them.
-        states: outputs that are given back as inputs, as :func:`prepare` takes them.
-        latency: how many times as fast as float the file must be beside the accuracy target, on the target's runtime
-            and this machine, such as 2.0. The outcome is the most accurate that was found to be so fast; ``met`` is
-            False where none is, or that one misses the accuracy. What meets the accuracy with layers in float, but too
-            slowly, is kept in reserve while rungs are left; where the best is too slow at the end, layers that integers
-            slow down go to float, as with ``tune``.
-        progress: show what is being done: bars on a terminal and in notebooks, the log called ``"halfstep"`` elsewhere.
+        search: its model observed.
+        ladder: the rungs, in order; those that lack something are left out, and a decision says so.
+        means: what they work with.
+        max_float: the share of layers that may stay in float while there are rungs left to climb.
+        score_file: exports the best candidate and scores the file on its runtime; what that is remembered by, and the
+            score.
+        pace: how fast files must be; None for any speed. What has layers in float and is too slow for it is kept in
+            case nothing better comes, as what leaves too many in float is.
 
-    Raises:
-        HalfstepError: a subclass that says what was wrong with the model, the data, the metric or the directory.
+    Returns:
+        What came of each rung climbed.
     """
-    started = time.perf_counter()
-    ladder = find_rungs(tuple(rungs))
-    if not 0 <= max_float <= 1:
-        raise ArgumentError(f"max_float: got {max_float}, needed a share of the layers, 0 to 1")
-    if training is not None:
-        check_training(training)
-    aim = Aim(max_drop, relative_drop, floor, confidence, strict)
-    found, recipe = find_target(target), recipe or Recipe.int8()
-    check_latency(latency, found)
-    with shown(progress), Journal(directory, fresh) as journal, tempfile.TemporaryDirectory() as name:
-        temporary = Path(name)
-        scorer = as_scorers(metric)
-        aim.check(scorer)
-        settled = settle(recipe, found, journal.entries)
-        prepared = prepare(
-            model,
-            example_inputs,
-            settled,
-            found,
-            dynamic=dynamic,
-            padding=padding,
-            float_from=float_from,
-            states=states,
+    for rung in ladder:
+        if missing := rung.missing(means):
+            search.decide(f"{rung.title} is left out: it needs {missing}")
+    ladder = [rung for rung in ladder if not rung.missing(means)]
+    search.decide(estimate(search, ladder, means))
+    if said := narrower_weights(search):
+        search.decide(said)
+    path: list[Reached] = []
+    spares: list[Candidate] = []
+    for index, rung in enumerate(ladder):
+        before, start = search.best, time.perf_counter()
+        reached = _climb(search, rung, means)
+        candidate = search.best
+        assert candidate is not None
+        share = len(candidate.snapshot.put_back["float_layers"]) / max(1, len(search.model.layers))
+        last = bool(reached.note) or index + 1 == len(ladder)
+        too_many = share > max_float and not last
+        too_slow = (
+            pace is not None
+            and not (last or too_many)
+            and reached.met
+            and share > 0
+            and not pace.enough(search, candidate)
         )
-        _check_sites(prepared)
-        names = [rung.name for rung in ladder]
-        if partial is not None and "partial" in names:
-            pinned(prepared, partial.keep_float, partial.keep_quantized)
-        if training is not None and "qat" in names:
-            check_trainable(prepared, training)
-        with steps("exporting the float network"):  # what cannot be deployed is known now
-            float_file = export_float(prepared, temporary / "float.onnx")
-        claimed = claim(journal, prepared, scorer, aim, training)
-        if recipe.portable is None:
-            journal.write(PORTABLE, portable=settled.portable)
-        scorer = knowing_float(scorer, prepared)
-        search = _begin(journal, prepared, scorer, aim, calibration, budget or Budget(), claimed)
-        search.started = started
-        _write_settings(search, ladder, aim, command, latency)
-        exports = Exports(temporary)
-        score_file = functools.partial(file_score, search, exports, threads)
-        pace = None if latency is None else Pace(latency, exports, float_file, threads)
-        path = ascend(search, ladder, Means(training, partial, threads, tune), max_float, score_file, pace)
-        if tune or (pace is not None and search.best is not None and not pace.enough(search, search.best)):
-            favour_speed(search, threads, score_file)
-        return deploy(search, path, exports, journal.folder or temporary, float_file, threads, pace)
+        if reached.met and not last and not (too_many or too_slow):
+            known = search.recall(reached.file_key)
+            file = score_file if known is None else lambda of=(reached.file_key, known.score): of
+            reached = _with_file(search, rung, reached, candidate, file)
+        search.journal.write("step", **asdict(reached), measured={"seconds": time.perf_counter() - start})
+        path.append(reached)
+        if too_many or too_slow:
+            verdict = "meets the target" if reached.met else "comes nearest to the target"
+            why = f"more than the {max_float:.0%} wanted" if too_many else "and is too slow so"
+            search.decide(
+                f"{rung.title} {verdict} with {share:.0%} of the layers in float, {why}: climbing on; this result is "
+                "kept in case nothing better comes"
+            )
+            spares.append(candidate)
+            search.best = before
+            if before is not None:
+                before.snapshot.restore()
+            continue
+        if last or (reached.met and reached.file_met):
+            break
+    best = search.best
+    for spare in spares:
+        if best is None or search.rank(spare) < search.rank(best):
+            best = spare
+    assert best is not None  # a search evaluates one candidate whatever the budget
+    if pace is not None:
+        best = pace.choose(search, best, [*spares, *search.reached.values()])
+    search.best = best
+    best.snapshot.restore()
+    return path
 
 
-def _check_sites(prepared: QuantizedModel) -> None:
-    """Raise where there is nothing to quantize."""
-    if prepared.placement.sites:
-        return
-    kinds = {each.operator.kind for each in prepared.placement.float_operators}
-    reasons = "; ".join(f"{layer.name!r} {layer.reason}" for layer in prepared.layers[:3])
-    raise CaptureError(
-        "nothing of the network is to be quantized: "
-        + (reasons or "it has no layers" + (" that are not quantized already" if QUANTIZED in kinds else ""))
-        + "; give a network in float with convs or products by weights, and a recipe that quantizes them"
-    )
-
-
-def _begin(
-    journal: Journal,
-    prepared: QuantizedModel,
-    scorer: Scorer,
-    aim: Aim,
-    calibration: Iterable[ModelInputs],
-    budget: Budget,
-    claimed: Claimed,
-) -> Search:
-    """The float baseline and the statistics, with what is to be said of the data: what every rung starts from."""
-    data = labelled_data(scorer)
-    seen = Seen(prepared)
-    with nullcontext() if data else watching(prepared, seen):
-        baseline, _ = float_evaluation(scorer, prepared, journal, claimed.unseen)
-    scores = (baseline, *baseline.others.values())
-    journal.write("paired", paired=any(score.paired for score in scores))
-    search = Search(prepared, scorer, aim.goal(baseline, scorer), journal=journal, budget=budget, rung="data")
-    for note in prepared.captured.notes:
-        search.decide(note, aloud=False)  # a warning has said it
-    for sentence in tails(prepared):
-        search.decide(sentence)
-    if claimed.unseen and journal.folder is not None:
-        search.decide(
-            f"What cannot be compared when this run goes on: {', '.join(claimed.unseen)}. The float model is scored "
-            "again then, to see that it scores the same; fresh=True (--fresh) begins anew"
-        )
-    if claimed.unseen_in_training and journal.folder is not None:
-        search.decide(
-            f"What cannot be compared of the training: {', '.join(claimed.unseen_in_training)}. Where it changes and "
-            "this run goes on, what was trained before stays; fresh=True (--fresh) begins anew"
-        )
-    kept = search.checkpoints.statistics()
-    if kept is None:
-        if data:
-            spread = all(isinstance(batches, (list, tuple)) for batches in data)
-            seen = Seen(prepared, len(claimed.judged.seen) if spread else 0)
-            look(prepared, (item[0] for batches in data for item in batches), seen)
-        said = _observe(search, calibration, claimed.judged, seen)
-        for sentence in said:
-            warnings.warn(sentence, stacklevel=3)
-    else:
-        said, examples = kept
-        search.calibrated = len(examples)
-        said = [*said, *_compare(calibration, examples, search)]
-    for sentence in said:
-        search.decide(sentence, aloud=False)  # a warning is heard anyway
-    for sentence in sentences(lost_parts(prepared)):
-        search.decide(sentence)
-    search.rung = ""
-    return search
-
-
-def _observe(search: Search, calibration: Iterable[ModelInputs], judged: Examples, seen: Seen) -> list[str]:
-    """Observe the calibration data and keep the statistics; what is to be said of the data, in sentences."""
-    model, calibrated = search.model, Examples(search.model.captured)
-    with halving(model) as unsteady:
-        observe(model, _watched(calibration, calibrated))
-    said = [*doubts(calibrated, judged), *sentences([*unlike_sites(model, seen), *unsteady])]
-    if isinstance(calibration, (list, tuple)):
-        search.journal.claim("calibration data", calibrated.contents())
-    search.calibrated = len(calibrated.seen)
-    search.checkpoints.keep_statistics(said, calibrated.seen)
-    return said
-
-
-def _compare(calibration: Iterable[ModelInputs], known: Sequence[bytes], search: Search) -> list[str]:
-    """See whether the calibration data are those that the kept statistics come from; what is to be said, in sentences.
-
-    Raises:
-        RunError: if they are others, in a list or tuple, which is the same each time.
-    """
-    calibrated = Examples(search.model.captured)
-    for inputs in calibration:
-        calibrated.add(inputs)
-    if isinstance(calibration, (list, tuple)):
-        search.journal.claim("calibration data", calibrated.contents())
-    both = (Counter(calibrated.seen) & Counter(known)).total()
-    if both == len(known) == len(calibrated.seen):
-        return []
-    return [
-        f"The calibration data come otherwise than before ({both:,} of {len(known):,} examples are the same), as in "
-        "random order or with augmentation: ranges rest on the examples that were seen first; with other data on "
-        "purpose, begin anew with fresh=True (--fresh)"
+def estimate(search: Search, ladder: Sequence[Rung], means: Means) -> str:
+    """What the climb costs at most, in a sentence: counts are bounds, and seconds what these take by what was timed."""
+    costs = {rung.name: rung.cost(search, means) for rung in ladder}
+    counts = {name: cost.evaluations for name, cost in costs.items()}
+    if means.tune:
+        counts["tune"] = 1
+    counts["deployed files"] = len(ladder) + means.tune
+    total, examples = sum(counts.values()), sum(cost.examples for cost in costs.values())
+    repairs = sum(cost.seconds for cost in costs.values())
+    floats = [made for made in search.evaluations if made.rung == "float"]
+    # The first one also pays for what is loaded and compiled.
+    each = SLOWER * min((made.seconds / made.share for made in floats), default=0.0)
+    each_example = SLOWER * _example_seconds(search)
+    seconds = total * each + examples * each_example + repairs
+    parts = [
+        f"{total} evaluations of the metric ({', '.join(f'{name} {count}' for name, count in counts.items())}) after "
+        f"{len(floats)} of the float network (again for the metric's noise), about {_roughly(each)} s each"
     ]
+    if examples:
+        parts.append(
+            f"{examples:,} examples through the network to compare calibrators and rank layers, about "
+            f"{_roughly(examples * each_example)} s"
+        )
+    if repairs:
+        parts.append(f"{_roughly(repairs)} s of repairs")
+    not_counted = ["training"] * (means.training is not None) + ["timing files"] * _times_files(means)
+    left_out = f"; {' and '.join(not_counted)} not counted" if not_counted else ""
+    ends = search.budget.spent(total + len(floats), seconds)
+    budget = f". The budget of {search.budget} may end it before" if ends else ""
+    return f"Estimate, at most: {', '.join(parts)}; together about {_roughly(seconds / 60)} min{left_out}{budget}"
 
 
-def _write_settings(
-    search: Search, ladder: Sequence[Rung], aim: Aim, command: str, latency: float | None
-) -> None:
-    """Write down what was asked, with every default resolved."""
-    model, goal = search.model, search.goal
-    timed: dict[str, Any] = {} if latency is None else {"latency": latency}
-    search.journal.write(
-        "settings",
-        target=model.target.name,
-        recipe=repr(model.recipe),
-        asked=str(aim),
-        max_drop=goal.max_drop,
-        float_score=goal.float_score.value,
-        higher_is_better=goal.higher_is_better,
-        confidence=goal.confidence,
-        strict=goal.strict,
-        metric=", ".join(
-            f"{name} {type(part).__name__}".lstrip() for name, part in parts(search.scorer).items()
-        ),
-        examples=goal.float_score.count,
-        rungs=[rung.name for rung in ladder],
-        budget=str(search.budget),
-        command=command,
-        **timed,
+def _times_files(means: Means) -> bool:
+    return means.tune or (means.partial is not None and means.partial.order == "latency")
+
+
+def _example_seconds(search: Search) -> float:
+    """What the float network takes for an example: the best of three runs over the first batch that was kept."""
+    batch, took = search.model.sample[0], []
+    with search.model.using(Mode.FLOAT), torch.no_grad():
+        for _ in range(3):
+            start = time.perf_counter()
+            run(search.model, batch)
+            took.append(time.perf_counter() - start)
+    return min(took) / search.model.captured.batch_size(batch)
+
+
+def _roughly(x: float) -> str:
+    """Two digits that count, and no power of ten.
+
+    >>> _roughly(143.2), _roughly(0.00149)
+    ('140', '0.0015')
+    """
+    return f"{float(f'{x:.2g}'):g}"
+
+
+def _with_file(
+    search: Search,
+    rung: Rung,
+    reached: Reached,
+    candidate: Candidate,
+    score_file: Callable[[], tuple[str, Score]],
+) -> Reached:
+    """What came of a rung with the score of its file; if that misses the target, simulations are held to less."""
+    try:
+        key, file = score_file()
+    except RefusedError as error:
+        search.hold_to(search.asked.beyond(candidate.score))
+        search.decide(
+            f"{rung.title} meets the target in simulation, {search.asked.words(candidate.score)}; its file is refused, "
+            f"which counts as missed: {error}: climbing on"
+        )
+        return replace(reached, file_met=False)
+    met = search.asked.met(file)
+    if not met:
+        search.hold_to(search.asked.narrowed(candidate.score, file))
+        held = " and ".join(f"{goal.name} {goal.max_drop:.4g}".lstrip() for goal, _ in search.goal.each(file))
+        search.decide(
+            f"{rung.title} meets the target in simulation, {search.asked.words(candidate.score)}; its file does not, "
+            f"{search.asked.words(file)}: climbing on, with simulations held to a drop of {held}, what files lose more "
+            "taken off"
+        )
+    return replace(reached, file_score=file.value, file_met=met, file_key=key)
+
+
+def _climb(search: Search, rung: Rung, means: Means) -> Reached:
+    """Climb one rung, or restore what an earlier run made of it; the model is left as the best candidate."""
+    search.rung, note = rung.name, ""
+    key = _key(search, rung, means)
+    if (restored := _restored(search, rung, key)) is not None:
+        return restored
+    try:
+        search.check_time()
+        with interruptible(search.check_time):
+            rung.climb(search, means)
+    except BudgetSpent as spent:
+        note = f"the budget is spent: {spent}"
+        search.decide(f"{rung.title} ended early, {note}")
+    except HalfstepError as error:
+        if search.best is None or isinstance(error, RunError):  # nothing to hand back, or nowhere to keep it
+            raise
+        note = f"it failed: {error}"
+        search.decide(f"{rung.title} ended early, {note}")
+    best = search.best
+    assert best is not None
+    best.snapshot.restore()
+    search.checkpoints.keep_network(rung.name, key, best.snapshot.state)
+    for name, found in search.found.items():
+        search.journal.write("finding", name=name, rung=rung.name, measured={"finding": found.to_dict()})
+    search.found.clear()
+    drop = search.goal.compare(best.score)
+    reached = Reached(
+        rung=rung.name,
+        met=search.goal.met(best.score),
+        score=best.score.value,
+        drop=drop.value,
+        low=drop.low,
+        high=drop.high,
+        metrics=search.goal.standings(best.score),
+        what=best.what,
+        float_layers=tuple(sorted(best.snapshot.put_back["float_layers"])),
+        put_back={name: sorted(layers) for name, layers in best.snapshot.put_back.items()},
+        cost=sum(made.share for made in search.evaluations if made.rung == rung.name),
+        note=note,
+        key=key,
+        candidate=best.key,
+        examined=drop.examined,
     )
+    search.reached[rung.name] = best
+    return reached
 
 
-def _watched(batches: Iterable[ModelInputs], examples: Examples) -> Iterator[ModelInputs]:
-    for inputs in batches:
-        yield inputs
-        examples.add(inputs)  # after the model has accepted it
+def _key(search: Search, rung: Rung, means: Means) -> str:
+    """What a rung starts from, and what is asked of it."""
+    start = "" if search.best is None else search.best.key
+    goals = [(goal.name, goal.max_drop) for goal, _ in search.goal.each(search.goal.float_score)]
+    return Identity(rung.name, start, search.checkpoints.key, goals, rung.options(means)).digest
+
+
+def _restored(search: Search, rung: Rung, key: str) -> Reached | None:
+    """What an earlier run of the directory made of the same rung, if it finished it.
+
+    None where the rung is to be climbed: what was made of it until an interruption is remembered piece by piece.
+    """
+    journal = search.journal
+    steps = [
+        (place, e.data)
+        for place, e in enumerate(journal.entries)
+        if e.kind == "step" and e.data.get("key") == key
+    ]
+    saved = journal.load(rung.name, key) if steps and not steps[-1][1]["note"] else None
+    if saved is None:
+        return None
+    place, data = steps[-1]
+    reached = Reached.of(data)
+    verdict = search.recall(reached.candidate)
+    if verdict is None or not verdict.complete:
+        return None
+    put_back = {name: frozenset(layers) for name, layers in reached.put_back.items()}
+    snapshot = ModelState(search.model, put_back, search.checkpoints.network(saved))
+    if fingerprint(snapshot.restore()) != reached.candidate:
+        return None
+    known = [candidate for candidate in search.reached.values() if candidate.key == reached.candidate]
+    best = known[0] if known else Candidate(reached.what, verdict.score, snapshot, reached.candidate)
+    search.best = search.reached[rung.name] = best
+    search.replay(rung.name, [e.data for e in journal.entries[:place] if e.kind == "decision"])
+    return reached
+
+
+def _ptq_cost(search: Search, means: Means) -> Cost:
+    """The finalists and what repairs made of the best; every calibrator on the kept examples."""
+    left = search.seconds_left()
+    seconds = REPAIR_SECONDS if left is None else min(REPAIR_SECONDS, max(0.0, left))
+    return Cost(FINALISTS + 1, passes_at_most() * kept_examples(search.model), seconds)
+
+
+def _partial_cost(search: Search, means: Means) -> Cost:
+    return Cost(evaluations_at_most(search, means.partial), ranked_at_most(search, means.partial))
+
+
+def _climb_qat(search: Search, means: Means) -> Score:
+    assert means.training is not None  # find_rungs leaves the rung out
+    with protected():  # steps that are trained are not thrown away: training looks at the budget by itself
+        return climb_qat(search, means.training)
+
+
+def _qat_cost(search: Search, means: Means) -> Cost:
+    """The float control, the start, one every so many epochs, the end, and the last good state of what diverged."""
+    training = means.training
+    if training is None:
+        return Cost(0)
+    marks = training.epochs / training.evaluate_every
+    if isinstance(training.labelled, Sized):  # marks lie at whole steps
+        steps = len(training.labelled)
+        marks = max(1, round(training.epochs * steps)) / max(1, round(training.evaluate_every * steps))
+    return Cost(training.control + 3 + math.ceil(marks))
+
+
+def _qat_missing(means: Means) -> str:
+    return "" if means.training is not None else "training=hs.Training(labelled, loss)"
+
+
+RUNGS: dict[str, Rung] = {
+    rung.name: rung
+    for rung in (
+        Rung("ptq", "Post-training quantization", lambda search, _: climb_ptq(search), _ptq_cost),
+        Rung(
+            "partial",
+            "Partial quantization",
+            lambda search, means: climb_partial(search, means.partial, means.threads),
+            _partial_cost,
+            options=lambda means: repr(means.partial or Partial()),
+        ),
+        Rung(
+            "qat",
+            "Quantization-aware training",
+            _climb_qat,
+            _qat_cost,
+            _qat_missing,
+            lambda means: "" if means.training is None else means.training.identity().digest,
+        ),
+    )
+}
+
+
+def find_rungs(names: Sequence[str]) -> list[Rung]:
+    """The rungs called ``names``, from the bottom.
+
+    The first one is always post-training quantization: it gives the ranges that every other one starts from.
+
+    Raises:
+        ArgumentError: for an unknown name, with the nearest known one, if there are none, the first is missing, or
+            they come in another order or twice.
+    """
+    wanted = f"needed some of {', '.join(map(repr, RUNGS))}"
+    for name in names:
+        if name not in RUNGS:
+            near = difflib.get_close_matches(str(name).lower(), RUNGS, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ArgumentError(f"rungs: got {name!r}, {wanted}{hint}")
+    if not names:
+        raise ArgumentError(f"rungs: got none, {wanted}")
+    asked, lowest = ", ".join(map(repr, names)), next(iter(RUNGS))
+    ordered = [name for name in RUNGS if name in names or name == lowest]
+    give = f"give rungs={ordered} (--rungs {','.join(ordered)})"
+    if lowest not in names:
+        raise ArgumentError(
+            f"rungs: got {asked}, needed {lowest!r} first: the others start from the ranges that it finds; {give}"
+        )
+    if list(names) != ordered:
+        raise ArgumentError(f"rungs: got {asked}, needed each once and from the bottom up; {give}")
+    return [RUNGS[name] for name in ordered]
+
+
+#: The entry of the journal that says how a recipe's ``portable`` was settled where the recipe leaves it open.
+PORTABLE = "portable"
+
+
+def settle(recipe: Recipe, target: Target, entries: Iterable[Entry] = ()) -> Recipe:
+    """The recipe with ``portable`` said: as the run with these entries has it, else as this processor needs it."""
+    if recipe.portable is not None:
+        return recipe
+    known = [entry.data["portable"] for entry in entries if entry.kind == PORTABLE]
+    return replace(recipe, portable=known[-1] if known else target.pair_sums and saturates_here())
+
+
+def narrower_weights(search: Search) -> str:
+    """Which weights have fewer bits than asked for, and why, in a sentence; empty if none has, or it was asked for."""
+    model = search.model
+    if not (search.journal.of(PORTABLE) and model.recipe.portable):
+        return ""
+    asked = place(model.graph, model.target, replace(model.recipe, portable=False), model.choices)
+    formats = {site.name: site.format for site in asked.sites if site.is_weight}
+    narrower = [
+        site for site in model.placement.sites if site.is_weight and site.format != formats[site.name]
+    ]
+    if not narrower:
+        return ""
+    return (
+        f"{len(narrower)} of {len(formats)} weights have {narrower[0].format.bits} bits instead of "
+        f"{formats[narrower[0].name].bits}: where this run began, integer kernels add products in 16 bits, which would "
+        "saturate (an x86 processor without VNNI). portable=True asks for this on every processor, so that the file "
+        "answers alike on all of them; portable=False keeps the bits"
+    )

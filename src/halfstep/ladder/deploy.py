@@ -1,9 +1,13 @@
-"""The end of a climb: the file, what it turned out to be, and its own score."""
+"""The end of a climb: files, what they turned out to be, and what would help where the target was missed.
+
+Size and latency of every rung's best as a file, in one race: what accuracy costs.
+"""
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,20 +15,134 @@ from typing import Any
 from halfstep.errors import RefusedError
 from halfstep.evaluate import Score, classifies
 from halfstep.export.onnx import copy_file
-from halfstep.export.verify import verify
-from halfstep.ladder.advice import advise
-from halfstep.ladder.environment import runtime_identity
+from halfstep.export.verify import Verification, verify
 from halfstep.ladder.evaluation import Verdict
-from halfstep.ladder.exports import CHECKED, UNCHECKED, Exports, rung_of
-from halfstep.ladder.files import measure_files
+from halfstep.ladder.identity import runtime_identity
 from halfstep.ladder.outcome import Outcome
-from halfstep.ladder.pace import Pace
-from halfstep.ladder.portrait import portray_input, portray_sites
+from halfstep.ladder.pace import CHECKED, UNCHECKED, Exports, Pace, rung_of
 from halfstep.ladder.rung import Reached
-from halfstep.ladder.search import Search, timed_evaluation
+from halfstep.ladder.search import Candidate, Search, timed_evaluation
+from halfstep.ladder.site_records import portray_input, portray_sites
 from halfstep.onnx_in.origin import Origin
-from halfstep.progress import steps
+from halfstep.progress import BudgetSpent, interruptible, steps, track
 from halfstep.runtime.deployed import DeployedModel
+from halfstep.runtime.file import file_size
+from halfstep.runtime.latency import race
+
+#: Fewer calibration examples than this are worth a word.
+FEW = 128
+
+
+def advise(search: Search, path: Sequence[Reached], deployed: Score) -> tuple[str, ...]:
+    """The cheapest next steps first; nothing if the target is met."""
+    goal, best = search.asked, search.best
+    if goal.met(deployed):
+        return ()
+    advice = []
+    if best is not None and goal.met(best.score):
+        advice.append(
+            f"The simulation meets the target ({goal.words(best.score)}), the file does not ({goal.words(deployed)}): "
+            "a slightly smaller max_drop makes the search keep clear of the edge"
+        )
+    if note := next((step.note for step in path if step.note), ""):
+        cure = "the same call" if note.startswith("it failed") else "a larger budget"
+        advice.append(f"The search stopped early, {note}; {cure} goes on from here")
+    climbed = {step.rung for step in path}
+    if "partial" not in climbed and not note:
+        advice.append("Partial quantization was not tried: add 'partial' to rungs")
+    if "qat" not in climbed and not note:
+        advice.append(
+            "Training was not tried: with training=hs.Training(labelled, loss) the last rung wins back most of what "
+            "few bits lose"
+        )
+    bits = [site.format.bits for site in search.model.sites.values()]
+    if bits and min(bits) < 7:  # 7 may be a processor's need
+        advice.append(f"{min(bits)} bits are few: 8 bits for the side that loses more")
+    if 0 < search.calibrated < FEW:
+        advice.append(f"{search.calibrated} calibration examples are few; {FEW} or more give steadier ranges")
+    for (asked, _), part in zip(goal.each(deployed), goal.standings(deployed), strict=True):
+        if part.met:
+            continue
+        of = f" for {part.metric}" if part.metric else ""
+        if goal.strict and part.high is None:
+            advice.append(f"A strict target{of} cannot be met without an interval: {part.unsure}")
+            continue
+        needed = part.high if goal.strict and part.high is not None else part.drop
+        target = f"max_drop of {needed:.4g}"
+        if asked.target == "floor":
+            worst = part.float_score + (-needed if asked.higher_is_better else needed)
+            target = f"floor of {worst:.4g}"
+        advice.append(f"A {target}{of} would be met by what was found")
+    return tuple(advice)
+
+
+def measure_files(
+    search: Search,
+    exports: Exports,
+    proof: Verification,
+    final: float,
+    float_file: Path,
+    threads: int | None,
+) -> list[dict[str, Any]]:
+    """The float file, the best of each rung below the last one, and the final file.
+
+    Those of the rungs below are left out where the budget's minutes are used up; a decision says so.
+
+    The model is the best candidate again afterwards.
+
+    Args:
+        search: after the climb.
+        exports: the files of candidates.
+        proof: of the final file.
+        final: its score.
+        float_file: its float counterpart.
+        threads: of the runtime.
+
+    Returns:
+        ``name``, ``score``, ``bytes``, ``ms`` of a batch, and ``speedup`` over float for each; scores of rungs below
+        are simulated.
+    """
+    speeds = proof.latency
+    points = [
+        _point("float", search.goal.float_score.value, proof.float_size, speeds["float"]),
+        _point("final file", final, proof.size, speeds["quantized"]),
+    ]
+    below = {name: candidate for name, candidate in search.reached.items() if candidate is not search.best}
+    try:
+        with interruptible(search.check_time):
+            return points + (_race(search, exports, below, float_file, threads) if below else [])
+    except BudgetSpent as spent:
+        search.decide(f"size and speed of what came before were not measured, the budget is spent: {spent}")
+        return points
+
+
+def _race(
+    search: Search, exports: Exports, below: Mapping[str, Candidate], float_file: Path, threads: int | None
+) -> list[dict[str, Any]]:
+    """Write, run and compare the candidates' files; the model is the best one again afterwards."""
+    best = search.best
+    assert best is not None
+    captured, inputs = search.model.captured, search.model.file_inputs(search.model.sample[0])
+    specs = captured.in_spec, captured.out_spec
+    runtime = search.model.target.runtime
+    models = {"float": DeployedModel(float_file, *specs, threads, runtime)}
+    sizes = {}
+    try:
+        for name, candidate in track(below.items(), "files of the rungs", len(below)):
+            file = exports.file(search, candidate, check=False)
+            models[name] = DeployedModel(file, *specs, threads, runtime)
+            sizes[name] = file_size(file)
+    finally:
+        best.snapshot.restore()
+    latency = race({name: functools.partial(model, *inputs) for name, model in models.items()})
+    return [
+        _point(name, candidate.score.value, sizes[name], latency[name]) for name, candidate in below.items()
+    ]
+
+
+def _point(name: str, score: float, size: int, latency: Any) -> dict[str, Any]:
+    return {"name": name, "score": score, "bytes": size, "ms": latency.median, "speedup": latency.speedup}
+
 
 #: The entry of the journal that a run ends with, and the checkpoint of its network.
 OUTCOME = "outcome"

@@ -1,11 +1,20 @@
-"""What a run is about, as digests of content: claimed when a directory is first used, compared when a run goes on."""
+"""What a run is about and where it takes place: claimed when a directory is first used, compared when it goes on.
+
+Where a run takes place: versions, processor, memory.
+
+What examples themselves give to doubt: used twice, or too few.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import platform
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -13,16 +22,83 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
+from halfstep.cores import available_cores
 from halfstep.errors import RunError
 from halfstep.evaluate import CallableMetric, DataMetric, Scorer, labelled_data, parts
 from halfstep.graph.capture import Captured
 from halfstep.graph.inputs import ModelInputs, batch_size, call_arguments
 from halfstep.identity import Identity, rows_of_bytes, state_of
 from halfstep.journal import Journal
-from halfstep.ladder.aim import Aim
-from halfstep.ladder.environment import environment
+from halfstep.ladder.goal import Aim
 from halfstep.model import QuantizedModel
 from halfstep.training.options import Training
+
+PACKAGES = ("halfstep", "torch", "numpy", "onnx", "onnxruntime", "openvino")
+
+
+def environment() -> dict[str, str]:
+    """Versions, processor and threads, by name; what is not installed is left out."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    found["system"] = f"{platform.system()} {platform.machine()}"
+    found["processor"] = _processor()
+    found["instructions"] = torch.backends.cpu.get_cpu_capability()
+    found["cores"] = str(available_cores())
+    found["torch threads"] = str(torch.get_num_threads())
+    if torch.cuda.is_available():
+        found["accelerator"] = torch.cuda.get_device_name()
+    return found
+
+
+def runtime_identity(runtime: str) -> str:
+    """What figures of a file depend on beside the file: halfstep, the runtime's version, and the processor."""
+    found = environment()
+    return ", ".join(f"{name} {found.get(name, '?')}" for name in ("halfstep", runtime, "processor"))
+
+
+def machine() -> dict[str, str]:
+    """What a latency depends on: runtimes, what writes their files, processor and cores, by name."""
+    of_latency = ("halfstep", "onnxruntime", "openvino", "system", "processor", "cores")
+    return {name: value for name, value in environment().items() if name in of_latency}
+
+
+def free_memory() -> int:
+    """Bytes that this process can still take, as far as the system and its container tell; else a very large number."""
+    free = [_fields("/proc/meminfo").get("MemAvailable:", sys.maxsize // 1024) * 1024]
+    group = Path("/sys/fs/cgroup")
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            numbers = [int((group / name).read_text()) for name in (limit, used)]
+        except (OSError, ValueError):  # another kind of container, or "max": none
+            continue
+        cache = _fields(str((group / used).with_name("memory.stat"))).get("inactive_file", 0)
+        free.append(numbers[0] - numbers[1] + cache)
+    return max(0, min(free))
+
+
+def _fields(path: str) -> dict[str, int]:
+    """The first number of each line, by the line's first word; nothing where there is no such file."""
+    try:
+        lines = [line.split() for line in Path(path).read_text().splitlines()]
+    except OSError:
+        return {}
+    return {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdigit()}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
 
 #: Why the very same code may be refused: counters and caches are content too.
 _HINT = (
@@ -220,3 +296,35 @@ def _by_example(leaves: Sequence[Any], count: int) -> tuple[list[bytes], list[An
 
 def _hash(content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=16).digest()
+
+
+#: Ranges of fewer calibration examples than this change with every other choice of them.
+FEW = 32
+
+
+def doubts(calibration: Examples, judged: Examples) -> list[str]:
+    """A sentence for each reason not to believe a score on these data.
+
+    Args:
+        calibration: what the ranges come from.
+        judged: what the metric scores on; empty where that cannot be seen.
+    """
+    found = []
+    known = set(judged.seen)
+    both = sum(example in known for example in calibration.seen)
+    if both:
+        found.append(
+            f"{both:,} of {len(calibration.seen):,} calibration examples are also among the {len(judged.seen):,} that "
+            "the metric judges on: scores may flatter; calibrate on others"
+        )
+    if len(calibration.seen) < FEW:
+        found.append(
+            f"{len(calibration.seen)} calibration examples are few: other examples would give other ranges; "
+            f"{FEW} at least, several hundred better"
+        )
+    repeated = len(calibration.seen) - len(set(calibration.seen))
+    if repeated > len(calibration.seen) // 2:
+        found.append(
+            f"{repeated:,} of {len(calibration.seen):,} calibration examples are repetitions of others"
+        )
+    return found

@@ -12,9 +12,9 @@ from halfstep.export.onnx import export_onnx
 from halfstep.export.verify import Verification
 from halfstep.files import write_whole
 from halfstep.journal import Entry, finite
-from halfstep.ladder.environment import environment
 from halfstep.ladder.evaluation import Evaluation
 from halfstep.ladder.goal import Standing
+from halfstep.ladder.identity import environment
 from halfstep.ladder.rung import Reached
 from halfstep.listing import html_table
 from halfstep.model import QuantizedModel

@@ -13,13 +13,12 @@ from halfstep.errors import ArgumentError
 from halfstep.evaluate import Score
 from halfstep.fake_quantize import Mode
 from halfstep.journal import exact
-from halfstep.ladder.halves import where_is_the_loss
-from halfstep.ladder.haste import Settled, hasten
-from halfstep.ladder.measured import group_times
+from halfstep.ladder.costs import group_times
+from halfstep.ladder.gallop import QUESTIONS, WALKS, without_needless
 from halfstep.ladder.methods import Method, find_method
-from halfstep.ladder.prefix import QUESTIONS, WALKS, without_needless
 from halfstep.ladder.search import Search
-from halfstep.ladder.sensitivity import LayerSensitivity, Sensitivity, rank
+from halfstep.ladder.sensitivity import LayerSensitivity, Sensitivity, rank, where_is_the_loss
+from halfstep.ladder.speed import Settled, hasten
 from halfstep.precision import (
     STEPS,
     Assignment,

@@ -12,13 +12,12 @@ from halfstep.evaluate import Drop, as_scorers
 from halfstep.fidelity.reference import knowing_float
 from halfstep.identity import Identity
 from halfstep.journal import Journal
-from halfstep.ladder.aim import Aim, Asked
 from halfstep.ladder.evaluation import Evaluation
-from halfstep.ladder.halves import Halves
+from halfstep.ladder.goal import Aim, Asked
 from halfstep.ladder.identity import claim
 from halfstep.ladder.partial import Partial, climb_partial
 from halfstep.ladder.search import Search, float_evaluation
-from halfstep.ladder.sensitivity import Sensitivity
+from halfstep.ladder.sensitivity import Halves, Sensitivity
 from halfstep.model import QuantizedModel
 from halfstep.precision import STEPS, groups_of, pinned
 

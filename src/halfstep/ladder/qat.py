@@ -15,8 +15,8 @@ from halfstep.evaluate import Score, as_scorers
 from halfstep.fake_quantize import Mode
 from halfstep.fidelity.reference import knowing_float
 from halfstep.files import lock
-from halfstep.ladder.aim import Aim, Asked
 from halfstep.ladder.evaluation import Verdict as Scored
+from halfstep.ladder.goal import Aim, Asked
 from halfstep.ladder.search import Search, float_evaluation, timed_evaluation
 from halfstep.model import QuantizedModel
 from halfstep.training.checkpoint import FILE, OtherTraining, before

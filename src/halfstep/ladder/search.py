@@ -21,7 +21,7 @@ from halfstep.journal import Journal
 from halfstep.ladder.checkpoints import Checkpoints
 from halfstep.ladder.evaluation import Evaluation, Verdict, keep, kept
 from halfstep.ladder.goal import Goal
-from halfstep.ladder.refits import Refits
+from halfstep.ladder.repairs import Refits
 from halfstep.model import QuantizedModel
 from halfstep.progress import Budget, BudgetSpent, protected, say, steps
 from halfstep.snapshot import ModelState, fingerprint, put_back_in

@@ -1,15 +1,91 @@
-"""The last step of a climb, if asked for: layers that integers slow down go back to float, if the target allows."""
+"""Layers that integers slow down go back to float, if the target allows.
+
+Which of several sets of float layers is fastest as a file, and what else in float makes it faster.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 from halfstep.errors import RefusedError
 from halfstep.evaluate import Score
-from halfstep.ladder.measured import tuned
+from halfstep.graph.placement import Choices
+from halfstep.ladder.costs import file_times, tuned
 from halfstep.ladder.search import Candidate, Search
+from halfstep.precision import STEPS, Assignment, Group, choices, names_of
 from halfstep.progress import BudgetSpent, interruptible
 from halfstep.snapshot import ModelState, fingerprint
+
+#: An assignment that meets the goal, and its score.
+Settled = tuple[Assignment, Score]
+
+
+def hasten(
+    search: Search,
+    base: Mapping[str, frozenset[str]],
+    found: Sequence[Settled],
+    free: Sequence[Group],
+    threads: int | None = None,
+) -> Settled:
+    """The fastest of what meets the goal, with its float layers joined where that is faster still.
+
+    A float layer between integer ones pays for a conversion on both sides, so what a set of layers costs is not the
+    sum of what each costs: whole files are raced. Then groups of ``free`` that the file is faster with in float are
+    put there too, if the goal is still met. A decision says how long the result takes beside the quantized and the
+    float network.
+
+    Args:
+        search: its model is left as what is returned, which becomes its best candidate.
+        base: the layers that are put back from the start.
+        found: at least one.
+        free: the groups that may be in float together.
+        threads: of the runtime, for one operator; None for all cores.
+    """
+    model = search.model
+    states = [choices(base, assignment) for assignment, _ in found]
+    times = file_times(search, states, threads) if len(states) > 1 else [0.0]
+    assignment, score = found[times.index(min(times))]
+    search.choose(choices(base, assignment))
+    assignment, score = _joined(search, base, (assignment, score), free, threads)
+    everything = Choices(float_layers=frozenset(model.layer_names))
+    ours, integers, floats = file_times(search, [model.choices, choices(base, {}), everything], threads)
+    verdict = (
+        f"A batch takes {ours:.0f} us so, {integers:.0f} us quantized throughout, {floats:.0f} us in float."
+    )
+    if floats <= ours:
+        verdict += " Float is as fast on this machine: integers save no time in this network."
+    search.decide(verdict)
+    # By itself the search prefers what has fewer layers in float.
+    search.best = Candidate(
+        "the fastest file that meets the target", score, ModelState.of(model), fingerprint(model)
+    )
+    return assignment, score
+
+
+def _joined(
+    search: Search,
+    base: Mapping[str, frozenset[str]],
+    settled: Settled,
+    free: Sequence[Group],
+    threads: int | None,
+) -> Settled:
+    assignment, _ = settled
+    to_float = STEPS["float"]
+    rest = [group for group in free if assignment.get(group) is not to_float]
+    tuning = tuned(search, threads, among=names_of(rest))
+    if not tuning.float_layers:
+        return settled
+    joined = [group for group in rest if set(group.layers) <= search.model.float_layers]
+    wider = {**assignment, **dict.fromkeys(joined, to_float)}
+    search.choose(choices(base, wider))
+    names = ", ".join(tuning.float_layers)
+    joint = search.evaluate(f"with {names} in float too")
+    if search.goal.met(joint):
+        search.decide(f"{tuning}: beside other float layers they need no conversion.")
+        return wider, joint
+    search.decide(f"With {names} in float too the file would be faster and miss the target.")
+    search.choose(choices(base, assignment))
+    return settled
 
 
 def favour_speed(search: Search, threads: int | None, score_file: Callable[[], tuple[str, Score]]) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from halfstep import functional
 from halfstep.formats import E4M3, Codebook, Format, Integer
-from halfstep.ladder.portrait import unpack_array
+from halfstep.ladder.site_records import unpack_array
 from halfstep.report.png import png_address
 
 #: What is shown beside the image itself. Ranges are the image's own smallest and largest value.

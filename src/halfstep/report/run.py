@@ -23,7 +23,7 @@ class Run:
         decisions: sentences, in order.
         steps: the rungs climbed, of those asked for last, with what came of each.
         sweep: the calibrators compared, best first.
-        sites: as :func:`halfstep.ladder.portrait.portray_sites` made them.
+        sites: as :func:`halfstep.ladder.site_records.portray_sites` made them.
         known_sites: how many there are, of which ``sites`` are some or all.
         picture: an input, if it is an image.
         findings: what rungs found out, by name: ``"sensitivity"``, ``"training"`` ...

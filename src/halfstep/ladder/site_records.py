@@ -25,12 +25,20 @@ from halfstep.statistics import Histogram
 
 #: Bars of a histogram, and how many of a model's sites have one.
 BARS, SITES = 120, 1500
+
+
 #: Elements of a weight that are looked at together.
 BLOCK = 2**20
+
+
 #: Formats with no more levels than this are drawn level by level.
 LEVELS = 64
+
+
 #: Whose ranges are drawn.
 CALIBRATORS: tuple[Calibrator, ...] = (Max(), Percentile(99.99), Entropy(), MSE())
+
+
 #: An input is drawn up to this many pixels a side.
 PIXELS = 256
 
