@@ -8,9 +8,8 @@ from rich.console import Console
 from torch import nn
 
 import halfstep as hs
-from halfstep.report.comparison import comparison
 from halfstep.report.page import page
-from halfstep.report.run import Run
+from halfstep.report.run import Run, comparison
 from halfstep.report.terminal import summary
 
 ROWS, IMAGES = torch.randn(96, 4), torch.rand(96, 1, 6, 6)

@@ -18,8 +18,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Show what two runs asked for, and what came of it; what differs is marked."""
-    from halfstep.report.comparison import comparison
-    from halfstep.report.run import Run
+    from halfstep.report.run import Run, comparison
 
     runs = Run.read(first), Run.read(second)
     rows = comparison(*runs)

@@ -8,9 +8,8 @@ from typing import Any
 from halfstep.evaluate import percent
 from halfstep.fidelity.compare import Parity
 from halfstep.ladder.goal import Standing
-from halfstep.report.chart import Chart
+from halfstep.report.chart import Chart, as_formats_see_it
 from halfstep.report.html import Html, escape, figure, number, size, table
-from halfstep.report.picture import as_formats_see_it
 from halfstep.report.run import Run
 from halfstep.runtime.saturation import holds_on
 
