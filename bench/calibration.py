@@ -28,7 +28,7 @@ from bench import fashion, peer_nncf
 from bench.networks.resnet import ResNet18, SmallResNet, randomize_batch_norm
 from bench.peer_onnxruntime import calibrate_only
 from halfstep.calibration.candidates import CALIBRATORS
-from halfstep.cli.allocator import keep_freed_memory
+from halfstep.cli.app import keep_freed_memory
 from halfstep.fake_quantize import Mode
 from halfstep.model import QuantizedModel
 from halfstep.ranges import activation_answers, activation_sites

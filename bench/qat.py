@@ -33,7 +33,7 @@ from torch.nn.functional import cross_entropy
 
 import halfstep as hs
 from bench import fashion
-from halfstep.cli.allocator import keep_freed_memory
+from halfstep.cli.app import keep_freed_memory
 from halfstep.fake_quantize import Mode
 from halfstep.formats import Codebook
 from halfstep.model import QuantizedModel

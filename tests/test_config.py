@@ -5,8 +5,8 @@ import yaml
 from torch import nn
 
 import halfstep as hs
+from halfstep.cli.config import Config, commented, make_config, read_config, to_yaml
 from halfstep.cli.job import Job, config_from
-from halfstep.config import Config, commented, make_config, read_config, to_yaml
 from halfstep.errors import ArgumentError
 
 GOOD = """\

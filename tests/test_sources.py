@@ -9,9 +9,16 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from halfstep.cli.sources import (
+    check_input,
+    find_callable,
+    load_inputs,
+    load_labelled,
+    load_model,
+    load_weights,
+)
 from halfstep.errors import ArgumentError, DataError
 from halfstep.progress import listening
-from halfstep.sources import check_input, find_callable, load_inputs, load_labelled, load_model, load_weights
 
 X = torch.arange(80.0).reshape(20, 4)
 LABELS = torch.arange(20) % 3

@@ -10,7 +10,7 @@ import pytest
 
 PROGRAM = """
 import resource, torch
-from halfstep.cli.allocator import keep_freed_memory
+from halfstep.cli.app import keep_freed_memory
 
 keep_freed_memory()
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from onnx import helper
 
-from halfstep.cli.options import by_name
+from halfstep.cli.console import by_name
 from halfstep.demo import DigitsNet
 from halfstep.errors import ArgumentError
 from halfstep.runtime.deployed import DeployedModel

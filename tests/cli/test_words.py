@@ -8,8 +8,8 @@ import pytest
 import torch
 from rich.table import Table
 
+from halfstep.cli.config import commented
 from halfstep.cli.console import err, out
-from halfstep.config import commented
 from halfstep.errors import RunError
 from halfstep.ladder.outcome import Outcome
 from halfstep.live import Bars

@@ -7,11 +7,11 @@ import torch
 from climbing import data, network
 
 import halfstep as hs
+from halfstep.cli.console import summary
 from halfstep.errors import ArgumentError, RunError
 from halfstep.evaluate import Several
 from halfstep.report.page import page
 from halfstep.report.run import Run
-from halfstep.report.terminal import summary
 
 INPUTS, LABELS = data()
 LABELLED = [(INPUTS, LABELS)]

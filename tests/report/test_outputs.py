@@ -8,9 +8,9 @@ from rich.console import Console
 from torch import nn
 
 import halfstep as hs
+from halfstep.cli.console import summary
 from halfstep.report.page import page
 from halfstep.report.run import Run, comparison
-from halfstep.report.terminal import summary
 
 ROWS, IMAGES = torch.randn(96, 4), torch.rand(96, 1, 6, 6)
 SAME, NOISE = "same answer as the simulation", "outputs against the simulation's"

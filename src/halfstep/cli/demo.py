@@ -7,9 +7,7 @@ from typing import Annotated
 
 import typer
 
-from halfstep.cli.console import out, progress
-from halfstep.cli.ending import finish
-from halfstep.cli.options import Fresh, Json, Threads
+from halfstep.cli.console import Fresh, Json, Threads, finish, out, progress
 
 #: A case that takes every rung, on any processor: a small network with so few bits in every layer that calibration and
 #: repairs on few images lose 0.05 to 0.13 of the accuracy, and training 0.002 to 0.015 (seeds 0 to 4, with and without

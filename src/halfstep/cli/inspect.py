@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from halfstep.cli.console import NOT_MET, out, print_json
-from halfstep.cli.options import Json, Threads
+from halfstep.cli.console import NOT_MET, Json, Threads, out, print_json
 
 if TYPE_CHECKING:
     from halfstep.runtime.file import FileSite

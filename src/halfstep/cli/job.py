@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor, dtype, nn
 from torch.utils._pytree import tree_structure
 
-from halfstep.config import Config, RecipePart, make_config, read_config, to_yaml
+from halfstep.cli.config import Config, RecipePart, make_config, read_config, to_yaml
+from halfstep.cli.sources import ONNX, check_input, find_callable, load_inputs, load_labelled, load_model
 from halfstep.errors import ArgumentError, DataError, HalfstepError, RunError, named
 from halfstep.evaluate import SQNR, Accuracy, AgainstFloat, Agreement, Cosine, Metric, Scorer
 from halfstep.files import write_whole
@@ -22,7 +23,6 @@ from halfstep.journal import Entry, Journal, Saved
 from halfstep.model import QuantizedModel
 from halfstep.progress import Budget
 from halfstep.recipe import Recipe
-from halfstep.sources import ONNX, check_input, find_callable, load_inputs, load_labelled, load_model
 from halfstep.targets import find_target
 from halfstep.training.entry import Forward
 from halfstep.training.options import Loss, Training

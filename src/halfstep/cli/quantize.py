@@ -9,9 +9,19 @@ from typing import Annotated, Any
 
 import typer
 
-from halfstep.cli.console import INTERRUPTED, err, progress
-from halfstep.cli.ending import finish
-from halfstep.cli.options import FRESH, Fresh, Json, Threads, by_dimension, by_input, by_name
+from halfstep.cli.console import (
+    FRESH,
+    INTERRUPTED,
+    Fresh,
+    Json,
+    Threads,
+    by_dimension,
+    by_input,
+    by_name,
+    err,
+    finish,
+    progress,
+)
 
 
 def quantize(

@@ -26,8 +26,12 @@ from halfstep.progress import say
 
 #: Under these names checkpoints of a training keep the state dict beside optimizers and counters.
 _INSIDE = ("state_dict", "model_state_dict", "model", "net", "weights")
+
+
 #: What the names of ONNX files end in.
 ONNX = ".onnx"
+
+
 #: How many names a message lists, and how many letters of another's message it holds.
 _FEW, _LETTERS = 3, 300
 

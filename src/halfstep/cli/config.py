@@ -24,12 +24,20 @@ from pydantic.fields import FieldInfo
 from halfstep.errors import ArgumentError
 
 Key = tuple[str | int, ...]
+
+
 Bits = Annotated[int, Field(ge=2, le=16)]
+
+
 NotNegative = Annotated[float, Field(ge=0)]
 
 #: One value, or one for each of several metrics, by the metric's name. The tags stand in the places of mistakes.
 T = TypeVar("T")
+
+
 _ONE, _EACH = "(one)", "(each)"
+
+
 Several = Annotated[
     Annotated[T, Tag(_ONE)] | Annotated[dict[str, T], Tag(_EACH)],
     Discriminator(lambda value: _EACH if isinstance(value, dict) else _ONE),
@@ -75,6 +83,8 @@ class Part(BaseModel):
 
 #: A mapping under whose key nothing may stand: all of its own keys have their defaults then.
 P = TypeVar("P", bound=Part)
+
+
 Defaulted = Annotated[P, BeforeValidator(lambda given: {} if given is None else given)]
 
 
