@@ -15,9 +15,11 @@ from halfstep.ladder.costs import Tuning, tune
 from halfstep.ladder.outcome import Outcome
 from halfstep.ladder.partial import Partial
 from halfstep.ladder.partial_result import PartialResult, partial
-from halfstep.ladder.qat import train
+from halfstep.ladder.ptq import PTQ
+from halfstep.ladder.qat import QAT, train
 from halfstep.ladder.quantize import prepare, quantize
 from halfstep.ladder.repairs import Repairs, repair
+from halfstep.ladder.rung import Cost, Rung
 from halfstep.ladder.sensitivity import Sensitivity, sensitivity
 from halfstep.model import QuantizedModel
 from halfstep.onnx_in.from_file import from_onnx
@@ -41,6 +43,8 @@ __all__ = [
     "E4M3",
     "E5M2",
     "MSE",
+    "PTQ",
+    "QAT",
     "SQNR",
     "Accuracy",
     "Agreement",
@@ -49,6 +53,7 @@ __all__ = [
     "Candidate",
     "Codebook",
     "Cosine",
+    "Cost",
     "Damping",
     "Distillation",
     "Entropy",
@@ -72,6 +77,7 @@ __all__ = [
     "Recipe",
     "Repair",
     "Repairs",
+    "Rung",
     "Score",
     "Sensitivity",
     "SetMetric",

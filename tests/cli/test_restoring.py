@@ -128,7 +128,7 @@ def test_what_an_interrupted_run_has_finished_can_be_exported(folder, monkeypatc
         raise KeyboardInterrupt
 
     few = ("--weight-bits", "2", "--max-drop", "0.02")
-    monkeypatch.setattr("halfstep.ladder.climb.climb_partial", interrupted)
+    monkeypatch.setattr("halfstep.ladder.partial.climb_partial", interrupted)
     assert run(folder, *few, ends=(130,)).returncode == 130
     done = halfstep(folder, "export", "run", "ptq.onnx")
     assert done.returncode == 0 and "written to ptq.onnx: PTQ" in done.stdout

@@ -87,7 +87,7 @@ def test_a_failure_before_there_is_a_candidate_is_raised(monkeypatch):
     def fail(*_):
         raise ExportError("nothing was evaluated yet")
 
-    monkeypatch.setattr("halfstep.ladder.climb.climb_ptq", fail)
+    monkeypatch.setattr("halfstep.ladder.ptq.climb_ptq", fail)
     with pytest.raises(ExportError, match="nothing was evaluated yet"):
         climb(None)
 

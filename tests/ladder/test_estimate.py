@@ -13,7 +13,6 @@ from halfstep.evaluate import EarlyStopping
 from halfstep.ladder.climb import estimate, find_rungs
 from halfstep.ladder.goal import Goal
 from halfstep.ladder.partial import climb_partial, evaluations_at_most, ranked_at_most
-from halfstep.ladder.rung import Means
 from halfstep.ladder.search import Search, float_evaluation
 from tests.ladder.climbing import climb
 from tests.ladder.networks import INPUTS, calibrated, labelled
@@ -114,7 +113,7 @@ def test_what_it_takes_is_said_in_words(model):
     score, made = float_evaluation(metric, model)
     search = Search(model, metric, Goal(0.5, score), made, budget=hs.Budget(minutes=0.001))
     training = hs.Training(labelled(network()), nn.functional.cross_entropy, epochs=3, evaluate_every=1)
-    said = estimate(search, find_rungs(["ptq", "partial", "qat"]), Means(training, tune=True))
+    said = estimate(search, find_rungs(["ptq", "partial", "qat"], training), tune=True)
     assert re.fullmatch(
         r"Estimate, at most: \d+ evaluations of the metric \(ptq 4, partial \d+, qat 6, tune 1, deployed files 4\) "
         r"after 2 of the float network \(again for the metric's noise\), about \S+ s each, [\d,]+ examples through the "
@@ -124,7 +123,7 @@ def test_what_it_takes_is_said_in_words(model):
     ), said
     assert counted(said)["partial"] == evaluations_at_most(search)
     search.started -= 60  # the minutes are over
-    late = estimate(search, find_rungs(["ptq", "partial", "qat"]), Means(training))
+    late = estimate(search, find_rungs(["ptq", "partial", "qat"], training))
     assert "of repairs" not in late and "about -" not in late
-    plain = estimate(Search(model, metric, Goal(0.5, score), made), find_rungs(["ptq"]), Means())
+    plain = estimate(Search(model, metric, Goal(0.5, score), made), find_rungs(["ptq"]))
     assert "600 s of repairs" in plain and "not counted" not in plain and "budget" not in plain

@@ -5,8 +5,7 @@ import time
 import pytest
 
 import halfstep as hs
-from halfstep.ladder import climb as rungs
-from halfstep.ladder.rung import Means
+from halfstep.ladder import qat
 from halfstep.progress import Interrupted, interruptible, listening, may_go_on, protected, steps, track
 from halfstep.snapshot import fingerprint
 from tests.ladder.climbing import climb
@@ -122,9 +121,9 @@ def test_training_looks_at_the_budget_by_itself(monkeypatch):
         may_go_on()
         return training
 
-    monkeypatch.setattr(rungs, "climb_qat", climb_qat)
+    monkeypatch.setattr(qat, "climb_qat", climb_qat)
     with interruptible(stop):
-        assert rungs.RUNGS["qat"].climb(None, Means(training="trained")) == "trained"
+        assert hs.QAT("trained").climb(None) == "trained"
         with pytest.raises(Interrupted):
             may_go_on()
 

@@ -8,16 +8,12 @@ Whether weights have 7 bits where sums could saturate: settled at a run's beginn
 from __future__ import annotations
 
 import difflib
-import math
 import time
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 
 import torch
 
-from halfstep.calibration.calibrate import kept_examples
-from halfstep.calibration.candidates import FINALISTS
-from halfstep.calibration.sweep import passes_at_most
 from halfstep.errors import ArgumentError, HalfstepError, RefusedError, RunError
 from halfstep.evaluate import Score
 from halfstep.fake_quantize import Mode
@@ -25,17 +21,18 @@ from halfstep.graph.place import place
 from halfstep.identity import Identity
 from halfstep.journal import Entry
 from halfstep.ladder.pace import Pace
-from halfstep.ladder.partial import Partial, climb_partial, evaluations_at_most, ranked_at_most
-from halfstep.ladder.ptq import REPAIR_SECONDS, climb_ptq
-from halfstep.ladder.qat import climb_qat
-from halfstep.ladder.rung import Cost, Means, Reached, Rung
+from halfstep.ladder.partial import Partial
+from halfstep.ladder.ptq import PTQ
+from halfstep.ladder.qat import QAT
+from halfstep.ladder.rung import Reached, Rung
 from halfstep.ladder.search import Candidate, Search
 from halfstep.model import run
-from halfstep.progress import BudgetSpent, interruptible, protected
+from halfstep.progress import BudgetSpent, interruptible
 from halfstep.recipe import Recipe
 from halfstep.runtime.saturation import saturates_here
 from halfstep.snapshot import ModelState, fingerprint
 from halfstep.targets import Target
+from halfstep.training.options import Training
 
 #: A simulated evaluation takes about so many times as long as a float one.
 SLOWER = 3
@@ -44,8 +41,7 @@ SLOWER = 3
 def ascend(
     search: Search,
     ladder: Sequence[Rung],
-    means: Means,
-    max_float: float,
+    tune: bool,
     score_file: Callable[[], tuple[str, Score]],
     pace: Pace | None = None,
 ) -> list[Reached]:
@@ -57,8 +53,7 @@ def ascend(
     Args:
         search: its model observed.
         ladder: the rungs, in order; those that lack something are left out, and a decision says so.
-        means: what they work with.
-        max_float: the share of layers that may stay in float while there are rungs left to climb.
+        tune: whether layers that integers slow down are looked for afterwards, for the estimate.
         score_file: exports the best candidate and scores the file on its runtime; what that is remembered by, and the
             score.
         pace: how fast files must be; None for any speed. What has layers in float and is too slow for it is kept in
@@ -68,41 +63,33 @@ def ascend(
         What came of each rung climbed.
     """
     for rung in ladder:
-        if missing := rung.missing(means):
+        if missing := rung.missing():
             search.decide(f"{rung.title} is left out: it needs {missing}")
-    ladder = [rung for rung in ladder if not rung.missing(means)]
-    search.decide(estimate(search, ladder, means))
+    ladder = [rung for rung in ladder if not rung.missing()]
+    search.decide(estimate(search, ladder, tune))
     if said := narrower_weights(search):
         search.decide(said)
     path: list[Reached] = []
     spares: list[Candidate] = []
     for index, rung in enumerate(ladder):
         before, start = search.best, time.perf_counter()
-        reached = _climb(search, rung, means)
+        reached = _climb(search, rung)
         candidate = search.best
         assert candidate is not None
-        share = len(candidate.snapshot.put_back["float_layers"]) / max(1, len(search.model.layers))
         last = bool(reached.note) or index + 1 == len(ladder)
-        too_many = share > max_float and not last
-        too_slow = (
-            pace is not None
-            and not (last or too_many)
-            and reached.met
-            and share > 0
-            and not pace.enough(search, candidate)
-        )
-        if reached.met and not last and not (too_many or too_slow):
+        reserve = "" if last else rung.spare(search.model)
+        if not (last or reserve) and reached.met and pace is not None:
+            reserve = pace.spare(search, candidate)
+        if reached.met and not last and not reserve:
             known = search.recall(reached.file_key)
             file = score_file if known is None else lambda of=(reached.file_key, known.score): of
             reached = _with_file(search, rung, reached, candidate, file)
         search.journal.write("step", **asdict(reached), measured={"seconds": time.perf_counter() - start})
         path.append(reached)
-        if too_many or too_slow:
+        if reserve:
             verdict = "meets the target" if reached.met else "comes nearest to the target"
-            why = f"more than the {max_float:.0%} wanted" if too_many else "and is too slow so"
             search.decide(
-                f"{rung.title} {verdict} with {share:.0%} of the layers in float, {why}: climbing on; this result is "
-                "kept in case nothing better comes"
+                f"{rung.title} {verdict} with {reserve}: climbing on; this result is kept in case nothing better comes"
             )
             spares.append(candidate)
             search.best = before
@@ -123,13 +110,13 @@ def ascend(
     return path
 
 
-def estimate(search: Search, ladder: Sequence[Rung], means: Means) -> str:
+def estimate(search: Search, ladder: Sequence[Rung], tune: bool = False) -> str:
     """What the climb costs at most, in a sentence: counts are bounds, and seconds what these take by what was timed."""
-    costs = {rung.name: rung.cost(search, means) for rung in ladder}
+    costs = {rung.name: rung.cost(search) for rung in ladder}
     counts = {name: cost.evaluations for name, cost in costs.items()}
-    if means.tune:
+    if tune:
         counts["tune"] = 1
-    counts["deployed files"] = len(ladder) + means.tune
+    counts["deployed files"] = len(ladder) + tune
     total, examples = sum(counts.values()), sum(cost.examples for cost in costs.values())
     repairs = sum(cost.seconds for cost in costs.values())
     floats = [made for made in search.evaluations if made.rung == "float"]
@@ -148,15 +135,12 @@ def estimate(search: Search, ladder: Sequence[Rung], means: Means) -> str:
         )
     if repairs:
         parts.append(f"{_roughly(repairs)} s of repairs")
-    not_counted = ["training"] * (means.training is not None) + ["timing files"] * _times_files(means)
+    beside = [cost.not_counted for cost in reversed(costs.values())] + ["timing files"] * tune
+    not_counted = list(dict.fromkeys(filter(None, beside)))
     left_out = f"; {' and '.join(not_counted)} not counted" if not_counted else ""
     ends = search.budget.spent(total + len(floats), seconds)
     budget = f". The budget of {search.budget} may end it before" if ends else ""
     return f"Estimate, at most: {', '.join(parts)}; together about {_roughly(seconds / 60)} min{left_out}{budget}"
-
-
-def _times_files(means: Means) -> bool:
-    return means.tune or (means.partial is not None and means.partial.order == "latency")
 
 
 def _example_seconds(search: Search) -> float:
@@ -208,16 +192,16 @@ def _with_file(
     return replace(reached, file_score=file.value, file_met=met, file_key=key)
 
 
-def _climb(search: Search, rung: Rung, means: Means) -> Reached:
+def _climb(search: Search, rung: Rung) -> Reached:
     """Climb one rung, or restore what an earlier run made of it; the model is left as the best candidate."""
     search.rung, note = rung.name, ""
-    key = _key(search, rung, means)
+    key = _key(search, rung)
     if (restored := _restored(search, rung, key)) is not None:
         return restored
     try:
         search.check_time()
         with interruptible(search.check_time):
-            rung.climb(search, means)
+            rung.climb(search)
     except BudgetSpent as spent:
         note = f"the budget is spent: {spent}"
         search.decide(f"{rung.title} ended early, {note}")
@@ -255,11 +239,11 @@ def _climb(search: Search, rung: Rung, means: Means) -> Reached:
     return reached
 
 
-def _key(search: Search, rung: Rung, means: Means) -> str:
+def _key(search: Search, rung: Rung) -> str:
     """What a rung starts from, and what is asked of it."""
     start = "" if search.best is None else search.best.key
     goals = [(goal.name, goal.max_drop) for goal, _ in search.goal.each(search.goal.float_score)]
-    return Identity(rung.name, start, search.checkpoints.key, goals, rung.options(means)).digest
+    return Identity(rung.name, start, search.checkpoints.key, goals, rung.identity()).digest
 
 
 def _restored(search: Search, rung: Rung, key: str) -> Reached | None:
@@ -292,89 +276,53 @@ def _restored(search: Search, rung: Rung, key: str) -> Reached | None:
     return reached
 
 
-def _ptq_cost(search: Search, means: Means) -> Cost:
-    """The finalists and what repairs made of the best; every calibrator on the kept examples."""
-    left = search.seconds_left()
-    seconds = REPAIR_SECONDS if left is None else min(REPAIR_SECONDS, max(0.0, left))
-    return Cost(FINALISTS + 1, passes_at_most() * kept_examples(search.model), seconds)
+#: The rungs that have short forms, from the bottom.
+RUNGS: dict[str, type[PTQ | Partial | QAT]] = {kind.name: kind for kind in (PTQ, Partial, QAT)}
 
 
-def _partial_cost(search: Search, means: Means) -> Cost:
-    return Cost(evaluations_at_most(search, means.partial), ranked_at_most(search, means.partial))
-
-
-def _climb_qat(search: Search, means: Means) -> Score:
-    assert means.training is not None  # find_rungs leaves the rung out
-    with protected():  # steps that are trained are not thrown away: training looks at the budget by itself
-        return climb_qat(search, means.training)
-
-
-def _qat_cost(search: Search, means: Means) -> Cost:
-    """The float control, the start, one every so many epochs, the end, and the last good state of what diverged."""
-    training = means.training
-    if training is None:
-        return Cost(0)
-    marks = training.epochs / training.evaluate_every
-    if isinstance(training.labelled, Sized):  # marks lie at whole steps
-        steps = len(training.labelled)
-        marks = max(1, round(training.epochs * steps)) / max(1, round(training.evaluate_every * steps))
-    return Cost(training.control + 3 + math.ceil(marks))
-
-
-def _qat_missing(means: Means) -> str:
-    return "" if means.training is not None else "training=hs.Training(labelled, loss)"
-
-
-RUNGS: dict[str, Rung] = {
-    rung.name: rung
-    for rung in (
-        Rung("ptq", "Post-training quantization", lambda search, _: climb_ptq(search), _ptq_cost),
-        Rung(
-            "partial",
-            "Partial quantization",
-            lambda search, means: climb_partial(search, means.partial, means.threads),
-            _partial_cost,
-            options=lambda means: repr(means.partial or Partial()),
-        ),
-        Rung(
-            "qat",
-            "Quantization-aware training",
-            _climb_qat,
-            _qat_cost,
-            _qat_missing,
-            lambda means: "" if means.training is None else means.training.identity().digest,
-        ),
-    )
-}
-
-
-def find_rungs(names: Sequence[str]) -> list[Rung]:
-    """The rungs called ``names``, from the bottom.
+def find_rungs(
+    rungs: Sequence[str | Rung],
+    training: Training | None = None,
+    partial: Partial | None = None,
+    max_float: float | None = None,
+) -> list[Rung]:
+    """The rungs to climb, from the bottom: those given by name with the options given beside them.
 
     The first one is always post-training quantization: it gives the ranges that every other one starts from.
 
     Raises:
-        ArgumentError: for an unknown name, with the nearest known one, if there are none, the first is missing, or
-            they come in another order or twice.
+        ArgumentError: for an unknown name, with the nearest known one, if there are none, the first is missing, they
+            come in another order or twice, or options are given for a rung that has its own.
     """
-    wanted = f"needed some of {', '.join(map(repr, RUNGS))}"
-    for name in names:
-        if name not in RUNGS:
-            near = difflib.get_close_matches(str(name).lower(), RUNGS, n=1)
+    short: dict[str, Rung] = {"ptq": PTQ(), "partial": partial or Partial(), "qat": QAT(training)}
+    if max_float is not None:
+        short["partial"] = replace(partial or Partial(), max_float=max_float)
+    wanted = f"needed some of {', '.join(map(repr, RUNGS))}, or a hs.Rung"
+    found: list[Rung] = []
+    for rung in rungs:
+        if not isinstance(rung, Rung) and rung not in short:
+            near = difflib.get_close_matches(str(rung).lower(), RUNGS, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ArgumentError(f"rungs: got {name!r}, {wanted}{hint}")
-    if not names:
+            raise ArgumentError(f"rungs: got {rung!r}, {wanted}{hint}")
+        found.append(rung if isinstance(rung, Rung) else short[rung])
+    if not found:
         raise ArgumentError(f"rungs: got none, {wanted}")
+    for kind, option, given in ((QAT, "training", training), (Partial, "partial", partial)):
+        if given is not None and any(isinstance(rung, kind) for rung in rungs):
+            raise ArgumentError(
+                f"{option}: given beside a rung that has its own, hs.{kind.__name__}(...): give one"
+            )
+    names = [rung.name for rung in found]
     asked, lowest = ", ".join(map(repr, names)), next(iter(RUNGS))
     ordered = [name for name in RUNGS if name in names or name == lowest]
     give = f"give rungs={ordered} (--rungs {','.join(ordered)})"
-    if lowest not in names:
+    if names[0] != lowest:
         raise ArgumentError(
             f"rungs: got {asked}, needed {lowest!r} first: the others start from the ranges that it finds; {give}"
         )
-    if list(names) != ordered:
+    if [name for name in names if name in RUNGS] != ordered or len({*names}) < len(names):
         raise ArgumentError(f"rungs: got {asked}, needed each once and from the bottom up; {give}")
-    return [RUNGS[name] for name in ordered]
+    return found
 
 
 #: The entry of the journal that says how a recipe's ``portable`` was settled where the recipe leaves it open.

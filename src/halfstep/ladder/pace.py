@@ -130,6 +130,15 @@ class Pace:
         """Whether a candidate's file is fast enough."""
         return self.speed(search, candidate) >= self.least
 
+    def spare(self, search: Search, candidate: Candidate) -> str:
+        """Why a candidate is only kept in case nothing better comes: layers in float, and too slow; empty if not."""
+        share = len(candidate.snapshot.put_back["float_layers"]) / max(1, len(search.model.layers))
+        return (
+            f"{share:.0%} of the layers in float, and is too slow so"
+            if share and not self.enough(search, candidate)
+            else ""
+        )
+
     def choose(self, search: Search, first: Candidate, others: Iterable[Candidate]) -> Candidate:
         """``first`` if it is fast enough; else the most accurate of the others that are; ``first`` if none is.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from halfstep.calibration.calibrate import SAMPLE_EXAMPLES, kept_examples
@@ -16,9 +16,11 @@ from halfstep.journal import exact
 from halfstep.ladder.costs import group_times
 from halfstep.ladder.gallop import QUESTIONS, WALKS, without_needless
 from halfstep.ladder.methods import Method, find_method
+from halfstep.ladder.rung import Cost, Rung
 from halfstep.ladder.search import Search
 from halfstep.ladder.sensitivity import LayerSensitivity, Sensitivity, rank, where_is_the_loss
 from halfstep.ladder.speed import Settled, hasten
+from halfstep.model import QuantizedModel
 from halfstep.precision import (
     STEPS,
     Assignment,
@@ -36,8 +38,8 @@ RANKED, LEAST_RANKED = 32 * SAMPLE_EXAMPLES, 32
 
 
 @dataclass(frozen=True)
-class Partial:
-    """How to look for the layers.
+class Partial(Rung):
+    """Partial quantization, and how to look for the layers.
 
     Attributes:
         method: of sensitivity; see :func:`halfstep.sensitivity`.
@@ -52,8 +54,11 @@ class Partial:
         prune: try at the end to do without layers put back, for as many evaluations as :func:`pruning` says.
         measured: groups whose drop is measured beside their score, for Kendall's tau.
         early: whether verdicts may be given before all examples are seen.
+        max_float: the share of layers that may stay in float while there are rungs left to climb; a result with more
+            is kept for the case that no later rung meets the target.
     """
 
+    name, title = "partial", "Partial quantization"
     method: str | Method | None = None
     steps: tuple[str, ...] = ("float",)
     order: Literal["accuracy", "latency"] = "accuracy"
@@ -63,6 +68,9 @@ class Partial:
     prune: bool = True
     measured: int = 0
     early: bool = True
+    max_float: float = field(
+        default=0.5, repr=False
+    )  # it decides about what comes after, not about the result
 
     def __post_init__(self) -> None:
         if self.walk not in WALKS:
@@ -72,9 +80,35 @@ class Partial:
         find_steps(self.steps)
         if self.method is not None:
             find_method(self.method)
+        if not 0 <= self.max_float <= 1:
+            raise ArgumentError(f"max_float: got {self.max_float}, needed a share of the layers, 0 to 1")
+
+    def climb(self, search: Search) -> Score:
+        """See :func:`climb_partial`."""
+        return climb_partial(search, self)
+
+    def cost(self, search: Search) -> Cost:
+        """What :func:`evaluations_at_most` and :func:`ranked_at_most` say."""
+        timed = "timing files" if self.order == "latency" else ""
+        return Cost(evaluations_at_most(search, self), ranked_at_most(search, self), not_counted=timed)
+
+    def check(self, model: QuantizedModel) -> None:
+        """Raise :class:`.RecipeError` if a pattern matches no layer, or layers are pinned both ways."""
+        pinned(model, self.keep_float, self.keep_quantized)
+
+    def identity(self) -> str:
+        """The options."""
+        return repr(self)
+
+    def spare(self, model: QuantizedModel) -> str:
+        """Too many layers in float, in words."""
+        share = len(model.float_layers) / max(1, len(model.layers))
+        if share <= self.max_float:
+            return ""
+        return f"{share:.0%} of the layers in float, more than the {self.max_float:.0%} wanted"
 
 
-def climb_partial(search: Search, options: Partial | None = None, threads: int | None = None) -> Score:
+def climb_partial(search: Search, options: Partial | None = None) -> Score:
     """Put back the fewest layers that meet the goal; the model is left with them, or as near as it came.
 
     1. Judge weights only and activations only: where is the loss?
@@ -95,7 +129,6 @@ def climb_partial(search: Search, options: Partial | None = None, threads: int |
     Args:
         search: its model calibrated.
         options: how to look for them.
-        threads: of the runtime, for one operator, where times are measured; None for all cores.
 
     Returns:
         The score on all examples.
@@ -103,13 +136,13 @@ def climb_partial(search: Search, options: Partial | None = None, threads: int |
     Raises:
         RecipeError: if a pattern matches no layer, or layers are pinned both ways.
     """
-    score = _climb(search, options or Partial(), threads)
+    score = _climb(search, options or Partial())
     if said := search.refits.sentence():
         search.decide(said)
     return score
 
 
-def _climb(search: Search, options: Partial, threads: int | None) -> Score:
+def _climb(search: Search, options: Partial) -> Score:
     model, goal, early = search.model, search.goal, search.early
     base, groups = pinned(model, options.keep_float, options.keep_quantized)
     search.choose(choices(base, {}))
@@ -121,10 +154,10 @@ def _climb(search: Search, options: Partial, threads: int | None) -> Score:
         return start
     search.early = early and options.early
     try:
-        walk = _Walk(search, options, base, groups, threads)
+        walk = _Walk(search, options, base, groups)
         found = walk.settle()
         if found and options.order == "latency":
-            found = [hasten(search, base, found, walk.able.get(STEPS["float"], []), threads)]
+            found = [hasten(search, base, found, walk.able.get(STEPS["float"], []), search.threads)]
         return walk.report(*found[0]) if found else walk.best_effort(start)
     finally:
         search.early = early
@@ -183,7 +216,6 @@ class _Walk:
         options: Partial,
         base: Mapping[str, frozenset[str]],
         groups: tuple[Group, ...],
-        threads: int | None,
     ) -> None:
         self.search, self.options, self.base = search, options, base
         self.steps = find_steps(options.steps)
@@ -205,7 +237,7 @@ class _Walk:
                 )
         table = _ranked(search, groups, options)
         if options.order == "latency":
-            table = _by_time(search, table, threads)
+            table = _by_time(search, table)
         search.found["sensitivity"] = table
         self.ranked = [row.group for row in table.rows]
         self.by_accuracy = [row.group for row in sorted(table.rows, key=lambda row: -row.score)]
@@ -395,9 +427,9 @@ def _ranked(search: Search, groups: tuple[Group, ...], options: Partial) -> Sens
     return table
 
 
-def _by_time(search: Search, table: Sensitivity, threads: int | None) -> Sensitivity:
+def _by_time(search: Search, table: Sensitivity) -> Sensitivity:
     """The table in the order of what is regained for a microsecond."""
-    times = group_times(search, [row.group for row in table.rows], threads)
+    times = group_times(search, [row.group for row in table.rows], search.threads)
     rows = [replace(row, microseconds=time) for row, time in zip(table.rows, times, strict=True)]
     return replace(table, rows=tuple(sorted(rows, key=_regained_per_microsecond, reverse=True)))
 

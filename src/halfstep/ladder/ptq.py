@@ -4,22 +4,52 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 
-from halfstep.calibration.candidates import MIXED, BestOf, Sweep
+from halfstep.calibration.calibrate import kept_examples
+from halfstep.calibration.candidates import FINALISTS, MIXED, BestOf, Sweep
 from halfstep.calibration.diagnostics import sentences
-from halfstep.calibration.sweep import judge, mix, sweep
+from halfstep.calibration.sweep import judge, mix, passes_at_most, sweep
 from halfstep.calibrators import Calibrator, WeightCalibrator
 from halfstep.evaluate import Score, classifies
 from halfstep.identity import Identity
 from halfstep.journal import exact
 from halfstep.ladder.repairs import Pass, Trial, repair
+from halfstep.ladder.rung import Cost, Rung
 from halfstep.ladder.search import Search
 from halfstep.model import QuantizedModel
 from halfstep.snapshot import Snapshot
 
 #: Repairs end after so many seconds.
 REPAIR_SECONDS = 600.0
+
+
+@dataclass(frozen=True)
+class PTQ(Rung):
+    """Post-training quantization: the calibrator that the metric likes best, repaired where that is not enough.
+
+    Attributes:
+        options: which calibrators to try; None for all, ranked by the divergence of the outputs if a metric is an
+            :class:`Accuracy`, else by their signal to noise.
+    """
+
+    name, title = "ptq", "Post-training quantization"
+    options: BestOf | None = None
+
+    def climb(self, search: Search) -> Score:
+        """See :func:`climb_ptq`."""
+        return climb_ptq(search, self.options)
+
+    def cost(self, search: Search) -> Cost:
+        """The finalists and what repairs made of the best; every calibrator on the kept examples."""
+        finalists = FINALISTS if self.options is None else self.options.finalists
+        left = search.seconds_left()
+        seconds = REPAIR_SECONDS if left is None else min(REPAIR_SECONDS, max(0.0, left))
+        return Cost(finalists + 1, passes_at_most() * kept_examples(search.model), seconds)
+
+    def identity(self) -> str:
+        """The options, where they are not the usual ones."""
+        return "" if self.options is None else repr(self.options)
 
 
 def climb_ptq(search: Search, options: BestOf | None = None) -> Score:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,58 @@ from halfstep.fidelity.reference import knowing_float
 from halfstep.files import lock
 from halfstep.ladder.evaluation import Verdict as Scored
 from halfstep.ladder.goal import Aim, Asked
+from halfstep.ladder.rung import Cost, Rung
 from halfstep.ladder.search import Search, float_evaluation, timed_evaluation
 from halfstep.model import QuantizedModel
+from halfstep.progress import protected
+from halfstep.training.check import check_trainable
 from halfstep.training.checkpoint import FILE, OtherTraining, before
 from halfstep.training.fit import Judge, Trained, Verdict, fit
 from halfstep.training.options import Training, check_training
+
+
+@dataclass(frozen=True)
+class QAT(Rung):
+    """Quantization-aware training from the best that came before.
+
+    Attributes:
+        training: what to do; None leaves the rung out, and a decision says so.
+    """
+
+    name, title = "qat", "Quantization-aware training"
+    training: Training | None = None
+
+    def climb(self, search: Search) -> Score:
+        """See :func:`climb_qat`."""
+        assert self.training is not None  # it would have been left out
+        with (
+            protected()
+        ):  # steps that are trained are not thrown away: training looks at the budget by itself
+            return climb_qat(search, self.training)
+
+    def cost(self, search: Search) -> Cost:
+        """The float control, the start, one every so many epochs, the end, and the last good state if it diverged."""
+        training = self.training
+        if training is None:
+            return Cost(0)
+        marks = training.epochs / training.evaluate_every
+        if isinstance(training.labelled, Sized):  # marks lie at whole steps
+            steps = len(training.labelled)
+            marks = max(1, round(training.epochs * steps)) / max(1, round(training.evaluate_every * steps))
+        return Cost(training.control + 3 + math.ceil(marks), not_counted="training")
+
+    def missing(self) -> str:
+        """The training, where there is none."""
+        return "" if self.training is not None else "training=hs.Training(labelled, loss)"
+
+    def check(self, model: QuantizedModel) -> None:
+        """Raise what :func:`.check_trainable` raises."""
+        if self.training is not None:
+            check_trainable(model, self.training)
+
+    def identity(self) -> str:
+        """Of the training: its data, loss and options."""
+        return "" if self.training is None else self.training.identity().digest
 
 
 def train(

@@ -25,7 +25,7 @@ from halfstep.calibration.diagnostics import (
     unlike_sites,
     watching,
 )
-from halfstep.errors import ArgumentError, CaptureError
+from halfstep.errors import CaptureError
 from halfstep.evaluate import Scorer, as_scorers, labelled_data, parts
 from halfstep.export.onnx import export_float
 from halfstep.fidelity.reference import knowing_float
@@ -44,19 +44,18 @@ from halfstep.ladder.identity import Claimed, Examples, claim, doubts
 from halfstep.ladder.outcome import Outcome
 from halfstep.ladder.pace import Exports, Pace, check_latency
 from halfstep.ladder.partial import Partial
+from halfstep.ladder.qat import QAT
 from halfstep.ladder.repairs import refit
-from halfstep.ladder.rung import Means, Rung
+from halfstep.ladder.rung import Rung
 from halfstep.ladder.search import Search, float_evaluation
 from halfstep.ladder.speed import favour_speed
 from halfstep.live import shown
 from halfstep.model import QuantizedModel
 from halfstep.onnx_in.from_file import declared_axes, opened, origin_of
 from halfstep.onnx_in.origin import QUANTIZED
-from halfstep.precision import pinned
 from halfstep.progress import Budget, steps
 from halfstep.recipe import Recipe
 from halfstep.targets import Target, find_target
-from halfstep.training.check import check_trainable
 from halfstep.training.options import Training, check_training
 
 
@@ -163,10 +162,10 @@ def quantize(
     floor: Asked = None,
     confidence: float = 0.95,
     strict: bool = False,
-    rungs: Iterable[str] = tuple(RUNGS),
+    rungs: Iterable[str | Rung] = tuple(RUNGS),
     budget: Budget | None = None,
     partial: Partial | None = None,
-    max_float: float = 0.5,
+    max_float: float | None = None,
     tune: bool = False,
     fresh: bool = False,
     command: str = "",
@@ -213,11 +212,13 @@ def quantize(
             then accepted with a probability of at most 1 - confidence, however many candidates are tried, see
             :class:`.Goal`; docs/confidence.md says how many examples that takes. Not strict, nothing of the kind is
             promised: of many candidates the first that passes is likely to be worse than it looks.
-        rungs: which to climb, from the bottom up: ``"ptq"`` always.
+        rungs: which to climb, from the bottom up: ``"ptq"``, ``"partial"``, ``"qat"``, or with options
+            :class:`PTQ`, :class:`Partial`, :class:`QAT`, or a :class:`Rung` of your own; PTQ always.
         budget: what the search may cost; None for no bound.
-        partial: how to look for layers to put back to float.
-        max_float: the share of layers that partial quantization may leave in float while there are rungs left to
-            climb; what leaves more is kept for the case that no later rung meets the target.
+        partial: how to look for layers to put back to float; short for ``Partial(...)`` among the rungs.
+        max_float: short for ``Partial(max_float=...)``: the share of layers that partial quantization may leave in
+            float while there are rungs left to climb, 0.5 if None; what leaves more is kept for the case that no later
+            rung meets the target.
         tune: measure every group of layers on this machine, and leave in float those that integers slow down, where
             the target still holds; a decision says which.
         fresh: begin anew in a used directory; what an earlier run left there is moved to a folder in it.
@@ -237,11 +238,10 @@ def quantize(
         HalfstepError: a subclass that says what was wrong with the model, the data, the metric or the directory.
     """
     started = time.perf_counter()
-    ladder = find_rungs(tuple(rungs))
-    if not 0 <= max_float <= 1:
-        raise ArgumentError(f"max_float: got {max_float}, needed a share of the layers, 0 to 1")
     if training is not None:
         check_training(training)
+    ladder = find_rungs(tuple(rungs), training, partial, max_float)
+    training = next((rung.training for rung in ladder if isinstance(rung, QAT)), training)
     aim = Aim(max_drop, relative_drop, floor, confidence, strict)
     found, recipe = find_target(target), recipe or Recipe.int8()
     check_latency(latency, found)
@@ -261,11 +261,8 @@ def quantize(
             states=states,
         )
         _check_sites(prepared)
-        names = [rung.name for rung in ladder]
-        if partial is not None and "partial" in names:
-            pinned(prepared, partial.keep_float, partial.keep_quantized)
-        if training is not None and "qat" in names:
-            check_trainable(prepared, training)
+        for rung in ladder:
+            rung.check(prepared)
         with steps("exporting the float network"):  # what cannot be deployed is known now
             float_file = export_float(prepared, temporary / "float.onnx")
         claimed = claim(journal, prepared, scorer, aim, training)
@@ -273,12 +270,12 @@ def quantize(
             journal.write(PORTABLE, portable=settled.portable)
         scorer = knowing_float(scorer, prepared)
         search = _begin(journal, prepared, scorer, aim, calibration, budget or Budget(), claimed)
-        search.started = started
+        search.started, search.threads = started, threads
         _write_settings(search, ladder, aim, command, latency)
         exports = Exports(temporary)
         score_file = functools.partial(file_score, search, exports, threads)
         pace = None if latency is None else Pace(latency, exports, float_file, threads)
-        path = ascend(search, ladder, Means(training, partial, threads, tune), max_float, score_file, pace)
+        path = ascend(search, ladder, tune, score_file, pace)
         if tune or (pace is not None and search.best is not None and not pace.enough(search, search.best)):
             favour_speed(search, threads, score_file)
         return deploy(search, path, exports, journal.folder or temporary, float_file, threads, pace)

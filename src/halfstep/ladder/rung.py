@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from halfstep.ladder.goal import Standing
-from halfstep.ladder.partial import Partial
 from halfstep.ladder.search import Search
-from halfstep.training.options import Training
-
-
-@dataclass(frozen=True)
-class Means:
-    """What rungs work with beside the search.
-
-    Attributes:
-        training: for QAT, which is skipped without it.
-        partial: how to look for layers to put back; None for the usual way.
-        threads: of the runtime, for one operator; None for all cores.
-        tune: whether layers that integers slow down are looked for at the end.
-    """
-
-    training: Training | None = None
-    partial: Partial | None = None
-    threads: int | None = None
-    tune: bool = False
+from halfstep.model import QuantizedModel
 
 
 @dataclass(frozen=True)
@@ -37,32 +20,54 @@ class Cost:
         evaluations: of the metric on all examples; parts of one count as parts.
         examples: that are sent through the network without labels, to compare calibrators or to rank layers.
         seconds: of work that is ended when they are over.
+        not_counted: other work that takes time, in words.
     """
 
     evaluations: int
     examples: int = 0
     seconds: float = 0.0
+    not_counted: str = ""
 
 
-@dataclass(frozen=True)
-class Rung:
-    """A way to make a quantized model better, for a price.
+class Rung(ABC):
+    """A way to make a quantized model better, for a price: a record of options that knows how to climb.
+
+    The ladder asks nothing of a rung but what stands here, so another one is a class in a file of its own, given to
+    :func:`halfstep.quantize` by ``rungs=("ptq", Mine(), "qat")``.
 
     Attributes:
-        name: ``"ptq"``, ``"partial"``, ``"qat"``.
-        title: in words.
-        climb: starts from ``search.model`` and evaluates candidates; the search keeps the best.
-        cost: what that takes at most, for the estimate.
-        missing: what is needed and not there, in words; empty if nothing.
-        options: what decides about its result beside the search, so that only a result with the same is taken again.
+        name: one word, under which the journal keeps it; of a class.
+        title: in words; of a class.
     """
 
-    name: str
-    title: str
-    climb: Callable[[Search, Means], object]
-    cost: Callable[[Search, Means], Cost]
-    missing: Callable[[Means], str] = lambda means: ""
-    options: Callable[[Means], str] = lambda means: ""
+    name: ClassVar[str]
+    title: ClassVar[str]
+
+    @abstractmethod
+    def climb(self, search: Search) -> object:
+        """Change ``search.model``, and let ``search.evaluate`` judge what comes of it: the search keeps the best.
+
+        It starts from the best candidate of the rungs below, and may end early by any :class:`.HalfstepError`.
+        """
+
+    @abstractmethod
+    def cost(self, search: Search) -> Cost:
+        """What that takes at most, for the estimate."""
+
+    def missing(self) -> str:
+        """What is needed and not there, in words; the rung is left out then."""
+        return ""
+
+    def check(self, model: QuantizedModel) -> None:  # noqa: B027  (there may be nothing to check)
+        """Raise what would make it fail on this model, as far as that is known before the work below it."""
+
+    def identity(self) -> str:
+        """What decides about its result beside where it starts: only a result with the same is taken again."""
+        return ""
+
+    def spare(self, model: QuantizedModel) -> str:
+        """Why its result is only kept for the case that no later rung has a better one; empty to stand on it."""
+        return ""
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,7 @@ class Search:
         best: the best candidate so far; None before the first.
         reached: the best candidate at the end of each rung, by the rung's name.
         calibrated: examples that the ranges come from; 0 where that is not known.
+        threads: of the runtime, for one operator, where files are timed; None for all cores.
         started: when the budget's minutes began, by ``time.perf_counter``.
     """
 
@@ -88,6 +89,7 @@ class Search:
     best: Candidate | None = None
     reached: dict[str, Candidate] = field(default_factory=dict)
     calibrated: int = 0
+    threads: int | None = None
     started: float = field(default_factory=lambda: time.perf_counter())
 
     def __post_init__(self) -> None:
