@@ -36,10 +36,10 @@ def influences(
     """Estimate how much the outputs change when a single site is quantized, for each range that it could have.
 
     To second order in the error e(x) = Q(x) - x at a site, the divergence of the outputs is the mean over examples of
-    E (g . e)^2 / 2, where g is the gradient of log p(y) at the site and y is drawn from the network's own answer p.
-    So a single gradient of one drawn y an example is an unbiased estimate, for all sites and all choices at
-    once, and all choices are judged on the same draws. For ``"sqnr"`` g is the gradient of the outputs times
-    random signs, and E (g . e)^2 the noise.
+    E (g . e)^2 / 2, where g is the gradient at the site of the outputs times random weights, whose covariance is the
+    Fisher information of the outputs. So a single draw an example is an unbiased estimate, for all sites and all
+    choices at once, and all choices are judged on the same draws. For ``"sqnr"`` the weights are random signs, and
+    E (g . e)^2 is the noise.
 
     Args:
         model: any mode; it runs in float here.
@@ -67,7 +67,7 @@ def influences(
             for start in range(0, model.captured.batch_size(batch), _TOGETHER):
                 part = model.captured.examples(batch, start, start + _TOGETHER)
                 with torch.enable_grad(), _tapped(open_sites) as taps:
-                    objective = _drawn_objective(run(model, part), by, generator)
+                    objective = _objective(run(model, part), by, generator)
                     seen = [(name, x) for name, xs in taps.items() for x in xs]
                     gradients = _gradients(objective, [x for _, x in seen])
                 _add(losses, seen, gradients, open_sites, parameters)
@@ -120,19 +120,6 @@ def _tapped(sites: Mapping[str, FakeQuantize]) -> Iterator[dict[str, list[Tensor
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _drawn_objective(outputs: object, by: Measure, generator: torch.Generator) -> Tensor:
-    """The scalar whose gradient is taken: log p(y) for drawn y, or the outputs times random signs, summed."""
-    if by == "kl":
-        logs = logits_of(outputs).double().log_softmax(-1).flatten(0, -2)  # (decisions, classes)
-        drawn = torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator)
-        return logs.gather(1, drawn.to(logs.device)).sum()
-    total = torch.zeros((), dtype=torch.float64)
-    for output in float_tensors(outputs):
-        signs = torch.randint(0, 2, output.shape, generator=generator).to(output.device) * 2 - 1
-        total = total + (output.double() * signs).sum().cpu()
-    return total
 
 
 def _gradients(objective: Tensor, at: Sequence[Tensor]) -> Sequence[Tensor | None]:
