@@ -37,7 +37,7 @@ from halfstep.cli.app import keep_freed_memory
 from halfstep.fake_quantize import Mode
 from halfstep.formats import Codebook
 from halfstep.model import QuantizedModel
-from halfstep.training.fit import Verdict, fit, learning_rate
+from halfstep.training.fit import Judgement, fit, learning_rate
 
 RESULTS = fashion.CACHE / "qat"
 PARTIAL_DROP = 0.003
@@ -136,10 +136,10 @@ def run(
         partial = [found.score, len(mixed.float_layers)]
     q.set_mode(Mode.FLOAT if control else Mode.QUANTIZE)
 
-    def judge(step: int) -> Verdict:
+    def judge(step: int) -> Judgement:
         score = accuracy(q, data)
         print(f"{network} {name}: step {step}, {score:.2%}", flush=True)
-        return Verdict(score, drop=-step, enough=False)  # the last state is the one to keep
+        return Judgement(score, drop=-step, enough=False)  # the last state is the one to keep
 
     # A run that is stopped goes on from its last checkpoint; one with other options has another folder.
     folder = f"{network}-{name}-{seed}-{training.epochs}-{training.learning_rate}"

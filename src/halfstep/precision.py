@@ -157,7 +157,7 @@ def choices(base: Mapping[str, frozenset[str]], assignment: Assignment) -> Choic
     return Choices(**{attribute: frozenset(layers) for attribute, layers in put.items()})
 
 
-def pinned(
+def pinned_layers(
     model: QuantizedModel, keep_float: Sequence[str], keep_quantized: Sequence[str]
 ) -> tuple[Mapping[str, frozenset[str]], tuple[Group, ...]]:
     """What the pins leave to decide.

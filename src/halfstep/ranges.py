@@ -20,7 +20,7 @@ from halfstep.model import QuantizedModel
 
 
 @dataclass(frozen=True, eq=False)
-class Answer:
+class SiteRange:
     """The range of one site, and who gave it.
 
     Attributes:
@@ -33,13 +33,13 @@ class Answer:
     low: Tensor
     high: Tensor
 
-    def agrees(self, other: Answer) -> bool:
+    def agrees(self, other: SiteRange) -> bool:
         """Whether the other's range is the same, whoever gave it."""
         return torch.equal(self.low, other.low) and torch.equal(self.high, other.high)
 
 
 #: An answer for every site, or for those of one side.
-Answers = Mapping[str, Answer]
+Answers = Mapping[str, SiteRange]
 
 
 def activation_sites(model: QuantizedModel) -> dict[str, FakeQuantize]:
@@ -51,22 +51,22 @@ def activation_sites(model: QuantizedModel) -> dict[str, FakeQuantize]:
     }
 
 
-def activation_answers(model: QuantizedModel, calibrator: Calibrator) -> dict[str, Answer]:
+def activation_answers(model: QuantizedModel, calibrator: Calibrator) -> dict[str, SiteRange]:
     """What ``calibrator`` answers for every activation, from what was observed.
 
     Raises:
         NotObservedError: naming a site that saw no data.
     """
     return {
-        name: Answer(calibrator, *module.observed_range(calibrator))
+        name: SiteRange(calibrator, *module.observed_range(calibrator))
         for name, module in activation_sites(model).items()
     }
 
 
-def weight_answers(model: QuantizedModel, calibrator: WeightCalibrator) -> dict[str, Answer]:
+def weight_answers(model: QuantizedModel, calibrator: WeightCalibrator) -> dict[str, SiteRange]:
     """What ``calibrator`` answers for every weight."""
     return {
-        site.name: Answer(
+        site.name: SiteRange(
             calibrator, *model.sites[site.name].weight_range(model.weight(site.name), calibrator)
         )
         for site in model.placement.sites
@@ -74,23 +74,23 @@ def weight_answers(model: QuantizedModel, calibrator: WeightCalibrator) -> dict[
     }
 
 
-def own_answers(model: QuantizedModel) -> dict[str, Answer]:
+def own_answers(model: QuantizedModel) -> dict[str, SiteRange]:
     """What the calibrator that each site was calibrated by answers now; MSE where none was.
 
     Raises:
         NotObservedError: naming a site that saw no data.
     """
-    found: dict[str, Answer] = {}
+    found: dict[str, SiteRange] = {}
     for name, module in activation_sites(model).items():
         activations = module.calibrated_by or MSE()
         assert isinstance(activations, Calibrator)
-        found[name] = Answer(activations, *module.observed_range(activations))
+        found[name] = SiteRange(activations, *module.observed_range(activations))
     for site in model.placement.sites:
         if site.is_weight:
             module = model.sites[site.name]
             weights = module.calibrated_by or MSE()
             assert isinstance(weights, WeightCalibrator)
-            found[site.name] = Answer(weights, *module.weight_range(model.weight(site.name), weights))
+            found[site.name] = SiteRange(weights, *module.weight_range(model.weight(site.name), weights))
     return found
 
 

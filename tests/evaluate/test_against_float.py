@@ -8,7 +8,7 @@ import torch
 import halfstep as hs
 from halfstep.errors import ArgumentError, DataError, MetricError
 from halfstep.evaluate import Several, against, classifies, early_stopping, labelled_data, paired_drop, parts
-from halfstep.ladder.goal import Aim
+from halfstep.ladder.goal import GoalSpec
 
 GENERATOR = torch.Generator().manual_seed(0)
 INPUTS = [torch.randn(size, 5, generator=GENERATOR) for size in (40, 40, 20)]
@@ -180,15 +180,15 @@ def test_what_cannot_be_compared_is_said(make, message):
 def test_a_drop_of_sqnr_is_refused_with_what_to_write():
     alone, both = hs.SQNR(INPUTS), Several({"a": hs.Agreement(INPUTS), "noise": hs.SQNR(INPUTS)})
     with pytest.raises(ArgumentError, match=r"^max_drop: got 0.01 for hs.SQNR, needed .*floor=30: "):
-        Aim().check(alone)
+        GoalSpec().check(alone)
     with pytest.raises(
         ArgumentError, match=r"^relative_drop of 'noise': got 0.1 .*such as floor=\{'noise': 30\}"
     ):
-        Aim(relative_drop=0.1).check(both)
-    Aim(floor=30).check(alone)
-    Aim(max_drop={"a": 0.01}, floor={"noise": 30}).check(both)
+        GoalSpec(relative_drop=0.1).check(both)
+    GoalSpec(floor=30).check(alone)
+    GoalSpec(max_drop={"a": 0.01}, floor={"noise": 30}).check(both)
     metric = alone.against(Counting())
-    goal = Aim(floor=8).goal(metric.evaluate(Counting()), metric)
+    goal = GoalSpec(floor=8).goal(metric.evaluate(Counting()), metric)
     for size, met in ((0.1, True), (0.9, True), (2.5, False)):
         score = metric.evaluate(Counting(size * NOISE))
         assert goal.met(score) == (score.value >= 8) == met

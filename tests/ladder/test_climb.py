@@ -11,8 +11,8 @@ import halfstep as hs
 from halfstep.errors import ArgumentError, ExportError, RunError, TrainingError
 from halfstep.evaluate import Score
 from halfstep.fake_quantize import Mode
-from halfstep.ladder.goal import Aim
-from halfstep.ladder.identity import Examples, doubts
+from halfstep.ladder.goal import GoalSpec
+from halfstep.ladder.identity import Examples, data_warnings
 
 
 @pytest.fixture(scope="module")
@@ -114,11 +114,11 @@ def test_bounds_that_cannot_be():
 @pytest.mark.parametrize(
     ("aim", "higher", "allowed"),
     [
-        (Aim(), True, 0.01),
-        (Aim(max_drop=0.2), True, 0.2),
-        (Aim(relative_drop=0.1), True, 0.08),
-        (Aim(floor=0.75), True, 0.05),
-        (Aim(floor=0.9), False, 0.1),
+        (GoalSpec(), True, 0.01),
+        (GoalSpec(max_drop=0.2), True, 0.2),
+        (GoalSpec(relative_drop=0.1), True, 0.08),
+        (GoalSpec(floor=0.75), True, 0.05),
+        (GoalSpec(floor=0.9), False, 0.1),
     ],
 )
 def test_targets(aim, higher, allowed):
@@ -135,14 +135,14 @@ def examples(*batches):
 
 def test_doubts_about_data():
     x = torch.randn(64, 3)
-    assert doubts(examples((x,)), examples((torch.randn(64, 3),))) == []
-    (sentence,) = doubts(examples((x,)), examples((x[:10],), (torch.randn(9, 3),)))
+    assert data_warnings(examples((x,)), examples((torch.randn(64, 3),))) == []
+    (sentence,) = data_warnings(examples((x,)), examples((x[:10],), (torch.randn(9, 3),)))
     assert sentence.startswith(
         "10 of 64 calibration examples are also among the 19 that the metric judges on"
     )
-    (sentence,) = doubts(examples((x[:8],)), examples())
+    (sentence,) = data_warnings(examples((x[:8],)), examples())
     assert sentence.startswith("8 calibration examples are few")
-    (sentence,) = doubts(examples((x[:1].expand(64, 3),)), examples())
+    (sentence,) = data_warnings(examples((x[:1].expand(64, 3),)), examples())
     assert sentence.startswith("63 of 64 calibration examples are repetitions")
 
 

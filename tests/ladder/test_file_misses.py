@@ -8,7 +8,7 @@ import halfstep as hs
 from halfstep.errors import ExportError, RefusedError
 from halfstep.evaluate import CallableMetric, Score, Several
 from halfstep.export.onnx import export_onnx
-from halfstep.ladder.goal import Aim, Goal
+from halfstep.ladder.goal import Goal, GoalSpec
 from halfstep.report.page import page
 from halfstep.report.run import Run
 from halfstep.runtime.deployed import DeployedModel
@@ -88,7 +88,7 @@ def test_what_simulations_are_held_to(simulated, file, expected):
 
 def test_of_several_metrics_only_the_missed_are_narrowed():
     both = Several({"a": CallableMetric(len), "b": CallableMetric(len)})
-    goal = Aim(0.1).goal(Score(0.9, others={"b": Score(0.9)}), both)
+    goal = GoalSpec(0.1).goal(Score(0.9, others={"b": Score(0.9)}), both)
     narrowed = goal.narrowed(Score(0.85, others={"b": Score(0.85)}), Score(0.81, others={"b": Score(0.79)}))
     assert narrowed.max_drop == 0.1 and narrowed.others["b"].max_drop == pytest.approx(0.04)
 

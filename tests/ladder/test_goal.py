@@ -5,7 +5,7 @@ import torch
 
 from halfstep.errors import ArgumentError, MetricError
 from halfstep.evaluate import Accuracy, CallableMetric, Score, Several
-from halfstep.ladder.goal import Aim, Goal
+from halfstep.ladder.goal import Goal, GoalSpec
 
 ACCURACY = CallableMetric(lambda model: 0.0)
 LOSS = CallableMetric(lambda model: 0.0, higher_is_better=False)
@@ -37,15 +37,15 @@ def test_rounding_of_the_difference_does_not_count():
 
 
 def test_a_relative_drop_is_a_share_of_float():
-    assert Aim(relative_drop=0.01).goal(Score(0.9), ACCURACY).max_drop == pytest.approx(0.009)
-    losses = Aim(relative_drop=0.1).goal(Score(2.0), LOSS)
+    assert GoalSpec(relative_drop=0.01).goal(Score(0.9), ACCURACY).max_drop == pytest.approx(0.009)
+    losses = GoalSpec(relative_drop=0.1).goal(Score(2.0), LOSS)
     assert losses.met(Score(2.2)) and not losses.met(Score(2.21))
 
 
 def test_a_floor_is_a_drop_from_float():
-    floor = Aim(floor=0.85).goal(Score(0.9), ACCURACY)
+    floor = GoalSpec(floor=0.85).goal(Score(0.9), ACCURACY)
     assert floor.met(Score(0.85)) and not floor.met(Score(0.849))
-    ceiling = Aim(floor=2.5).goal(Score(2.0), LOSS)
+    ceiling = GoalSpec(floor=2.5).goal(Score(2.0), LOSS)
     assert ceiling.met(Score(2.5)) and not ceiling.met(Score(2.51))
 
 
@@ -57,32 +57,32 @@ def test_evidence_without_single_scores_says_so():
     ("make", "message"),
     [
         (
-            lambda: Aim(floor=0.95).goal(Score(0.9), ACCURACY),
+            lambda: GoalSpec(floor=0.95).goal(Score(0.9), ACCURACY),
             r"^floor: the float model itself scores 0.9, needed at least 0.95",
         ),
         (
-            lambda: Aim(floor=0.1).goal(Score(0.9), LOSS),
+            lambda: GoalSpec(floor=0.1).goal(Score(0.9), LOSS),
             r"scores 0.9, needed at most 0.1.*say higher_is_better=True",
         ),
-        (lambda: Aim(relative_drop=0.1).goal(Score(0.0), ACCURACY), r"the float model scores 0"),
+        (lambda: GoalSpec(relative_drop=0.1).goal(Score(0.0), ACCURACY), r"the float model scores 0"),
         (
-            lambda: Aim(relative_drop=-0.1).goal(Score(1.0), ACCURACY),
+            lambda: GoalSpec(relative_drop=-0.1).goal(Score(1.0), ACCURACY),
             r"^relative_drop: got -0.1, needed a number of at least 0",
         ),
         (
-            lambda: Aim(float("nan")).goal(Score(1.0), ACCURACY),
+            lambda: GoalSpec(float("nan")).goal(Score(1.0), ACCURACY),
             r"^max_drop: got nan, needed a number of at least 0",
         ),
         (
-            lambda: Aim(2.0).check(Accuracy([])),
+            lambda: GoalSpec(2.0).check(Accuracy([])),
             r"^max_drop: got 2, needed at most 1, since no score lies lower; 0.01 is one point of an accuracy",
         ),
         (
-            lambda: Aim(relative_drop=1.5).check(Accuracy([])),
+            lambda: GoalSpec(relative_drop=1.5).check(Accuracy([])),
             r"^relative_drop: got 1.5, needed at most 1, since no score lies lower; 0.01 is one percent$",
         ),
         (
-            lambda: Aim({"top 1": 2.0}, floor={"loss": 9.0}).check(
+            lambda: GoalSpec({"top 1": 2.0}, floor={"loss": 9.0}).check(
                 Several({"top 1": Accuracy([]), "loss": LOSS})
             ),
             r"^max_drop of 'top 1': got 2, needed at most 1",
@@ -108,7 +108,7 @@ def both(accuracy, loss):
 
 
 def test_several_metrics_must_all_keep_to_their_targets():
-    goal = Aim(max_drop=0.01, relative_drop={"loss": 0.1}).goal(both(0.9, 2.0), BOTH)
+    goal = GoalSpec(max_drop=0.01, relative_drop={"loss": 0.1}).goal(both(0.9, 2.0), BOTH)
     assert goal.met(both(0.89, 2.2))
     assert not goal.met(both(0.889, 2.2)) and not goal.met(both(0.89, 2.21))
     assert [(s.metric, s.max_drop, s.met) for s in goal.standings(both(0.95, 2.3))] == [
@@ -123,10 +123,10 @@ def test_several_metrics_must_all_keep_to_their_targets():
 
 
 def test_candidates_are_ranked_by_the_metric_that_uses_most_of_its_allowance():
-    goal = Aim(max_drop={"accuracy": 0.01, "loss": 0.5}).goal(both(0.9, 2.0), BOTH)
+    goal = GoalSpec(max_drop={"accuracy": 0.01, "loss": 0.5}).goal(both(0.9, 2.0), BOTH)
     assert goal.loss(both(0.9, 2.25)) == pytest.approx(0.5)
     assert goal.loss(both(0.88, 2.25)) == pytest.approx(2)
-    nothing = Aim(max_drop=0.0).goal(
+    nothing = GoalSpec(max_drop=0.0).goal(
         both(0.9, 2.0), BOTH
     )  # a thousandth of the float score is the measure then
     assert nothing.loss(both(0.9, 2.002)) == pytest.approx(1)
@@ -134,28 +134,28 @@ def test_candidates_are_ranked_by_the_metric_that_uses_most_of_its_allowance():
 
 
 def test_what_is_asked_of_a_name_goes_before_what_is_asked_of_all():
-    goal = Aim(max_drop=0.02, floor={"loss": 2.5}).goal(both(0.9, 2.0), BOTH)
+    goal = GoalSpec(max_drop=0.02, floor={"loss": 2.5}).goal(both(0.9, 2.0), BOTH)
     assert (goal.max_drop, goal.others["loss"].max_drop) == (0.02, 0.5)
-    assert Aim(floor={"loss": 2.5}).goal(both(0.9, 2.0), BOTH).max_drop == 0.01
+    assert GoalSpec(floor={"loss": 2.5}).goal(both(0.9, 2.0), BOTH).max_drop == 0.01
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (
-            lambda: Aim(max_drop={"los": 1.0}).check(BOTH),
+            lambda: GoalSpec(max_drop={"los": 1.0}).check(BOTH),
             r"max_drop: got the name 'los', needed one of 'accuracy', 'loss'; did you mean 'loss'\?",
         ),
         (
-            lambda: Aim(floor={"loss": 1.0}).check(LOSS),
+            lambda: GoalSpec(floor={"loss": 1.0}).check(LOSS),
             r"floor: got the name 'loss', needed a number, for one metric",
         ),
         (
-            lambda: Aim(floor={"loss": 1.0}, max_drop={"loss": 1.0}),
+            lambda: GoalSpec(floor={"loss": 1.0}, max_drop={"loss": 1.0}),
             r"target of 'loss': got max_drop and floor, needed one of max_drop, relative_drop, floor",
         ),
         (
-            lambda: Aim(floor={"loss": 1.0}).goal(both(0.9, 2.0), BOTH),
+            lambda: GoalSpec(floor={"loss": 1.0}).goal(both(0.9, 2.0), BOTH),
             r"metric 'loss': floor: the float model itself scores 2, needed at most 1",
         ),
     ],

@@ -12,7 +12,7 @@ from halfstep.bias_shift import BiasShift
 from halfstep.fake_quantize import Mode
 from halfstep.fidelity.compare import compare
 from halfstep.repair import walk as walking
-from halfstep.repair.moments import LayerWeight, gather, unfit
+from halfstep.repair.moments import LayerWeight, gather, why_not_rounded
 from halfstep.repair.walk import walk
 from halfstep.runtime.deployed import DeployedModel
 from halfstep.snapshot import Snapshot
@@ -166,7 +166,9 @@ def test_a_weight_that_meets_only_zeros_does_not_count():
 
 def test_a_weight_of_several_layers_is_left_alone():
     q = calibrated(built(lambda: Net(lambda m, x: m.a(F.gelu(m.a(x))), a=conv(3, 3))))
-    assert [unfit(q, layer) for layer in q.layers] == ["its weight is shared with another layer"] * 2
+    assert [why_not_rounded(q, layer) for layer in q.layers] == [
+        "its weight is shared with another layer"
+    ] * 2
     assert hs.weigh_ranges(q).treated == ()
 
 

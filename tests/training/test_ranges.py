@@ -15,7 +15,7 @@ from halfstep.formats import Codebook, Integer
 from halfstep.functional import CLIPPED_STE, LSQ, PACT, binary_scale
 from halfstep.granularity import PerChannel, PerTensor
 from halfstep.runtime.deployed import DeployedModel
-from halfstep.training.fit import Verdict, fit
+from halfstep.training.fit import Judgement, fit
 from halfstep.training.oscillation import BITS, Damping, Freezing
 from halfstep.training.ranges import MovingRanges, Ranges
 from tests.training.networks import Killing, calibrated, task, trained_net
@@ -195,7 +195,7 @@ def test_how_often_a_training_is_scored_does_not_change_its_course(low, ranges):
         return found, q.state_dict()
 
     def judge(step):
-        return Verdict(float(torch.randn(1)), -step, False)  # draws numbers; the last one is the best
+        return Judgement(float(torch.randn(1)), -step, False)  # draws numbers; the last one is the best
 
     never, state = trained(None, 1.0)
     often, other = trained(judge, 0.125)

@@ -17,7 +17,7 @@ from halfstep.fake_quantize import Mode
 from halfstep.files import lock
 from halfstep.training.checkpoint import FILE
 from halfstep.training.distillation import Distillation
-from halfstep.training.fit import Verdict, fit, learning_rate
+from halfstep.training.fit import Judgement, fit, learning_rate
 from tests.training.networks import Killing, calibrated, task, trained_net
 
 HELD_OUT = hs.Accuracy(task(512, 256, seed=1))
@@ -343,7 +343,7 @@ def test_a_training_that_is_stopped_is_scored_and_goes_on(low, tmp_path):
         def judge(step):
             seen.append(step)
             score = HELD_OUT.evaluate(q)
-            return Verdict(score.value, -score.value, enough=False)
+            return Judgement(score.value, -score.value, enough=False)
 
         return q, fit(q, options(), judge, tmp_path, lambda: next(asked) >= steps), seen
 

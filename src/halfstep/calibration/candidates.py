@@ -25,7 +25,7 @@ from halfstep.errors import ArgumentError
 from halfstep.fidelity.compare import Fidelity, Measure
 from halfstep.journal import Journal, exact
 from halfstep.model import QuantizedModel
-from halfstep.ranges import Answer, Answers, activation_sites, set_ranges
+from halfstep.ranges import Answers, SiteRange, activation_sites, set_ranges
 
 #: What is tried where nothing else is asked for: none of them is best everywhere.
 CALIBRATORS: tuple[Calibrator, ...] = (
@@ -250,7 +250,9 @@ class Sweep:
                 site: [saved.tensors[f"{end}|{index}|{site}"] for end in ("low", "high")]
                 for site in row["calibrators"]
             }
-            answers = {site: Answer(by_name[name], *ends[site]) for site, name in row["calibrators"].items()}
+            answers = {
+                site: SiteRange(by_name[name], *ends[site]) for site, name in row["calibrators"].items()
+            }
             fidelity = Fidelity.of(row["fidelity"])
             candidates.append(Candidate(row["activations"], row["weights"], fidelity, answers=answers))
         alone = data["activations_alone"]

@@ -17,7 +17,14 @@ from halfstep.fidelity.compare import Fidelity, Reference
 from halfstep.fidelity.fisher import influences
 from halfstep.fidelity.reference import knowing_float
 from halfstep.model import QuantizedModel
-from halfstep.ranges import Answer, Answers, activation_answers, activation_sites, set_ranges, weight_answers
+from halfstep.ranges import (
+    Answers,
+    SiteRange,
+    activation_answers,
+    activation_sites,
+    set_ranges,
+    weight_answers,
+)
 
 
 def sweep(model: QuantizedModel, options: BestOf) -> Sweep:
@@ -238,9 +245,9 @@ def _proposals(
     best: Candidate,
     uniform: Sequence[Candidate],
     options: BestOf,
-) -> list[tuple[str, Answer]]:
+) -> list[tuple[str, SiteRange]]:
     """Sites where another calibrator promises nearer outputs, with its answer, the most promising first."""
-    choices: dict[str, list[Answer]] = {}
+    choices: dict[str, list[SiteRange]] = {}
     for site in activation_sites(model):
         choices[site] = [best.answers[site]]
         for candidate in uniform:
@@ -260,7 +267,7 @@ def _mixed(
     model: QuantizedModel,
     reference: Reference,
     uniform: Candidate,
-    proposals: Sequence[tuple[str, Answer]],
+    proposals: Sequence[tuple[str, SiteRange]],
     options: BestOf,
 ) -> Candidate:
     """The uniform candidate with other calibrators at the sites where that brings the outputs nearer.

@@ -29,7 +29,7 @@ OUTPUTS = "the outputs"
 
 
 @dataclass(frozen=True)
-class Agreement:
+class SiteAgreement:
     """How far file and simulation agree at a site, from what the file has at the sites before it.
 
     Attributes:
@@ -53,7 +53,7 @@ class Agreement:
         return f"{where} ({self.sqnr:.1f} dB{beyond})"
 
 
-def agreements(model: QuantizedModel, path: Path, inputs: ModelInputs) -> list[Agreement]:
+def agreements(model: QuantizedModel, path: Path, inputs: ModelInputs) -> list[SiteAgreement]:
     """Agreement at every site of an activation, in order of execution, and of the outputs.
 
     The file is run with what its codes at every site stand for (the floats, where the range is computed at run time) as
@@ -66,12 +66,12 @@ def agreements(model: QuantizedModel, path: Path, inputs: ModelInputs) -> list[A
         inputs: one batch.
     """
     outputs, seen = run_watched(model, path, inputs)
-    found: dict[str, Agreement] = {}
+    found: dict[str, SiteAgreement] = {}
     with _led(model, seen, found), model.using(Mode.QUANTIZE), torch.no_grad():
         args, kwargs = call_arguments(inputs)
         wanted = [tensor.cpu() for tensor in compared(model(*args, **kwargs))]
     sqnr = decibels(power(wanted), error_power(wanted, compared(outputs)))
-    return [*found.values(), Agreement(OUTPUTS, sqnr)]
+    return [*found.values(), SiteAgreement(OUTPUTS, sqnr)]
 
 
 def run_watched(
@@ -127,7 +127,9 @@ def _watched(model: QuantizedModel, graph: onnx.GraphProto) -> dict[str, str]:
 
 
 @contextmanager
-def _led(model: QuantizedModel, seen: Mapping[str, Tensor], found: dict[str, Agreement]) -> Iterator[None]:
+def _led(
+    model: QuantizedModel, seen: Mapping[str, Tensor], found: dict[str, SiteAgreement]
+) -> Iterator[None]:
     """Let sites hand on what the file has there, and compare what comes to them, the first time that something does."""
 
     def lead(name: str, module: FakeQuantize, x: Tensor) -> Tensor | None:
@@ -135,7 +137,7 @@ def _led(model: QuantizedModel, seen: Mapping[str, Tensor], found: dict[str, Agr
         if name in found or theirs.shape != x.shape:
             return None
         if module.dynamic:
-            found[name] = Agreement(name, signal_to_noise(x.double(), theirs.double()))
+            found[name] = SiteAgreement(name, signal_to_noise(x.double(), theirs.double()))
             return module.rounded(theirs.to(x.dtype))
         found[name], values = _compared(name, module, x, theirs)
         return values.to(x.dtype)
@@ -153,7 +155,7 @@ def _led(model: QuantizedModel, seen: Mapping[str, Tensor], found: dict[str, Agr
             handle.remove()
 
 
-def _compared(name: str, module: FakeQuantize, x: Tensor, codes: Tensor) -> tuple[Agreement, Tensor]:
+def _compared(name: str, module: FakeQuantize, x: Tensor, codes: Tensor) -> tuple[SiteAgreement, Tensor]:
     """The agreement of what comes to a site with the file's codes there, and the numbers that these stand for."""
     scale, zero_point, low, high = (
         module.granularity.expand(parameter, x.shape).double()
@@ -165,7 +167,7 @@ def _compared(name: str, module: FakeQuantize, x: Tensor, codes: Tensor) -> tupl
     sqnr = signal_to_noise(signal * scale, (signal - beyond) * scale)
     others = int((module.rounded(x).double() / scale).round().ne(signal).sum())
     furthest = float(beyond.max()) if codes.numel() else 0.0
-    return Agreement(name, sqnr, others, codes.numel(), furthest), signal * scale
+    return SiteAgreement(name, sqnr, others, codes.numel(), furthest), signal * scale
 
 
 def _codes(module: FakeQuantize, floats: Tensor) -> Tensor:

@@ -319,7 +319,7 @@ def ends(graph: fx.Graph, layers: Collection[fx.Node]) -> set[fx.Node]:
 
 
 #: The module that stands for a node of an ONNX file.
-ONNX_NODE = "halfstep.onnx_in.network.Step"
+ONNX_NODE = "halfstep.onnx_in.network.Call"
 
 
 def readable_names(graph: fx.Graph) -> dict[fx.Node, str]:

@@ -24,8 +24,8 @@ from halfstep.ladder.pace import Pace
 from halfstep.ladder.partial import Partial
 from halfstep.ladder.ptq import PTQ
 from halfstep.ladder.qat import QAT
-from halfstep.ladder.rung import Reached, Rung
-from halfstep.ladder.search import Candidate, Search
+from halfstep.ladder.rung import Rung, RungResult
+from halfstep.ladder.search import Evaluated, Search
 from halfstep.model import run
 from halfstep.progress import BudgetSpent, interruptible
 from halfstep.recipe import Recipe
@@ -44,7 +44,7 @@ def ascend(
     tune: bool,
     score_file: Callable[[], tuple[str, Score]],
     pace: Pace | None = None,
-) -> list[Reached]:
+) -> list[RungResult]:
     """Climb until a rung meets the goal or the budget is spent; the model is the best candidate then.
 
     A rung meets the goal if its file does too. Where only the simulation does, the climb goes on, and simulations are
@@ -69,8 +69,8 @@ def ascend(
     search.decide(estimate(search, ladder, tune))
     if said := narrower_weights(search):
         search.decide(said)
-    path: list[Reached] = []
-    spares: list[Candidate] = []
+    path: list[RungResult] = []
+    spares: list[Evaluated] = []
     for index, rung in enumerate(ladder):
         before, start = search.best, time.perf_counter()
         reached = _climb(search, rung)
@@ -166,10 +166,10 @@ def _roughly(x: float) -> str:
 def _with_file(
     search: Search,
     rung: Rung,
-    reached: Reached,
-    candidate: Candidate,
+    reached: RungResult,
+    candidate: Evaluated,
     score_file: Callable[[], tuple[str, Score]],
-) -> Reached:
+) -> RungResult:
     """What came of a rung with the score of its file; if that misses the target, simulations are held to less."""
     try:
         key, file = score_file()
@@ -192,7 +192,7 @@ def _with_file(
     return replace(reached, file_score=file.value, file_met=met, file_key=key)
 
 
-def _climb(search: Search, rung: Rung) -> Reached:
+def _climb(search: Search, rung: Rung) -> RungResult:
     """Climb one rung, or restore what an earlier run made of it; the model is left as the best candidate."""
     search.rung, note = rung.name, ""
     key = _key(search, rung)
@@ -218,7 +218,7 @@ def _climb(search: Search, rung: Rung) -> Reached:
         search.journal.write("finding", name=name, rung=rung.name, measured={"finding": found.to_dict()})
     search.found.clear()
     drop = search.goal.compare(best.score)
-    reached = Reached(
+    reached = RungResult(
         rung=rung.name,
         met=search.goal.met(best.score),
         score=best.score.value,
@@ -246,7 +246,7 @@ def _key(search: Search, rung: Rung) -> str:
     return Identity(rung.name, start, search.checkpoints.key, goals, rung.identity()).digest
 
 
-def _restored(search: Search, rung: Rung, key: str) -> Reached | None:
+def _restored(search: Search, rung: Rung, key: str) -> RungResult | None:
     """What an earlier run of the directory made of the same rung, if it finished it.
 
     None where the rung is to be climbed: what was made of it until an interruption is remembered piece by piece.
@@ -261,7 +261,7 @@ def _restored(search: Search, rung: Rung, key: str) -> Reached | None:
     if saved is None:
         return None
     place, data = steps[-1]
-    reached = Reached.of(data)
+    reached = RungResult.of(data)
     verdict = search.recall(reached.candidate)
     if verdict is None or not verdict.complete:
         return None
@@ -270,7 +270,7 @@ def _restored(search: Search, rung: Rung, key: str) -> Reached | None:
     if fingerprint(snapshot.restore()) != reached.candidate:
         return None
     known = [candidate for candidate in search.reached.values() if candidate.key == reached.candidate]
-    best = known[0] if known else Candidate(reached.what, verdict.score, snapshot, reached.candidate)
+    best = known[0] if known else Evaluated(reached.what, verdict.score, snapshot, reached.candidate)
     search.best = search.reached[rung.name] = best
     search.replay(rung.name, [e.data for e in journal.entries[:place] if e.kind == "decision"])
     return reached

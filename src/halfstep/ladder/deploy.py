@@ -20,9 +20,9 @@ from halfstep.ladder.evaluation import Verdict
 from halfstep.ladder.identity import runtime_identity
 from halfstep.ladder.outcome import Outcome
 from halfstep.ladder.pace import CHECKED, UNCHECKED, Exports, Pace, rung_of
-from halfstep.ladder.rung import Reached
-from halfstep.ladder.search import Candidate, Search, timed_evaluation
-from halfstep.ladder.site_records import portray_input, portray_sites
+from halfstep.ladder.rung import RungResult
+from halfstep.ladder.search import Evaluated, Search, timed_evaluation
+from halfstep.ladder.site_records import portray_input, record_sites
 from halfstep.onnx_in.origin import Origin
 from halfstep.progress import BudgetSpent, interruptible, steps, track
 from halfstep.runtime.deployed import DeployedModel
@@ -33,7 +33,7 @@ from halfstep.runtime.latency import race
 FEW = 128
 
 
-def advise(search: Search, path: Sequence[Reached], deployed: Score) -> tuple[str, ...]:
+def advise(search: Search, path: Sequence[RungResult], deployed: Score) -> tuple[str, ...]:
     """The cheapest next steps first; nothing if the target is met."""
     goal, best = search.asked, search.best
     if goal.met(deployed):
@@ -117,7 +117,7 @@ def measure_files(
 
 
 def _race(
-    search: Search, exports: Exports, below: Mapping[str, Candidate], float_file: Path, threads: int | None
+    search: Search, exports: Exports, below: Mapping[str, Evaluated], float_file: Path, threads: int | None
 ) -> list[dict[str, Any]]:
     """Write, run and compare the candidates' files; the model is the best one again afterwards."""
     best = search.best
@@ -150,7 +150,7 @@ OUTCOME = "outcome"
 
 def deploy(
     search: Search,
-    path: Sequence[Reached],
+    path: Sequence[RungResult],
     exports: Exports,
     place: Path,
     float_file: Path,
@@ -314,7 +314,7 @@ def _write_down(search: Search, outcome: Outcome, files: list[dict[str, Any]]) -
 
 def _portray(search: Search) -> None:
     """What pictures in the report are made of."""
-    search.journal.write("sites", **portray_sites(search.model))
+    search.journal.write("sites", **record_sites(search.model))
     picture = portray_input(search.model)
     if picture is not None:
         search.journal.write("picture", **picture)

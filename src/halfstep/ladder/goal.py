@@ -22,7 +22,7 @@ Asked = float | Mapping[str, float] | None
 
 
 @dataclass(frozen=True)
-class Aim:
+class GoalSpec:
     """One of three targets, and on what evidence it counts as met; of several metrics, one for each.
 
     Attributes:
@@ -36,9 +36,9 @@ class Aim:
     Raises:
         ArgumentError: if more than one target is given for a metric.
 
-    >>> str(Aim(relative_drop=0.01))
+    >>> str(GoalSpec(relative_drop=0.01))
     'relative_drop 0.01'
-    >>> str(Aim(max_drop=0.01, floor={"worst class": 0.8}))
+    >>> str(GoalSpec(max_drop=0.01, floor={"worst class": 0.8}))
     "max_drop 0.01, floor of 'worst class' 0.8"
     """
 
@@ -202,7 +202,7 @@ SMALLEST = 1e-3
 
 
 @dataclass(frozen=True)
-class Standing:
+class MetricResult:
     """One metric of a candidate beside its target.
 
     Attributes:
@@ -365,14 +365,14 @@ class Goal:
     def _used(self, score: Score) -> float:
         return self.drop(score) / max(self.max_drop, SMALLEST * abs(self.float_score.value), 1e-12)
 
-    def standings(self, score: Score) -> tuple[Standing, ...]:
+    def standings(self, score: Score) -> tuple[MetricResult, ...]:
         """How every metric stands, the leading one first."""
         found = []
         for goal, part in self.each(score):
             drop = goal.compare(part)
             figures = (goal.float_score.value, part.value, drop.value, drop.low, drop.high)
             met = goal._met(part)
-            found.append(Standing(goal.name, *figures, goal.max_drop, met, drop.examined, drop.reason))
+            found.append(MetricResult(goal.name, *figures, goal.max_drop, met, drop.examined, drop.reason))
         return tuple(found)
 
     def words(self, score: Score) -> str:

@@ -29,7 +29,7 @@ from halfstep.graph.capture import Captured
 from halfstep.graph.inputs import ModelInputs, batch_size, call_arguments
 from halfstep.identity import Identity, rows_of_bytes, state_of
 from halfstep.journal import Journal
-from halfstep.ladder.goal import Aim
+from halfstep.ladder.goal import GoalSpec
 from halfstep.model import QuantizedModel
 from halfstep.training.options import Training
 
@@ -162,7 +162,7 @@ class Examples:
 
 @dataclass(frozen=True)
 class Claimed:
-    """What came of :func:`claim`.
+    """What came of :func:`claim_run`.
 
     Attributes:
         judged: the examples that the metric judges on, where they can be seen.
@@ -175,11 +175,11 @@ class Claimed:
     unseen_in_training: tuple[str, ...] = ()
 
 
-def claim(
+def claim_run(
     journal: Journal,
     prepared: QuantizedModel,
     scorer: Scorer,
-    aim: Aim,
+    aim: GoalSpec,
     training: Training | None = None,
 ) -> Claimed:
     """Make the directory this run's own, or see that it is.
@@ -302,7 +302,7 @@ def _hash(content: bytes) -> bytes:
 FEW = 32
 
 
-def doubts(calibration: Examples, judged: Examples) -> list[str]:
+def data_warnings(calibration: Examples, judged: Examples) -> list[str]:
     """A sentence for each reason not to believe a score on these data.
 
     Args:

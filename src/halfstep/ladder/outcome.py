@@ -13,9 +13,9 @@ from halfstep.export.verify import Verification
 from halfstep.files import write_whole
 from halfstep.journal import Entry, finite
 from halfstep.ladder.evaluation import Evaluation
-from halfstep.ladder.goal import Standing
+from halfstep.ladder.goal import MetricResult
 from halfstep.ladder.identity import environment
-from halfstep.ladder.rung import Reached
+from halfstep.ladder.rung import RungResult
 from halfstep.listing import html_table
 from halfstep.model import QuantizedModel
 
@@ -60,10 +60,10 @@ class Outcome:
     verification: Verification
     model: QuantizedModel
     directory: Path | None = None
-    path: tuple[Reached, ...] = ()
+    path: tuple[RungResult, ...] = ()
     advice: tuple[str, ...] = ()
     entries: tuple[Entry, ...] = ()
-    metrics: tuple[Standing, ...] = ()
+    metrics: tuple[MetricResult, ...] = ()
     refused: str = ""
     latency: float | None = None
 
@@ -91,7 +91,7 @@ class Outcome:
         """What the file says of itself beside recipe and versions."""
         return {"float_score": repr(self.float_score), "score": repr(self.score), "rung": self.rung}
 
-    def standings(self) -> dict[str, Standing]:
+    def standings(self) -> dict[str, MetricResult]:
         """The metrics of the file by name; empty where there is only one, which has none."""
         return {standing.metric: standing for standing in self.metrics if standing.metric}
 

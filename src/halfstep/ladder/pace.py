@@ -15,7 +15,7 @@ from pathlib import Path
 from halfstep.errors import ArgumentError, RefusedError
 from halfstep.export.onnx import export_onnx
 from halfstep.ladder.costs import file_speed
-from halfstep.ladder.search import Candidate, Search
+from halfstep.ladder.search import Evaluated, Search
 from halfstep.progress import steps
 from halfstep.targets import Target
 
@@ -35,7 +35,7 @@ class Exports:
         self._written: dict[str, tuple[Path, bool]] = {}  # by candidate, with whether the file was checked
         self._refused: dict[str, RefusedError] = {}
 
-    def file(self, search: Search, candidate: Candidate, check: bool = True) -> Path:
+    def file(self, search: Search, candidate: Evaluated, check: bool = True) -> Path:
         """The candidate's file; the search's model is the candidate where it has to be written.
 
         Args:
@@ -73,7 +73,7 @@ class Exports:
         return path
 
 
-def rung_of(search: Search, candidate: Candidate) -> str:
+def rung_of(search: Search, candidate: Evaluated) -> str:
     """The first rung that ended with this candidate; the one that was climbed last if none did."""
     return next((name for name, reached in search.reached.items() if reached is candidate), search.rung)
 
@@ -114,7 +114,7 @@ class Pace:
     float_file: Path
     threads: int | None
 
-    def speed(self, search: Search, candidate: Candidate) -> float:
+    def speed(self, search: Search, candidate: Evaluated) -> float:
         """How many times as fast as float a candidate's file is; raced once, and the model is the candidate then."""
         candidate.snapshot.restore()
 
@@ -126,11 +126,11 @@ class Pace:
 
         return file_speed(search, file, self.float_file, self.threads)
 
-    def enough(self, search: Search, candidate: Candidate) -> bool:
+    def enough(self, search: Search, candidate: Evaluated) -> bool:
         """Whether a candidate's file is fast enough."""
         return self.speed(search, candidate) >= self.least
 
-    def spare(self, search: Search, candidate: Candidate) -> str:
+    def spare(self, search: Search, candidate: Evaluated) -> str:
         """Why a candidate is only kept in case nothing better comes: layers in float, and too slow; empty if not."""
         share = len(candidate.snapshot.put_back["float_layers"]) / max(1, len(search.model.layers))
         return (
@@ -139,7 +139,7 @@ class Pace:
             else ""
         )
 
-    def choose(self, search: Search, first: Candidate, others: Iterable[Candidate]) -> Candidate:
+    def choose(self, search: Search, first: Evaluated, others: Iterable[Evaluated]) -> Evaluated:
         """``first`` if it is fast enough; else the most accurate of the others that are; ``first`` if none is.
 
         A decision says how fast each of them is, where there was a choice.

@@ -19,7 +19,7 @@ from halfstep.ladder.methods import Method, find_method
 from halfstep.ladder.rung import Cost, Rung
 from halfstep.ladder.search import Search
 from halfstep.ladder.sensitivity import LayerSensitivity, Sensitivity, rank, where_is_the_loss
-from halfstep.ladder.speed import Settled, hasten
+from halfstep.ladder.speed import Assigned, fastest_assignment
 from halfstep.model import QuantizedModel
 from halfstep.precision import (
     STEPS,
@@ -30,7 +30,7 @@ from halfstep.precision import (
     find_steps,
     groups_of,
     names_of,
-    pinned,
+    pinned_layers,
 )
 
 #: Groups times examples of a ranking, and examples at least: 32 groups are ranked on all kept examples.
@@ -94,7 +94,7 @@ class Partial(Rung):
 
     def check(self, model: QuantizedModel) -> None:
         """Raise :class:`.RecipeError` if a pattern matches no layer, or layers are pinned both ways."""
-        pinned(model, self.keep_float, self.keep_quantized)
+        pinned_layers(model, self.keep_float, self.keep_quantized)
 
     def identity(self) -> str:
         """The options."""
@@ -144,7 +144,7 @@ def climb_partial(search: Search, options: Partial | None = None) -> Score:
 
 def _climb(search: Search, options: Partial) -> Score:
     model, goal, early = search.model, search.goal, search.early
-    base, groups = pinned(model, options.keep_float, options.keep_quantized)
+    base, groups = pinned_layers(model, options.keep_float, options.keep_quantized)
     search.choose(choices(base, {}))
     model.set_mode(Mode.QUANTIZE)
     start = search.evaluate("the pinned layers in float" if options.keep_float else "all layers quantized")
@@ -157,7 +157,9 @@ def _climb(search: Search, options: Partial) -> Score:
         walk = _Walk(search, options, base, groups)
         found = walk.settle()
         if found and options.order == "latency":
-            found = [hasten(search, base, found, walk.able.get(STEPS["float"], []), search.threads)]
+            found = [
+                fastest_assignment(search, base, found, walk.able.get(STEPS["float"], []), search.threads)
+            ]
         return walk.report(*found[0]) if found else walk.best_effort(start)
     finally:
         search.early = early
@@ -249,7 +251,7 @@ class _Walk:
             f"examples sent through the network){by_time}; first: {first}{agreement}."
         )
 
-    def settle(self) -> list[Settled]:
+    def settle(self) -> list[Assigned]:
         """What meets the goal on all examples: of each order, if there is any, whatever early verdicts said.
 
         In the order of time a layer that costs much comes last even where nothing holds without it; so that of
@@ -258,7 +260,7 @@ class _Walk:
         orders = [self.ranked] if self.ranked == self.by_accuracy else [self.ranked, self.by_accuracy]
         return [settled for order in orders if (settled := self._settle(order)) is not None]
 
-    def _settle(self, order: list[Group]) -> Settled | None:
+    def _settle(self, order: list[Group]) -> Assigned | None:
         """First by early verdicts; should one turn out to be wrong, by all examples."""
         search, early = self.search, self.search.early
         self.ranked, self.left, self.refused = order, pruning(len(order)), {}

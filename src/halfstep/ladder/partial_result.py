@@ -13,13 +13,13 @@ from halfstep.fidelity.reference import knowing_float
 from halfstep.identity import Identity
 from halfstep.journal import Journal
 from halfstep.ladder.evaluation import Evaluation
-from halfstep.ladder.goal import Aim, Asked
-from halfstep.ladder.identity import claim
+from halfstep.ladder.goal import Asked, GoalSpec
+from halfstep.ladder.identity import claim_run
 from halfstep.ladder.partial import Partial, climb_partial
 from halfstep.ladder.search import Search, float_evaluation
 from halfstep.ladder.sensitivity import Halves, Sensitivity
 from halfstep.model import QuantizedModel
-from halfstep.precision import STEPS, groups_of, pinned
+from halfstep.precision import STEPS, groups_of, pinned_layers
 
 
 @dataclass(frozen=True)
@@ -104,18 +104,18 @@ def partial(
     ('blocks.0.body.3',)
     """
     options = options or Partial()
-    if not pinned(model, options.keep_float, options.keep_quantized)[1]:
+    if not pinned_layers(model, options.keep_float, options.keep_quantized)[1]:
         raise ArgumentError(
             "partial: no layers are left to put back to float: "
             + ("all that are quantized are pinned" if groups_of(model) else "none is quantized")
         )
     scorer = as_scorers(metric)
-    aim = Aim(max_drop, relative_drop, floor, confidence, strict)
+    aim = GoalSpec(max_drop, relative_drop, floor, confidence, strict)
     aim.check(scorer)
     with Journal(directory) as journal:
         unseen: tuple[str, ...] = ()
         if directory is not None:
-            unseen = claim(journal, model, scorer, aim).unseen
+            unseen = claim_run(journal, model, scorer, aim).unseen
             own = [(name, x) for name, x in model.named_parameters() if not name.startswith("quantizers.")]
             journal.claim("parameters", Identity(own).digest)
         scorer = knowing_float(scorer, model)

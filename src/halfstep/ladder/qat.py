@@ -17,14 +17,14 @@ from halfstep.fake_quantize import Mode
 from halfstep.fidelity.reference import knowing_float
 from halfstep.files import lock
 from halfstep.ladder.evaluation import Verdict as Scored
-from halfstep.ladder.goal import Aim, Asked
+from halfstep.ladder.goal import Asked, GoalSpec
 from halfstep.ladder.rung import Cost, Rung
 from halfstep.ladder.search import Search, float_evaluation, timed_evaluation
 from halfstep.model import QuantizedModel
 from halfstep.progress import protected
 from halfstep.training.check import check_trainable
 from halfstep.training.checkpoint import FILE, OtherTraining, before
-from halfstep.training.fit import Judge, Trained, Verdict, fit
+from halfstep.training.fit import Judge, Judgement, Trained, fit
 from halfstep.training.options import Training, check_training
 
 
@@ -118,7 +118,7 @@ def _train(
             what = "max_drop" if max_drop is not None else "control"
             raise ArgumentError(f"{what}: needs a metric; give hs.train(..., metric=hs.Accuracy(labelled))")
         return _fit(model, training, None, folder)
-    scorer, aim = as_scorers(metric), Aim(0.0 if max_drop is None else max_drop)
+    scorer, aim = as_scorers(metric), GoalSpec(0.0 if max_drop is None else max_drop)
     if max_drop is not None:
         aim.check(scorer)
     scorer = knowing_float(scorer, model)
@@ -207,10 +207,10 @@ def _fit(
 
 
 def _judge(search: Search, stop: bool) -> Judge:
-    def judge(step: int) -> Verdict:
+    def judge(step: int) -> Judgement:
         # The steps are made; not to score them would throw them away.
         score = search.evaluate(f"QAT, step {step}" if step else "QAT, the start", paid=True)
-        return Verdict(score.value, search.goal.loss(score), stop and search.goal.met(score))
+        return Judgement(score.value, search.goal.loss(score), stop and search.goal.met(score))
 
     return judge
 

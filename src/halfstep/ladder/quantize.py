@@ -39,8 +39,8 @@ from halfstep.graph.tails import mark_tails
 from halfstep.journal import Journal
 from halfstep.ladder.climb import PORTABLE, RUNGS, ascend, find_rungs, settle
 from halfstep.ladder.deploy import deploy, file_score
-from halfstep.ladder.goal import Aim, Asked
-from halfstep.ladder.identity import Claimed, Examples, claim, doubts
+from halfstep.ladder.goal import Asked, GoalSpec
+from halfstep.ladder.identity import Claimed, Examples, claim_run, data_warnings
 from halfstep.ladder.outcome import Outcome
 from halfstep.ladder.pace import Exports, Pace, check_latency
 from halfstep.ladder.partial import Partial
@@ -48,7 +48,7 @@ from halfstep.ladder.qat import QAT
 from halfstep.ladder.repairs import refit
 from halfstep.ladder.rung import Rung
 from halfstep.ladder.search import Search, float_evaluation
-from halfstep.ladder.speed import favour_speed
+from halfstep.ladder.speed import tune_for_speed
 from halfstep.live import shown
 from halfstep.model import QuantizedModel
 from halfstep.onnx_in.from_file import declared_axes, opened, origin_of
@@ -242,7 +242,7 @@ def quantize(
         check_training(training)
     ladder = find_rungs(tuple(rungs), training, partial, max_float)
     training = next((rung.training for rung in ladder if isinstance(rung, QAT)), training)
-    aim = Aim(max_drop, relative_drop, floor, confidence, strict)
+    aim = GoalSpec(max_drop, relative_drop, floor, confidence, strict)
     found, recipe = find_target(target), recipe or Recipe.int8()
     check_latency(latency, found)
     with shown(progress), Journal(directory, fresh) as journal, tempfile.TemporaryDirectory() as name:
@@ -265,7 +265,7 @@ def quantize(
             rung.check(prepared)
         with steps("exporting the float network"):  # what cannot be deployed is known now
             float_file = export_float(prepared, temporary / "float.onnx")
-        claimed = claim(journal, prepared, scorer, aim, training)
+        claimed = claim_run(journal, prepared, scorer, aim, training)
         if recipe.portable is None:
             journal.write(PORTABLE, portable=settled.portable)
         scorer = knowing_float(scorer, prepared)
@@ -277,7 +277,7 @@ def quantize(
         pace = None if latency is None else Pace(latency, exports, float_file, threads)
         path = ascend(search, ladder, tune, score_file, pace)
         if tune or (pace is not None and search.best is not None and not pace.enough(search, search.best)):
-            favour_speed(search, threads, score_file)
+            tune_for_speed(search, threads, score_file)
         return deploy(search, path, exports, journal.folder or temporary, float_file, threads, pace)
 
 
@@ -298,7 +298,7 @@ def _begin(
     journal: Journal,
     prepared: QuantizedModel,
     scorer: Scorer,
-    aim: Aim,
+    aim: GoalSpec,
     calibration: Iterable[ModelInputs],
     budget: Budget,
     claimed: Claimed,
@@ -351,7 +351,7 @@ def _observe(search: Search, calibration: Iterable[ModelInputs], judged: Example
     model, calibrated = search.model, Examples(search.model.captured)
     with halving(model) as unsteady:
         observe(model, _watched(calibration, calibrated))
-    said = [*doubts(calibrated, judged), *sentences([*unlike_sites(model, seen), *unsteady])]
+    said = [*data_warnings(calibrated, judged), *sentences([*unlike_sites(model, seen), *unsteady])]
     if isinstance(calibration, (list, tuple)):
         search.journal.claim("calibration data", calibrated.contents())
     search.calibrated = len(calibrated.seen)
@@ -381,7 +381,7 @@ def _compare(calibration: Iterable[ModelInputs], known: Sequence[bytes], search:
 
 
 def _write_settings(
-    search: Search, ladder: Sequence[Rung], aim: Aim, command: str, latency: float | None
+    search: Search, ladder: Sequence[Rung], aim: GoalSpec, command: str, latency: float | None
 ) -> None:
     """Write down what was asked, with every default resolved."""
     model, goal = search.model, search.goal

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from halfstep.ladder.goal import Standing
+from halfstep.ladder.goal import MetricResult
 from halfstep.ladder.search import Search
 from halfstep.model import QuantizedModel
 
@@ -71,7 +71,7 @@ class Rung(ABC):
 
 
 @dataclass(frozen=True)
-class Reached:
+class RungResult:
     """What came of a rung.
 
     Attributes:
@@ -101,7 +101,7 @@ class Reached:
     drop: float
     low: float | None
     high: float | None
-    metrics: tuple[Standing, ...]
+    metrics: tuple[MetricResult, ...]
     what: str
     float_layers: tuple[str, ...]
     put_back: dict[str, list[str]]
@@ -115,8 +115,8 @@ class Reached:
     candidate: str = ""
 
     @classmethod
-    def of(cls, data: Mapping[str, Any]) -> Reached:
+    def of(cls, data: Mapping[str, Any]) -> RungResult:
         """What the journal says of a rung."""
         known = {field.name: data[field.name] for field in fields(cls) if field.name in data}
-        known["metrics"] = tuple(Standing(**standing) for standing in data["metrics"])
+        known["metrics"] = tuple(MetricResult(**standing) for standing in data["metrics"])
         return cls(**{**known, "float_layers": tuple(data["float_layers"])})

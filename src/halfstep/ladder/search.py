@@ -34,7 +34,7 @@ AGAIN = "float again, for the metric's noise"
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Evaluated:
     """A fully quantized model that was evaluated.
 
     Attributes:
@@ -86,8 +86,8 @@ class Search:
     journal: Journal = field(default_factory=Journal)
     budget: Budget = field(default_factory=Budget)
     rung: str = ""
-    best: Candidate | None = None
-    reached: dict[str, Candidate] = field(default_factory=dict)
+    best: Evaluated | None = None
+    reached: dict[str, Evaluated] = field(default_factory=dict)
     calibrated: int = 0
     threads: int | None = None
     started: float = field(default_factory=lambda: time.perf_counter())
@@ -316,10 +316,10 @@ class Search:
 
         score, best = verdict.score, self.best
         if best is None or self._rank(score, put_back_in(self.model)) < self.rank(best):
-            self.best = Candidate(what, score, ModelState.of(self.model), key)
+            self.best = Evaluated(what, score, ModelState.of(self.model), key)
             say(f"best so far {self.goal.words(score)}: {what}")
 
-    def rank(self, candidate: Candidate) -> tuple[float, ...]:
+    def rank(self, candidate: Evaluated) -> tuple[float, ...]:
         """Less is better: meets the goal, few layers in float, few at the steps before, a small drop."""
         return self._rank(candidate.score, candidate.snapshot.put_back)
 

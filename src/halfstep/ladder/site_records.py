@@ -43,7 +43,7 @@ CALIBRATORS: tuple[Calibrator, ...] = (Max(), Percentile(99.99), Entropy(), MSE(
 PIXELS = 256
 
 
-def portray_sites(model: QuantizedModel) -> dict[str, Any]:
+def record_sites(model: QuantizedModel) -> dict[str, Any]:
     """Calibrated sites as plain data: ``sites``, and ``of``, how many there are.
 
     Each has ``name``, ``layers`` that read it, ``weight``, ``format``, ``bits``, ``granularity``, ``low``, ``high``,

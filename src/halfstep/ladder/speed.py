@@ -11,22 +11,22 @@ from halfstep.errors import RefusedError
 from halfstep.evaluate import Score
 from halfstep.graph.placement import Choices
 from halfstep.ladder.costs import file_times, tuned
-from halfstep.ladder.search import Candidate, Search
+from halfstep.ladder.search import Evaluated, Search
 from halfstep.precision import STEPS, Assignment, Group, choices, names_of
 from halfstep.progress import BudgetSpent, interruptible
 from halfstep.snapshot import ModelState, fingerprint
 
 #: An assignment that meets the goal, and its score.
-Settled = tuple[Assignment, Score]
+Assigned = tuple[Assignment, Score]
 
 
-def hasten(
+def fastest_assignment(
     search: Search,
     base: Mapping[str, frozenset[str]],
-    found: Sequence[Settled],
+    found: Sequence[Assigned],
     free: Sequence[Group],
     threads: int | None = None,
-) -> Settled:
+) -> Assigned:
     """The fastest of what meets the goal, with its float layers joined where that is faster still.
 
     A float layer between integer ones pays for a conversion on both sides, so what a set of layers costs is not the
@@ -56,7 +56,7 @@ def hasten(
         verdict += " Float is as fast on this machine: integers save no time in this network."
     search.decide(verdict)
     # By itself the search prefers what has fewer layers in float.
-    search.best = Candidate(
+    search.best = Evaluated(
         "the fastest file that meets the target", score, ModelState.of(model), fingerprint(model)
     )
     return assignment, score
@@ -65,10 +65,10 @@ def hasten(
 def _joined(
     search: Search,
     base: Mapping[str, frozenset[str]],
-    settled: Settled,
+    settled: Assigned,
     free: Sequence[Group],
     threads: int | None,
-) -> Settled:
+) -> Assigned:
     assignment, _ = settled
     to_float = STEPS["float"]
     rest = [group for group in free if assignment.get(group) is not to_float]
@@ -88,7 +88,7 @@ def _joined(
     return settled
 
 
-def favour_speed(search: Search, threads: int | None, score_file: Callable[[], tuple[str, Score]]) -> None:
+def tune_for_speed(search: Search, threads: int | None, score_file: Callable[[], tuple[str, Score]]) -> None:
     """Tune the best candidate for this machine and keep that if it meets the target, or comes no less near to it.
 
     What was measured is written to the journal, so that a resumed run leaves the same layers in float.
@@ -113,7 +113,7 @@ def favour_speed(search: Search, threads: int | None, score_file: Callable[[], t
         search.decide(f"nothing is left in float for speed, the budget is spent: {spent}")
         return
     goal, kept = search.goal, search.reached
-    faster = search.best = Candidate(before.what, score, ModelState.of(model), fingerprint(model))
+    faster = search.best = Evaluated(before.what, score, ModelState.of(model), fingerprint(model))
     search.reached = {rung: faster if reached is before else reached for rung, reached in kept.items()}
     if goal.met(score):
         try:

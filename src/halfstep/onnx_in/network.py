@@ -65,7 +65,7 @@ _VECTORS = frozenset({"Add", "Mul", "Sub", "Div"})
 SMALL = 1024
 
 
-class Step(nn.Module):
+class Call(nn.Module):
     """A node of the file."""
 
     def __init__(self, node: Node) -> None:
@@ -137,7 +137,7 @@ class OnnxNetwork(nn.Module):
         self._hosted: dict[str, np.ndarray] = {}
         self._places: dict[str, str] = {}
         self._keep(stored)
-        self._steps = [(node, _attach(self, node.name, Step(node))) for node in self.nodes]
+        self._steps = [(node, _attach(self, node.name, Call(node))) for node in self.nodes]
         self._last = _last_uses(self.nodes, self.output_names)
         tensors = {place: name for name, place in self._places.items()}
         self.origin = Origin(source, {place: node for node, place in self._steps}, tensors)

@@ -12,7 +12,7 @@ from halfstep.graph.inputs import ModelInputs
 from halfstep.model import QuantizedModel
 from halfstep.repair.ranges import sample_of
 from halfstep.repair.record import Repair, Treated
-from halfstep.repair.walk import Step, walk, while_time_lasts
+from halfstep.repair.walk import LayerRun, walk, while_time_lasts
 
 
 def correct_bias(model: QuantizedModel, batches: Iterable[ModelInputs] | None = None) -> Repair:
@@ -51,7 +51,7 @@ def correct_bias(model: QuantizedModel, batches: Iterable[ModelInputs] | None = 
     )
 
 
-def shift_bias(model: QuantizedModel, step: Step) -> Tensor:
+def shift_bias(model: QuantizedModel, step: LayerRun) -> Tensor:
     """Take the mean error of a layer's channels off its bias, and return what it was; the layer has a shift."""
     shift, parameter = model.shifts[step.layer.name], step.layer.operator.bias
     assert parameter is not None
@@ -62,7 +62,7 @@ def shift_bias(model: QuantizedModel, step: Step) -> Tensor:
     return error
 
 
-def mean_error(step: Step) -> Tensor:
+def mean_error(step: LayerRun) -> Tensor:
     """The mean of the float output less the quantized one, for each channel, float64."""
     axis = 1 if step.layer.operator.kind in ("conv", "conv_transpose") else -1
     wanted = [step.run_float(x) for x in step.float_inputs]

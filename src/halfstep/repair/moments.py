@@ -39,7 +39,7 @@ class LayerWeight:
 
     @classmethod
     def of(cls, model: QuantizedModel, layer: Layer) -> LayerWeight:
-        """The weight of a layer that is not :func:`unfit`."""
+        """The weight of a layer that is not :func:`why_not_rounded`."""
         assert layer.operator.weight is not None
         name = str(layer.operator.weight.target)
         return cls(layer.operator, model.sites[name], model.weight(name).detach())
@@ -61,7 +61,7 @@ class LayerWeight:
         self.site.round_to(self.tensor, self.tensor_of(rows).to(self.tensor.dtype))
 
 
-def unfit(model: QuantizedModel, layer: Layer) -> str:
+def why_not_rounded(model: QuantizedModel, layer: Layer) -> str:
     """Why passes that work on a layer's rows leave it alone; empty if they do not."""
     weight = layer.operator.weight
     if weight is None or str(weight.target) not in model.sites:

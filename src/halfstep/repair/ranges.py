@@ -15,7 +15,7 @@ from halfstep.graph.inputs import ModelInputs, call_arguments
 from halfstep.graph.placement import Site
 from halfstep.model import QuantizedModel
 from halfstep.ranges import widen_for_bias
-from halfstep.repair.moments import LayerWeight, gather, too_large, unfit
+from halfstep.repair.moments import LayerWeight, gather, too_large, why_not_rounded
 from halfstep.repair.record import OUTPUT_ERROR, Repair, Treated
 from halfstep.repair.walk import walk, while_time_lasts
 
@@ -83,7 +83,7 @@ def weigh_ranges(model: QuantizedModel, batches: Iterable[ModelInputs] | None = 
     treated, skipped = [], []
     notes: list[str] = []
     for step in while_time_lasts(walk(model, sample_of(model, batches), "weight ranges"), notes):
-        if reason := unfit(model, step.layer) or too_large(step.layer.operator):
+        if reason := why_not_rounded(model, step.layer) or too_large(step.layer.operator):
             skipped.append((step.layer.name, reason))
             continue
         clock = time.perf_counter()

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from halfstep.graph.inputs import ModelInputs
 from halfstep.model import QuantizedModel
 from halfstep.repair.bias import shift_bias
-from halfstep.repair.moments import too_large, unfit
+from halfstep.repair.moments import too_large, why_not_rounded
 from halfstep.repair.ranges import sample_of
 from halfstep.repair.record import OUTPUT_ERROR, Repair, Treated
 from halfstep.repair.rounding import gptq_rows, round_layer
@@ -37,7 +37,7 @@ def refit_layers(model: QuantizedModel, batches: Iterable[ModelInputs] | None = 
             continue
         rounded, shifted = model.compensations.kinds(name)
         was = now = 0.0
-        if rounded and not (unfit(model, step.layer) or too_large(step.layer.operator)):
+        if rounded and not (why_not_rounded(model, step.layer) or too_large(step.layer.operator)):
             was, now, note = round_layer(model, step, gptq_rows)
             notes += [note] * bool(note)
         if shifted:

@@ -19,10 +19,10 @@ from halfstep.formats import Format
 from halfstep.granularity import PerChannel
 from halfstep.graph.inputs import ModelInputs
 from halfstep.model import QuantizedModel
-from halfstep.repair.moments import LayerWeight, Moments, as_rows, gather, too_large, unfit
+from halfstep.repair.moments import LayerWeight, Moments, as_rows, gather, too_large, why_not_rounded
 from halfstep.repair.ranges import sample_of
 from halfstep.repair.record import OUTPUT_ERROR, Repair, Treated
-from halfstep.repair.walk import Step, walk, while_time_lasts
+from halfstep.repair.walk import LayerRun, walk, while_time_lasts
 
 #: The part of the mean square of the inputs that is added to every input's own: what a sample does not tell should
 #: not be fitted.
@@ -171,7 +171,7 @@ def round_layers(
     treated, skipped = [], []
     notes: list[str] = []
     for step in while_time_lasts(walk(model, sample_of(model, batches), name), notes):
-        if reason := unfit(model, step.layer) or too_large(step.layer.operator):
+        if reason := why_not_rounded(model, step.layer) or too_large(step.layer.operator):
             skipped.append((step.layer.name, reason))
             continue
         clock = time.perf_counter()
@@ -183,7 +183,7 @@ def round_layers(
     )
 
 
-def round_layer(model: QuantizedModel, step: Step, find: Round) -> tuple[float, float, str]:
+def round_layer(model: QuantizedModel, step: LayerRun, find: Round) -> tuple[float, float, str]:
     """Round the rows of a layer that is not unfit; its output error before and after, and a note if there is one."""
     weight = LayerWeight.of(model, step.layer)
     moments = gather(weight.op, weight.rows(), step.inputs, step.float_inputs)

@@ -18,7 +18,7 @@ from halfstep.graph.placement import Layer
 from halfstep.model import QuantizedModel
 from halfstep.repair.channels import Channels, Port, find_channels
 from halfstep.repair.equalize import rows_of, scale_port, scaled
-from halfstep.repair.moments import LayerWeight, as_rows, patches, unfit
+from halfstep.repair.moments import LayerWeight, as_rows, patches, why_not_rounded
 from halfstep.repair.ranges import sample_of
 from halfstep.repair.record import Repair
 from halfstep.repair.walk import walk
@@ -63,7 +63,7 @@ def migrate(
     seen = {
         step.layer.operator.node: _some_rows(step.layer, step.float_inputs)
         for step in walk(model, inputs, "migration")
-        if step.layer.operator.node in wanted and not unfit(model, step.layer)
+        if step.layer.operator.node in wanted and not why_not_rounded(model, step.layer)
     }
     for channels in classes:
         if channels.scalable:

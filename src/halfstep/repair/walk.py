@@ -28,7 +28,7 @@ MEMORY = 2**30
 
 
 @dataclass(frozen=True)
-class Step:
+class LayerRun:
     """A layer that is about to run.
 
     Attributes:
@@ -46,7 +46,7 @@ class Step:
     run_float: Callable[[Tensor], Tensor]
 
 
-def walk(model: QuantizedModel, batches: Sequence[ModelInputs], what: str) -> Iterator[Step]:
+def walk(model: QuantizedModel, batches: Sequence[ModelInputs], what: str) -> Iterator[LayerRun]:
     """Stop before every quantized layer with a weight, in the order of execution.
 
     What the caller changes on the layer (its rounding, its range, the shift of its bias) holds from its own run on.
@@ -60,7 +60,7 @@ def walk(model: QuantizedModel, batches: Sequence[ModelInputs], what: str) -> It
     return _Walk(model, batches).steps(what)
 
 
-def while_time_lasts(walked: Iterator[Step], notes: list[str]) -> Iterator[Step]:
+def while_time_lasts(walked: Iterator[LayerRun], notes: list[str]) -> Iterator[LayerRun]:
     """The steps of a walk up to where time is up; a note says so.
 
     For passes whose layers do not depend on what later layers become: what was done is worth as much without the rest.
@@ -130,7 +130,7 @@ class _Walk:
         self.values: list[tuple[dict[fx.Node, Any], dict[fx.Node, Any]]] = [({}, {}) for _ in self.inputs]
 
     @torch.no_grad()
-    def steps(self, what: str) -> Iterator[Step]:
+    def steps(self, what: str) -> Iterator[LayerRun]:
         layers = {
             self.copies[layer.operator.node]: layer
             for layer in self.model.layers
@@ -158,7 +158,7 @@ class _Walk:
             for env in values:
                 env.update(zip(placeholders, flat, strict=True))
 
-    def _step(self, node: fx.Node, layer: Layer) -> Step:
+    def _step(self, node: fx.Node, layer: Layer) -> LayerRun:
         source = node.args[0]
         assert isinstance(source, fx.Node)
 
@@ -171,7 +171,7 @@ class _Walk:
             return once
 
         floats = [self._value(source, values[0], False) for values in self.values]
-        return Step(
+        return LayerRun(
             layer,
             floats,
             [self._value(source, values[1], True) for values in self.values],

@@ -12,7 +12,7 @@ from typing import Any
 
 from halfstep.journal import Entry, read
 from halfstep.ladder.evaluation import Evaluation, kept
-from halfstep.ladder.goal import Standing
+from halfstep.ladder.goal import MetricResult
 from halfstep.report.html import size
 from halfstep.runtime.saturation import holds_on
 
@@ -29,7 +29,7 @@ class Run:
         decisions: sentences, in order.
         steps: the rungs climbed, of those asked for last, with what came of each.
         sweep: the calibrators compared, best first.
-        sites: as :func:`halfstep.ladder.site_records.portray_sites` made them.
+        sites: as :func:`halfstep.ladder.site_records.record_sites` made them.
         known_sites: how many there are, of which ``sites`` are some or all.
         picture: an input, if it is an image.
         findings: what rungs found out, by name: ``"sensitivity"``, ``"training"`` ...
@@ -109,7 +109,7 @@ def _facts(run: Run) -> dict[str, str]:
         "float score": f"{end['float_score']:.4f}",
         "simulated score": f"{end['score']:.4f}",
         "deployed score": f"{end['deployed_score']:.4f}",
-        **{each.metric: str(each) for each in (Standing(**m) for m in end["metrics"]) if each.metric},
+        **{each.metric: str(each) for each in (MetricResult(**m) for m in end["metrics"]) if each.metric},
         "float layers": ", ".join(end["float_layers"]) or "none",
         "integer layers": f"{sum(layer['integer'] for layer in end['layers'])} of {len(end['layers'])}",
         "answers hold on": holds_on(end.get("saturable", ())),

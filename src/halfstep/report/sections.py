@@ -7,7 +7,7 @@ from typing import Any
 
 from halfstep.evaluate import percent
 from halfstep.fidelity.compare import Parity
-from halfstep.ladder.goal import Standing
+from halfstep.ladder.goal import MetricResult
 from halfstep.report.chart import Chart, as_formats_see_it
 from halfstep.report.html import Html, escape, figure, number, size, table
 from halfstep.report.run import Run
@@ -82,7 +82,7 @@ def summary(run: Run) -> str:
 
 def _standings(end: dict[str, Any]) -> list[tuple[str, Html]]:
     """Several metrics of the file, each beside its target."""
-    found = [Standing(**metric) for metric in end["metrics"] if metric["metric"]]
+    found = [MetricResult(**metric) for metric in end["metrics"] if metric["metric"]]
     return [(each.metric, figure(f"metric {each.metric}", each.score, str(each))) for each in found]
 
 

@@ -49,7 +49,7 @@ _STRETCH = 512  # where a block reaches beyond the tails, only its stretches tha
 
 
 @dataclass(frozen=True)
-class Kernels:
+class CompiledLoops:
     """Count shares into private tables, in turn or at once, and hand what was counted over to a histogram."""
 
     one_by_one: Callable[..., None]
@@ -58,7 +58,7 @@ class Kernels:
 
 
 @cache
-def kernels() -> Kernels:
+def kernels() -> CompiledLoops:
     """Compile, or load what was compiled before; numba is imported here and not with the package."""
     from numba import njit, prange
 
@@ -276,7 +276,7 @@ def kernels() -> Kernels:
             share = words[words.size * i // shares + reached[i] : words.size * (i + 1) // shares]
             reached[i] += tally(share, tables[i], spans[i], specials[i], ends[:, 0], offered[i], filled[i])
 
-    return Kernels(
+    return CompiledLoops(
         compiled(count, "one_by_one"),
         compiled(count, "at_once", parallel=True),
         compiled(hand_over, "hand_over"),

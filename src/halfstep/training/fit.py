@@ -45,7 +45,7 @@ from halfstep.training.ranges import MovingRanges
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Judgement:
     """What a judge says of the model as it stands.
 
     Attributes:
@@ -60,7 +60,7 @@ class Verdict:
     enough: bool
 
 
-Judge = Callable[[int], Verdict]
+Judge = Callable[[int], Judgement]
 
 #: Points of a training's loss as plain data.
 CURVE = 400

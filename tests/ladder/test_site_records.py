@@ -10,7 +10,7 @@ from torch import nn
 
 import halfstep as hs
 from halfstep.ladder import deploy, site_records
-from halfstep.ladder.site_records import portray_sites
+from halfstep.ladder.site_records import record_sites
 from halfstep.report.page import page
 from halfstep.report.run import Run
 from halfstep.statistics import Histogram
@@ -35,7 +35,7 @@ def of(found, name):
 
 
 def test_a_weight_is_what_its_definition_says(model):
-    site = of(portray_sites(model), "0.weight")
+    site = of(record_sites(model), "0.weight")
     weight = model.weight("0.weight").detach().double().numpy().ravel()
     rounded = model.sites["0.weight"].rounded(model.weight("0.weight")).detach().double().numpy().ravel()
     assert (site["count"], site["min"], site["max"]) == (2000, weight.min(), weight.max())
@@ -51,7 +51,7 @@ def test_a_weight_is_what_its_definition_says(model):
 
 
 def test_no_more_of_a_weight_is_looked_at_together_than_a_block(model, monkeypatch):
-    whole = portray_sites(model)
+    whole = record_sites(model)
     sizes = []
 
     class Measured(Histogram):
@@ -61,16 +61,16 @@ def test_no_more_of_a_weight_is_looked_at_together_than_a_block(model, monkeypat
 
     monkeypatch.setattr(site_records, "BLOCK", 300)
     monkeypatch.setattr(site_records, "Histogram", Measured)
-    assert portray_sites(model) == whole
+    assert record_sites(model) == whole
     weights = [model.weight(f"{name}.weight").numel() for name in (0, 2, 4)]
     assert max(sizes) == 300 and len(sizes) == sum(-(-weight // 300) for weight in weights)
 
 
 def test_of_many_sites_some_of_each_kind_are_taken(model, monkeypatch):
-    every = portray_sites(model)
+    every = record_sites(model)
     assert every["of"] == len(every["sites"]) >= 6
     monkeypatch.setattr(site_records, "SITES", 4)
-    some = portray_sites(model)
+    some = record_sites(model)
     assert len(some["sites"]) == 4 and some["of"] == every["of"]
     assert {site["weight"] for site in some["sites"]} == {True, False}
     assert all(site in every["sites"] for site in some["sites"])
@@ -86,9 +86,9 @@ def test_a_weight_without_memory_is_left_out(model, monkeypatch, error):
         return draw(module, weight)
 
     draw = site_records._weight
-    every = portray_sites(model)
+    every = record_sites(model)
     monkeypatch.setattr(site_records, "_weight", short)
-    some = portray_sites(model)
+    some = record_sites(model)
     assert [s["name"] for s in some["sites"]] == [
         s["name"] for s in every["sites"] if s["name"] != "2.weight"
     ]
@@ -101,7 +101,7 @@ def test_any_other_error_is_no_shortage(model, monkeypatch):
 
     monkeypatch.setattr(site_records, "_weight", broken)
     with pytest.raises(RuntimeError, match="a shape"):
-        portray_sites(model)
+        record_sites(model)
 
 
 class Killed(BaseException):
@@ -112,7 +112,7 @@ def test_the_outcome_is_on_the_disk_before_anything_is_drawn(tmp_path, monkeypat
     def killed(model):
         raise Killed
 
-    monkeypatch.setattr(deploy, "portray_sites", killed)
+    monkeypatch.setattr(deploy, "record_sites", killed)
     with pytest.raises(Killed):
         climb(tmp_path, rungs=("ptq",), max_drop=1.0)
     assert json.loads((tmp_path / "outcome.json").read_text())["met"]
