@@ -17,7 +17,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 #: A table of a runtime each; the entry point.
 SMALL = {"targets/openvino.py", "targets/tensorrt.py", "cli/__main__.py"}
 
-#: Functions of more than eight parameters: the two faces of the ladder, the compiled loops, and the operators of torch and ONNX.
+#: Functions of more than eight parameters: the faces of the ladder, compiled loops, operators of torch and ONNX.
 WIDE = {
     "ladder/quantize.py quantize",
     "cli/quantize.py quantize",
