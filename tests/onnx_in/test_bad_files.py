@@ -185,6 +185,16 @@ def test_a_dynamic_size_beside_the_batch_asks_for_inputs(tmp_path):
     assert hs.from_onnx(path, torch.randn(2, 5))(torch.randn(2, 5)).shape == (2, 5)
 
 
+def test_a_tensor_of_another_size_than_its_shape(tmp_path):
+    node = helper.make_node("MatMul", ["x", "w"], ["y"])
+    path = simple(tmp_path / "m.onnx", [node], stored={"w": np.ones((3, 4), np.float32)})
+    model = onnx.load(path)
+    model.graph.initializer[0].dims[1] = 5
+    onnx.save(model, path)
+    with pytest.raises(CaptureError, match=r"m.onnx: tensor 'w' is damaged \(.*12.*\); export or download"):
+        hs.from_onnx(path, torch.zeros(2, 3))
+
+
 def test_damaged_files_end_in_an_error(tmp_path):
     """Bytes flipped, cut and repeated at random: refused, or still a network; never anything else."""
     nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Relu", ["h"], ["y"])]

@@ -354,9 +354,18 @@ def _value(attribute: ir.Attr) -> Any:
     return value
 
 
-def array(tensor: ir.TensorProtocol) -> np.ndarray:
-    """The values of a stored tensor; mapped into memory where they lie beside the file."""
-    return np.asarray(tensor.numpy())
+def array(tensor: ir.TensorProtocol, path: Path) -> np.ndarray:
+    """The values of a tensor that ``path`` stores; mapped into memory where they lie beside the file.
+
+    Raises:
+        CaptureError: if there are more or fewer of them than its shape has.
+    """
+    try:
+        return np.asarray(tensor.numpy())
+    except (ValueError, TypeError) as error:
+        raise CaptureError(
+            f"{path}: tensor {tensor.name!r} is damaged ({_line(error)}); export or download the file again"
+        ) from error
 
 
 def _line(error: BaseException) -> str:
