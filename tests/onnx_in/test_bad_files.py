@@ -149,6 +149,12 @@ def test_tensors_beside_the_file_that_are_too_short(tmp_path):
     refused(path, "end behind the end of 'weights.bin'")
 
 
+def test_tensors_beside_the_file_of_another_size_than_their_shape(tmp_path):
+    path = external(tmp_path, "weights.bin", length=32)
+    path.with_name("weights.bin").write_bytes(bytes(40))
+    refused(path, "tensor 'w' is damaged: 32 bytes lie in 'weights.bin', its shape needs 36")
+
+
 def test_a_node_that_answers_otherwise_is_named_with_both_values(tmp_path, monkeypatch):
     nodes = [
         helper.make_node("Neg", ["x"], ["h"], name="before"),

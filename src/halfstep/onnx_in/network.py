@@ -297,7 +297,7 @@ def _with_islands(source: OnnxGraph) -> tuple[Node, ...]:
 
 def _fold(source: OnnxGraph) -> tuple[tuple[Node, ...], dict[str, np.ndarray]]:
     """The nodes that depend on inputs, and all that is stored or computed from stored tensors alone."""
-    stored = {name: array(value, source.path) for name, value in source.stored.items()}
+    stored = {name: array(value) for name, value in source.stored.items()}
     kept: list[Node] = []
     random = {"RandomNormal", "RandomUniform"}
     for node in _with_islands(source):
