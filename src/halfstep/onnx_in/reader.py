@@ -215,8 +215,8 @@ def _check_tensors(model: onnx.ModelProto, path: Path) -> None:
         size = -(-math.prod(tensor.dims) * ir.DataType(tensor.data_type).bitwidth // 8)
         if numbers.get("length", size) != size:
             raise CaptureError(
-                f"{path}: tensor {tensor.name!r} is damaged: {numbers['length']:,} bytes lie in {location!r}, its shape "
-                f"needs {size:,}; export or download the file again"
+                f"{path}: tensor {tensor.name!r} is damaged: {numbers['length']:,} bytes lie in {location!r}, its "
+                f"shape needs {size:,}; export or download the file again"
             )
 
 
