@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from networks import INPUTS, Attention
 from torch import nn
 
 import halfstep as hs
@@ -273,6 +274,15 @@ def test_what_varies_is_named_by_module_and_input():
     )
     hs.observe(model, {"encoder": [seeded(4, 9, 6), seeded(4, 2, 6)], "decoder": [seeded(4, 3, 6)]})
     assert model.modules_alone()["decoder"](seeded(1, 7, 6)).shape == (1, 7, 8)
+
+
+def test_modules_may_be_shown_the_same_tensor():
+    """Their sizes are not the same size for that."""
+    model = hs.prepare(
+        {"left": Attention(), "right": Attention()}, dict.fromkeys(("left", "right"), INPUTS[:4])
+    )
+    alone = model.modules_alone()
+    assert alone["right"](INPUTS[:3]).shape == alone["left"](INPUTS[:3]).shape == (3, 3)
 
 
 def test_a_function_is_handed_the_modules_once(calibrated):

@@ -137,7 +137,10 @@ def joined_example(modules: Iterable[str], example_inputs: Any) -> dict[str, Mod
     if len({*sizes.values()}) > 1:
         listed = ", ".join(f"{size} for {name!r}" for name, size in sizes.items())
         raise ArgumentError(f"example_inputs: got batches of {listed}, needed the same size for every module")
-    return {name: _plain(example_inputs[name]) for name in names}
+    # Copies: tracing takes the sizes of one tensor that two modules are given for the same size.
+    return {
+        name: pytree.tree_map_only(torch.Tensor, torch.clone, _plain(example_inputs[name])) for name in names
+    }
 
 
 def joined_batches(
