@@ -24,7 +24,7 @@ from halfstep.graph.fold import overwrite
 from halfstep.graph.inputs import ModelInputs, call_arguments
 from halfstep.graph.operators import describe, readable_names
 from halfstep.graph.padding import Padding, Places
-from halfstep.graph.pipeline import Part
+from halfstep.graph.pipeline import ModulePart
 from halfstep.graph.place import place
 from halfstep.graph.placement import INT16, Choices, Inserted, Layer, Placement, Position, Site, insert
 from halfstep.graph.tracing import bind
@@ -356,7 +356,7 @@ class QuantizedModel(nn.Module):
         """
         return {name: self._alone(name, part) for name, part in self.captured.parts.items()}
 
-    def _alone(self, name: str, part: Part) -> Callable[..., Any]:
+    def _alone(self, name: str, part: ModulePart) -> Callable[..., Any]:
         graph = self.simulation().graph
         (end,) = (node for node in graph.nodes if node.op == "output")
         end.args = (tuple(end.args[0][index] for index in part.outputs),)

@@ -14,7 +14,7 @@ from halfstep.export.build import save
 from halfstep.export.editing import drop_unused
 from halfstep.export.replacing import replacing
 from halfstep.fidelity.compare import compare
-from halfstep.graph.pipeline import Part
+from halfstep.graph.pipeline import ModulePart
 from halfstep.model import QuantizedModel
 from halfstep.runtime.deployed import DeployedModel
 from halfstep.runtime.file import module_file
@@ -60,7 +60,7 @@ def _answering(answer: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: answer
 
 
-def _writer(path: Path, part: Part, model: QuantizedModel) -> Callable[[Path], None]:
+def _writer(path: Path, part: ModulePart, model: QuantizedModel) -> Callable[[Path], None]:
     """What writes the file of one module."""
     placeholders = [node for node in model.graph.nodes if node.op == "placeholder"]
     inputs = {str(placeholders[place].target) for place in part.inputs}

@@ -16,15 +16,24 @@ from typing import Any, Literal
 import torch
 
 from halfstep.batches import example_bytes
-from halfstep.errors import ArgumentError, NotObservedError
-from halfstep.evaluate import AgainstFloat, CallableMetric, Scorer, Several, against, logits_of, parts
+from halfstep.errors import ArgumentError, MetricError, NotObservedError
+from halfstep.evaluate import (
+    Accuracy,
+    AgainstFloat,
+    CallableMetric,
+    Scorer,
+    Several,
+    against,
+    logits_of,
+    parts,
+)
 from halfstep.fake_quantize import Mode
 from halfstep.fidelity.compare import balanced, compared, divergences, error_power, float_tensors, power
 from halfstep.fidelity.replay import FLOAT, Replay, Wiring, quantizing, wiring
 from halfstep.graph.float32 import HandedOver
 from halfstep.graph.inputs import ModelInputs
 from halfstep.graph.operators import WEIGHTED, describe
-from halfstep.graph.pipeline import Part
+from halfstep.graph.pipeline import ModulePart
 from halfstep.model import QuantizedModel
 from halfstep.progress import steps, track
 from halfstep.runtime.deployed import DeployedModel
@@ -178,7 +187,7 @@ def knowing_float(scorer: Scorer, model: QuantizedModel) -> Scorer:
         model: in whatever mode; its float network, as it was handed over, answers.
 
     Raises:
-        MetricError: if an answer is none that can be compared with.
+        MetricError: if an answer is none that can be compared with, or several modules are to have an accuracy.
         DataError: naming the batch, if the model does not take its inputs.
     """
     if model.captured.parts:
@@ -195,7 +204,7 @@ class _OfModules:
     """A metric's function that takes a dict of modules, as one that takes the network that they were captured as."""
 
     function: Callable[[Any], float]
-    parts: Mapping[str, Part]
+    parts: Mapping[str, ModulePart]
 
     def __call__(self, network: QuantizedModel | HandedOver | DeployedModel) -> float:
         if isinstance(network, DeployedModel):
@@ -204,7 +213,16 @@ class _OfModules:
 
 
 def _of_modules(scorer: Scorer, model: QuantizedModel) -> Scorer:
-    """A function's metric as one whose function is called with the modules alone; any other as it is."""
+    """A function's metric as one whose function is called with the modules alone; any other as it is.
+
+    Raises:
+        MetricError: of an :class:`Accuracy`, which would look at what the first module returns.
+    """
+    if isinstance(scorer, Accuracy):
+        raise MetricError(
+            "metric: got hs.Accuracy for several modules, needed hs.Metric(labelled, score), whose score gets a dict "
+            "of what each returns, or a function that gets a dict of the modules"
+        )
     if not isinstance(scorer, CallableMetric) or isinstance(scorer.function, _OfModules):
         return scorer
     twin = copy.copy(scorer)

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from halfstep.errors import ArgumentError, CaptureError, DataError
 from halfstep.graph.float32 import HandedOver, hand_over, in_float32, model_in_float32, other_types
 from halfstep.graph.inputs import ModelInputs, Outputs, batch_size, call_arguments
-from halfstep.graph.pipeline import Part, Pipeline, joined_batches, parts_of
+from halfstep.graph.pipeline import ModulePart, Pipeline, joined_batches, parts_of
 from halfstep.graph.shapes import BATCH, Axes, Dynamic, Names, axes_of, batch_of, input_names, named
 from halfstep.graph.tracing import (
     PREFIX,
@@ -106,7 +106,7 @@ class Captured:
         return batch_size(inputs)
 
     @functools.cached_property
-    def parts(self) -> dict[str, Part]:
+    def parts(self) -> dict[str, ModulePart]:
         """What each module has of the graph, by name, where they were given as a dict; else empty."""
         return parts_of(self.in_spec, self.out_spec) if isinstance(self.source, Pipeline) else {}
 

@@ -65,7 +65,7 @@ class Pipeline(nn.Module):
 
 
 @dataclass(frozen=True)
-class Part:
+class ModulePart:
     """What one module of a :class:`Pipeline` has of its graph.
 
     Attributes:
@@ -106,7 +106,7 @@ class Part:
         return inputs
 
 
-def parts_of(in_spec: pytree.TreeSpec, out_spec: Outputs) -> dict[str, Part]:
+def parts_of(in_spec: pytree.TreeSpec, out_spec: Outputs) -> dict[str, ModulePart]:
     """The parts of a captured :class:`Pipeline`, by the modules' names."""
     _, given = pytree.tree_unflatten(list(range(in_spec.num_leaves)), in_spec)
     returned = pytree.tree_unflatten(list(range(out_spec.spec.num_leaves)), out_spec.spec)
@@ -121,7 +121,7 @@ def parts_of(in_spec: pytree.TreeSpec, out_spec: Outputs) -> dict[str, Part]:
             index: out_spec.fixed[place] for index, place in enumerate(places) if place in out_spec.fixed
         }
         outputs = tuple(computed.index(place) for place in places if place not in out_spec.fixed)
-        found[name] = Part(tuple(inputs), own_in, outputs, Outputs(own_out, fixed), bare)
+        found[name] = ModulePart(tuple(inputs), own_in, outputs, Outputs(own_out, fixed), bare)
     return found
 
 
@@ -144,7 +144,9 @@ def joined_example(modules: Iterable[str], example_inputs: Any) -> dict[str, Mod
 
 
 def joined_batches(
-    parts: Mapping[str, Part], batch_axes: Sequence[int | None], batches: Mapping[str, Iterable[ModelInputs]]
+    parts: Mapping[str, ModulePart],
+    batch_axes: Sequence[int | None],
+    batches: Mapping[str, Iterable[ModelInputs]],
 ) -> Iterator[dict[str, ModelInputs]]:
     """Batches of a :class:`Pipeline` from those of its modules, each of which is seen to its end.
 
@@ -183,7 +185,7 @@ class _Stream:
     """
 
     def __init__(
-        self, name: str, part: Part, axes: Sequence[int | None], batches: Iterable[ModelInputs]
+        self, name: str, part: ModulePart, axes: Sequence[int | None], batches: Iterable[ModelInputs]
     ) -> None:
         self._name, self._part, self._axes = name, part, axes
         self._source, self._batches = batches, iter(batches)

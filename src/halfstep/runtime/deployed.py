@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from halfstep.errors import ArgumentError, DataError
 from halfstep.graph.inputs import Outputs
-from halfstep.graph.pipeline import Part
+from halfstep.graph.pipeline import ModulePart
 from halfstep.runtime import lint
 from halfstep.runtime.file import module_file, read_metadata
 from halfstep.runtime.file_graph import load
@@ -161,7 +161,7 @@ class DeployedModel(nn.Module):
         """Where outputs are handed over; the file is run on the CPU."""
         return self.place.device
 
-    def modules_alone(self, parts: Mapping[str, Part]) -> dict[str, Callable[..., Any]]:
+    def modules_alone(self, parts: Mapping[str, ModulePart]) -> dict[str, Callable[..., Any]]:
         """The modules of a dict, by name, each answering with its own file beside this one.
 
         Args:
