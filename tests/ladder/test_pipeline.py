@@ -340,7 +340,7 @@ def test_what_does_not_fit_is_refused_by_name(models, example, data, message):
 def test_an_accuracy_of_several_modules_is_refused(calibrated):
     labelled = [(EXAMPLE, torch.zeros(4, dtype=torch.long))]
     with pytest.raises(MetricError, match=r"got hs\.Accuracy for several modules, needed hs\.Metric"):
-        hs.sensitivity(calibrated, hs.Accuracy(labelled))
+        hs.sensitivity(calibrated, metric=hs.Accuracy(labelled))
 
 
 def test_a_metric_that_fails_on_the_modules_says_so():
