@@ -200,7 +200,7 @@ def deploy(
         float_layers=tuple(sorted(model.float_layers)),
         evaluations=len(search.evaluations),
         history=tuple(search.evaluations),
-        decisions=tuple(search.decisions),
+        decisions=search.decisions,
         verification=proof,
         model=model,
         directory=search.journal.folder,

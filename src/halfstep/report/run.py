@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from halfstep.journal import Entry, read
-from halfstep.ladder.evaluation import Evaluation, kept
+from halfstep.ladder.evaluation import Decision, Evaluation, kept
 from halfstep.ladder.facts import Fact, run_facts
 
 
@@ -68,9 +68,7 @@ class Run:
             settings=settings,
             environment=last.get("environment", {}).get("packages", {}),
             evaluations=tuple(kept(entry)[0] for entry in entries if entry.kind == "evaluation"),
-            decisions=tuple(
-                entry.data["measured"]["sentence"] for entry in entries if entry.kind == "decision"
-            ),
+            decisions=tuple(Decision.of(entry).sentence for entry in entries if entry.kind == "decision"),
             steps=tuple(steps[rung] for rung in settings.get("rungs", steps) if rung in steps),
             sweep=tuple(last.get("sweep", {}).get("candidates", ())),
             sites=tuple(last.get("sites", {}).get("sites", ())),
