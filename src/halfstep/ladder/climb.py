@@ -31,7 +31,7 @@ from halfstep.model import run
 from halfstep.progress import BudgetSpent, interruptible
 from halfstep.recipe import Recipe
 from halfstep.runtime.saturation import saturates_here
-from halfstep.snapshot import ModelState, fingerprint
+from halfstep.snapshot import Snapshot, fingerprint
 from halfstep.targets import Target
 from halfstep.training.options import Training
 
@@ -281,7 +281,7 @@ def _restored(search: Search, rung: Rung, key: str) -> RungResult | None:
     if verdict is None or not verdict.complete:
         return None
     put_back = {name: frozenset(layers) for name, layers in reached.put_back.items()}
-    snapshot = ModelState(search.model, put_back, search.checkpoints.network(saved))
+    snapshot = Snapshot(search.model, put_back, search.checkpoints.network(saved))
     if fingerprint(snapshot.restore()) != reached.candidate:
         return None
     known = [candidate for candidate in search.reached.values() if candidate.key == reached.candidate]

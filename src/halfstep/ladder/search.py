@@ -23,7 +23,7 @@ from halfstep.ladder.goal import Goal
 from halfstep.ladder.repairs import Refits
 from halfstep.model import QuantizedModel
 from halfstep.progress import Budget, BudgetSpent, protected, say, steps
-from halfstep.snapshot import ModelState, fingerprint, put_back_in
+from halfstep.snapshot import Snapshot, fingerprint, put_back_in
 
 #: Examples on which the float model is scored a second time, to see whether the metric answers the same.
 REPEATED = 1000
@@ -45,7 +45,7 @@ class Evaluated:
 
     what: str
     score: Score
-    snapshot: ModelState
+    snapshot: Snapshot
     key: str
 
 
@@ -315,7 +315,7 @@ class Search:
 
         score, best = verdict.score, self.best
         if best is None or self._rank(score, put_back_in(self.model)) < self.rank(best):
-            self.best = Evaluated(what, score, ModelState.of(self.model), key)
+            self.best = Evaluated(what, score, Snapshot.of(self.model), key)
             say(f"best so far {self.goal.words(score)}: {what}")
 
     def rank(self, candidate: Evaluated) -> tuple[float, ...]:
