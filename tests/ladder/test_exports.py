@@ -1,10 +1,10 @@
 """How often a run translates its networks: the float one once, each candidate with other weights once."""
 
 import pytest
-import torch
 from climbing import climb
 
 import halfstep as hs
+from halfstep.export import trace
 from halfstep.ladder import quantize as climbs
 
 RECIPE = hs.Recipe.uniform(7, 8)  # no processor's kernels saturate
@@ -13,8 +13,8 @@ RECIPE = hs.Recipe.uniform(7, 8)  # no processor's kernels saturate
 @pytest.fixture
 def translated(monkeypatch):
     """Names of what is captured and translated to ONNX, in order."""
-    done, export, capture = [], torch.onnx.export, climbs.capture
-    monkeypatch.setattr(torch.onnx, "export", lambda *a, **k: done.append("export") or export(*a, **k))
+    done, translate, capture = [], trace.to_onnx, climbs.capture
+    monkeypatch.setattr(trace, "to_onnx", lambda *a, **k: done.append("export") or translate(*a, **k))
     monkeypatch.setattr(climbs, "capture", lambda *a, **k: done.append("capture") or capture(*a, **k))
     return done
 

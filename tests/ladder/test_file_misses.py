@@ -21,7 +21,7 @@ def spoil(monkeypatch, rungs, examples=16):
     class Spoilt(DeployedModel):
         def forward(self, x):
             answers = super().forward(x)
-            if read_sites(self.path)[1]["halfstep.rung"] in rungs:
+            if read_sites(self.path)[1].get("halfstep.rung") in rungs:
                 answers[:examples] = -answers[:examples]
             return answers
 

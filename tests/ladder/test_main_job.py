@@ -107,7 +107,7 @@ LABELLED = [(torch.randn(8, 4), torch.zeros(8, dtype=torch.int64))]
 
 
 def small(calibration=GOOD, metric=None, **options):
-    return hs.quantize(LINEAR, torch.randn(2, 4), calibrate, metric or hs.Accuracy(LABELLED), **options)
+    return hs.quantize(LINEAR, torch.randn(2, 4), calibration, metric or hs.Accuracy(LABELLED), **options)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def small(calibration=GOOD, metric=None, **options):
 )
 def test_calibration_data_that_cannot_be_used(calibration, message):
     with pytest.raises(DataError, match=message):
-        small(calibrate)
+        small(calibration)
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,9 @@ def test_rungs_as_records_are_the_short_forms():
 
 
 def test_what_cannot_be():
-    with pytest.raises(ArgumentError, match=r"rungs: got 'wider_ends', 'ptq', needed 'ptq' first"):
+    with pytest.raises(
+        ArgumentError, match=r"rungs: got 'wider_ends', 'ptq', needed each once and from the bottom"
+    ):
         climb(None, rungs=(WiderEnds(()), "ptq"))
     with pytest.raises(ArgumentError, match=r"needed each once"):
         climb(None, rungs=("ptq", WiderEnds(()), WiderEnds(())))

@@ -149,6 +149,12 @@ def test_tensors_beside_the_file_that_are_too_short(tmp_path):
     refused(path, "end behind the end of 'weights.bin'")
 
 
+def test_tensors_beside_the_file_of_another_size_than_their_shape(tmp_path):
+    path = external(tmp_path, "weights.bin", length=32)
+    path.with_name("weights.bin").write_bytes(bytes(40))
+    refused(path, "tensor 'w' is damaged: 32 bytes lie in 'weights.bin', its shape needs 36")
+
+
 def test_a_node_that_answers_otherwise_is_named_with_both_values(tmp_path, monkeypatch):
     nodes = [
         helper.make_node("Neg", ["x"], ["h"], name="before"),
@@ -183,6 +189,16 @@ def test_a_dynamic_size_beside_the_batch_asks_for_inputs(tmp_path):
     with pytest.raises(DataError, match=r"of shape \(n, time\).*give inputs="):
         hs.from_onnx(path)
     assert hs.from_onnx(path, torch.randn(2, 5))(torch.randn(2, 5)).shape == (2, 5)
+
+
+def test_a_tensor_of_another_size_than_its_shape(tmp_path):
+    node = helper.make_node("MatMul", ["x", "w"], ["y"])
+    path = simple(tmp_path / "m.onnx", [node], stored={"w": np.ones((3, 4), np.float32)})
+    model = onnx.load(path)
+    model.graph.initializer[0].dims[1] = 5
+    onnx.save(model, path)
+    with pytest.raises(CaptureError, match=r"m.onnx: tensor 'w' is damaged \(.*12.*\); export or download"):
+        hs.from_onnx(path, torch.zeros(2, 3))
 
 
 def test_damaged_files_end_in_an_error(tmp_path):

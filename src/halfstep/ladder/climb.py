@@ -331,11 +331,12 @@ def find_rungs(
     asked, lowest = ", ".join(map(repr, names)), next(iter(RUNGS))
     ordered = [name for name in RUNGS if name in names or name == lowest]
     give = f"give rungs={ordered} (--rungs {','.join(ordered)})"
-    if names[0] != lowest:
+    if lowest not in names:
         raise ArgumentError(
             f"rungs: got {asked}, needed {lowest!r} first: the others start from the ranges that it finds; {give}"
         )
-    if [name for name in names if name in RUNGS] != ordered or len({*names}) < len(names):
+    known = [name for name in names if name in RUNGS]
+    if names[0] != lowest or known != ordered or len({*names}) < len(names):
         raise ArgumentError(f"rungs: got {asked}, needed each once and from the bottom up; {give}")
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -88,7 +89,7 @@ def read(path: str | Path) -> OnnxGraph:
     path = Path(path)
     model = load(path)
     version(model, path)
-    _check_external(model, path)
+    _check_tensors(model, path)
     if model.training_info:
         raise CaptureError(f"{path}: holds a graph for training; export the network for inference")
     _check(model, path)
@@ -181,11 +182,17 @@ def version(model: onnx.ModelProto, path: Path) -> int:
     return opset
 
 
-def _check_external(model: onnx.ModelProto, path: Path) -> None:
-    """See that tensors beside the file are there, and in its folder."""
+def _check_tensors(model: onnx.ModelProto, path: Path) -> None:
+    """See that tensors have as many values as their shapes, and that those beside the file are there, in its folder."""
     folder = path.parent.resolve()
     for tensor in tensors(model):
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            try:
+                onnx.numpy_helper.to_array(tensor)  # what the file holds is looked at, not copied
+            except Exception as error:  # by the type of the values, each in another way
+                raise CaptureError(
+                    f"{path}: tensor {tensor.name!r} is damaged ({_line(error)}); export or download the file again"
+                ) from error
             continue
         location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
         place = Path(os.path.normpath(folder / location))
@@ -204,6 +211,12 @@ def _check_external(model: onnx.ModelProto, path: Path) -> None:
         if min(numbers.values(), default=0) < 0 or sum(numbers.values()) > real.stat().st_size:
             raise CaptureError(
                 f"{path}: tensor {tensor.name!r} is said to end behind the end of {location!r}; copy that file again"
+            )
+        size = -(-math.prod(tensor.dims) * ir.DataType(tensor.data_type).bitwidth // 8)
+        if numbers.get("length", size) != size:
+            raise CaptureError(
+                f"{path}: tensor {tensor.name!r} is damaged: {numbers['length']:,} bytes lie in {location!r}, its "
+                f"shape needs {size:,}; export or download the file again"
             )
 
 

@@ -62,7 +62,6 @@ def inspect_kernels(path: str | Path, threads: int | None = None, runtime: str |
         path: an ONNX file.
         threads: for one operator; None for all cores.
         runtime: which one, by name; None for the one of the target that the file was made for.
-        layers: names of the layers and operators; None for those that the nodes' names say.
 
     Raises:
         ExportError: if the runtime cannot load the file.
