@@ -24,6 +24,7 @@ from halfstep.graph.fold import overwrite
 from halfstep.graph.inputs import ModelInputs, call_arguments
 from halfstep.graph.operators import describe, readable_names
 from halfstep.graph.padding import Padding, Places
+from halfstep.graph.pipeline import ModulePart
 from halfstep.graph.place import place
 from halfstep.graph.placement import INT16, Choices, Inserted, Layer, Placement, Position, Site, insert
 from halfstep.graph.tracing import bind
@@ -346,6 +347,33 @@ class QuantizedModel(nn.Module):
         if not torch.compiler.is_compiling():
             self.captured.check_inputs(flat)
         return flat
+
+    def modules_alone(self) -> dict[str, Callable[..., Any]]:
+        """The modules of a dict that was captured, by name, each to be called by itself in the mode that the model has.
+
+        They compute with the parameters, ranges and layers in float of the model at this moment. Empty where a single
+        module was captured.
+        """
+        return {name: self._alone(name, part) for name, part in self.captured.parts.items()}
+
+    def _alone(self, name: str, part: ModulePart) -> Callable[..., Any]:
+        graph = self.simulation().graph
+        (end,) = (node for node in graph.nodes if node.op == "output")
+        end.args = (tuple(end.args[0][index] for index in part.outputs),)
+        # Quantizers change nothing but their statistics: those that nothing reads need not run.
+        graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+        for index, node in enumerate(placeholders):
+            if index not in part.inputs:
+                graph.erase_node(node)
+        compute = bind(overwrite(graph), self.captured.module)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            flat = in_float32(part.flatten(name, args, kwargs), self.captured.types)
+            self.captured.check_inputs(flat, part.inputs)
+            return part.out_spec.restore(compute(*flat))
+
+        return call
 
     def file_inputs(self, inputs: ModelInputs) -> list[torch.Tensor]:
         """What an exported file takes for ``inputs``: their tensors, in the order and the types of its inputs.

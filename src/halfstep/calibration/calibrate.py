@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import overload
 
@@ -46,7 +46,9 @@ GIVES_WAY = 2.0
 
 
 def observe(
-    model: QuantizedModel, batches: Iterable[ModelInputs], batch_ranges: bool = False
+    model: QuantizedModel,
+    batches: Iterable[ModelInputs] | Mapping[str, Iterable[ModelInputs]],
+    batch_ranges: bool = False,
 ) -> dict[str, Histogram]:
     """Run the float network once over ``batches``; every activation's site fills its histogram.
 
@@ -57,7 +59,8 @@ def observe(
 
     Args:
         model: its mode is the same afterwards.
-        batches: inputs, each a tensor, a tuple or a dict; iterated once, batches may differ in size.
+        batches: inputs, each a tensor, a tuple or a dict; iterated once, batches may differ in size. Of several modules
+            also a dict of them.
         batch_ranges: also keep the range of every batch, which only :class:`MovingAverage` asks for.
 
     Returns:
@@ -79,7 +82,9 @@ def observe(
         return inputs
 
     with model.using(Mode.OBSERVE), torch.no_grad():
-        for inputs in abreast(model, work, _own(model, track(batches, "observing")), ordered):
+        for inputs in abreast(
+            model, work, _own(model, track(model.captured.batches(batches), "observing")), ordered
+        ):
             _keep(model, inputs)
             seen += model.captured.batch_size(inputs)
     if not seen:

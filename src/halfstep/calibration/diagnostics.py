@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
@@ -74,6 +75,7 @@ class Seen:
         self.histograms = {name: Histogram() for name in activation_sites(model)}
         self.counted = self._passed = 0
         self._total, self._examples = total, examples
+        self._at: Counter[str] = Counter()
 
     def take(self, size: int) -> int:
         """How many examples of the next batch, of ``size``, are to be counted: its first ones."""
@@ -81,6 +83,13 @@ class Seen:
         share = min(1.0, self._examples / self._total) if self._total else 1.0
         count = min(self._examples, round(self._passed * share)) - self.counted
         self.counted += count
+        return count
+
+    def take_at(self, site: str, size: int) -> int:
+        """The same for a site of a module that is called by itself, as often as its caller wants."""
+        count = min(self._examples - self._at[site], size)
+        self._at[site] += count
+        self.counted = max(self.counted, self._at[site])
         return count
 
     @property
@@ -185,7 +194,11 @@ def _counting(model: QuantizedModel, seen: Seen, take: Callable[[int], int]) -> 
         here.count = take(here.size)
 
     def look_at(name: str, x: Tensor) -> None:
-        if here.count and (axis := axes[name]):  # the batch is not first
+        if not hasattr(here, "count"):  # one of several modules is called, not the whole
+            along = axes[name] or 0
+            if x.dim() and (count := seen.take_at(name, x.shape[along])):
+                seen.histograms[name].update(x.narrow(along, 0, count))
+        elif here.count and (axis := axes[name]):  # the batch is not first
             seen.histograms[name].update(x.narrow(axis, 0, here.count))
         elif here.count:
             by_example = x.dim() > 0 and len(x) % here.size == 0  # also (batch * heads, ...)

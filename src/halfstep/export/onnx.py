@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -35,6 +35,8 @@ def export_onnx(
     The file appears under ``path`` only after onnx's checker has passed it and, with ``check``, after its runtime has
     answered the example inputs as the simulation does; a file that was there before stays until then.
 
+    Of a dict of modules that is the file of all, side by side; ``NAME.MODULE.onnx`` beside it are those of each.
+
     Args:
         model: calibrated.
         path: where to.
@@ -58,6 +60,7 @@ def export_onnx(
         _check_rules(model, temporary)
         if check and (found := mismatch(model, temporary)):
             raise RefusedError(f"{found}. Nothing was written under the final name")
+    _write_modules(model, Path(path), check)
     return Path(path)
 
 
@@ -82,13 +85,29 @@ def export_float(model: QuantizedModel, path: str | Path, check: bool = True) ->
     return Path(path)
 
 
-def copy_file(file: Path, path: Path) -> Path:
+def _write_modules(model: QuantizedModel, path: Path, check: bool) -> None:
+    """A file for each module, where there are several."""
+    if model.captured.parts:
+        from halfstep.export.modules import write_modules
+
+        write_modules(model, path, check)
+
+
+def copy_file(file: Path, path: Path, modules: Iterable[str] = ()) -> Path:
     """Copy an ONNX file, with the weights that lie beside it, to a place of the same file name.
+
+    Args:
+        file: what to copy.
+        path: where to.
+        modules: names of those whose files are copied too.
 
     Raises:
         ExportError: if it cannot be written.
     """
-    from halfstep.runtime.file import parts
+    from halfstep.runtime.file import module_file, parts
+
+    for name in modules:
+        copy_file(module_file(file, name), module_file(path, name))
 
     def write(temporary: Path) -> None:
         for part in parts(file):

@@ -20,6 +20,7 @@ from halfstep.batches import abreast
 from halfstep.errors import ArgumentError, DataError, MetricError, NotObservedError
 from halfstep.evaluate import class_axis
 from halfstep.fake_quantize import Mode
+from halfstep.graph.capture import Captured
 from halfstep.graph.inputs import ModelInputs, call_arguments
 from halfstep.model import QuantizedModel, run
 from halfstep.progress import track
@@ -152,6 +153,32 @@ def power(wanted: Iterable[torch.Tensor]) -> float:
     )
 
 
+def balanced(captured: Captured, outputs: Sequence[Any]) -> Callable[[Any], list[torch.Tensor]]:
+    """How outputs are compared: as :func:`compared`, but those of several modules scaled to the same signal in each.
+
+    Else the module with the largest outputs would speak for all.
+
+    Args:
+        captured: the network.
+        outputs: what it returns for the examples in float.
+    """
+    if not captured.parts:
+        return compared
+    signals = {
+        name: sum(power(float_tensors(output[name])) for output in outputs) or 1.0 for name in captured.parts
+    }
+
+    def scaled(output: Any) -> list[torch.Tensor]:
+        found = [
+            tensor.double() / math.sqrt(signal)
+            for name, signal in signals.items()
+            for tensor in float_tensors(output[name])
+        ]
+        return found or compared(output)
+
+    return scaled
+
+
 def error_power(wanted: Iterable[torch.Tensor], got: Iterable[torch.Tensor]) -> float:
     """The noise in outputs: the sum of squared differences, of integers how many differ."""
     return sum(
@@ -222,6 +249,7 @@ class Reference:
 
     Attributes:
         examples: how many there are.
+        compared: what is compared of outputs, see :func:`balanced`.
         passes: forward passes made over them, the float one included.
 
     Raises:
@@ -241,7 +269,9 @@ class Reference:
         with model.using(Mode.FLOAT), torch.no_grad():
             found = abreast(model, lambda _, batch: run(model, batch), track(self.batches, "float outputs"))
             outputs = list(found)
-        self._outputs = [compared(output) for output in outputs]
+        self.compared = balanced(model.captured, outputs)
+        self._outputs = [self.compared(output) for output in outputs]
+        self._several = bool(model.captured.parts)
         self._signal = sum(map(power, self._outputs))
         if not self._outputs[0]:
             raise MetricError(f"the model's outputs ({type(outputs[0]).__name__}) hold no tensor to compare")
@@ -252,7 +282,7 @@ class Reference:
         """Run ``model`` as it stands over the examples, and compare."""
 
         def work(index: int, batch: ModelInputs) -> tuple[float, float]:
-            wanted, got = self._outputs[index], compared(run(model, batch))
+            wanted, got = self._outputs[index], self.compared(run(model, batch))
             divergence = float(divergences(wanted[0], got[0]).sum()) if self.has_classes else math.nan
             return divergence, error_power(wanted, got)
 
@@ -264,9 +294,9 @@ class Reference:
 
     @property
     def has_classes(self) -> bool:
-        """Whether the first float output can be logits: (..., classes), two or more of them."""
+        """Whether the first float output can be logits: (..., classes), two or more of them; of one module alone."""
         first = self._outputs[0][0]
-        return first.is_floating_point() and first.dim() >= 2 and first.shape[-1] >= 2
+        return not self._several and first.is_floating_point() and first.dim() >= 2 and first.shape[-1] >= 2
 
     @property
     def by(self) -> Measure:
@@ -282,10 +312,9 @@ class Reference:
         if by not in ("kl", "sqnr"):
             raise ArgumentError(f"by: got {by!r}, needed 'kl' (logits of classes) or 'sqnr' (any outputs)")
         if by == "kl" and not self.has_classes:
-            raise ArgumentError(
-                f"by: got 'kl' for outputs of shape {tuple(self._outputs[0][0].shape)}, needed logits (..., classes); "
-                "choose by='sqnr'"
-            )
+            shape = tuple(self._outputs[0][0].shape)
+            got = "several modules" if self._several else f"outputs of shape {shape}"
+            raise ArgumentError(f"by: got 'kl' for {got}, needed logits (..., classes); choose by='sqnr'")
 
 
 def halves(

@@ -5,7 +5,7 @@ What each choice at a single site would do to the outputs, all sites and choices
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from halfstep.evaluate import logits_of
 from halfstep.fake_quantize import FakeQuantize, Mode
-from halfstep.fidelity.compare import Measure, Reference, float_tensors
+from halfstep.fidelity.compare import Measure, Reference, balanced, float_tensors
 from halfstep.fidelity.reference import Loss, Probe, loss_weight
 from halfstep.fidelity.replay import Values, Wiring, quantizing, wiring
 from halfstep.functional import fake_quantize
@@ -67,7 +67,7 @@ def influences(
             for start in range(0, model.captured.batch_size(batch), _TOGETHER):
                 part = model.captured.examples(batch, start, start + _TOGETHER)
                 with torch.enable_grad(), _tapped(open_sites) as taps:
-                    objective = _objective(run(model, part), by, generator)
+                    objective = _objective(run(model, part), by, generator, reference.compared)
                     seen = [(name, x) for name, xs in taps.items() for x in xs]
                     gradients = _gradients(objective, [x for _, x in seen])
                 _add(losses, seen, gradients, open_sites, parameters)
@@ -178,11 +178,12 @@ def fisher(probe: Probe, groups: Sequence[Group], by: Loss, draws: int = 1, seed
         with torch.enable_grad():
             values = probe.replay.run(inputs, tap=keep)
             outputs = probe.replay.outputs(values)
+            scale = balanced(probe.model.captured, [outputs])
         with quantizing([wires]):
             errors = [_error(probe, tap, values, wires) for tap in taps]
         for draw in range(draws):
             with torch.enable_grad():
-                objective = _objective(outputs, by, generator)
+                objective = _objective(outputs, by, generator, scale)
                 if not objective.requires_grad:
                     break
                 gradients = torch.autograd.grad(
@@ -196,7 +197,7 @@ def fisher(probe: Probe, groups: Sequence[Group], by: Loss, draws: int = 1, seed
                     axis = probe.model.captured.batch_axis(tap.node) or 0
                     changes[tap.group] += _per_example(gradient * error, size, axis)
             totals += changes.square().sum(1) / draws
-        weight += loss_weight(outputs, by) * (2 if by == "kl" else 1)
+        weight += loss_weight(outputs, by, scale) * (2 if by == "kl" else 1)
         probe.passes += probe.model.captured.batch_size(inputs) * (
             2 + 2 * draws
         )  # forward, layers quantized, and a backward is two
@@ -246,14 +247,16 @@ def _error(probe: Probe, tap: _Tap, values: Values, wires: Wiring) -> Tensor:
     return quantized - value
 
 
-def _objective(outputs: Any, by: Loss, generator: torch.Generator) -> Tensor:
+def _objective(
+    outputs: Any, by: Loss, generator: torch.Generator, scale: Callable[[Any], list[Tensor]]
+) -> Tensor:
     """The scalar whose gradient is taken: the outputs times random weights, whose covariance is the loss's curvature.
 
     Of the squared error that is the identity: random signs e. Of the divergence it is diag(p) - p p^T, and the weights
     are s (e - s (s . e)) with s = sqrt(p), which touch every class, however rare.
     """
     total = torch.zeros((), dtype=torch.float64)
-    for output in [logits_of(outputs)] if by == "kl" else float_tensors(outputs):
+    for output in [logits_of(outputs)] if by == "kl" else float_tensors(scale(outputs)):
         signs = torch.randint(0, 2, output.shape, generator=generator).to(output.device) * 2.0 - 1
         if by == "kl":
             root = output.detach().softmax(-1).sqrt()

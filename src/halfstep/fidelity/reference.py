@@ -7,23 +7,36 @@ What metrics that need no labels learn from the float model before anything is s
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 
 from halfstep.batches import example_bytes
-from halfstep.errors import ArgumentError, NotObservedError
-from halfstep.evaluate import AgainstFloat, Scorer, against, logits_of, parts
+from halfstep.errors import ArgumentError, MetricError, NotObservedError
+from halfstep.evaluate import (
+    Accuracy,
+    AgainstFloat,
+    CallableMetric,
+    Scorer,
+    Several,
+    against,
+    logits_of,
+    parts,
+)
 from halfstep.fake_quantize import Mode
-from halfstep.fidelity.compare import compared, divergences, error_power, float_tensors, power
+from halfstep.fidelity.compare import balanced, compared, divergences, error_power, float_tensors, power
 from halfstep.fidelity.replay import FLOAT, Replay, Wiring, quantizing, wiring
+from halfstep.graph.float32 import HandedOver
 from halfstep.graph.inputs import ModelInputs
 from halfstep.graph.operators import WEIGHTED, describe
+from halfstep.graph.pipeline import ModulePart
 from halfstep.model import QuantizedModel
 from halfstep.progress import steps, track
+from halfstep.runtime.deployed import DeployedModel
 
 Loss = Literal["kl", "sqnr"]
 
@@ -120,13 +133,14 @@ class Probe:
                 size = self.model.captured.batch_size(inputs)
                 values = self.replay.run(inputs)
                 wanted = self.replay.outputs(values)
+                scale = balanced(self.model.captured, [wanted])
                 if base:
                     values = self.replay.run(inputs, base)
                 self.passes += size * (2 if base else 1)
-                weight += loss_weight(wanted, by)
+                weight += loss_weight(wanted, by, scale)
                 for index, wires in enumerate(candidates):
                     changed = self.replay.change(values, base, wires)
-                    totals[index] += _loss(wanted, self.replay.outputs({**values, **changed}), by)
+                    totals[index] += _loss(wanted, self.replay.outputs({**values, **changed}), by, scale)
                     redone = sum(node in self._weighted for node in changed)
                     self.passes += size * redone / max(len(self._weighted), 1)
                     advance(1)
@@ -134,17 +148,19 @@ class Probe:
 
 
 def default_loss(probe: Probe) -> Loss:
-    """``"kl"`` where the first float output looks like logits, (batch, classes), else ``"sqnr"``."""
+    """``"kl"`` where the first float output of a single module looks like logits, (batch, classes), else ``"sqnr"``."""
+    if probe.model.captured.parts:
+        return "sqnr"
     with torch.no_grad():
         outputs = probe.replay.outputs(probe.replay.run(probe.batches[0]))
     first = next(iter(float_tensors(outputs)), None)
     return "kl" if first is not None and first.dim() == 2 and first.shape[-1] >= 2 else "sqnr"
 
 
-def loss_weight(wanted: Any, by: Loss) -> float:
-    """What a batch's loss is divided by: its decisions, or its signal."""
+def loss_weight(wanted: Any, by: Loss, scale: Callable[[Any], list[torch.Tensor]] = compared) -> float:
+    """What a batch's loss is divided by: its decisions, or its signal, of outputs to the scale that they count in."""
     if by == "sqnr":
-        return power(compared(wanted)) or 1.0
+        return power(scale(wanted)) or 1.0
     shape = logits_of(wanted).shape
     if len(shape) < 2 or shape[-1] < 2:
         raise ArgumentError(
@@ -154,26 +170,61 @@ def loss_weight(wanted: Any, by: Loss) -> float:
     return float(math.prod(shape[:-1]))
 
 
-def _loss(wanted: Any, got: Any, by: Loss) -> float:
+def _loss(wanted: Any, got: Any, by: Loss, scale: Callable[[Any], list[torch.Tensor]]) -> float:
     if by == "kl":
         return float(divergences(logits_of(wanted), logits_of(got)).sum())
-    return error_power(compared(wanted), compared(got))
+    return error_power(scale(wanted), scale(got))
 
 
 def knowing_float(scorer: Scorer, model: QuantizedModel) -> Scorer:
     """``scorer`` with the float model's answers, where it compares with them and has none yet.
 
-    One pass, made before training or anything else could change the parameters.
+    One pass, made before training or anything else could change the parameters. Of a dict of modules, functions from a
+    model to a number are given a dict of the modules, each to be called by itself.
 
     Args:
         scorer: the metric.
         model: in whatever mode; its float network, as it was handed over, answers.
 
     Raises:
-        MetricError: if an answer is none that can be compared with.
+        MetricError: if an answer is none that can be compared with, or several modules are to have an accuracy.
         DataError: naming the batch, if the model does not take its inputs.
     """
+    if model.captured.parts:
+        alone = {name: _of_modules(part, model) for name, part in parts(scorer).items()}
+        scorer = Several(alone) if isinstance(scorer, Several) else alone[""]
     if not any(isinstance(part, AgainstFloat) and part.place is None for part in parts(scorer).values()):
         return scorer
     with model.using(Mode.FLOAT), steps("asking the float model for its answers"):
         return against(scorer, model.handed_over)
+
+
+@dataclass(frozen=True)
+class _OfModules:
+    """A metric's function that takes a dict of modules, as one that takes the network that they were captured as."""
+
+    function: Callable[[Any], float]
+    parts: Mapping[str, ModulePart]
+
+    def __call__(self, network: QuantizedModel | HandedOver | DeployedModel) -> float:
+        if isinstance(network, DeployedModel):
+            return self.function(network.modules_alone(self.parts))
+        return self.function(network.modules_alone())
+
+
+def _of_modules(scorer: Scorer, model: QuantizedModel) -> Scorer:
+    """A function's metric as one whose function is called with the modules alone; any other as it is.
+
+    Raises:
+        MetricError: of an :class:`Accuracy`, which would look at what the first module returns.
+    """
+    if isinstance(scorer, Accuracy):
+        raise MetricError(
+            "metric: got hs.Accuracy for several modules, needed hs.Metric(labelled, score), whose score gets a dict "
+            "of what each returns, or a function that gets a dict of the modules"
+        )
+    if not isinstance(scorer, CallableMetric) or isinstance(scorer.function, _OfModules):
+        return scorer
+    twin = copy.copy(scorer)
+    twin.function = _OfModules(scorer.function, model.captured.parts)
+    return twin

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,9 +14,10 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from halfstep.errors import CaptureError, DataError
+from halfstep.errors import ArgumentError, CaptureError, DataError
 from halfstep.graph.float32 import HandedOver, hand_over, in_float32, model_in_float32, other_types
 from halfstep.graph.inputs import ModelInputs, Outputs, batch_size, call_arguments
+from halfstep.graph.pipeline import ModulePart, Pipeline, joined_batches, parts_of
 from halfstep.graph.shapes import BATCH, Axes, Dynamic, Names, axes_of, batch_of, input_names, named
 from halfstep.graph.tracing import (
     PREFIX,
@@ -103,6 +105,29 @@ class Captured:
                 return leaf.shape[axis]
         return batch_size(inputs)
 
+    @functools.cached_property
+    def parts(self) -> dict[str, ModulePart]:
+        """What each module has of the graph, by name, where they were given as a dict; else empty."""
+        return parts_of(self.in_spec, self.out_spec) if isinstance(self.source, Pipeline) else {}
+
+    def batches(
+        self, given: Iterable[ModelInputs] | Mapping[str, Iterable[ModelInputs]]
+    ) -> Iterable[ModelInputs]:
+        """Batches of inputs of the network; those of several modules joined, as a list where all are lists.
+
+        Raises:
+            ArgumentError: if something is given for what is no module, or nothing for one.
+            DataError: if there is no example of a module.
+        """
+        if not isinstance(given, Mapping):
+            return given
+        if not self.parts:
+            raise ArgumentError(
+                "calibration: got a dict, needed an iterable of batches: [batch] if it is the inputs of one"
+            )
+        joined = joined_batches(self.parts, self.batch_axes, given)
+        return list(joined) if all(isinstance(each, (list, tuple)) for each in given.values()) else joined
+
     def batch_axis(self, node: fx.Node) -> int | None:
         """Which dimension of a node's value is the batch; None if none is, or it is in a product of sizes."""
         return self.axes.batch_axis(node.meta.get("val"))
@@ -113,13 +138,18 @@ class Captured:
         (end,) = (node for node in self.graph.nodes if node.op == "output")
         return tuple(map(self.batch_axis, end.args[0]))
 
-    def check_inputs(self, flat: Sequence[Any]) -> None:
+    def check_inputs(self, flat: Sequence[Any], places: Sequence[int] | None = None) -> None:
         """Raise unless ``flat`` are tensors of the example's types and shapes, but for sizes that may vary.
+
+        Args:
+            flat: values of the placeholders.
+            places: which placeholders they are for; None for all.
 
         Raises:
             DataError: naming the input, what was got and what is needed.
         """
         placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
+        placeholders = placeholders if places is None else [placeholders[place] for place in places]
         for node, value in zip(placeholders, flat, strict=True):
             if isinstance(node.meta.get("val"), torch.Tensor) and not isinstance(value, torch.Tensor):
                 raise DataError(f"input {node.target!r}: got {type(value).__name__}, needed a tensor")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -89,6 +89,15 @@ class HandedOver(nn.Module):
         args, kwargs = pytree.tree_map_with_path(cast, (args, kwargs))
         return self.model(*args, **kwargs)
 
+    def modules_alone(self) -> dict[str, Callable[..., Any]]:
+        """The modules of a dict that was handed over, by name, each to be called by itself; inputs are cast as here."""
+
+        def alone(name: str, module: nn.Module) -> Callable[..., Any]:
+            wanted = {path: dtype for key, dtype in self._wanted.items() for path in _paths_alone(name, key)}
+            return HandedOver(module, self.types, wanted)
+
+        return {name: alone(name, module) for name, module in self.model.named_children()}
+
     def own_types(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A state dict in the types of the user's.
 
@@ -104,6 +113,15 @@ class HandedOver(nn.Module):
                     "which the user's module has it; use state_dict() instead, which is float32"
                 )
         return found
+
+
+def _paths_alone(name: str, path: pytree.KeyPath) -> Iterator[pytree.KeyPath]:
+    """Where an input among the arguments of a dict of modules is among those of the module called ``name``."""
+    _, module, *rest = path
+    if getattr(module, "key", None) != name:
+        return
+    positional = not rest or isinstance(rest[0], pytree.SequenceKey)
+    yield (pytree.SequenceKey(0 if positional else 1), *(rest or (pytree.SequenceKey(0),)))
 
 
 def hand_over(

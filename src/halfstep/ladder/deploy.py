@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from halfstep.ladder.site_records import portray_input, record_sites
 from halfstep.onnx_in.origin import Origin
 from halfstep.progress import BudgetSpent, interruptible, steps, track
 from halfstep.runtime.deployed import DeployedModel
-from halfstep.runtime.file import file_size
+from halfstep.runtime.file import file_size, module_file
 from halfstep.runtime.latency import race
 
 #: Fewer calibration examples than this are worth a word.
@@ -228,7 +228,7 @@ def _file_that_holds(
     best, why = search.best, ""
     assert best is not None
     others = {id(candidate): candidate for candidate in search.reached.values() if candidate is not best}
-    file, refused = place / CHECKED, place / UNCHECKED
+    file, refused, modules = place / CHECKED, place / UNCHECKED, list(search.model.captured.parts)
     for candidate in (best, *sorted(others.values(), key=search.rank)):
         search.best = candidate
         candidate.snapshot.restore()
@@ -238,13 +238,19 @@ def _file_that_holds(
             search.decide(f"The file of {candidate.what} is refused: {error}")
             why = why or str(error)
         else:
-            refused.unlink(missing_ok=True)  # an earlier run's
-            return copy_file(exports.file(search, candidate), file), score, ""
+            _remove(refused, modules)  # an earlier run's
+            return copy_file(exports.file(search, candidate), file, modules), score, ""
     search.best = best
     best.snapshot.restore()
-    file.unlink(missing_ok=True)
+    _remove(file, modules)
     _, score = file_score(search, exports, threads, check=False)
-    return copy_file(exports.file(search, best, check=False), refused), score, why
+    return copy_file(exports.file(search, best, check=False), refused, modules), score, why
+
+
+def _remove(file: Path, modules: Iterable[str]) -> None:
+    """Remove a file, and those of its modules."""
+    for each in (file, *(module_file(file, name) for name in modules)):
+        each.unlink(missing_ok=True)
 
 
 def file_score(

@@ -66,7 +66,7 @@ def climb_ptq(search: Search, options: BestOf | None = None) -> Score:
             outputs if a metric is an :class:`Accuracy`, else by their signal to noise.
     """
     if options is None:
-        options = BestOf(by="kl" if classifies(search.scorer) else "sqnr")
+        options = BestOf(by="kl" if classifies(search.scorer) and not search.model.captured.parts else "sqnr")
     uniform = replace(options, metric=None, mixed=False)
     found = _kept_sweep(search, "sweep", uniform, lambda: sweep(search.model, uniform))
     _explain(search, found)

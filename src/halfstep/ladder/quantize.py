@@ -7,7 +7,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from halfstep.graph.capture import Captured, capture
 from halfstep.graph.fold import decompose, fold
 from halfstep.graph.inputs import ModelInputs
 from halfstep.graph.padding import Mask, find_padding
+from halfstep.graph.pipeline import Pipeline, joined_example
 from halfstep.graph.shapes import Dynamic
 from halfstep.graph.states import States, mark_states
 from halfstep.graph.tails import mark_tails
@@ -60,7 +61,7 @@ from halfstep.training.options import Training, check_training
 
 
 def prepare(
-    model: nn.Module | str | Path,
+    model: nn.Module | str | Path | Mapping[str, nn.Module],
     example_inputs: ModelInputs | None,
     recipe: Recipe | None = None,
     target: str | Target = "onnxruntime",
@@ -73,8 +74,11 @@ def prepare(
     """Capture ``model``, fold its batch norms, and place its sites; it passes floats until observed and calibrated.
 
     Args:
-        model: left untouched; or the path of an ONNX file, which :func:`.from_onnx` reads.
-        example_inputs: a tensor, a tuple or a dict, with a batch of at least 2; None makes some up for a file.
+        model: left untouched; or the path of an ONNX file, which :func:`.from_onnx` reads; or several modules by name,
+            which are one network from here on: called with the inputs of each by its name, it returns a dict of what
+            each returns, and its layers are called ``"encoder.layer"``.
+        example_inputs: a tensor, a tuple or a dict, with a batch of at least 2; None makes some up for a file. Of
+            several modules a dict of them.
         recipe: what to quantize, and how; :meth:`Recipe.int8` if None.
         target: where it will run.
         dynamic: dimensions that may vary beside the batch: names by input and dimension, such as
@@ -101,6 +105,9 @@ def prepare(
     """
     found = find_target(target)
     settled = settle(recipe or Recipe.int8(), found)
+    if isinstance(model, Mapping):
+        model = Pipeline(model)
+        example_inputs = joined_example(dict(model.named_children()), example_inputs)
     with steps("capturing"):
         model, example_inputs = opened(model, example_inputs)
         traced = (
@@ -147,9 +154,9 @@ def _capture(model: nn.Module, example_inputs: ModelInputs) -> Captured:
 
 
 def quantize(
-    model: nn.Module | str | Path,
+    model: nn.Module | str | Path | Mapping[str, nn.Module],
     example_inputs: ModelInputs | None,
-    calibration: Iterable[ModelInputs],
+    calibration: Iterable[ModelInputs] | Mapping[str, Iterable[ModelInputs]],
     metric: Any,
     max_drop: Asked = None,
     recipe: Recipe | None = None,
@@ -189,12 +196,15 @@ def quantize(
     Args:
         model: a trained module, or the path of an ONNX file; left untouched. In half precision or float64 it is
             computed in float32, and its own scores are what the drop is measured from; inputs may come in its type or
-            in float32.
-        example_inputs: a tensor, a tuple or a dict, with a batch of at least 2; None makes some up for a file.
-        calibration: model inputs, each a tensor, a tuple or a dict; iterated once.
+            in float32. Or several modules by name, an encoder and the decoder around which a loop is: one ladder, one
+            budget and one outcome for all, and a file each.
+        example_inputs: a tensor, a tuple or a dict, with a batch of at least 2; None makes some up for a file. Of
+            several modules a dict of them.
+        calibration: model inputs, each a tensor, a tuple or a dict; iterated once. Of several modules a dict of them.
         metric: :class:`Accuracy`, :class:`Metric`, :class:`SetMetric`, or any callable from a model to a float; without
             labels :class:`Agreement`, :class:`Cosine` or :class:`SQNR`; or several of them by name, all of which must
-            keep to their targets. The first one leads: single figures are its.
+            keep to their targets. The first one leads: single figures are its. Of several modules a function gets a
+            dict of them, each to be called as the user's is; labelled inputs are dicts by module, and so are outputs.
         max_drop: in the metric's unit, against the float model on the same examples; 0.01 unless another target is
             given. Of several metrics, one number for each or a dict of numbers by name; so ``relative_drop`` and
             ``floor`` too.
@@ -261,6 +271,7 @@ def quantize(
             states=states,
         )
         _check_sites(prepared)
+        calibration = prepared.captured.batches(calibration)
         for rung in ladder:
             rung.check(prepared)
         with steps("exporting the float network"):  # what cannot be deployed is known now

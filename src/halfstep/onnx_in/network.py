@@ -14,7 +14,18 @@ from torch import Tensor, nn
 
 from halfstep.errors import CaptureError, DataError, named
 from halfstep.graph.tracing import put
-from halfstep.onnx_in import islands
+from halfstep.onnx_in import (  # noqa: F401 - each fills the table with its family of operators
+    attention,
+    convolution,
+    elementwise,
+    islands,
+    linear,
+    microsoft,
+    normalisation,
+    recurrent,
+    reductions,
+    shape,
+)
 from halfstep.onnx_in.origin import Origin
 from halfstep.onnx_in.patterns import fuse
 from halfstep.onnx_in.reader import OnnxGraph, array

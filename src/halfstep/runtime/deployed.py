@@ -7,7 +7,7 @@ The proof that a file is integer: what the runtime really made of it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from torch.utils import _pytree as pytree
 
 from halfstep.errors import ArgumentError, DataError
 from halfstep.graph.inputs import Outputs
+from halfstep.graph.pipeline import ModulePart
 from halfstep.runtime import lint
-from halfstep.runtime.file import read_metadata
+from halfstep.runtime.file import module_file, read_metadata
 from halfstep.runtime.file_graph import load
 from halfstep.runtime.lint import REFERENCE, Rule
 from halfstep.runtime.onnxruntime import ONNXRUNTIME
@@ -148,6 +149,7 @@ class DeployedModel(nn.Module):
     ) -> None:
         super().__init__()
         self.path, self.in_spec, self.out_spec = Path(path), in_spec, out_spec
+        self.threads, self.runtime = threads, runtime
         chosen = runtime_of(path) if runtime is None else find_runtime(runtime)
         self.session = chosen.open(self.path, threads)
         self.inputs = self.session.inputs
@@ -157,6 +159,22 @@ class DeployedModel(nn.Module):
     def device(self) -> torch.device:
         """Where outputs are handed over; the file is run on the CPU."""
         return self.place.device
+
+    def modules_alone(self, parts: Mapping[str, ModulePart]) -> dict[str, Callable[..., Any]]:
+        """The modules of a dict, by name, each answering with its own file beside this one.
+
+        Args:
+            parts: what each has of the network (``captured.parts``).
+
+        Raises:
+            ExportError: if a file is missing, or the runtime cannot load it.
+        """
+        return {
+            name: DeployedModel(
+                module_file(self.path, name), part.in_spec, part.out_spec, self.threads, self.runtime
+            )
+            for name, part in parts.items()
+        }
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the file.

@@ -4,7 +4,7 @@ What a file's nodes run in on its target, with the reason and the cure, from the
 
 The sites of an exported file, read from the file alone.
 
-How big a file is, with the weights that lie beside it.
+How big a file is, with the weights that lie beside it; what the files of its modules are called.
 """
 
 from __future__ import annotations
@@ -231,3 +231,12 @@ def file_size(path: str | Path) -> int:
         return sum(part.stat().st_size for part in parts(path))
     except OSError as error:
         raise ExportError(f"{path}: its weights cannot be read: {error}; copy them along with it") from error
+
+
+def module_file(path: Path, module: str) -> Path:
+    """What the file of one module is called that belongs to the file of a dict of modules.
+
+    >>> module_file(Path("model.onnx"), "encoder").name
+    'model.encoder.onnx'
+    """
+    return path.with_name(f"{path.stem}.{module}{path.suffix}")
