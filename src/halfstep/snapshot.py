@@ -1,11 +1,4 @@
-"""The state of a model at one moment: kept, restored, and named by what it computes.
-
-The state of a model that a repair may change, so that it can be put back.
-
-A candidate to come back to: what a model computes at one moment, without the statistics.
-
-A name for what a model computes: the same for the same candidate, in this process and in a later one.
-"""
+"""The state of a model at one moment: kept, restored, and named by what it computes."""
 
 from __future__ import annotations
 
@@ -13,13 +6,12 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from halfstep.calibrators.calibrator import Calibrator, WeightCalibrator
-from halfstep.fake_quantize import FakeQuantize, Mode
 from halfstep.graph.placement import Choices
 from halfstep.model import QuantizedModel
 from halfstep.precision import STEPS
@@ -27,59 +19,53 @@ from halfstep.statistics import ChannelRange, Histogram
 
 
 @dataclass(frozen=True)
-class _Site:
-    calibrated: bool
-    calibrated_by: Calibrator | WeightCalibrator | None
+class _Seen:
+    """What a site saw, and whom its range is from."""
+
     histogram: Histogram
     channels: ChannelRange | None
-    scale: torch.Tensor
-    zero_point: torch.Tensor
-    offset: torch.Tensor | None
+    calibrated_by: Calibrator | WeightCalibrator | None
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Parameters, ranges, statistics, learned roundings and bias shifts of a model at one moment.
+    """A model at one moment, to come back to: what it computes, and what its sites saw.
 
-    Costs one copy of the parameters. Statistics are not copied: repairs replace them and never add to them.
+    Costs one copy of the parameters and of learned roundings. Statistics are not copied: they are replaced later, never
+    added to.
 
     Attributes:
-        parameters: by name, as in the user's model.
-        sites: by name.
-        shifts: of the biases, by layer.
+        model: the model itself, which may have changed since.
+        put_back: the layers put to each step towards float, by the step's attribute.
+        state: a copy of its state dict: parameters, ranges, learned roundings, shifts of biases.
+        seen: by site; empty in a snapshot from a file, which leaves statistics as they are.
     """
 
-    parameters: Mapping[str, torch.Tensor]
-    sites: Mapping[str, _Site]
-    shifts: Mapping[str, torch.Tensor]
+    model: QuantizedModel
+    put_back: dict[str, frozenset[str]]
+    state: dict[str, torch.Tensor]
+    seen: Mapping[str, _Seen] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: QuantizedModel) -> Snapshot:
-        """The state of ``model`` as it is."""
-        return cls(
-            {name: tensor.detach().clone() for name, tensor in _parameters(model).items()},
-            {name: _site(module) for name, module in model.sites.items()},
-            {name: module.shift.clone() for name, module in model.shifts.items()},
-        )
+        """The model as it stands."""
+        state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        seen = {
+            name: _Seen(site.histogram, site.channels, site.calibrated_by)
+            for name, site in model.sites.items()
+        }
+        return cls(model, put_back_in(model), state, seen)
 
-    @torch.no_grad()
-    def restore(self, model: QuantizedModel) -> None:
-        """Put ``model`` back; its layers must be quantized or in float as they were."""
-        for name, tensor in _parameters(model).items():
-            if name in self.parameters:
-                tensor.copy_(self.parameters[name])
-        sites, shifts = model.sites, model.shifts
-        for name, state in self.sites.items():
+    def restore(self) -> QuantizedModel:
+        """Put the model back to this moment."""
+        self.model.choose(Choices(**self.put_back))
+        self.model.load_state_dict(self.state, strict=False)  # quantizers made since then are not in use
+        sites = self.model.sites
+        for name, seen in self.seen.items():
             site = sites[name]
-            site.scale.copy_(state.scale)
-            site.zero_point.copy_(state.zero_point)
-            site.calibrated, site.calibrated_by = state.calibrated, state.calibrated_by
-            site.histogram, site.channels, site.offset = state.histogram, state.channels, state.offset
-        for name, module in shifts.items():
-            if name in self.shifts:
-                module.shift.copy_(self.shifts[name])
-            else:
-                module.shift.zero_()
+            site.histogram, site.channels = seen.histogram, seen.channels
+            site.calibrated_by = seen.calibrated_by
+        return self.model
 
 
 @contextmanager
@@ -89,56 +75,8 @@ def undone_on_error(model: QuantizedModel) -> Iterator[Snapshot]:
     try:
         yield before
     except BaseException:
-        before.restore(model)
+        before.restore()
         raise
-
-
-def _parameters(model: QuantizedModel) -> dict[str, torch.Tensor]:
-    """Every tensor that the float graph reads."""
-    names = {str(node.target) for node in model.graph.nodes if node.op == "get_attr"}
-    return {name: model.weight(name) for name in sorted(names)}
-
-
-def _site(module: FakeQuantize) -> _Site:
-    return _Site(
-        module.calibrated,
-        module.calibrated_by,
-        module.histogram,
-        module.channels,
-        module.scale.detach().clone(),
-        module.zero_point.detach().clone(),
-        module.offset,
-    )
-
-
-@dataclass(frozen=True)
-class ModelState:
-    """Parameters, ranges and layers put back of a model.
-
-    Attributes:
-        model: the model itself, which may have changed since.
-        put_back: the layers put to each step towards float, by the step's attribute.
-        state: a copy of its parameters, buffers, scales and zero points.
-    """
-
-    model: QuantizedModel
-    put_back: dict[str, frozenset[str]]
-    state: dict[str, torch.Tensor]
-
-    @classmethod
-    def of(cls, model: QuantizedModel) -> ModelState:
-        """The model as it stands."""
-        state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-        return cls(model, put_back_in(model), state)
-
-    def restore(self) -> QuantizedModel:
-        """Put the model back to this moment, quantizing."""
-        self.model.choose(Choices(**self.put_back))
-        self.model.load_state_dict(self.state, strict=False)  # quantizers made since then are not in use
-        for site in self.model.sites.values():
-            site.calibrated = True
-        self.model.set_mode(Mode.QUANTIZE)
-        return self.model
 
 
 def put_back_in(model: QuantizedModel) -> dict[str, frozenset[str]]:

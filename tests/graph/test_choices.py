@@ -8,13 +8,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import halfstep as hs
-from halfstep.errors import ExportError
+from halfstep.errors import ExportError, NotObservedError
 from halfstep.export.verify import layer_fates
 from halfstep.fidelity.compare import compare
 from halfstep.graph.placement import Choices
 from halfstep.precision import STEPS, choices, groups_of
 from halfstep.runtime.deployed import DeployedModel, inspect_kernels
-from halfstep.snapshot import ModelState
+from halfstep.snapshot import Snapshot
 
 IMAGES = torch.rand(32, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -145,7 +145,7 @@ def test_a_candidate_of_several_steps_is_placed_once(monkeypatch):
     q = hs.prepare(Bracketed(), x)
     hs.observe(q, [x])
     hs.calibrate(q)
-    before = ModelState.of(q)
+    before = Snapshot.of(q)
     built = []
     build = hs.QuantizedModel._build
     monkeypatch.setattr(
@@ -159,3 +159,25 @@ def test_a_candidate_of_several_steps_is_placed_once(monkeypatch):
     assert built == [wanted]
     before.restore()
     assert built == [wanted, Choices()]
+
+
+def test_a_snapshot_brings_back_ranges_and_statistics_and_that_there_were_none():
+    x = torch.randn(4, 4)
+    q = hs.prepare(Bracketed(), x)
+    hs.observe(q, [x])
+    bare = Snapshot.of(q)
+    hs.calibrate(q, hs.Max())
+    ranged = Snapshot.of(q)
+    name, site = next(iter(q.sites.items()))
+    seen, scale = site.histogram, site.scale.clone()
+    site.forget()
+    hs.observe(q, [10 * x])
+    hs.calibrate(q, hs.MSE())
+    assert q.sites[name].histogram is not seen and not torch.equal(site.scale, scale)
+    ranged.restore()
+    assert q.sites[name].histogram is seen and torch.equal(site.scale, scale)
+    assert site.calibrated_by == hs.Max()
+    bare.restore()
+    assert not any(site.calibrated for site in q.sites.values())
+    with pytest.raises(NotObservedError, match="has no range yet"):
+        site.range()

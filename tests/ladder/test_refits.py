@@ -17,7 +17,7 @@ from halfstep.ladder.partial import climb_partial, evaluations_at_most
 from halfstep.ladder.repairs import Refits, refit, repair
 from halfstep.ladder.search import Search
 from halfstep.repair.record import Repair, Treated
-from halfstep.snapshot import ModelState, fingerprint
+from halfstep.snapshot import Snapshot, fingerprint
 
 IMAGES = torch.randn(96, 3, 6, 6, generator=torch.Generator().manual_seed(1)) + 0.5
 #: Layers in float: behind what they leave quantized, before it, and on both sides of it.
@@ -141,9 +141,9 @@ def test_new_ranges_end_what_was_learned_for_the_old_ones(both):
 
 
 def test_a_loaded_state_is_what_is_wanted(both, monkeypatch):
-    snapshot = ModelState.of(both)
+    snapshot = Snapshot.of(both)
     both.float_layers = ["2"]
-    other = ModelState.of(both)
+    other = Snapshot.of(both)
     names = [fingerprint(each.restore()) for each in (snapshot, other, snapshot)]
     assert names[0] == names[2] != names[1]
     monkeypatch.setattr(repairs, "refit_layers", lambda *_: pytest.fail("it has all it needs"))

@@ -14,12 +14,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from climbing import BATCHES, climb, climb_in_a_process, data, kill_somewhere
+from climbing import BATCHES, climb, climb_in_a_process, data, kill_somewhere, network
 
 import halfstep as hs
 from bench.instructions import narrower
 from halfstep.errors import RunError
-from halfstep.journal import FILE, Journal, read
+from halfstep.evaluate import Score, as_scorer
+from halfstep.journal import CHECKPOINTS, FILE, Journal, read
+from halfstep.ladder.evaluation import Decision
+from halfstep.ladder.goal import Goal
+from halfstep.ladder.search import Search
 
 MEASURED = ("latency_ms", "microseconds", "history", "environment")
 
@@ -57,6 +61,36 @@ def test_every_evaluation_is_in_the_journal_once(unbroken):
     assert [step.rung for step in unbroken.outcome.path] == ["ptq", "partial", "qat"]
     assert unbroken.outcome.evaluations == len(unbroken.outcome.history)
     assert unbroken.calls == sum(made.share * BATCHES for made in unbroken.outcome.history)
+
+
+def test_decisions_that_tell_of_times_are_kept_once():
+    journal, model = Journal(), hs.prepare(network(), data()[0])
+    for seconds in (0.5, 0.7):
+        search = Search(model, as_scorer(lambda _: 1.0), Goal(0.1, Score(1.0)), journal=journal)
+        search.decide(f"it took {seconds} s", key="it took ")
+        search.decide("8 bits")
+    assert search.decisions == ("it took 0.7 s", "8 bits")
+    assert [Decision.of(entry) for entry in journal.of("decision")] == [
+        Decision("", "it took ", "it took 0.5 s"),
+        Decision("", "8 bits", "8 bits"),
+    ]
+
+
+def test_a_journal_whose_keys_were_cut_from_sentences_has_no_decision_twice(unbroken, tmp_path):
+    """As they were written before decisions had keys of their own."""
+    with Journal(tmp_path / "run") as journal:
+        for entry in read(unbroken.folder):
+            data = dict(entry.data)
+            measured = data.pop("measured", None)
+            if entry.kind == "decision":
+                data["key"] = re.sub(r"\d[\d.,e-]* (s|min)\b", "", measured["sentence"])
+            if entry.kind != "step":  # rungs that were finished would be taken as they are
+                journal.write(entry.kind, measured=measured, **data)
+    shutil.copytree(unbroken.folder / CHECKPOINTS, tmp_path / "run" / CHECKPOINTS)
+    before = [Decision.of(entry).key for entry in read(tmp_path / "run") if entry.kind == "decision"]
+    climb(tmp_path / "run", tmp_path / "marks")
+    after = [Decision.of(entry).key for entry in read(tmp_path / "run") if entry.kind == "decision"]
+    assert after == before and any("Estimate" in key for key in before)
 
 
 class Killed(BaseException):

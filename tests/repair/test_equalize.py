@@ -259,7 +259,7 @@ def test_a_snapshot_brings_the_extremes_of_channels_back():
     q = per_channel()
     scale, snapshot = q.sites["relu"].scale.clone(), Snapshot.of(q)
     hs.equalize(q)
-    snapshot.restore(q)
+    snapshot.restore()
     hs.calibrate(q, hs.Max())
     assert torch.equal(q.sites["relu"].scale, scale)
 

@@ -180,7 +180,7 @@ def test_a_snapshot_puts_everything_back(q):
             assert repair(q).treated
         q.sites["b.weight"].round_to(q.weight("b.weight").detach(), torch.zeros(6, 8, 3, 3))
         assert not torch.equal(q(x), before)
-        snapshot.restore(q)
+        snapshot.restore()
         assert torch.equal(q(x), before)
 
 

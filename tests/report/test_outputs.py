@@ -9,6 +9,7 @@ from torch import nn
 
 import halfstep as hs
 from halfstep.cli.console import summary
+from halfstep.ladder.facts import run_facts
 from halfstep.report.page import page
 from halfstep.report.run import Run, comparison
 
@@ -106,7 +107,36 @@ def test_every_kind_of_output_is_told_of(kind, tmp_path):
     score = f"{outcome.deployed_score:.4f}"
     assert ("deployed score", score, score) in comparison(run, run)
 
+    assert run.facts() == outcome.facts()
+    for fact in outcome.facts():
+        assert fact.name in outcome._repr_html_().replace("&#x27;", "'") and fact.name in web
+        assert fact.name in printed.get() and (fact.name, fact.words, fact.words) in comparison(run, run)
+
     assert run.outcome["parity"]["top1"] == parity.top1
     json.loads((tmp_path / "outcome.json").read_text(), parse_constant=refuse)
     for line in (tmp_path / "journal.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=refuse)
+
+
+def test_numbers_that_a_journal_cannot_keep_are_shown_all_the_same():
+    latency = {"median": 1.0, "spread": 0.1, "speedup": 1.5}
+    metric = {"metric": "night", "float_score": 0.5, "score": None, "drop": None, "low": None, "high": None}
+    record = {
+        "float_score": 0.5,
+        "score": None,
+        "deployed_score": None,
+        "max_drop": 0.01,
+        "metrics": [{**metric, "max_drop": 0.01, "met": False}],
+        "rung": "ptq",
+        "float_layers": ["a", "b"],
+        "evaluations": 3,
+        "parity": {"top1": None, "sqnr": None, "examples": 0},
+        "layers": [{"name": "a", "integer": False}],
+        "latency_ms": {"quantized": latency, "null": latency},
+        "bytes": 2048,
+        "float_bytes": 4096,
+    }
+    words = {fact.name: fact.words for fact in run_facts(record)}
+    assert (words["float score"], words["deployed score"]) == ("0.5000", "nan")
+    assert words["night"] == "0.5000 to nan, drop +nan (allowed 0.01), not met"
+    assert words["layers left in float"] == "a, b" and words["file size"] == "2 KiB, 0.50 of float"

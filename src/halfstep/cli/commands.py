@@ -18,7 +18,6 @@ halfstep verify: does a file answer as its simulation does, in integers?
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -221,11 +220,12 @@ def verify(
 
     The exit code is 3 if the two answer differently, by more than the rounding of ties.
     """
-    from halfstep.cli.console import layer_table, proof_rows
+    from halfstep.cli.console import fact_table, layer_table
     from halfstep.cli.job import restore
     from halfstep.export.onnx import mismatch
     from halfstep.export.verify import regressions
     from halfstep.export.verify import verify as prove
+    from halfstep.ladder.facts import file_facts
 
     recorded = None if baseline is None else _read(baseline)
     path = file or run / "model.onnx"
@@ -236,22 +236,10 @@ def verify(
     if recorded is not None:
         failures += regressions(proof, recorded)
     if as_json:
-        print_json(
-            {
-                "parity": asdict(proof.parity),
-                "failures": failures,
-                "saturable": proof.saturable,
-                "kernels": proof.kernels.counts,
-                "bytes": proof.size,
-                "microseconds": proof.microseconds,
-            }
-        )
+        print_json(proof.to_dict() | {"failures": failures})
     else:
         out.print(layer_table(proof))
-        table = Table(title=str(path), show_header=False)
-        for row in proof_rows(proof):
-            table.add_row(*row)
-        out.print(table)
+        out.print(fact_table(str(path), file_facts(proof.to_dict())))
         for sentence in failures:
             out.print(f"failed: {sentence}", soft_wrap=True)
     raise typer.Exit(NOT_MET if failures else MET)

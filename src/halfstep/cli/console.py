@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
@@ -23,9 +23,9 @@ from rich.table import Table
 from halfstep.errors import ArgumentError
 from halfstep.export.verify import Verification
 from halfstep.journal import finite
+from halfstep.ladder.facts import Fact
 from halfstep.ladder.outcome import Outcome
 from halfstep.live import bars, error_stream
-from halfstep.runtime.saturation import holds_on
 
 MET, DEFECT, BAD_INPUT, NOT_MET, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -185,36 +185,17 @@ def _report(outcome: Outcome, path: Path) -> Path | None:
 
 def summary(outcome: Outcome) -> Table:
     """The figures that matter, one a line."""
-    proof = outcome.verification
-    table = Table(title="met" if outcome.met else "NOT met", show_header=False, title_style="bold")
+    return fact_table("met" if outcome.met else "NOT met", outcome.facts())
+
+
+def fact_table(title: str, facts: Iterable[Fact]) -> Table:
+    """Facts, one a line."""
+    table = Table(title=title, show_header=False, title_style="bold")
     table.add_column("what")
     table.add_column("figure", justify="right")
-    rows = [
-        ("float score", f"{outcome.float_score:.4f}"),
-        ("simulated score", f"{outcome.score:.4f}"),
-        ("deployed score (the file, on its runtime)", f"{outcome.deployed_score:.4f}"),
-        ("allowed drop", f"{outcome.max_drop:g}"),
-        *((name, str(standing)) for name, standing in outcome.standings().items()),
-        *proof_rows(proof),
-        ("evaluations", str(outcome.evaluations)),
-    ]
-    for row in rows:
-        table.add_row(*row)
+    for fact in facts:
+        table.add_row(fact.name, fact.words)
     return table
-
-
-def proof_rows(proof: Verification) -> list[tuple[str, str]]:
-    """What was measured on the file."""
-    null, quantized = proof.latency["null"], proof.latency["quantized"]
-    return [
-        *proof.parity.rows(),
-        ("layers on integer kernels", f"{proof.integer_layers} of {len(proof.layers)}"),
-        ("answers hold on", holds_on(proof.saturable)),
-        ("file size", f"{proof.size / 1024:,.0f} KiB, {proof.size / proof.float_size:.2f} of float"),
-        ("latency", f"{quantized.median:.2f} ms ± {quantized.spread / 2:.0%}"),
-        ("speed over float", f"{quantized.speedup:.2f}x (float against itself {null.speedup:.2f}x)"),
-        *((f"at {words}", f"{raced['quantized'].speedup:.2f}x") for words, raced in proof.sizes.items()),
-    ]
 
 
 def layer_table(proof: Verification) -> Table:

@@ -323,7 +323,7 @@ def restore(run: Path, rung: str | None) -> tuple[QuantizedModel, dict[str, Any]
     from halfstep.calibration.calibrate import SAMPLE_EXAMPLES
     from halfstep.journal import read
     from halfstep.ladder.checkpoints import Checkpoints
-    from halfstep.snapshot import ModelState
+    from halfstep.snapshot import Snapshot
 
     entries = read(run)
     record, saved = _kept(run, entries, rung)
@@ -333,7 +333,7 @@ def restore(run: Path, rung: str | None) -> tuple[QuantizedModel, dict[str, Any]
     put_back = {name: frozenset(layers) for name, layers in record["put_back"].items()}
     try:
         state = Checkpoints(Journal(), model).network(saved)
-        restored = ModelState(model, put_back, state).restore()
+        restored = Snapshot(model, put_back, state).restore()
         strangers = sorted(set(state) ^ set(restored.state_dict()))
     except (HalfstepError, RuntimeError) as error:
         strangers = [str(error).strip().splitlines()[-1].strip()]

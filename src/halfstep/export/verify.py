@@ -6,7 +6,7 @@ import functools
 import math
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,26 @@ class Verification:
     def integer_layers(self) -> int:
         """How many layers run on integer kernels."""
         return sum(layer.integer for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; NaN and infinity are as they are."""
+        return {
+            "parity": asdict(self.parity),
+            "latency_ms": {name: asdict(value) for name, value in self.latency.items()},
+            "latency_by_size": {
+                words: {name: asdict(value) for name, value in raced.items()}
+                for words, raced in self.sizes.items()
+            },
+            "microseconds": dict(self.microseconds),
+            "bytes": self.size,
+            "float_bytes": self.float_size,
+            "kernels": self.kernels.counts,
+            "saturable": list(self.saturable),
+            "layers": [asdict(layer) for layer in self.layers],
+            "float_operators": [
+                dict(zip(("name", "kind", "reason"), op, strict=True)) for op in self.float_operators
+            ],
+        }
 
 
 def verify(

@@ -20,6 +20,7 @@ from halfstep.fake_quantize import Mode
 from halfstep.graph.place import place
 from halfstep.identity import Identity
 from halfstep.journal import Entry
+from halfstep.ladder.evaluation import Decision
 from halfstep.ladder.pace import Pace
 from halfstep.ladder.partial import Partial
 from halfstep.ladder.ptq import PTQ
@@ -30,7 +31,7 @@ from halfstep.model import run
 from halfstep.progress import BudgetSpent, interruptible
 from halfstep.recipe import Recipe
 from halfstep.runtime.saturation import saturates_here
-from halfstep.snapshot import ModelState, fingerprint
+from halfstep.snapshot import Snapshot, fingerprint
 from halfstep.targets import Target
 from halfstep.training.options import Training
 
@@ -66,7 +67,8 @@ def ascend(
         if missing := rung.missing():
             search.decide(f"{rung.title} is left out: it needs {missing}")
     ladder = [rung for rung in ladder if not rung.missing()]
-    search.decide(estimate(search, ladder, tune))
+    expected, timeless = estimate(search, ladder, tune)
+    search.decide(expected, key=timeless)
     if said := narrower_weights(search):
         search.decide(said)
     path: list[RungResult] = []
@@ -110,8 +112,12 @@ def ascend(
     return path
 
 
-def estimate(search: Search, ladder: Sequence[Rung], tune: bool = False) -> str:
-    """What the climb costs at most, in a sentence: counts are bounds, and seconds what these take by what was timed."""
+def estimate(search: Search, ladder: Sequence[Rung], tune: bool = False) -> tuple[str, str]:
+    """What the climb costs at most: counts are bounds, and times what these take by what was timed.
+
+    Returns:
+        The sentence, and the same without the times, which every run measures anew.
+    """
     costs = {rung.name: rung.cost(search) for rung in ladder}
     counts = {name: cost.evaluations for name, cost in costs.items()}
     if tune:
@@ -124,23 +130,28 @@ def estimate(search: Search, ladder: Sequence[Rung], tune: bool = False) -> str:
     each = SLOWER * min((made.seconds / made.share for made in floats), default=0.0)
     each_example = SLOWER * _example_seconds(search)
     seconds = total * each + examples * each_example + repairs
-    parts = [
-        f"{total} evaluations of the metric ({', '.join(f'{name} {count}' for name, count in counts.items())}) after "
-        f"{len(floats)} of the float network (again for the metric's noise), about {_roughly(each)} s each"
-    ]
-    if examples:
-        parts.append(
-            f"{examples:,} examples through the network to compare calibrators and rank layers, about "
-            f"{_roughly(examples * each_example)} s"
-        )
-    if repairs:
-        parts.append(f"{_roughly(repairs)} s of repairs")
     beside = [cost.not_counted for cost in reversed(costs.values())] + ["timing files"] * tune
     not_counted = list(dict.fromkeys(filter(None, beside)))
     left_out = f"; {' and '.join(not_counted)} not counted" if not_counted else ""
     ends = search.budget.spent(total + len(floats), seconds)
     budget = f". The budget of {search.budget} may end it before" if ends else ""
-    return f"Estimate, at most: {', '.join(parts)}; together about {_roughly(seconds / 60)} min{left_out}{budget}"
+
+    def sentence(time: Callable[[float, str], str]) -> str:
+        parts = [
+            f"{total} evaluations of the metric ({', '.join(f'{name} {count}' for name, count in counts.items())}) "
+            f"after {len(floats)} of the float network (again for the metric's noise), about {time(each, 's')} each"
+        ]
+        if examples:
+            parts.append(
+                f"{examples:,} examples through the network to compare calibrators and rank layers, about "
+                f"{time(examples * each_example, 's')}"
+            )
+        if repairs:
+            parts.append(f"{time(repairs, 's')} of repairs")
+        together = f"together about {time(seconds / 60, 'min')}"
+        return f"Estimate, at most: {', '.join(parts)}; {together}{left_out}{budget}"
+
+    return sentence(_time), sentence(lambda count, unit: "")
 
 
 def _example_seconds(search: Search) -> float:
@@ -152,6 +163,10 @@ def _example_seconds(search: Search) -> float:
             run(search.model, batch)
             took.append(time.perf_counter() - start)
     return min(took) / search.model.captured.batch_size(batch)
+
+
+def _time(count: float, unit: str) -> str:
+    return f"{_roughly(count)} {unit}"
 
 
 def _roughly(x: float) -> str:
@@ -266,13 +281,13 @@ def _restored(search: Search, rung: Rung, key: str) -> RungResult | None:
     if verdict is None or not verdict.complete:
         return None
     put_back = {name: frozenset(layers) for name, layers in reached.put_back.items()}
-    snapshot = ModelState(search.model, put_back, search.checkpoints.network(saved))
+    snapshot = Snapshot(search.model, put_back, search.checkpoints.network(saved))
     if fingerprint(snapshot.restore()) != reached.candidate:
         return None
     known = [candidate for candidate in search.reached.values() if candidate.key == reached.candidate]
     best = known[0] if known else Evaluated(reached.what, verdict.score, snapshot, reached.candidate)
     search.best = search.reached[rung.name] = best
-    search.replay(rung.name, [e.data for e in journal.entries[:place] if e.kind == "decision"])
+    search.replay(rung.name, [Decision.of(e) for e in journal.entries[:place] if e.kind == "decision"])
     return reached
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +200,7 @@ def deploy(
         float_layers=tuple(sorted(model.float_layers)),
         evaluations=len(search.evaluations),
         history=tuple(search.evaluations),
-        decisions=tuple(search.decisions),
+        decisions=search.decisions,
         verification=proof,
         model=model,
         directory=search.journal.folder,
@@ -292,20 +292,12 @@ def _write_down(search: Search, outcome: Outcome, files: list[dict[str, Any]]) -
     """
     best = search.best
     assert best is not None
-    known_by_now = (
-        "history",
-        "decisions",
-        "path",
-        "latency_ms",
-        "latency_by_size",
-        "microseconds",
-        "environment",
-    )
-    record = {name: value for name, value in outcome.to_dict().items() if name not in known_by_now}
-    latency = {name: asdict(value) for name, value in outcome.verification.latency.items()}
-    times = {name: round(time, 2) for name, time in outcome.verification.microseconds.items()}
-    by_size = outcome.to_dict()["latency_by_size"]
-    measured = {"latency_ms": latency, "latency_by_size": by_size, "files": files, "microseconds": times}
+    record = outcome.to_dict()
+    for known_by_now in ("history", "decisions", "path", "environment"):
+        del record[known_by_now]
+    measured = {name: record.pop(name) for name in ("latency_ms", "latency_by_size", "microseconds")}
+    measured["microseconds"] = {name: round(time, 2) for name, time in measured["microseconds"].items()}
+    measured["files"] = files
     search.checkpoints.keep_network(OUTCOME, best.key, best.snapshot.state)
     search.journal.write(
         OUTCOME,

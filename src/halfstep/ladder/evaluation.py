@@ -1,4 +1,4 @@
-"""An evaluation of the metric, and how the journal keeps it."""
+"""What a search did, and how the journal keeps it: evaluations of the metric, and decisions."""
 
 from __future__ import annotations
 
@@ -65,6 +65,31 @@ class Verdict:
         """Whether an early verdict stands against another allowed drop: "met" if that is as large, else if as small."""
         assert self.allowed is not None
         return self.allowed <= max_drop if self.met else self.allowed >= max_drop
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was decided and why.
+
+    Attributes:
+        rung: that was being climbed; empty before the first.
+        key: what tells it from the rung's others, the same in a run that goes on: the sentence, or where that tells of
+            times that are measured anew, the sentence without them.
+        sentence: as it is said.
+    """
+
+    rung: str
+    key: str
+    sentence: str
+
+    @classmethod
+    def of(cls, entry: Entry) -> Decision:
+        """What :meth:`keep` wrote."""
+        return cls(entry.data["rung"], entry.data["key"], entry.data["measured"]["sentence"])
+
+    def keep(self, journal: Journal) -> None:
+        """Write it, unless the same one is there."""
+        journal.write("decision", rung=self.rung, key=self.key, measured={"sentence": self.sentence})
 
 
 def keep(journal: Journal, made: Evaluation, verdict: Verdict) -> None:

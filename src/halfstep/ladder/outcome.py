@@ -13,6 +13,7 @@ from halfstep.export.verify import Verification
 from halfstep.files import write_whole
 from halfstep.journal import Entry, finite
 from halfstep.ladder.evaluation import Evaluation
+from halfstep.ladder.facts import Fact, run_facts
 from halfstep.ladder.goal import MetricResult
 from halfstep.ladder.identity import environment
 from halfstep.ladder.rung import RungResult
@@ -97,13 +98,22 @@ class Outcome:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the model, as plain data that JSON knows: NaN and infinity become None."""
-        proof = self.verification
-        record = {
+        record = self._record() | {
+            "target": self.model.target.name,
+            "recipe": repr(self.model.recipe),
+            "environment": environment(),
+        }
+        return {name: finite(value) for name, value in record.items()}
+
+    def facts(self) -> list[Fact]:
+        """What came of the run, a line a fact."""
+        return run_facts(self._record())
+
+    def _record(self) -> dict[str, Any]:
+        return {
             "met": self.met,
             "refused": self.refused,
             "rung": self.rung,
-            "target": self.model.target.name,
-            "recipe": repr(self.model.recipe),
             "float_score": self.float_score,
             "score": self.score,
             "deployed_score": self.deployed_score,
@@ -116,24 +126,8 @@ class Outcome:
             "history": [asdict(evaluation) for evaluation in self.history],
             "decisions": list(self.decisions),
             "advice": list(self.advice),
-            "parity": asdict(proof.parity),
-            "latency_ms": {name: asdict(value) for name, value in proof.latency.items()},
-            "latency_by_size": {
-                words: {name: asdict(value) for name, value in raced.items()}
-                for words, raced in proof.sizes.items()
-            },
-            "microseconds": dict(proof.microseconds),
-            "bytes": proof.size,
-            "float_bytes": proof.float_size,
-            "kernels": proof.kernels.counts,
-            "saturable": list(proof.saturable),
-            "environment": environment(),
-            "layers": [asdict(layer) for layer in proof.layers],
-            "float_operators": [
-                dict(zip(("name", "kind", "reason"), op, strict=True)) for op in proof.float_operators
-            ],
+            **self.verification.to_dict(),
         }
-        return {name: finite(value) for name, value in record.items()}
 
     def save(self, path: Path) -> None:
         """Write :meth:`to_dict` as JSON; the file appears whole or not at all.
@@ -153,24 +147,9 @@ class Outcome:
 
     def _repr_html_(self) -> str:
         """The figures and decisions, as a notebook shows them."""
-        proof = self.verification
         rows = [
             ("target", "met" if self.met else "not met"),
-            ("rung", self.rung),
-            ("float score", f"{self.float_score:.4f}"),
-            ("simulated score", f"{self.score:.4f}"),
-            ("deployed score", f"{self.deployed_score:.4f} (allowed drop {self.max_drop:g})"),
-            *((name, str(standing)) for name, standing in self.standings().items()),
-            ("layers left in float", ", ".join(self.float_layers) or "none"),
-            ("layers on integer kernels", f"{proof.integer_layers} of {len(proof.layers)}"),
-            ("size of float", f"{proof.size / proof.float_size:.2f}"),
-            ("speed over float", f"{proof.latency['quantized'].speedup:.2f}x{_asked(self.latency)}"),
-            *((f"at {words}", f"{raced['quantized'].speedup:.2f}x") for words, raced in proof.sizes.items()),
-            ("evaluations", str(self.evaluations)),
+            *((fact.name, fact.words) for fact in self.facts()),
         ]
         sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in (*self.decisions, *self.advice))
         return f"{html_table(rows)}<ol>{sentences}</ol>"
-
-
-def _asked(latency: float | None) -> str:
-    return "" if latency is None else f" (asked {latency:g}x)"

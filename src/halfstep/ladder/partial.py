@@ -246,10 +246,12 @@ class _Walk:
         first = ", ".join(group.name for group in self.ranked[:3])
         agreement = "" if table.tau is None else f"; Kendall's tau with measured drops is {table.tau:+.2f}"
         by_time = ", over the time that float costs" if options.order == "latency" else ""
-        search.decide(
-            f"{len(groups)} groups of layers ranked by {table.method} in {table.seconds:.1f} s ({table.examples:,} "
-            f"examples sent through the network){by_time}; first: {first}{agreement}."
+        took = f"{table.seconds:.1f} s"
+        ranked = (
+            f"{len(groups)} groups of layers ranked by {table.method} in {took} ({table.examples:,} examples sent "
+            f"through the network){by_time}; first: {first}{agreement}."
         )
+        search.decide(ranked, key=ranked.replace(took, "", 1))
 
     def settle(self) -> list[Assigned]:
         """What meets the goal on all examples: of each order, if there is any, whatever early verdicts said.

@@ -137,7 +137,7 @@ def partial(
         halves=halves if isinstance(halves, Halves) else None,
         sensitivity=table if isinstance(table, Sensitivity) else None,
         history=tuple(search.evaluations),
-        decisions=tuple(search.decisions),
+        decisions=search.decisions,
         full_evaluations=search.full_evaluations,
         saved=search.saved,
     )

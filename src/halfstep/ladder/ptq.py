@@ -161,12 +161,12 @@ def _repaired(search: Search, options: BestOf, score: Score) -> Score:
         words = f"PTQ, repaired by {', '.join(found.kept)}"
         repaired = search.evaluate(words)
     except BaseException:
-        before.restore(search.model)
+        before.restore()
         raise
     if search.goal.loss(repaired) < search.goal.loss(score):
         search.decide(f"{words}: {search.goal.words(repaired)}, {score.value:.4f} before")
         return repaired
-    before.restore(search.model)
+    before.restore()
     search.decide(f"{words}: put back, {score.value:.4f} would become {repaired.value:.4f}")
     return score
 

@@ -207,7 +207,7 @@ def repair(
         worse = score_after.value - score_before.value
         put_back = (-worse if scorer.higher_is_better else worse) > 0
         if put_back:
-            untouched.restore(model)
+            untouched.restore()
     return Repairs(
         tuple(trials),
         by,
@@ -245,11 +245,11 @@ def _try(
         with protected():  # of a pass that time cut short too
             after = reference.compare(model, "measuring")
     except BaseException:
-        snapshot.restore(model)
+        snapshot.restore()
         raise
     kept = after.loss(reference.by) < before.loss(reference.by)
     if not kept:
-        snapshot.restore(model)
+        snapshot.restore()
     return Trial(done, before, after, kept)
 
 

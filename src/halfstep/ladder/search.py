@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,12 +18,12 @@ from halfstep.granularity import PerTensor
 from halfstep.graph.placement import Choices
 from halfstep.journal import Journal
 from halfstep.ladder.checkpoints import Checkpoints
-from halfstep.ladder.evaluation import Evaluation, Verdict, keep, kept
+from halfstep.ladder.evaluation import Decision, Evaluation, Verdict, keep, kept
 from halfstep.ladder.goal import Goal
 from halfstep.ladder.repairs import Refits
 from halfstep.model import QuantizedModel
 from halfstep.progress import Budget, BudgetSpent, protected, say, steps
-from halfstep.snapshot import ModelState, fingerprint, put_back_in
+from halfstep.snapshot import Snapshot, fingerprint, put_back_in
 
 #: Examples on which the float model is scored a second time, to see whether the metric answers the same.
 REPEATED = 1000
@@ -46,7 +45,7 @@ class Evaluated:
 
     what: str
     score: Score
-    snapshot: ModelState
+    snapshot: Snapshot
     key: str
 
 
@@ -60,7 +59,7 @@ class Search:
         goal: the target that simulations are held to.
         asked: the target that was asked for; another one once a file lost more than its simulation.
         evaluations: every evaluation, in order.
-        decisions: what was decided and why, one sentence each.
+        decided: what was decided and why, in order.
         found: what rungs found out on the way, by name: ``"halves"``, ``"sensitivity"`` ...; each has ``to_dict()``.
         memory: verdicts by the candidates' fingerprints: nothing is scored twice. There may be several early ones,
             against different goals.
@@ -79,7 +78,7 @@ class Search:
     scorer: Scorer
     goal: Goal
     evaluations: list[Evaluation] = field(default_factory=list)
-    decisions: list[str] = field(default_factory=list)
+    decided: list[Decision] = field(default_factory=list)
     found: dict[str, Any] = field(default_factory=dict)
     memory: dict[str, list[Verdict]] = field(default_factory=dict)
     early: bool = True
@@ -316,7 +315,7 @@ class Search:
 
         score, best = verdict.score, self.best
         if best is None or self._rank(score, put_back_in(self.model)) < self.rank(best):
-            self.best = Evaluated(what, score, ModelState.of(self.model), key)
+            self.best = Evaluated(what, score, Snapshot.of(self.model), key)
             say(f"best so far {self.goal.words(score)}: {what}")
 
     def rank(self, candidate: Evaluated) -> tuple[float, ...]:
@@ -376,18 +375,30 @@ class Search:
     def _replayed(self) -> list[Evaluation]:
         return [e for e in self.evaluations if e.rung == "float" or not e.key or e.key in self._asked]
 
-    def replay(self, rung: str, decisions: Sequence[Mapping[str, Any]]) -> None:
+    def replay(self, rung: str, decisions: Iterable[Decision]) -> None:
         """Take a rung that an earlier run climbed as climbed: its evaluations count, its decisions are said."""
         self._asked.update(made.key for made in self.evaluations if made.rung == rung)
         for made in decisions:
-            if made["rung"] == rung:
-                self.decide(made["measured"]["sentence"])
+            if made.rung == rung:
+                self.decide(made.sentence, key=made.key)
 
-    def decide(self, sentence: str, aloud: bool = True) -> None:
-        """Record a decision, and tell the progress listener of it if ``aloud``."""
-        self.decisions.append(sentence)
-        timeless = re.sub(r"[\d.,]+ (s|ms|min)\b", "", sentence)  # a replay takes other times
-        self.journal.write("decision", rung=self.rung, key=timeless, measured={"sentence": sentence})
+    @property
+    def decisions(self) -> tuple[str, ...]:
+        """What was decided and why, one sentence each."""
+        return tuple(made.sentence for made in self.decided)
+
+    def decide(self, sentence: str, aloud: bool = True, key: str = "") -> None:
+        """Record a decision, and tell the progress listener of it if ``aloud``.
+
+        Args:
+            sentence: what was decided, and why.
+            aloud: whether it is said now, too.
+            key: the sentence without the times that it tells of, where a run that goes on measures others: else the
+                journal would have the decision twice.
+        """
+        made = Decision(self.rung, key or sentence, sentence)
+        self.decided.append(made)
+        made.keep(self.journal)
         if aloud:
             say(sentence)
 

@@ -101,7 +101,7 @@ def scaled(
             default=0.0,
         )
         if error > TOLERANCE:
-            before.restore(model)
+            before.restore()
             why = f"put back: it changed the float outputs by {error:.1e} (relative), allowed {TOLERANCE:.0e}"
             return Repair(name, measure, (), skipped, (why,), time.perf_counter() - start)
         moved = _calibrate(model, changed, batches)

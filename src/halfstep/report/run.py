@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from halfstep.journal import Entry, read
-from halfstep.ladder.evaluation import Evaluation, kept
-from halfstep.ladder.goal import MetricResult
-from halfstep.report.html import size
-from halfstep.runtime.saturation import holds_on
+from halfstep.ladder.evaluation import Decision, Evaluation, kept
+from halfstep.ladder.facts import Fact, run_facts
 
 
 @dataclass(frozen=True)
@@ -70,9 +68,7 @@ class Run:
             settings=settings,
             environment=last.get("environment", {}).get("packages", {}),
             evaluations=tuple(kept(entry)[0] for entry in entries if entry.kind == "evaluation"),
-            decisions=tuple(
-                entry.data["measured"]["sentence"] for entry in entries if entry.kind == "decision"
-            ),
+            decisions=tuple(Decision.of(entry).sentence for entry in entries if entry.kind == "decision"),
             steps=tuple(steps[rung] for rung in settings.get("rungs", steps) if rung in steps),
             sweep=tuple(last.get("sweep", {}).get("candidates", ())),
             sites=tuple(last.get("sites", {}).get("sites", ())),
@@ -87,6 +83,10 @@ class Run:
         """What all evaluations together took."""
         return sum(made.seconds for made in self.evaluations)
 
+    def facts(self) -> list[Fact]:
+        """What came of it, a line a fact; empty in a run that has not come to its end."""
+        return run_facts({**self.outcome, **self.outcome["measured"]}) if self.outcome else []
+
 
 def comparison(first: Run, second: Run) -> list[tuple[str, str, str]]:
     """(what, first, second) for all that was asked and all that came of it."""
@@ -98,22 +98,7 @@ def _facts(run: Run) -> dict[str, str]:
     asked = {
         name: str(run.settings.get(name, "")) for name in ("target", "recipe", "asked", "metric", "examples")
     }
-    end = run.outcome
-    if not end:
+    if not run.outcome:
         return {**asked, "state": f"not finished, {len(run.evaluations)} evaluations"}
-    latency = end["measured"]["latency_ms"]["quantized"]
-    return {
-        **asked,
-        "state": "target met" if end["met"] else "target not met",
-        "rung": end["rung"],
-        "float score": f"{end['float_score']:.4f}",
-        "simulated score": f"{end['score']:.4f}",
-        "deployed score": f"{end['deployed_score']:.4f}",
-        **{each.metric: str(each) for each in (MetricResult(**m) for m in end["metrics"]) if each.metric},
-        "float layers": ", ".join(end["float_layers"]) or "none",
-        "integer layers": f"{sum(layer['integer'] for layer in end['layers'])} of {len(end['layers'])}",
-        "answers hold on": holds_on(end.get("saturable", ())),
-        "file": size(end["bytes"]),
-        "speed over float": f"{latency['speedup']:.2f}x",
-        "evaluations": str(end["evaluations"]),
-    }
+    state = "target met" if run.outcome["met"] else "target not met"
+    return {**asked, "state": state, **{fact.name: fact.words for fact in run.facts()}}

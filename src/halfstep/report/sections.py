@@ -6,12 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from halfstep.evaluate import percent
-from halfstep.fidelity.compare import Parity
-from halfstep.ladder.goal import MetricResult
 from halfstep.report.chart import Chart, as_formats_see_it
 from halfstep.report.html import Html, escape, figure, number, size, table
 from halfstep.report.run import Run
-from halfstep.runtime.saturation import holds_on
 
 #: What the confidence of the intervals is that of.
 CORRECTED = (
@@ -29,61 +26,17 @@ def summary(run: Run) -> str:
             f"<p class='verdict unmet'>not finished</p><p>{made} evaluations so far. The same command again goes on "
             "from there.</p>"
         )
-    latency = end["measured"]["latency_ms"]
-    integer = sum(layer["integer"] for layer in end["layers"])
-    speedup = latency["quantized"]["speedup"]
-    asked = f", asked {end['latency']:g}x" if end.get("latency") else ""
-    rows = [
-        ("float score", figure("float_score", end["float_score"], f"{end['float_score']:.4f}")),
-        ("simulated score", figure("score", end["score"], f"{end['score']:.4f}")),
-        (
-            "score of the deployed file",
-            figure("deployed_score", end["deployed_score"], f"{end['deployed_score']:.4f}"),
-        ),
-        ("allowed drop", figure("max_drop", end["max_drop"], f"{end['max_drop']:g}")),
-        *_standings(end),
-        ("rung", end["rung"]),
-        ("layers left in float", str(len(end["float_layers"]))),
-        ("layers on integer kernels", f"{integer} of {len(end['layers'])}"),
-        *Parity.of(end["parity"]).rows(),
-        ("answers hold on", holds_on(end.get("saturable", ()))),
-        ("file", f"{size(end['bytes'])}, {end['bytes'] / end['float_bytes']:.2f} of float"),
-        (
-            "speed over float",
-            figure(
-                "speedup",
-                speedup,
-                f"{speedup:.2f}x (float against itself {latency['null']['speedup']:.2f}x{asked})",
-            ),
-        ),
-        *(
-            (
-                f"at {words}",
-                figure(
-                    f"speedup at {words}",
-                    raced["quantized"]["speedup"],
-                    f"{raced['quantized']['speedup']:.2f}x",
-                ),
-            )
-            for words, raced in end["measured"].get("latency_by_size", {}).items()
-        ),
-        (
-            "evaluations",
-            figure("evaluations", end["evaluations"], f"{end['evaluations']}, {run.seconds:.1f} s"),
-        ),
+    rows: list[tuple[str, str | Html]] = [
+        (fact.name, figure(fact.key, fact.value, fact.words) if fact.key else fact.words)
+        for fact in run.facts()
     ]
+    rows.append(("time of evaluations", f"{run.seconds:.1f} s"))
     verdict = ("met", "target met") if end["met"] else ("unmet", "target not met")
     facts = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in rows)
     advice = "".join(f"<li>{escape(sentence)}</li>" for sentence in end.get("advice", ()))
     return f"<p class='verdict {verdict[0]}'>{verdict[1]}</p><dl class='facts'>{facts}</dl>" + (
         f"<h3>What would help</h3><ul>{advice}</ul>" if advice else ""
     )
-
-
-def _standings(end: dict[str, Any]) -> list[tuple[str, Html]]:
-    """Several metrics of the file, each beside its target."""
-    found = [MetricResult(**metric) for metric in end["metrics"] if metric["metric"]]
-    return [(each.metric, figure(f"metric {each.metric}", each.score, str(each))) for each in found]
 
 
 def ladder(run: Run) -> str:
