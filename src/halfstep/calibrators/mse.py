@@ -83,9 +83,8 @@ _PER_OCTAVE = 16  # slabs per power of two in the first search
 _FOLLOWED = (4, 4, 2, 1, 1, 1)  # local minima that each round refines
 
 
-_WINDOW = np.linspace(
-    -1.0, 1.0, 9
-)  # candidates around each, in units of the last distance between candidates
+# Candidates around each, in units of the last distance between candidates.
+_WINDOW = np.linspace(-1.0, 1.0, 9)
 
 
 _FINER = 4  # how much smaller that distance is afterwards
@@ -142,9 +141,8 @@ class HistogramSearch:
         # A side that clips more than the best symmetric shrinking errs in all cannot be part of the optimum.
         lows = self._useful(coarse, along.min(), self.lowest, np.inf)
         highs = self._useful(coarse, along.min(), -np.inf, self.highest)
-        grid = -self.step * np.indices((lows, highs)).transpose(1, 2, 0).astype(
-            np.float64
-        )  # (lows, highs, 2)
+        # (lows, highs, 2)
+        grid = -self.step * np.indices((lows, highs)).transpose(1, 2, 0).astype(np.float64)
         errors = self.errors(coarse, grid.reshape(-1, 2)).reshape(lows, highs)
         return grid[_minima(errors)]
 

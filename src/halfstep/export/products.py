@@ -171,9 +171,8 @@ def multiply_in_groups(graph: ir.Graph, product: Product) -> bool:
         source = product.marker.inputs[0]
     codes, zero_point = rows.unsigned(bits, format.signed)
     groups = rows.scale.shape[1]
-    codes = torch.nn.functional.pad(
-        codes, (0, groups * block - codes.shape[1])
-    )  # what the kernel never reads
+    # What the kernel never reads.
+    codes = torch.nn.functional.pad(codes, (0, groups * block - codes.shape[1]))
     packed = pack(codes, bits).reshape(len(codes), groups, block * bits // 8)
     inputs: list[ir.Value | None] = [
         source,

@@ -229,9 +229,8 @@ def stored_codes(
         box: the type wanted.
         stretch: a power of two.
     """
-    old = (
-        graph.opset_imports.get("", UNPACKING) < UNPACKING
-    )  # of a file that was given; codes of 4 bits raise it
+    # Of a file that was given; codes of 4 bits raise it.
+    old = graph.opset_imports.get("", UNPACKING) < UNPACKING
     if bits >= 8 or old or codes.numel() * (8 - bits) // 8 < WORTH_PACKING:
         return box.initializer(graph, name, (codes if stretch == 1 else codes.int() * stretch).numpy())
     if (found := existing(graph, f"{name}/unpacked")) is not None:

@@ -198,9 +198,8 @@ def fisher(probe: Probe, groups: Sequence[Group], by: Loss, draws: int = 1, seed
                     changes[tap.group] += _per_example(gradient * error, size, axis)
             totals += changes.square().sum(1) / draws
         weight += loss_weight(outputs, by, scale) * (2 if by == "kl" else 1)
-        probe.passes += probe.model.captured.batch_size(inputs) * (
-            2 + 2 * draws
-        )  # forward, layers quantized, and a backward is two
+        # Forward, layers quantized, and a backward is two.
+        probe.passes += probe.model.captured.batch_size(inputs) * (2 + 2 * draws)
     return (totals / weight).tolist()
 
 

@@ -272,9 +272,8 @@ def _compiled_boundaries() -> Callable[[Numbers, Numbers, Numbers, int], NDArray
         best[0] = np.inf
         for j in range(1, n + 1):
             best[j] = cost(w, wx, wxx, 0, j)
-        start = np.zeros(
-            (levels, n + 1), dtype=np.int32
-        )  # where the last cluster of the first j points begins
+        # Where the last cluster of the first j points begins.
+        start = np.zeros((levels, n + 1), dtype=np.int32)
         row = np.empty(n + 1)
         stack = np.empty((128, 4), dtype=np.int64)
         for k in range(1, levels):

@@ -239,9 +239,8 @@ class _Placer:
             for value in op.inputs
             if value in self.integer and value in self.specs and len(value.users) == 1
         ]
-        joined = max(
-            makers, key=self.order.__getitem__, default=None
-        )  # the last of them has the other at hand
+        # The last of them has the other at hand.
+        joined = max(makers, key=self.order.__getitem__, default=None)
         return tuple(value for value in op.inputs if value is not joined)
 
     def _after_absorbed(self, node: fx.Node) -> fx.Node:

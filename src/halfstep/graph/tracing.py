@@ -221,9 +221,8 @@ def rooted(graph: fx.Graph, module: nn.Module) -> fx.GraphModule:
         if node.op in ("get_attr", "call_module"):
             node.target = PREFIX + str(node.target)
         elif node.op == "placeholder":
-            node.target = (
-                node.name
-            )  # names that mean something else to the code that fx writes are numbered there
+            # Names that mean something else to the code that fx writes are numbered there.
+            node.target = node.name
     root = nn.Module()
     root.add_module(CHILD, module)
     return fx.GraphModule(root, graph)

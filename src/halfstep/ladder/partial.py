@@ -68,9 +68,8 @@ class Partial(Rung):
     prune: bool = True
     measured: int = 0
     early: bool = True
-    max_float: float = field(
-        default=0.5, repr=False
-    )  # it decides about what comes after, not about the result
+    # It decides about what comes after, not about the result.
+    max_float: float = field(default=0.5, repr=False)
 
     def __post_init__(self) -> None:
         if self.walk not in WALKS:

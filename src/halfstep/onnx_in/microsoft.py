@@ -47,9 +47,8 @@ def fused_matmul(node: Node, a: Any, b: Any) -> Tensor:
         raise unsupported("FusedMatMul with transposed batches")
     a = a.transpose(-1, -2) if node.get("transA", 0) else a
     b = b.transpose(-1, -2) if node.get("transB", 0) else b
-    turned = 1 in node.constant and node.get(
-        "transB", 0
-    )  # a layer's weight is a whole tensor as it lies there
+    # A layer's weight is a whole tensor as it lies there.
+    turned = 1 in node.constant and node.get("transB", 0)
     alpha, y = node.get("alpha", 1.0), torch.einsum("...k,kj->...j", a, b) if turned else torch.matmul(a, b)
     return y if alpha == 1.0 else alpha * y
 

@@ -258,9 +258,8 @@ def make_network(source: OnnxGraph) -> OnnxNetwork:
 
     names = ", ".join(arguments(tuple(value.name for value in source.inputs)))
     namespace: dict[str, Any] = {}
-    exec(
-        f"def forward(self, {names}):\n    return self.run({names})", namespace
-    )  # torch reads its parameters' names
+    # Torch reads its parameters' names.
+    exec(f"def forward(self, {names}):\n    return self.run({names})", namespace)
     own = type(
         "OnnxNetwork",
         (OnnxNetwork,),

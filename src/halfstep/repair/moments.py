@@ -170,9 +170,8 @@ def patches(op: Operator, x: Tensor, thinned: int = 1, first: int = 0) -> Tensor
     )
     rank, groups = len(kernel), _groups(op)
     thinned = min(thinned, places[0])
-    view = view[:, :, first % thinned :: thinned].unflatten(
-        1, (groups, -1)
-    )  # (n, groups, channels, places, taps)
+    # (n, groups, channels, places, taps)
+    view = view[:, :, first % thinned :: thinned].unflatten(1, (groups, -1))
     outer, inner = [1, 0, *range(3, 3 + rank)], [2, *range(3 + rank, 3 + 2 * rank)]
     rows: Tensor = view.permute(*outer, *inner).reshape(groups, -1, prod(kernel) * view.shape[2])
     return rows

@@ -112,14 +112,12 @@ HANDING_OVER = threading.Lock()  # statistics are changed by one thread at a tim
 _free: list[tuple[NDArray[Any], ...]] = []  # pop and append are atomic
 
 
-_turn = (
-    threading.Lock()
-)  # numba's fallback for a missing OpenMP aborts the process if two threads enter it at once
+# Numba's fallback for a missing OpenMP aborts the process if two threads enter it at once.
+_turn = threading.Lock()
 
 
-_forked = (
-    threading.Event()
-)  # OpenMP's threads do not survive a fork, and numba aborts a child that asks for them
+# OpenMP's threads do not survive a fork, and numba aborts a child that asks for them.
+_forked = threading.Event()
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forked.set)
@@ -144,9 +142,8 @@ def _run(words: NDArray[np.int32], shares: int, *arrays: NDArray[Any]) -> None:
             numba.set_num_threads(before)
 
 
-_PIECE = (
-    1 << 22
-)  # elements per step: bounds the temporary memory to some 150 MB, and keeps the packed words in range
+# Elements per step: bounds the temporary memory to some 150 MB, and keeps the packed words in range.
+_PIECE = 1 << 22
 
 
 _SPREAD = 512  # places that zeros take in turn; additions to one address are done one after the other
