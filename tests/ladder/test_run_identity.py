@@ -291,8 +291,7 @@ def test_what_was_measured_elsewhere_is_measured_again_and_another_halfstep_is_r
 
     def elsewhere(name):
         there = {**environment(), name: "another"}
-        for room in ("environment", "identity"):
-            monkeypatch.setattr(f"halfstep.ladder.{room}.environment", lambda: there)
+        monkeypatch.setattr("halfstep.ladder.identity.environment", lambda: there)
 
     first = ptq(tmp_path, Watched(labelled()))
     assert made.count("DeployedModel") == 1
