@@ -55,7 +55,7 @@ def test_layers_are_called_as_nodes_and_parameters_as_tensors(resnet):
     assert {"fc.weight", "fc.bias"} <= set(dict(network.named_parameters()))
 
 
-@pytest.mark.parametrize("name", ["resnet", "vit"])
+@pytest.mark.parametrize("name", ["resnet", pytest.param("vit", marks=pytest.mark.slow)])
 def test_a_file_is_quantized_on_the_first_rung(name, request, tmp_path):
     model, path = request.getfixturevalue(name)
     x, others = torch.randn(64, 1, 28, 28), torch.randn(64, 1, 28, 28)

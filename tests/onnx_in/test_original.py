@@ -81,9 +81,9 @@ def test_tensors_that_are_not_quantized_stay(vit, tmp_path):
     "recipe",
     [
         hs.Recipe.uniform(4, 8),
-        hs.Recipe.uniform(3, 8),
+        pytest.param(hs.Recipe.uniform(3, 8), marks=pytest.mark.slow),
         hs.Recipe.weight_only(4, group=16),
-        hs.Recipe.dynamic(),
+        pytest.param(hs.Recipe.dynamic(), marks=pytest.mark.slow),
         hs.Recipe.dynamic(group=16),
         hs.Recipe.codebook(4),
     ],
@@ -104,7 +104,11 @@ def test_other_targets(vit, target, tmp_path):
     hs.export_onnx(calibrated(vit, x, hs.Recipe.uniform(7, 8), target), tmp_path / "q.onnx")
 
 
-@pytest.mark.parametrize("build", [SmallMobileNet, lambda: SmallResNet(width=4)], ids=["mobilenet", "resnet"])
+@pytest.mark.parametrize(
+    "build",
+    [pytest.param(SmallMobileNet, marks=pytest.mark.slow), lambda: SmallResNet(width=4)],
+    ids=["mobilenet", "resnet"],
+)
 def test_every_layer_becomes_integer_as_from_the_module(build, tmp_path):
     torch.manual_seed(0)
     model, x = randomize_batch_norm(build()).eval(), torch.randn(4, 1, 28, 28)
