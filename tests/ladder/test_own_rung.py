@@ -86,5 +86,7 @@ def test_what_cannot_be():
     training = hs.Training([(torch.ones(2, 2), torch.ones(2))], torch.nn.functional.mse_loss)
     with pytest.raises(ArgumentError, match=r"training: given beside a rung that has its own, hs.QAT\(...\)"):
         climb(None, rungs=("ptq", hs.QAT(training)), training=training)
+    with pytest.raises(ArgumentError, match=r"max_float: given beside a rung that has its own, hs.Partial"):
+        climb(None, rungs=("ptq", hs.Partial()), max_float=0.1, training=None)
     with pytest.raises(ArgumentError, match=r"max_float: got 2, needed a share of the layers, 0 to 1"):
         hs.Partial(max_float=2)

@@ -130,6 +130,7 @@ def estimate(search: Search, ladder: Sequence[Rung], tune: bool = False) -> tupl
     each = SLOWER * min((made.seconds / made.share for made in floats), default=0.0)
     each_example = SLOWER * _example_seconds(search)
     seconds = total * each + examples * each_example + repairs
+    # From the top: training takes the longest, and is said first.
     beside = [cost.not_counted for cost in reversed(costs.values())] + ["timing files"] * tune
     not_counted = list(dict.fromkeys(filter(None, beside)))
     left_out = f"; {' and '.join(not_counted)} not counted" if not_counted else ""
@@ -322,7 +323,8 @@ def find_rungs(
         found.append(rung if isinstance(rung, Rung) else short[rung])
     if not found:
         raise ArgumentError(f"rungs: got none, {wanted}")
-    for kind, option, given in ((QAT, "training", training), (Partial, "partial", partial)):
+    own = ((QAT, "training", training), (Partial, "partial", partial), (Partial, "max_float", max_float))
+    for kind, option, given in own:
         if given is not None and any(isinstance(rung, kind) for rung in rungs):
             raise ArgumentError(
                 f"{option}: given beside a rung that has its own, hs.{kind.__name__}(...): give one"
