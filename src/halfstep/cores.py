@@ -51,9 +51,8 @@ def quota() -> float:
         lines = OWN_GROUP.read_text().splitlines()
     except OSError:
         return granted
-    for line in (
-        lines
-    ):  # hierarchy:controllers:path, such as 0::/user.slice (version 2) or 4:cpu,cpuacct:/docker/1234
+    # A line is hierarchy:controllers:path, such as 0::/user.slice (version 2) or 4:cpu,cpuacct:/docker/1234.
+    for line in lines:
         _, controllers, path = line.split(":", 2)
         if not controllers:
             root, read = CGROUPS, _version_2

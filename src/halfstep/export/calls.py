@@ -10,7 +10,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedFunctionsPass
 
 from halfstep.export.editing import producer
-from halfstep.onnx_in.reader import CALL, OnnxGraph, load
+from halfstep.onnx_in.reader import CALL, OnnxGraph, load, version
 
 
 class Calls:
@@ -102,9 +102,7 @@ class Calls:
 def changes(source: OnnxGraph, file: Path) -> list[str]:
     """What became of a file's version and functions in the one that was written, one sentence each."""
     before, after = source.given, load(file)
-    versions = [
-        max(e.version for e in m.opset_import if e.domain in ("", "ai.onnx")) for m in (before, after)
-    ]
+    versions = [version(before, source.path), version(after, file)]
     said = []
     if versions[0] != versions[1]:
         said.append(

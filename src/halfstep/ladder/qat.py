@@ -42,9 +42,8 @@ class QAT(Rung):
     def climb(self, search: Search) -> Score:
         """See :func:`climb_qat`."""
         assert self.training is not None  # it would have been left out
-        with (
-            protected()
-        ):  # steps that are trained are not thrown away: training looks at the budget by itself
+        # Steps that are trained are not thrown away: training looks at the budget by itself.
+        with protected():
             return climb_qat(search, self.training)
 
     def cost(self, search: Search) -> Cost:

@@ -173,10 +173,11 @@ class Search:
         start = time.perf_counter()
         seen = 0
         taken = self._taken(key)
+        # What was begun is scored: its verdict is worth the time.
         with (
             protected(),
             steps(f"evaluating {what}"),
-        ):  # what was begun is scored: its verdict is worth the time
+        ):
             if taken is not None and self._stopper is not None:
                 seen = len(taken) if self.picks else 0
                 score = self._stopper.finish(self._scored, taken)

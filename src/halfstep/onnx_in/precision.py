@@ -66,9 +66,8 @@ def said(source: OnnxGraph, half: OnnxGraph, inputs: Mapping[str, torch.Tensor])
         given = {name: x.to(declared[name]) for name, x in inputs.items()}
         before = run_message(half.given, half.path, given)
         after = run_message(source.given, source.path, inputs)
-    except (
-        Exception
-    ):  # the runtime lacks half precision for some operators, which says nothing of the network
+    except Exception:
+        # The runtime lacks half precision for some operators, which says nothing of the network.
         return replace(source, notes=(*source.notes, f"{note}; onnxruntime cannot run it in {kinds}"))
     away = [
         relative_error(torch.from_numpy(after[name]), torch.from_numpy(before[name].astype(np.float32)))

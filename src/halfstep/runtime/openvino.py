@@ -92,9 +92,8 @@ def inspect(path: Path, threads: int | None) -> Kernels:
         if kind not in COMPUTING:
             continue
         names = dict.fromkeys(_known(info["originalLayersNames"].astype(str), nodes))
-        if (
-            not names and kind == "FullyConnected"
-        ):  # it forgets the name of some; the weight keeps its layer's
+        # It forgets the name of some; the weight keeps its layer's.
+        if not names and kind == "FullyConnected":
             names = dict.fromkeys(_known(operation.input_value(1).get_node().get_friendly_name(), nodes))
         if precision in INTEGER:
             integer.update(names)

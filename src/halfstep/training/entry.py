@@ -253,9 +253,8 @@ def _moved(
             if there is None or here is None or here.weight is None:
                 continue
             for own, other in zip(there.inputs, here.inputs, strict=True):
-                if (
-                    own is value and ours.get(other) is not value
-                ):  # a layer that reads something else on this way
+                # A layer that reads something else on this way.
+                if own is value and ours.get(other) is not value:
                     found.append(Position(other, (node,)))
     return found
 
