@@ -8,18 +8,17 @@ in the comments here; every rule was checked on the optimised graph of the runti
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
-import torch
 
-from halfstep import functional
 from halfstep.bias_shift import SMALLEST
 from halfstep.errors import ExportError, RefusedError
 from halfstep.export.editing import (
     add,
     constant,
     drop_unused,
-    existing,
     initializer,
     is_constant,
     marker_name,
@@ -29,12 +28,11 @@ from halfstep.export.editing import (
     scale_of,
 )
 from halfstep.export.products import lower_products
-from halfstep.export.storage import container, packed_initializer, stored_codes
+from halfstep.export.storage import container
 from halfstep.export.trace import MARKER, bias_marker
 from halfstep.fake_quantize import FakeQuantize
-from halfstep.granularity import PerChannel, PerGroup
+from halfstep.granularity import PerChannel
 from halfstep.model import QuantizedModel
-from halfstep.targets import Target
 
 
 def saturate_gates(graph: ir.Graph) -> None:
@@ -106,7 +104,6 @@ def lower(onnx_model: ir.Model, model: QuantizedModel) -> None:
     pool_globally(graph)
     quantize_biases(graph, model)
     lower_products(onnx_model, model)
-    quantize_weights(graph, model)
     quantize_activations(graph, model)
     absorb_clips(graph)
     if wanted.saturated_gates:
@@ -147,92 +144,11 @@ def pool_globally(graph: ir.Graph) -> None:
         rank = len(source.shape)
         if rank < 3 or {int(a) % rank for a in axes.reshape(-1)} != set(range(2, rank)):
             continue
-        stem = node.name or "mean"
+        name = (node.name or "mean").replace("ReduceMean", "GlobalAveragePool")
         result = node.outputs[0]
-        pool = ir.node("GlobalAveragePool", [source], name=stem.replace("ReduceMean", "GlobalAveragePool"))
-        pooled = pool.outputs[0]
-        pooled.name, pooled.type = pool.name, source.type
-        graph.insert_before(node, pool)
-        pooled.shape = result.shape
+        pooled = add(graph, node, "GlobalAveragePool", [source], name, result.shape, source.dtype)
         replace(graph, result, pooled)
         graph.remove(node, safe=True)
-
-
-def quantize_weights(graph: ir.Graph, model: QuantizedModel) -> None:
-    """Markers on parameters become integer initializers with a DequantizeLinear.
-
-    A Transpose of the weight is done here, on the codes: runtimes look for the initializer right behind the
-    DequantizeLinear.
-    """
-    for node in markers(graph):
-        site = model.sites[marker_name(node)]
-        source = node.inputs[0]
-        if source is None or not source.is_initializer():
-            continue
-        tensor = model.weight(marker_name(node)).detach().cpu()
-        for user, transposed in readers(node):
-            permutation = list(user.attributes.get_ints("perm")) if transposed else list(range(tensor.dim()))
-            value = dequantized_weight(graph, node, site, tensor, permutation, model.target)
-            target = user.outputs[0] if transposed else None
-            if target is not None:
-                replace(graph, target, value)
-                graph.remove(user, safe=True)
-            else:
-                for index, operand in enumerate(user.inputs):
-                    if operand is node.outputs[0]:
-                        user.replace_input_with(index, value)
-        graph.remove(node, safe=True)
-
-
-def readers(node: ir.Node) -> list[tuple[ir.Node, bool]]:
-    """The nodes that read a marker's result, and whether each is a Transpose."""
-    users = list(dict.fromkeys(user for user, _ in node.outputs[0].uses()))
-    return [(user, user.op_type == "Transpose") for user in users]
-
-
-def dequantized_weight(
-    graph: ir.Graph,
-    node: ir.Node,
-    site: FakeQuantize,
-    tensor: torch.Tensor,
-    permutation: list[int],
-    target: Target,
-) -> ir.Value:
-    """The result of a new DequantizeLinear of the weight's codes, axes permuted; one for each permutation."""
-    suffix = "" if permutation == sorted(permutation) else "_transposed"
-    name = f"{site.name}{suffix}"
-    if (found := existing(graph, f"{name}/DequantizeLinear")) is not None:
-        return found
-    box = container(site.format, site.name)
-    scale, zero_point = site.scale.detach().cpu(), site.zero_point.detach().cpu()
-    codes = functional.quantize(site.shifted(tensor), scale, zero_point, site.format, site.granularity)
-    attributes: dict[str, int] = {}
-    if isinstance(site.granularity, PerChannel):
-        attributes["axis"] = permutation.index(site.granularity.axis % tensor.dim())
-    elif isinstance(site.granularity, PerGroup):
-        attributes["axis"] = permutation.index(site.granularity.axis % tensor.dim())
-        attributes["block_size"] = site.granularity.size
-        scale, zero_point = scale.permute(permutation), zero_point.permute(permutation)
-    codes = codes.permute(permutation)
-    if not target.packed and site.format.bits <= 4 and isinstance(site.granularity, PerGroup):
-        # Runtimes that take weights in groups know them by ONNX's own 4-bit type.
-        stored, zero = (
-            packed_initializer(graph, f"{name}_{ending}", tensor, signed=box.low < 0)
-            for ending, tensor in (("quantized", codes), ("zero_point", zero_point))
-        )
-    else:
-        stretch = target.stretch(site.format)
-        scale, zero_point = scale / stretch, zero_point * stretch
-        bits = site.format.bits if target.packed else 8
-        stored = stored_codes(graph, node, f"{name}_quantized", codes, bits, box, stretch)
-        # Written out even where it is 0: without it onnxruntime leaves a Gemm in float.
-        zero = box.initializer(graph, f"{name}_zero_point", zero_point.numpy())
-    inputs = [stored, initializer(graph, f"{name}_scale", scale.numpy().astype(np.float32)), zero]
-    dequantize = ir.node("DequantizeLinear", inputs, attributes, name=f"{name}/DequantizeLinear")
-    result = dequantize.outputs[0]
-    result.name, result.dtype, result.shape = dequantize.name, ir.DataType.FLOAT, ir.Shape(codes.shape)
-    graph.insert_before(node, dequantize)
-    return result
 
 
 def quantize_activations(graph: ir.Graph, model: QuantizedModel) -> None:
@@ -251,21 +167,22 @@ def quantize_activations(graph: ir.Graph, model: QuantizedModel) -> None:
             source = _clip(graph, node, source, site)
         float_type, shape = node.outputs[0].type, node.outputs[0].shape
         name = node.name or site.name
-        attributes = {"axis": site.granularity.axis} if isinstance(site.granularity, PerChannel) else {}
-        quantize = ir.node(
-            "QuantizeLinear", [source, scale, zero], attributes, name=name.replace(MARKER, "QuantizeLinear")
+        axis: dict[str, Any] = (
+            {"axis": site.granularity.axis} if isinstance(site.granularity, PerChannel) else {}
         )
-        quantize.outputs[0].name, quantize.outputs[0].dtype = quantize.name, box.dtype
-        quantize.outputs[0].shape = shape
-        dequantize = ir.node(
-            "DequantizeLinear",
-            [quantize.outputs[0], scale, zero],
-            attributes,
-            name=name.replace(MARKER, "DequantizeLinear"),
+        codes = add(
+            graph,
+            node,
+            "QuantizeLinear",
+            [source, scale, zero],
+            name.replace(MARKER, "QuantizeLinear"),
+            shape,
+            box.dtype,
+            **axis,
         )
-        result = dequantize.outputs[0]
-        result.name, result.type, result.shape = dequantize.name, float_type, shape
-        graph.insert_before(node, [quantize, dequantize])
+        floats = name.replace(MARKER, "DequantizeLinear")
+        result = add(graph, node, "DequantizeLinear", [codes, scale, zero], floats, shape, **axis)
+        result.type = float_type
         replace(graph, node.outputs[0], result)
         graph.remove(node, safe=True)
 
@@ -280,10 +197,7 @@ def _clip(graph: ir.Graph, node: ir.Node, source: ir.Value, site: FakeQuantize) 
     bounds = [
         initializer(graph, f"{site.name}_{end}", value) for end, value in (("low", low), ("high", high))
     ]
-    clip = ir.node("Clip", [source, *bounds], name=f"{node.name}/Clip")
-    clip.outputs[0].name, clip.outputs[0].type, clip.outputs[0].shape = clip.name, source.type, source.shape
-    graph.insert_before(node, clip)
-    return clip.outputs[0]
+    return add(graph, node, "Clip", [source, *bounds], f"{node.name}/Clip", source.shape, source.dtype)
 
 
 def absorb_clips(graph: ir.Graph) -> None:
@@ -383,12 +297,17 @@ def _dequantized_bias(graph: ir.Graph, node: ir.Node, codes: np.ndarray, scale: 
         initializer(graph, f"{name}_quantized", codes.astype(np.int32)),
         initializer(graph, f"{name}_scale", scale),
     ]
-    attributes = {"axis": 0} if scale.ndim else {}
-    dequantize = ir.node("DequantizeLinear", inputs, attributes, name=f"{name}/DequantizeLinear")
-    result = dequantize.outputs[0]
-    result.name, result.dtype, result.shape = dequantize.name, ir.DataType.FLOAT, ir.Shape(codes.shape)
-    graph.insert_before(node, dequantize)
-    return result
+    axis: dict[str, Any] = {"axis": 0} if scale.ndim else {}
+    return add(
+        graph,
+        node,
+        "DequantizeLinear",
+        inputs,
+        f"{name}/DequantizeLinear",
+        codes.shape,
+        ir.DataType.FLOAT,
+        **axis,
+    )
 
 
 def shape_biases(graph: ir.Graph) -> None:

@@ -11,6 +11,7 @@ from halfstep import functional
 from halfstep.export.editing import replace
 from halfstep.fake_quantize import FakeQuantize
 from halfstep.granularity import PerChannel, PerGroup
+from halfstep.targets import Target
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Product:
         permutation: of the weight's axes, as the node reads them.
         marker: the marker in front of its activation, if that is quantized.
         activation: the activation's quantizer, if it is quantized.
-        packed: whether the runtime has kernels for packed weights.
+        target: the runtime that the file is for.
     """
 
     node: ir.Node
@@ -35,12 +36,18 @@ class Product:
     permutation: tuple[int, ...]
     marker: ir.Node | None
     activation: FakeQuantize | None
-    packed: bool
+    target: Target
 
     @property
     def layer(self) -> str:
         """The layer's name."""
         return (self.node.name or "").rpartition("/")[0]
+
+    @property
+    def name(self) -> str:
+        """Of the weight with its axes as the node reads them."""
+        transposed = self.permutation != tuple(sorted(self.permutation))
+        return f"{self.site.name}_transposed" if transposed else self.site.name
 
     @property
     def is_matrix(self) -> bool:

@@ -1,4 +1,4 @@
-"""Products with quantized weights that are no plain integer ones: which kernel each of them gets, and how.
+"""Products with quantized weights: which kernel each of them gets, and how.
 
 Activations with ranges computed at run time: DynamicQuantizeLinear, and the integer products that follow it.
 
@@ -13,13 +13,14 @@ Its ``accuracy_level`` is part of the arithmetic, so it is written into the file
 which the runtime picks by itself when it fuses DequantizeLinear and MatMul, each row of the activations is rounded to
 8 bits in the weight's blocks. The latter is what :class:`.RunTimeQuantize` simulates per group, and is used only then.
 
-What is left to QuantizeLinear/DequantizeLinear is a product of activations with a fixed range by integer weights per
-tensor or per channel. Every other weight is tried on the table below, kernel by kernel; the last one takes all.
+A product of activations with a fixed range by integer weights per tensor or per channel gets a DequantizeLinear. Every
+weight is tried on the table below, kernel by kernel; the last one takes all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -29,6 +30,7 @@ from halfstep.export.editing import (
     MICROSOFT,
     add,
     drop_unused,
+    existing,
     initializer,
     is_marker,
     marker_name,
@@ -39,8 +41,61 @@ from halfstep.export.product import Product
 from halfstep.export.storage import container, pack, packed_initializer, stored_codes, unpack_at_load
 from halfstep.export.trace import MARKER
 from halfstep.formats import Integer
-from halfstep.granularity import PerGroup, PerTensor
+from halfstep.granularity import PerChannel, PerGroup, PerTensor
 from halfstep.model import QuantizedModel
+
+
+def dequantize(graph: ir.Graph, product: Product) -> bool:
+    """Let the product read a DequantizeLinear of the weight's codes, if that is what the runtime wants.
+
+    A Transpose of the weight is done here, on the codes: runtimes look for the initializer right behind the
+    DequantizeLinear.
+    """
+    site, target, permutation = product.site, product.target, product.permutation
+    format, granularity = site.format, site.granularity
+    if not isinstance(format, Integer) or format.mid_rise:
+        return False
+    fixed = product.activation is not None and not product.activation.dynamic
+    if target.packed and (not fixed or isinstance(granularity, PerGroup)):
+        return False
+    node, name = product.node, product.name
+    weight = existing(graph, f"{name}/DequantizeLinear")
+    if weight is None:
+        box = container(format, site.name)
+        scale, zero_point = site.scale.detach().cpu(), site.zero_point.detach().cpu()
+        codes = product.codes().permute(permutation)
+        attributes: dict[str, Any] = {}
+        if isinstance(granularity, PerChannel | PerGroup):
+            attributes["axis"] = permutation.index(granularity.axis % len(permutation))
+        if isinstance(granularity, PerGroup):
+            attributes["block_size"] = granularity.size
+            scale, zero_point = scale.permute(permutation), zero_point.permute(permutation)
+        if not target.packed and format.bits <= 4 and isinstance(granularity, PerGroup):
+            # Runtimes that take weights in groups know them by ONNX's own 4-bit type.
+            stored, zero = (
+                packed_initializer(graph, f"{name}_{ending}", tensor, signed=box.low < 0)
+                for ending, tensor in (("quantized", codes), ("zero_point", zero_point))
+            )
+        else:
+            stretch = target.stretch(format)
+            scale, zero_point = scale / stretch, zero_point * stretch
+            bits = format.bits if target.packed else 8
+            stored = stored_codes(graph, node, f"{name}_quantized", codes, bits, box, stretch)
+            # Written out even where it is 0: without it onnxruntime leaves a Gemm in float.
+            zero = box.initializer(graph, f"{name}_zero_point", zero_point.numpy())
+        step = initializer(graph, f"{name}_scale", scale.numpy().astype(np.float32))
+        weight = add(
+            graph,
+            node,
+            "DequantizeLinear",
+            [stored, step, zero],
+            f"{name}/DequantizeLinear",
+            codes.shape,
+            ir.DataType.FLOAT,
+            **attributes,
+        )
+    node.replace_input_with(product.operand, weight)
+    return True
 
 
 def multiply_at_run_time(graph: ir.Graph, product: Product) -> bool:
@@ -114,7 +169,9 @@ def look_up_rows(graph: ir.Graph, product: Product) -> bool:
     format, node = product.site.format, product.node
     if node.op_type != "Gather" or product.operand != 0 or node.attributes.get_int("axis", 0) != 0:
         return False
-    if not (product.packed and isinstance(format, Integer) and format.bits <= 8 and not format.mid_rise):
+    if not (
+        product.target.packed and isinstance(format, Integer) and format.bits <= 8 and not format.mid_rise
+    ):
         return False
     rows = product.rows()
     block = rows.block() if rows is not None else None
@@ -156,7 +213,9 @@ FAST_IN_FLOAT = (3, 4)
 def multiply_in_groups(graph: ir.Graph, product: Product) -> bool:
     """Make a MatMulNBits of the product, if it is one of integers in groups that the kernel takes."""
     format, activation = product.site.format, product.activation
-    if not (product.packed and product.is_matrix and isinstance(format, Integer) and not format.mid_rise):
+    if not (
+        product.target.packed and product.is_matrix and isinstance(format, Integer) and not format.mid_rise
+    ):
         return False
     in_groups = activation is not None and activation.dynamic and isinstance(activation.granularity, PerGroup)
     rows = product.rows()
@@ -215,6 +274,7 @@ def _width(bits: int, block: int) -> int:
 
 #: Each takes a product over if it has a kernel for it, and says whether it did.
 _KERNELS: tuple[Callable[[ir.Graph, Product], bool], ...] = (
+    dequantize,
     look_up_rows,
     multiply_at_run_time,
     multiply_in_groups,
@@ -223,11 +283,10 @@ _KERNELS: tuple[Callable[[ir.Graph, Product], bool], ...] = (
 
 
 def lower_products(onnx_model: ir.Model, model: QuantizedModel) -> None:
-    """Lower every product that is no plain integer one, and the activations with ranges at run time."""
+    """Lower every product, and the activations with ranges at run time."""
     graph = onnx_model.graph
     for product in list(find_products(graph, model)):
-        if not _is_plain(product):
-            next(kernel for kernel in _KERNELS if kernel(graph, product))
+        next(kernel for kernel in _KERNELS if kernel(graph, product))
     drop_unused(graph)  # markers that no product reads any more, and transposes of weights
     for node in markers(graph):
         if model.sites[marker_name(node)].dynamic:
@@ -246,7 +305,7 @@ def find_products(graph: ir.Graph, model: QuantizedModel) -> Iterator[Product]:
             name = marker_name(marker)
             tensor = model.weight(name).detach().cpu()
             activation = node.inputs[0].producer() if index == 1 and node.inputs[0] is not None else None
-            if node.op_type != "Transpose":
+            if node.op_type != "Transpose" or permutation is not None:
                 yield Product(
                     node,
                     index,
@@ -255,7 +314,7 @@ def find_products(graph: ir.Graph, model: QuantizedModel) -> Iterator[Product]:
                     permutation or tuple(range(tensor.dim())),
                     activation if is_marker(activation) else None,
                     model.sites[marker_name(activation)] if activation and is_marker(activation) else None,
-                    model.target.packed,
+                    model.target,
                 )
 
 
@@ -266,13 +325,3 @@ def _marker(operand: ir.Value | None) -> tuple[ir.Node | None, tuple[int, ...] |
         permutation = tuple(node.attributes.get_ints("perm"))
         node = node.inputs[0].producer()
     return (node, permutation) if is_marker(node) else (None, None)
-
-
-def _is_plain(product: Product) -> bool:
-    """Whether a DequantizeLinear of the weight is what the runtime wants."""
-    if not isinstance(product.site.format, Integer) or product.site.format.mid_rise:
-        return False
-    if not product.packed:
-        return True
-    fixed = product.activation is not None and not product.activation.dynamic
-    return fixed and not isinstance(product.site.granularity, PerGroup)

@@ -302,9 +302,7 @@ _FLOAT = ir.DataType.FLOAT
 
 def unpack_at_load(graph: ir.Graph, product: Product) -> bool:
     """Let the product read floats computed from codes: ``scale * (code - zero_point)``, or a look-up times scale."""
-    site, permutation, node = product.site, product.permutation, product.node
-    suffix = "" if permutation == tuple(sorted(permutation)) else "_transposed"
-    name = f"{site.name}{suffix}"
+    site, permutation, node, name = product.site, product.permutation, product.node, product.name
     floats = existing(graph, f"{name}/floats")
     if floats is None:
         codes = product.codes().permute(permutation).contiguous()
