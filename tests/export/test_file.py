@@ -76,7 +76,7 @@ def beside(folder):
 
 
 def test_large_weights_lie_beside_the_file(model, path, tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "EXTERNAL_ABOVE", 1000)
+    monkeypatch.setattr(build, "LARGEST_MESSAGE", 1000)
     outside = hs.export_onnx(model, tmp_path / "large.onnx")
     again = hs.export_onnx(model, tmp_path / "again" / "large.onnx")
     (weights,) = beside(tmp_path)
@@ -149,10 +149,10 @@ def only_until(monkeypatch, step):
 def test_a_kill_leaves_the_old_file_or_the_new_one_whole(tmp_path, monkeypatch, before, after, step):
     """At every rename and removal: weights beside the file or in it, before and after."""
     path = tmp_path / "model.onnx"
-    monkeypatch.setattr(build, "EXTERNAL_ABOVE", before)
+    monkeypatch.setattr(build, "LARGEST_MESSAGE", before)
     written(path, 1.0)
     with monkeypatch.context() as patch:
-        patch.setattr(build, "EXTERNAL_ABOVE", after)
+        patch.setattr(build, "LARGEST_MESSAGE", after)
         only_until(patch, step)
         with suppress(Killed):
             written(path, 2.0)
@@ -160,14 +160,14 @@ def test_a_kill_leaves_the_old_file_or_the_new_one_whole(tmp_path, monkeypatch, 
     assert answer[0] in (1.0, 2.0)
     assert (answer == answer[0]).all()
 
-    monkeypatch.setattr(build, "EXTERNAL_ABOVE", 0)  # and the next call clears up
+    monkeypatch.setattr(build, "LARGEST_MESSAGE", 0)  # and the next call clears up
     written(path, 3.0)
     assert len(beside(tmp_path)) == 1
     assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_files_are_on_the_disk_before_they_get_their_names(tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "EXTERNAL_ABOVE", 0)
+    monkeypatch.setattr(build, "LARGEST_MESSAGE", 0)
     done = []
     sync, rename = replacing.sync, os.replace
     monkeypatch.setattr(replacing, "sync", lambda path: (done.append(("sync", path.suffix)), sync(path)))

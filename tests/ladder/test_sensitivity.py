@@ -177,3 +177,14 @@ def test_what_sensitivity_cannot_do(model):
         hs.sensitivity(model, examples=0)
     with pytest.raises(NotObservedError, match=r"no example was kept"):
         hs.sensitivity(hs.prepare(faulty(), INPUTS[:2]))
+
+
+def test_what_nobody_chose_is_chosen_alike_for_ranking_and_repairs():
+    torch.manual_seed(0)
+    features = torch.nn.Sequential(torch.nn.Linear(12, 12), torch.nn.ReLU(), torch.nn.Linear(12, 6))
+    for shape, by in (((64, 12), "kl"), ((64, 5, 12), "sqnr")):  # logits, and features of positions
+        q = hs.prepare(features, torch.randn(2, *shape[1:]))
+        hs.observe(q, [torch.randn(*shape)])
+        hs.calibrate(q, hs.Max())
+        assert hs.sensitivity(q).method == by
+        assert hs.repair(q, [hs.correct_bias]).by == by

@@ -210,7 +210,7 @@ def test_bodies_of_branches_are_looked_at(tmp_path):
 
 
 def test_values_beside_the_file_are_read_there(tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "EXTERNAL_ABOVE", 0)
+    monkeypatch.setattr(build, "LARGEST_MESSAGE", 0)
     path = hs.export_onnx(calibrated("tensorrt"), tmp_path / "large.onnx")  # holds it to the rules too
     model = onnx.load(path, load_external_data=False)
     onnx.external_data_helper.load_external_data_for_model(model, str(tmp_path))

@@ -17,10 +17,7 @@ from halfstep.export.lower import lower, pool_globally, rename
 from halfstep.export.original import Original
 from halfstep.export.trace import DOMAIN, trace
 from halfstep.model import QuantizedModel
-from halfstep.runtime.file_graph import OURS
-
-#: Protocol buffers end at 2 GiB; larger weights go to a file beside the model.
-EXTERNAL_ABOVE = 1_900_000_000
+from halfstep.runtime.file_graph import LARGEST_MESSAGE, OURS
 
 
 def build_quantized(model: QuantizedModel, metadata: Mapping[str, str]) -> ir.Model:
@@ -78,7 +75,7 @@ def save(onnx_model: ir.Model, path: Path) -> None:
     tensors = [value.const_value for value in onnx_model.graph.initializers.values()]
     size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
     weights = None
-    if size > EXTERNAL_ABOVE:  # called after their content, so that no other file can mean them by accident
+    if size > LARGEST_MESSAGE:  # called after their content, so that no other file can mean them by accident
         digest = hashlib.blake2b(digest_size=8)
         for tensor in tensors:
             if tensor is not None:

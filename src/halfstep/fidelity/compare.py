@@ -202,6 +202,20 @@ def tensors_in(outputs: Any) -> list[torch.Tensor]:
 Measure = Literal["kl", "sqnr"]
 
 
+def default_measure(outputs: Sequence[Tensor], several: bool) -> Measure:
+    """Which measure suits outputs where nobody says: the divergence of one module's (batch, classes), else the noise.
+
+    With more dimensions the last axis may be features as well as classes, and a softmax over features means nothing.
+
+    Args:
+        outputs: the float tensors that a model returned.
+        several: whether several modules returned them.
+    """
+    first = next(iter(outputs), None)
+    logits = first is not None and first.is_floating_point() and first.dim() == 2 and first.shape[-1] >= 2
+    return "kl" if logits and not several else "sqnr"
+
+
 @dataclass(frozen=True)
 class Fidelity:
     """What quantization did to the outputs.
@@ -300,8 +314,8 @@ class Reference:
 
     @property
     def by(self) -> Measure:
-        """The measure that suits the outputs: the divergence if they can be logits."""
-        return "kl" if self.has_classes else "sqnr"
+        """The :func:`default_measure` of the outputs."""
+        return default_measure(self._outputs[0], self._several)
 
     def check(self, by: Measure) -> None:
         """Raise unless the outputs can be measured so.

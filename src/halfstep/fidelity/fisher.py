@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from halfstep.evaluate import logits_of
 from halfstep.fake_quantize import FakeQuantize, Mode
 from halfstep.fidelity.compare import Measure, Reference, balanced, float_tensors
-from halfstep.fidelity.reference import Loss, Probe, loss_weight
+from halfstep.fidelity.reference import Probe, loss_weight
 from halfstep.fidelity.replay import Values, Wiring, quantizing, wiring
 from halfstep.functional import fake_quantize
 from halfstep.graph.operators import describe
@@ -137,7 +137,7 @@ class _Tap:
     result: bool  # what the layer computes from quantized inputs and weight; or its output, quantized itself
 
 
-def fisher(probe: Probe, groups: Sequence[Group], by: Loss, draws: int = 1, seed: int = 0) -> list[float]:
+def fisher(probe: Probe, groups: Sequence[Group], by: Measure, draws: int = 1, seed: int = 0) -> list[float]:
     """Estimate each group's loss of :meth:`Probe.losses` when it alone is quantized, to second order.
 
     A group changes the output y of its layers by dy: what they compute from quantized inputs and weights, less what
@@ -247,7 +247,7 @@ def _error(probe: Probe, tap: _Tap, values: Values, wires: Wiring) -> Tensor:
 
 
 def _objective(
-    outputs: Any, by: Loss, generator: torch.Generator, scale: Callable[[Any], list[Tensor]]
+    outputs: Any, by: Measure, generator: torch.Generator, scale: Callable[[Any], list[Tensor]]
 ) -> Tensor:
     """The scalar whose gradient is taken: the outputs times random weights, whose covariance is the loss's curvature.
 

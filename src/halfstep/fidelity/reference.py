@@ -11,7 +11,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -28,7 +28,16 @@ from halfstep.evaluate import (
     parts,
 )
 from halfstep.fake_quantize import Mode
-from halfstep.fidelity.compare import balanced, compared, divergences, error_power, float_tensors, power
+from halfstep.fidelity.compare import (
+    Measure,
+    balanced,
+    compared,
+    default_measure,
+    divergences,
+    error_power,
+    float_tensors,
+    power,
+)
 from halfstep.fidelity.replay import FLOAT, Replay, Wiring, quantizing, wiring
 from halfstep.graph.float32 import HandedOver
 from halfstep.graph.inputs import ModelInputs
@@ -37,8 +46,6 @@ from halfstep.graph.pipeline import ModulePart
 from halfstep.model import QuantizedModel
 from halfstep.progress import steps, track
 from halfstep.runtime.deployed import DeployedModel
-
-Loss = Literal["kl", "sqnr"]
 
 #: From a name for the model as it stands to how much of the metric it loses.
 Drop = Callable[[str], float]
@@ -104,8 +111,15 @@ class Probe:
             self.model.choose(before)
         return found
 
+    @property
+    def by(self) -> Measure:
+        """The :func:`.default_measure` of the outputs."""
+        with torch.no_grad():
+            outputs = self.replay.outputs(self.replay.run(self.batches[0]))
+        return default_measure(float_tensors(outputs), bool(self.model.captured.parts))
+
     def losses(
-        self, candidates: Sequence[Wiring], by: Loss, base: Wiring = FLOAT, what: str = ""
+        self, candidates: Sequence[Wiring], by: Measure, base: Wiring = FLOAT, what: str = ""
     ) -> list[float]:
         """How far each candidate's outputs are from the float network's.
 
@@ -147,17 +161,7 @@ class Probe:
         return [math.inf if math.isnan(loss) else loss for loss in (totals / weight).tolist()]
 
 
-def default_loss(probe: Probe) -> Loss:
-    """``"kl"`` where the first float output of a single module looks like logits, (batch, classes), else ``"sqnr"``."""
-    if probe.model.captured.parts:
-        return "sqnr"
-    with torch.no_grad():
-        outputs = probe.replay.outputs(probe.replay.run(probe.batches[0]))
-    first = next(iter(float_tensors(outputs)), None)
-    return "kl" if first is not None and first.dim() == 2 and first.shape[-1] >= 2 else "sqnr"
-
-
-def loss_weight(wanted: Any, by: Loss, scale: Callable[[Any], list[torch.Tensor]] = compared) -> float:
+def loss_weight(wanted: Any, by: Measure, scale: Callable[[Any], list[torch.Tensor]] = compared) -> float:
     """What a batch's loss is divided by: its decisions, or its signal, of outputs to the scale that they count in."""
     if by == "sqnr":
         return power(scale(wanted)) or 1.0
@@ -170,7 +174,7 @@ def loss_weight(wanted: Any, by: Loss, scale: Callable[[Any], list[torch.Tensor]
     return float(math.prod(shape[:-1]))
 
 
-def _loss(wanted: Any, got: Any, by: Loss, scale: Callable[[Any], list[torch.Tensor]]) -> float:
+def _loss(wanted: Any, got: Any, by: Measure, scale: Callable[[Any], list[torch.Tensor]]) -> float:
     if by == "kl":
         return float(divergences(logits_of(wanted), logits_of(got)).sum())
     return error_power(scale(wanted), scale(got))

@@ -8,8 +8,9 @@ from typing import Literal, Protocol
 
 from halfstep.errors import ArgumentError
 from halfstep.fake_quantize import Mode
+from halfstep.fidelity.compare import Measure
 from halfstep.fidelity.fisher import fisher
-from halfstep.fidelity.reference import Loss, Probe
+from halfstep.fidelity.reference import Probe
 from halfstep.precision import Group
 
 By = Literal["metric", "kl", "sqnr"]
@@ -88,7 +89,7 @@ class Fisher:
         seed: of the draws.
     """
 
-    by: Loss = "kl"
+    by: Measure = "kl"
     draws: int = 1
     seed: int = 0
 

@@ -17,7 +17,7 @@ from typing import Any
 from halfstep.errors import ArgumentError, HalfstepError
 from halfstep.evaluate import as_scorer
 from halfstep.fake_quantize import Mode
-from halfstep.fidelity.reference import Probe, default_loss, knowing_float
+from halfstep.fidelity.reference import Probe, knowing_float
 from halfstep.ladder.goal import Goal
 from halfstep.ladder.methods import METHODS, UNITS, Alone, Method, find_method
 from halfstep.ladder.search import Search, float_evaluation
@@ -306,7 +306,7 @@ def _rank(
 ) -> Sensitivity:
     start = time.perf_counter()
     probe = Probe(model, (lambda what: search.goal.drop(search.evaluate(what))) if search else None, examples)
-    chosen = find_method(default_loss(probe) if method is None else method)
+    chosen = find_method(probe.by if method is None else method)
     if measured and search is None:
         raise ArgumentError(f"measured: got {measured} groups to measure and no metric; give metric=")
     scores = chosen.measure(probe, groups)

@@ -15,13 +15,12 @@ from halfstep.graph.capture import relative_error
 from halfstep.onnx_in.gate import run_message
 from halfstep.onnx_in.reader import OnnxGraph, tensors, understood
 from halfstep.onnx_in.table import DTYPES
+from halfstep.runtime.file_graph import LARGEST_MESSAGE
 
 #: ONNX's numbers of the types that give way to float32.
 HALF = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 #: Attributes that name the type of what a node makes.
 _TYPES = frozenset({"to", "dtype", "output_dtype", "output_datatype"})
-#: A message holds less than 2 GiB.
-_LARGEST = 1_900_000_000
 
 
 def in_full_precision(source: OnnxGraph) -> OnnxGraph:
@@ -39,7 +38,7 @@ def in_full_precision(source: OnnxGraph) -> OnnxGraph:
     message.CopyFrom(source.given)
     stored = list(tensors(message))
     size = sum(int(np.prod(tensor.dims)) * 4 for tensor in stored if tensor.data_type in HALF)
-    if size > _LARGEST:
+    if size > LARGEST_MESSAGE:
         raise CaptureError(
             f"{source.path}: holds {size / 4e9:.1f} billion values in half precision, which are more than 2 GB in "
             "float32, in which they are computed: save the file in float32 with tensors beside it"

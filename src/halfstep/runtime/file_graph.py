@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 #: What files that we translate ourselves say made them.
 OURS = "halfstep"
 
+#: Bytes of tensors from which they go beside the file, or cannot be handed over in one piece: a protocol buffer ends at
+#: 2 GiB, with all that is in it.
+LARGEST_MESSAGE = 1_900_000_000
+
 
 def load(path: str | Path, weights: bool) -> onnx.ModelProto:
     """The file, with or without weights that lie beside it.
