@@ -177,6 +177,7 @@ def whisper(transformers: Any) -> nn.Module:
         "encoder_ffn_dim": 2 * WIDTH,
     }
     sizes |= {"decoder_layers": 1, "decoder_attention_heads": HEADS, "decoder_ffn_dim": WIDTH}
+    sizes |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
     config = transformers.WhisperConfig(
         num_mel_bins=16, max_source_positions=40, vocab_size=VOCABULARY, **sizes
     )
@@ -221,7 +222,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         num_hidden_layers=None,
     ),
     "gpt2": text("GPT2Model", "GPT2", n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, call=NO_CACHE),
-    "gpt2 with a cache": Architecture(gpt2_cached, steps, {"past": {4: "past"}}),
+    "gpt2 with a cache": Architecture(
+        gpt2_cached, steps, {"input_ids": {0: "batch"}, "past": {2: "batch", 4: "past"}}
+    ),
     "opt": text("OPTModel", "OPT", ffn_dim=128, word_embed_proj_dim=WIDTH, call=NO_CACHE),
     "llama": text("LlamaModel", "Llama", **GROUPED),
     "qwen2": text("Qwen2Model", "Qwen2", **GROUPED),

@@ -4,6 +4,7 @@ import onnx
 import pytest
 import torch
 import torch.nn.functional as F
+from onnxruntime import InferenceSession
 from torch import nn
 
 import halfstep as hs
@@ -50,6 +51,32 @@ def test_an_operator_without_a_translation_is_decomposed(tmp_path):
     q = hs.prepare(nn.Conv2d(3, 4, 3, padding="same").eval(), torch.randn(2, 3, 8, 8))
     assert "padding" in str(q.graph)
     assert [kind for kind, _ in nodes(hs.export_float(q, tmp_path / "float.onnx"))] == ["Conv"]
+
+
+class Parts(nn.Module):
+    """Parts of one product, and sizes that are computed: functions of Python's on tensors' lists and on sizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 12)
+
+    def forward(self, x):
+        a, b, c = self.linear(x).split(4, dim=-1)
+        return (a * b + c).reshape(x.shape[0] * x.shape[1] // 2, 8)
+
+
+def test_functions_of_python_have_their_translations(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    x = torch.randn(2, 6, 4)
+    model = Parts().eval()
+    q = hs.prepare(model, x)
+    assert "getitem" in str(q.graph)
+    monkeypatch.setattr(torch.onnx, "export", None)  # the registry of what is in the network is enough
+    file = hs.export_float(q, tmp_path / "float.onnx")
+    assert "Split" in {kind for kind, _ in nodes(file)}
+    new = torch.randn(5, 6, 4)
+    (got,) = InferenceSession(file).run(None, {"x": new.numpy()})
+    torch.testing.assert_close(torch.from_numpy(got), model(new).detach())
 
 
 class Branching(nn.Module):

@@ -96,17 +96,25 @@ def _registry(program: Program, opset: int, own: Mapping[Any, Callable[..., Any]
             registry._register(meta.fx_target, meta)
         for operator, function in own.items():
             registry.register_op(operator, function)
-        targets = program.operators() - {getitem}
+        targets = program.operators()
         for target in targets.union(*map(_may_become, targets)):
-            name = target.name() if isinstance(target, torch._ops.OpOverload) else ""
+            name = _name_in_torchlib(target)
             for function in known[name].overloads if name in known else ():
                 registry._register(target, _registration.OnnxDecompMeta(function, target, None))
-        if not all(map(registry.is_registered, targets)):
+        # Elements of operators with several results need no translation, those of ONNX's sequences do.
+        if not all(map(registry.is_registered, targets - {getitem})):
             return None
         registry._cleanup_registry_based_on_opset_version()
     except (ImportError, AttributeError, TypeError):
         return None
     return registry
+
+
+def _name_in_torchlib(target: Any) -> str:
+    """What the translation of an operator, or of a function of Python's on sizes, goes by."""
+    if isinstance(target, torch._ops.OpOverload):
+        return target.name()
+    return f"{target.__module__}::{target.__name__}"  # _operator::getitem
 
 
 def _may_become(target: Any) -> list[Any]:
