@@ -215,3 +215,17 @@ def test_layers_on_packed_or_unpacked_weights_say_so(tmp_path):
     assert not proof.float_operators
     assert set(proof.kernels.packed) == {"0/GatherBlockQuantized", "1/MatMulNBits"}
     assert proof.size < proof.float_size
+
+
+def test_the_proof_prints_what_there_is_to_know(tmp_path):
+    torch.manual_seed(0)
+    q = hs.prepare(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(2, 8))
+    hs.observe(q, [torch.randn(32, 8)])
+    hs.calibrate(q, hs.Max())
+    q.float_layers = ["2"]
+    proof = hs.verify(hs.export_onnx(q, tmp_path / "model.onnx"), q, q.sample, rounds=3)
+    lines = str(proof).splitlines()
+    assert ["1", "of", "2"] in [
+        line.split()[-3:] for line in lines if line.startswith("layers on integer kernels")
+    ]
+    assert lines[-1].startswith("2 (linear) is float: ")

@@ -9,7 +9,7 @@ from torch import nn
 
 import halfstep as hs
 from halfstep.cli.console import summary
-from halfstep.ladder.facts import run_facts
+from halfstep.ladder.outcome import run_facts
 from halfstep.report.page import page
 from halfstep.report.run import Run, comparison
 

@@ -223,9 +223,8 @@ def verify(
     from halfstep.cli.console import fact_table, layer_table
     from halfstep.cli.job import restore
     from halfstep.export.onnx import mismatch
-    from halfstep.export.verify import regressions
+    from halfstep.export.verify import file_facts, regressions
     from halfstep.export.verify import verify as prove
-    from halfstep.ladder.facts import file_facts
 
     recorded = None if baseline is None else _read(baseline)
     path = file or run / "model.onnx"

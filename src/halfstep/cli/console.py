@@ -21,9 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from halfstep.errors import ArgumentError
-from halfstep.export.verify import Verification
+from halfstep.export.verify import Fact, Verification
 from halfstep.journal import finite
-from halfstep.ladder.facts import Fact
 from halfstep.ladder.outcome import Outcome
 from halfstep.live import bars, error_stream
 

@@ -113,7 +113,7 @@ def _registry(program: Program, opset: int, own: Mapping[Any, Callable[..., Any]
 def _name_in_torchlib(target: Any) -> str:
     """What the translation of an operator, or of a function of Python's on sizes, goes by."""
     if isinstance(target, torch._ops.OpOverload):
-        return target.name()
+        return str(target.name())
     return f"{target.__module__}::{target.__name__}"  # _operator::getitem
 
 

@@ -26,12 +26,29 @@ from halfstep.runtime.deployed import DeployedModel, inspect_kernels, layer_of, 
 from halfstep.runtime.file import file_size
 from halfstep.runtime.latency import Latency, race
 from halfstep.runtime.runtime import Kernels
-from halfstep.runtime.saturation import saturable_layers
+from halfstep.runtime.saturation import holds_on, saturable_layers
 
 #: A file that gives the simulation's answer to so many fewer of the examples than it did answers otherwise.
 FEWER_ANSWERS = 0.01
 #: Seconds after which a race of files need not go on.
 RACED = 0.3
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One thing to know of a run.
+
+    Attributes:
+        name: what it is, in words; no two facts of a run have the same.
+        words: what it comes to, as it is shown.
+        key: under which a page keeps the exact number behind the words; empty where there is none.
+        value: that number.
+    """
+
+    name: str
+    words: str
+    key: str = ""
+    value: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -88,6 +105,16 @@ class Verification:
         """How many layers run on integer kernels."""
         return sum(layer.integer for layer in self.layers)
 
+    def __str__(self) -> str:
+        """A line for every fact, and for every layer that is not on an integer kernel why."""
+        facts = file_facts(self.to_dict())
+        width = max(len(fact.name) for fact in facts)
+        lines = [f"{fact.name:<{width}}  {fact.words}" for fact in facts]
+        floating = [layer for layer in self.layers if not layer.integer]
+        return "\n".join(
+            [*lines, *(f"{layer.name} ({layer.kind}) is float: {layer.reason}" for layer in floating)]
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data; NaN and infinity are as they are."""
         return {
@@ -107,6 +134,42 @@ class Verification:
                 dict(zip(("name", "kind", "reason"), op, strict=True)) for op in self.float_operators
             ],
         }
+
+
+def file_facts(record: Mapping[str, Any]) -> list[Fact]:
+    """What was measured on a file.
+
+    Args:
+        record: of :meth:`.Verification.to_dict`; it may have ``latency``, the speed over float that was asked.
+    """
+    layers, raced = record["layers"], record["latency_ms"]
+    quantized, null = raced["quantized"], raced["null"]
+    asked = "" if record.get("latency") is None else f", asked {record['latency']:g}x"
+    return [
+        *(Fact(*row) for row in Parity.of(record["parity"]).rows()),
+        Fact("layers on integer kernels", f"{sum(layer['integer'] for layer in layers)} of {len(layers)}"),
+        Fact("answers hold on", holds_on(record.get("saturable", ()))),
+        Fact(
+            "file size",
+            f"{record['bytes'] / 1024:,.0f} KiB, {record['bytes'] / record['float_bytes']:.2f} of float",
+        ),
+        Fact("latency", f"{quantized['median']:.2f} ms ± {quantized['spread'] / 2:.0%}"),
+        Fact(
+            "speed over float",
+            f"{quantized['speedup']:.2f}x (float against itself {null['speedup']:.2f}x{asked})",
+            "speedup",
+            quantized["speedup"],
+        ),
+        *(
+            Fact(
+                f"at {words}",
+                f"{(speed := times['quantized']['speedup']):.2f}x",
+                f"speedup at {words}",
+                speed,
+            )
+            for words, times in record.get("latency_by_size", {}).items()
+        ),
+    ]
 
 
 def verify(

@@ -1,19 +1,24 @@
-"""What a climb returns."""
+"""What a climb returns, and what there is to know of it: the list that notebook, terminal, page and comparison show.
+
+A run that has just ended and one that is read from its journal give the same facts, since both are read from the same
+record: what :meth:`Outcome.to_dict` writes.
+"""
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from halfstep.export.onnx import export_onnx
-from halfstep.export.verify import Verification
+from halfstep.export.verify import Fact, Verification, file_facts
 from halfstep.files import write_whole
 from halfstep.journal import Entry, finite
 from halfstep.ladder.evaluation import Evaluation
-from halfstep.ladder.facts import Fact, run_facts
 from halfstep.ladder.goal import MetricResult
 from halfstep.ladder.identity import environment
 from halfstep.ladder.rung import RungResult
@@ -153,3 +158,42 @@ class Outcome:
         ]
         sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in (*self.decisions, *self.advice))
         return f"{html_table(rows)}<ol>{sentences}</ol>"
+
+
+def run_facts(record: Mapping[str, Any]) -> list[Fact]:
+    """What is to be known of a run that came to its end.
+
+    Args:
+        record: of :meth:`.Outcome.to_dict`, or the journal's, whose numbers that JSON does not know have become None.
+    """
+    scores = (
+        ("float score", "float_score"),
+        ("simulated score", "score"),
+        ("deployed score", "deployed_score"),
+    )
+    allowed, made = _number(record["max_drop"]), record["evaluations"]
+    return [
+        *(Fact(name, f"{(score := _number(record[key])):.4f}", key, score) for name, key in scores),
+        Fact("allowed drop", f"{allowed:g}", "max_drop", allowed),
+        *_metrics(record["metrics"]),
+        Fact("rung", record["rung"]),
+        Fact("layers left in float", ", ".join(record["float_layers"]) or "none"),
+        *file_facts(record),
+        Fact("evaluations", str(made), "evaluations", made),
+    ]
+
+
+def _metrics(records: Iterable[Mapping[str, Any]]) -> list[Fact]:
+    """Several metrics, each beside its target; none where there is only one, which is told of already."""
+    found = []
+    for record in records:
+        figures = {name: _number(record[name]) for name in ("float_score", "score", "drop", "max_drop")}
+        result = MetricResult(**{**record, **figures})
+        if result.metric:
+            found.append(Fact(result.metric, str(result), f"metric {result.metric}", result.score))
+    return found
+
+
+def _number(value: float | None) -> float:
+    """A number as JSON kept it, which knows no NaN."""
+    return math.nan if value is None else value

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from halfstep.export.verify import Fact
 from halfstep.journal import Entry, read
 from halfstep.ladder.evaluation import Decision, Evaluation, kept
-from halfstep.ladder.facts import Fact, run_facts
+from halfstep.ladder.outcome import run_facts
 
 
 @dataclass(frozen=True)
