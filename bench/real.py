@@ -1,4 +1,4 @@
-"""Networks as people bring them: detector, text of any length, lines of any width, sound, images of two sizes.
+"""Networks as people bring them: two detectors, text of any length, lines of any width, sound, images of two sizes.
 
 Each is trained here (``bench/cache`` keeps the weights, seed 0) and quantized to W8A8 in one call of ``hs.quantize``
 with its defaults (a drop of 0.01 allowed), on ONNX Runtime and OpenVINO; beside it the peers as their documents
@@ -26,6 +26,7 @@ from rich.table import Table
 import halfstep as hs
 from bench import peer_nncf
 from bench.networks.detector import detector
+from bench.networks.detr import detr
 from bench.networks.keywords import keywords
 from bench.networks.lines import lines
 from bench.networks.outlines import outlines
@@ -38,6 +39,7 @@ from halfstep.runtime.latency import enough_rounds, race
 
 TASKS: dict[str, tuple[str, Callable[[], Task]]] = {
     "detector": ("mAP 50-95", detector),
+    "detr": ("mAP 50-95", detr),
     "classifier": ("accuracy", classifier),
     "tagger": ("F1", tagger),
     "lines": ("character errors", lines),

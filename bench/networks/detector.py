@@ -130,7 +130,7 @@ class Loss:
         truth[row, classes[row, which], place] = worth[row, place]
         score = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / total
         got, true_boxes, weight = decoded[row, place], boxes[row, which], worth[row, place]
-        box = (_generalised(got, true_boxes) * weight).sum() / total
+        box = (generalised(got, true_boxes) * weight).sum() / total
         return score + 5.0 * box + self._distances(sides, true_boxes, weight, row, place) / total
 
     def _assign(
@@ -173,7 +173,7 @@ class Loss:
         return -(found.mean(1) * weight).sum()
 
 
-def _generalised(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def generalised(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """1 - GIoU of pairs (n, 4)."""
     low, high = torch.maximum(a[:, :2], b[:, :2]), torch.minimum(a[:, 2:], b[:, 2:])
     shared = (high - low).clamp_min(0).prod(1)

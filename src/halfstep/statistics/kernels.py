@@ -1,6 +1,6 @@
 """The compiled loops over elements.
 
-A block's zeros are dropped and counted at once (see :mod:`.kernels`). Each other element costs one addition to
+A block's zeros are dropped and counted at once. Each other element costs one addition to
 one 64-bit word: the upper 24 bits count, the lower 40 add up the offsets within the bin (see :mod:`.bins`). Two tables
 of words take turns, so that a run of equal values (the sixes of a ReLU6, a constant) does not wait for its own last
 addition.
