@@ -28,6 +28,17 @@ def net():
     return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
 
 
+def pair():
+    return {"first": net(), "second": net()}
+
+
+def test_several_modules_are_quantized_from_python():
+    with pytest.raises(
+        ArgumentError, match=r"returned a dict.*several modules by name are quantized from Python"
+    ):
+        load_model(f"{__name__}:pair")
+
+
 class Heard(list):
     """A progress listener that keeps what is said."""
 

@@ -94,7 +94,10 @@ def load_model(name: str, weights: Path | None = None, example: ModelInputs | No
         needed=f"package.module:callable, for instance my_package.models:resnet, or a file that ends in {ONNX}",
     )
     if not isinstance(model, nn.Module):
-        raise ArgumentError(f"{name!r}: returned a {type(model).__name__}, needed a torch.nn.Module")
+        several = "; several modules by name are quantized from Python, by hs.quantize" * isinstance(
+            model, dict
+        )
+        raise ArgumentError(f"{name!r}: returned a {type(model).__name__}, needed a torch.nn.Module{several}")
     if weights is not None:
         load_weights(model, weights)
     with named(repr(name)):
