@@ -129,13 +129,18 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         raise FormatError(f"codes: got {codes.dtype}, needed integers")
     flat = codes.reshape(-1)
     packed = torch.empty(-(-len(flat) * bits // 8), dtype=torch.uint8, device=codes.device)
-    places, byte = _places(bits, codes.device), _places(8, codes.device)
+    # Whole codes fill a byte where they can, else their single bits do.
+    width = bits if 8 % bits == 0 else 1
+    places, bytes_places = _places(bits, codes.device), _places(8, codes.device)[::width]
     for start, block in zip(range(0, len(flat), BLOCK), flat.split(BLOCK), strict=False):
-        _check_codes(block.long(), bits)  # before they are narrowed
-        stream = ((block.to(torch.uint8).unsqueeze(1) >> places) & 1).reshape(-1)  # (codes * bits,)
-        stream = torch.nn.functional.pad(stream, (0, -len(stream) % 8)).reshape(-1, 8)
+        _check_codes(block, bits)  # before they are narrowed
+        stream = block.to(torch.uint8)
+        stream = (
+            stream & (2**bits - 1) if width == bits else ((stream.unsqueeze(1) >> places) & 1).reshape(-1)
+        )
+        stream = torch.nn.functional.pad(stream, (0, -len(stream) % (8 // width))).reshape(-1, 8 // width)
         first = start * bits // 8
-        packed[first : first + len(stream)] = (stream << byte).sum(1, dtype=torch.uint8)
+        packed[first : first + len(stream)] = (stream << bytes_places).sum(1, dtype=torch.uint8)
     return packed
 
 
@@ -185,7 +190,7 @@ def _places(bits: int, device: torch.device) -> Tensor:
 
 
 def _check_codes(codes: Tensor, bits: int) -> None:
-    """Raise unless codes, int64, fit in so many bits, signed or unsigned."""
+    """Raise unless codes fit in so many bits, signed or unsigned."""
     lowest, highest = -(2 ** (bits - 1)), 2**bits - 1
     low, high = map(int, torch.aminmax(codes))
     if not lowest <= low <= high <= highest:
