@@ -72,7 +72,7 @@ def export(model: torch.nn.Module, inputs: Any, path: Path, dynamo: bool) -> Pat
         else:
             names = list(kwargs) or [f"input_{i}" for i in range(len(args))]
             axes = {name: {0: "batch"} for name in names}
-            by_place = ByPlace(model, list(kwargs)) if kwargs else model
+            by_place = ByPlace(model, list(kwargs)).eval() if kwargs else model
             given = args or tuple(kwargs.values())
             torch.onnx.export(by_place, given, path, dynamo=False, input_names=names, dynamic_axes=axes)
     logging.disable(logging.NOTSET)
@@ -150,7 +150,7 @@ def trained(name: str, bits: int, folder: Path) -> str:
         hs.Accuracy(tests),
         0.001,
         recipe,
-        directory=folder,
+        directory=folder / "run",
         rungs=["ptq"],
     )
     files = {"float": file, "halfstep": outcome.directory / "model.onnx"}

@@ -7,7 +7,7 @@ import torch
 from onnx import TensorProto, helper
 
 import halfstep as hs
-from halfstep.errors import RecipeError
+from halfstep.errors import ArgumentError, ExportError, RecipeError
 from halfstep.export.calls import changes
 from halfstep.onnx_in.from_file import layers_of
 from halfstep.runtime.deployed import DeployedModel, inspect_kernels
@@ -155,3 +155,22 @@ def test_half_precision_becomes_float32_in_the_file_s_own_graph(kind, tmp_path):
     assert [v.type.tensor_type.elem_type for v in (*after.graph.input, *after.graph.output)] == [1, 1]
     assert torch.equal(q(x), q(x.float())) and DeployedModel(out)(x).dtype is torch.float32
     assert inspect_kernels(out).integer
+
+
+def test_the_file_that_a_network_is_read_from_is_never_written_over(slashes, tmp_path):
+    x = torch.randn(4, 3, 6, 6)
+    source = slashes.rename(tmp_path / "float.onnx")
+    content = source.read_bytes()
+    q = calibrated(source, x)
+    for write_file in (hs.export_onnx, hs.export_float):
+        with pytest.raises(ExportError, match="is the file that the network was read from"):
+            write_file(q, tmp_path / "." / "float.onnx")
+    for model in (source, str(source), hs.from_onnx(source, x)):
+        with pytest.raises(
+            ArgumentError, match=r"directory: .* holds float\.onnx, which the network is read from"
+        ):
+            hs.quantize(model, x, [x], hs.Agreement([x]), 0.5, directory=tmp_path)
+    source.rename(tmp_path / "model.onnx")  # anyone's, since no journal tells of it
+    with pytest.raises(ArgumentError, match=r"holds model\.onnx and no journal, .* or fresh=True"):
+        hs.quantize(torch.nn.Linear(4, 4), x[:, 0, :4, 0], [], hs.Agreement([]), 0.5, directory=tmp_path)
+    assert (tmp_path / "model.onnx").read_bytes() == content

@@ -14,6 +14,7 @@ from halfstep.fake_quantize import Mode
 from halfstep.fidelity.compare import MINIMUM_EQUAL, Parity, compare
 from halfstep.graph.inputs import tensors_of
 from halfstep.model import QuantizedModel
+from halfstep.onnx_in.origin import Origin
 from halfstep.runtime.deployed import RULES, DeployedModel
 from halfstep.runtime.lint import lint
 from halfstep.runtime.saturation import saturable_layers, saturates_here
@@ -44,7 +45,8 @@ def export_onnx(
         check: run the file once.
 
     Raises:
-        ExportError: if a site is not calibrated, an operator cannot be translated, or the place cannot be written to.
+        ExportError: if a site is not calibrated, an operator cannot be translated, the place cannot be written to, or
+            is the file that the network was read from.
         RefusedError: if onnx's checker, the target's rules or the runtime refuse the file, or it answers otherwise than
             the simulation.
     """
@@ -56,6 +58,7 @@ def export_onnx(
         )
     from halfstep.export.build import build_quantized, save  # onnx loads when it is needed
 
+    _spare_source(model, Path(path))
     with replacing(Path(path), lambda file: save(build_quantized(model, metadata or {}), file)) as temporary:
         _check_rules(model, temporary)
         if check and (found := mismatch(model, temporary)):
@@ -79,10 +82,20 @@ def export_float(model: QuantizedModel, path: str | Path, check: bool = True) ->
     """
     from halfstep.export.build import build_float, save
 
+    _spare_source(model, Path(path))
     with replacing(Path(path), lambda file: save(build_float(model), file)) as temporary:
         if check:
             _check_float(model, temporary)
     return Path(path)
+
+
+def _spare_source(model: QuantizedModel, path: Path) -> None:
+    """Raise rather than write over the file that the network was read from: nobody may have its weights elsewhere."""
+    origin = model.captured.origin
+    if isinstance(origin, Origin) and path.exists() and path.samefile(origin.source.path):
+        raise ExportError(
+            f"{path} is the file that the network was read from, which would be lost; write to another path"
+        )
 
 
 def _write_modules(model: QuantizedModel, path: Path, check: bool) -> None:

@@ -20,7 +20,7 @@ from halfstep.progress import steps
 from halfstep.targets import Target
 
 #: Names that files are written and handed over by: those that answered as their simulation, and those not held to it.
-CHECKED, UNCHECKED = "model.onnx", "refused.onnx"
+CHECKED, UNCHECKED, FLOAT = "model.onnx", "refused.onnx", "float.onnx"
 
 
 class Exports:

@@ -25,7 +25,7 @@ from halfstep.calibration.diagnostics import (
     unlike_sites,
     watching,
 )
-from halfstep.errors import CaptureError
+from halfstep.errors import ArgumentError, CaptureError
 from halfstep.evaluate import Scorer, as_scorers, labelled_data, parts
 from halfstep.export.onnx import export_float
 from halfstep.fidelity.reference import knowing_float
@@ -43,7 +43,7 @@ from halfstep.ladder.deploy import deploy, file_score
 from halfstep.ladder.goal import Asked, GoalSpec
 from halfstep.ladder.identity import Claimed, Examples, claim_run, data_warnings
 from halfstep.ladder.outcome import Outcome
-from halfstep.ladder.pace import Exports, Pace, check_latency
+from halfstep.ladder.pace import CHECKED, FLOAT, UNCHECKED, Exports, Pace, check_latency
 from halfstep.ladder.partial import Partial
 from halfstep.ladder.qat import QAT
 from halfstep.ladder.repairs import refit
@@ -58,6 +58,9 @@ from halfstep.progress import Budget, steps
 from halfstep.recipe import Recipe
 from halfstep.targets import Target, find_target
 from halfstep.training.options import Training, check_training
+
+#: Networks that a run writes.
+FILES = (CHECKED, UNCHECKED, FLOAT)
 
 
 def prepare(
@@ -255,7 +258,9 @@ def quantize(
     aim = GoalSpec(max_drop, relative_drop, floor, confidence, strict)
     found, recipe = find_target(target), recipe or Recipe.int8()
     check_latency(latency, found)
+    _check_directory(model, directory)
     with shown(progress), Journal(directory, fresh) as journal, tempfile.TemporaryDirectory() as name:
+        _check_new(journal)
         temporary = Path(name)
         scorer = as_scorers(metric)
         aim.check(scorer)
@@ -275,7 +280,7 @@ def quantize(
         for rung in ladder:
             rung.check(prepared)
         with steps("exporting the float network"):  # what cannot be deployed is known now
-            float_file = export_float(prepared, temporary / "float.onnx")
+            float_file = export_float(prepared, temporary / FLOAT)
         claimed = claim_run(journal, prepared, scorer, aim, training)
         if recipe.portable is None:
             journal.write(PORTABLE, portable=settled.portable)
@@ -290,6 +295,35 @@ def quantize(
         if tune or (pace is not None and search.best is not None and not pace.enough(search, search.best)):
             tune_for_speed(search, threads, score_file)
         return deploy(search, path, exports, journal.folder or temporary, float_file, threads, pace)
+
+
+def _check_directory(
+    model: nn.Module | str | Path | Mapping[str, nn.Module], directory: str | Path | None
+) -> None:
+    """Raise where a file of the run would take the place of the one that the network is read from."""
+    if directory is None:
+        return
+    for network in model.values() if isinstance(model, Mapping) else (model,):
+        if isinstance(network, nn.Module):
+            source = None if (origin := origin_of(network)) is None else origin.source.path
+        else:
+            source = Path(network)
+        for taken in (Path(directory) / name for name in FILES):
+            if source is not None and source.exists() and taken.exists() and taken.samefile(source):
+                raise ArgumentError(
+                    f"directory: {directory} holds {taken.name}, which the network is read from and which the run "
+                    "would write over; needed another directory"
+                )
+
+
+def _check_new(journal: Journal) -> None:
+    """Raise where a run that begins would write over files that no run of this directory wrote."""
+    there = [name for name in FILES if journal.folder is not None and (journal.folder / name).exists()]
+    if there and not journal.resumed:
+        raise ArgumentError(
+            f"directory: {journal.folder} holds {there[0]} and no journal, so no run wrote it that could go on; needed "
+            "another directory, or fresh=True (--fresh), which moves it to a folder in this one"
+        )
 
 
 def _check_sites(prepared: QuantizedModel) -> None:
