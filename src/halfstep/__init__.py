@@ -12,6 +12,8 @@ from halfstep.export.verify import Verification, verify
 from halfstep.formats import E2M1, E4M3, E5M2, Codebook, Floating, Integer
 from halfstep.granularity import PerChannel, PerGroup, PerTensor
 from halfstep.ladder.costs import Tuning, tune
+from halfstep.ladder.mixed_bits import MixedBits
+from halfstep.ladder.mixed_bits_result import MixedBitsResult, mixed_bits
 from halfstep.ladder.outcome import Outcome
 from halfstep.ladder.partial import Partial
 from halfstep.ladder.partial_result import PartialResult, partial
@@ -64,6 +66,8 @@ __all__ = [
     "LayerSpec",
     "Max",
     "Metric",
+    "MixedBits",
+    "MixedBitsResult",
     "MovingAverage",
     "Outcome",
     "Partial",
@@ -101,6 +105,7 @@ __all__ = [
     "learn_rounding",
     "load_statistics",
     "migrate",
+    "mixed_bits",
     "observe",
     "partial",
     "plot_site",

@@ -13,6 +13,9 @@ from halfstep.fake_quantize import FakeQuantize, Mode
 #: The smallest normal float32: a step below it would be no number to divide by.
 SMALLEST = 2.0**-126
 
+#: A bias must stay below this many steps: int32, with room for the products that it is added to.
+BIAS_STEPS = 2**30
+
 
 @dataclass(frozen=True)
 class BiasSteps:
@@ -94,6 +97,20 @@ class BiasShift(nn.Module):
         if self.steps is None or not self.steps.taken:
             return corrected
         return self.steps.rounded(corrected)
+
+    def widen(self, bias: torch.Tensor) -> None:
+        """Widen the weight's range in channels whose bias, shift included, would not fit 32 bits.
+
+        Where batch norm all but switched a channel off, its folded weight is tiny beside its bias, and those steps too
+        fine.
+        """
+        if self.steps is None or not self.steps.activation.calibrated:
+            return
+        scale, activation = self.steps.weight.scale, self.steps.activation.scale
+        needed = self.corrected(bias).abs() * self.steps.stretch / (activation * BIAS_STEPS)
+        if scale.dim() == 0:
+            needed = needed.max()
+        scale.copy_(torch.maximum(scale, needed.to(scale.dtype)))
 
     def corrected(self, bias: torch.Tensor) -> torch.Tensor:
         """The bias with the shift, not rounded."""

@@ -43,6 +43,11 @@ class Place:
     shift: BiasShift | None
     bias: Tensor | None
 
+    @property
+    def bits(self) -> int:
+        """The width of its weight; 0 without one of its own."""
+        return 0 if self.weight is None else self.weight.format.bits
+
     def base(self) -> tuple[Tensor, ...]:
         """What compensations rest on beside the lineage: the range and the bias."""
         range = () if self.weight is None else (self.weight.scale, self.weight.zero_point)
@@ -52,7 +57,7 @@ class Place:
         """What is in force."""
         offset = None if self.weight is None else self.weight.offset
         shift = None if self.shift is None or not bool(self.shift.shift.any()) else self.shift.shift.clone()
-        return Learned(offset, shift, self.base())
+        return Learned(offset, shift, self.base(), self.bits)
 
     def put(self, learned: Learned | None) -> None:
         """Let what was learned be in force; None for nothing."""
@@ -72,11 +77,13 @@ class Learned:
         offset: what the rounding adds to the weight; None without one.
         shift: of the bias; None without one.
         base: what it rests on; with another range or bias it is worth nothing.
+        bits: the width of the weight, which has a range for each.
     """
 
     offset: Tensor | None
     shift: Tensor | None
     base: tuple[Tensor, ...]
+    bits: int = 0
 
     @property
     def empty(self) -> bool:
@@ -122,19 +129,22 @@ class Compensations:
         find: the layers that may have any, as they are placed now.
 
     Attributes:
-        missing: the layers that have learned something, but nothing for what comes before them now.
+        missing: the layers that have learned something, or are asked to, but nothing for what comes before them now.
+        asked: the layers that are to learn what there is to learn, a rounding and a shift, though no repair has taught
+            them any.
     """
 
     def __init__(self, find: Callable[[], Mapping[str, Place]]) -> None:
         self.find = find
         self.missing: frozenset[str] = frozenset()
+        self.asked: frozenset[str] = frozenset()
         self._learned: dict[str, dict[str, Learned]] = {}  # by layer, then by lineage, the latest last
         self._anew: dict[str, list[Learned]] = {}  # of these, what was fitted after a change of layers
 
     def copy(self, find: Callable[[], Mapping[str, Place]]) -> Compensations:
         """The same of a copy of the model."""
         twin = Compensations(find)
-        twin.missing = self.missing
+        twin.missing, twin.asked = self.missing, self.asked
         twin._learned = {name: dict(known) for name, known in self._learned.items()}
         twin._anew = {name: list(some) for name, some in self._anew.items()}
         return twin
@@ -159,8 +169,11 @@ class Compensations:
             self._take_out()
 
     def kinds(self, name: str) -> tuple[bool, bool]:
-        """Whether a rounding was learned for a layer, and whether a shift, whatever came before it."""
+        """Whether a rounding was learned, or is asked, for a layer, and whether a shift, whatever came before it."""
         known = self._learned.get(name, {}).values()
+        if name in self.asked:
+            place = self.find()[name]
+            return place.weight is not None, place.shift is not None
         return any(one.offset is not None for one in known), any(one.shift is not None for one in known)
 
     def settle(self, anew: Iterable[str] = ()) -> None:
@@ -199,10 +212,14 @@ class Compensations:
         for name, place in self.find().items():
             known = self._learned.get(name, {})
             base = place.base() if known else ()
-            for lineage in [lineage for lineage, one in known.items() if not one.rests_on(base)]:
+            bits = place.bits
+            for lineage in [
+                lineage for lineage, one in known.items() if one.bits == bits and not one.rests_on(base)
+            ]:
                 del known[lineage]
             place.put(known.get(place.lineage))
-            if place.lineage not in known and not all(one.empty for one in known.values()):
+            taught = name in self.asked or not all(one.empty for one in known.values())
+            if place.lineage not in known and taught:
                 missing.add(name)
         self.missing = frozenset(missing)
 

@@ -14,6 +14,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from halfstep.bias_shift import BiasShift, BiasSteps
+from halfstep.calibrators import MSE
 from halfstep.compensation import Compensations, Place, places
 from halfstep.errors import ArgumentError, DataError, RunError
 from halfstep.fake_quantize import FakeQuantize, Mode, RunTimeQuantize
@@ -26,7 +27,17 @@ from halfstep.graph.operators import describe, readable_names
 from halfstep.graph.padding import Padding, Places
 from halfstep.graph.pipeline import ModulePart
 from halfstep.graph.place import place
-from halfstep.graph.placement import INT16, Choices, Inserted, Layer, Placement, Position, Site, insert
+from halfstep.graph.placement import (
+    INT16,
+    WIDTH,
+    Choices,
+    Inserted,
+    Layer,
+    Placement,
+    Position,
+    Site,
+    insert,
+)
 from halfstep.graph.tracing import bind
 from halfstep.graph.unfold import unfold
 from halfstep.listing import Listing, describe_site
@@ -99,6 +110,13 @@ class QuantizedModel(nn.Module):
     #: The layers whose activations get their range at run time on request. A layer of a kind that the target has no
     #: such kernel for (see ``target.run_time_ranges``) is left in float, and says so.
     dynamic_layers = Chosen()
+    #: The layers whose integer weights have 8, 6, 4, 3 or 2 bits on request, whatever the recipe says. Each width has
+    #: ranges of its own, the weight's nearest by squared error when it is first asked for in a calibrated model.
+    bits8_layers = Chosen()
+    bits6_layers = Chosen()
+    bits4_layers = Chosen()
+    bits3_layers = Chosen()
+    bits2_layers = Chosen()
 
     def __init__(
         self, captured: Captured, target: Target, recipe: Recipe, padding: Padding | None = None
@@ -189,6 +207,7 @@ class QuantizedModel(nn.Module):
         self._shelf.update(self.quantizers.items())
         self.quantizers.clear()
         self._in_use = {site.name: self._quantizer(site) for site in self.placement.sites}
+        ranged = {site.name for site in self.placement.sites if self._range_width(site)}
         steps = {
             bias.layer: BiasSteps(self._in_use[bias.activation], self._in_use[bias.weight], bias.stretch)
             for bias in self.placement.biases
@@ -198,6 +217,10 @@ class QuantizedModel(nn.Module):
             for layer in self.layers
             if _has_bias(layer)
         }
+        for layer in self.layers:
+            shift, bias = self._shifts.get(layer.name), layer.operator.bias
+            if shift is not None and bias is not None and ranged.intersection(layer.sites):
+                shift.widen(self.weight(str(bias.target)).detach())
         self._padded = {} if self.padding is None else self.padding.places(self.placement.sites)
         self._run = bind(overwrite(self.simulation().graph), self.captured.module)
         self.set_mode(self.mode)
@@ -259,6 +282,28 @@ class QuantizedModel(nn.Module):
             if isinstance(twin, FakeQuantize):
                 found.widen(twin)
         return found
+
+    def _range_width(self, site: Site) -> bool:
+        """Give a weight in a width on request its range, if it has none though the model is calibrated; whether so."""
+        found = self._in_use[site.name]
+        if site.usual is None or found.calibrated:
+            return False
+        usual = self._shelf.get(replace(site, usual=None).key)
+        if not (isinstance(usual, FakeQuantize) and usual.calibrated):
+            return False
+        found.calibrate_weight(self.weight(site.name), MSE())
+        return True
+
+    def forget_widths(self) -> None:
+        """Forget the ranges of weights in widths that are not in use: they are found anew when they are asked for.
+
+        To be called where weights have changed, or ranges are chosen anew.
+        """
+        used = {id(module) for module in self._in_use.values()}
+        for key, module in list(self._shelf.items()):
+            width = key.rpartition(":")[2].removesuffix(WIDTH)
+            if key.endswith(WIDTH) and width.isdigit() and id(module) not in used:
+                del self._shelf[key]
 
     def _moved(self, site: Site) -> Iterator[str]:
         """The keys that the quantizer of a site may have had on this side or another one of what moves codes about."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from halfstep.errors import ArgumentError, RecipeError
+from halfstep.formats import Integer
 from halfstep.graph.place import takes_run_time_ranges
 from halfstep.graph.placement import Choices, Layer
 from halfstep.model import QuantizedModel
@@ -93,6 +94,7 @@ class Step:
         words: how sentences call a layer put to it.
         quantizes: whether something of the layer is still quantized.
         supports: whether a layer that is quantized now can be put to it on the model's target.
+        bits: of the layer's weights, where it is a width of theirs; None where it is not.
     """
 
     name: str
@@ -100,6 +102,7 @@ class Step:
     words: str
     quantizes: bool
     supports: Callable[[QuantizedModel, Layer], bool]
+    bits: int | None = None
 
     def fits(self, model: QuantizedModel, group: Group) -> bool:
         """Whether every layer of ``group`` can be put to it."""
@@ -119,9 +122,26 @@ def _always(model: QuantizedModel, layer: Layer) -> bool:
     return True
 
 
+def weight_widths(model: QuantizedModel, layer: Layer) -> set[int]:
+    """The bits of a layer's integer weights as they stand; empty if it has none, or a codebook's."""
+    weights = (site for site in model.placement.sites if site.is_weight and site.name in layer.sites)
+    return {site.format.bits for site in weights if isinstance(site.format, Integer)}
+
+
+def _width(bits: int) -> Step:
+    """A width of weights: a step towards float for layers whose weights have fewer bits."""
+
+    def widens(model: QuantizedModel, layer: Layer) -> bool:
+        widths = weight_widths(model, layer)
+        return bool(widths) and max(widths) < bits
+
+    return Step(f"bits{bits}", f"bits{bits}_layers", f"with {bits}-bit weights", True, widens, bits)
+
+
 STEPS: dict[str, Step] = {
     step.name: step
     for step in (
+        *(_width(bits) for bits in reversed(Choices().widths)),
         Step("dynamic", "dynamic_layers", "with ranges at run time", True, _has_kernel),
         Step("int16", "int16_layers", "with 16-bit activations", True, _holds_int16),
         Step("float", "float_layers", "in float", False, _always),
@@ -145,6 +165,19 @@ def find_steps(names: tuple[str, ...]) -> tuple[Step, ...]:
     return tuple(step for step in STEPS.values() if step.name in names)
 
 
+#: The widths that a layer's weights can have on request, by bits, the narrowest first.
+WIDTHS: dict[int, Step] = {step.bits: step for step in STEPS.values() if step.bits is not None}
+
+
+def bits_on_request(model: QuantizedModel) -> int:
+    """How many bits more than by the recipe the weights take that have a width on request; below 0 for fewer."""
+    return sum(
+        (site.format.bits - site.usual.bits) * model.weight(site.name).numel()
+        for site in model.placement.sites
+        if site.usual is not None
+    )
+
+
 #: Which step each group is put to; groups that are not listed stay integer.
 Assignment = Mapping[Group, Step]
 
@@ -153,6 +186,9 @@ def choices(base: Mapping[str, frozenset[str]], assignment: Assignment) -> Choic
     """The groups at their steps, and every other layer where ``base`` (attribute -> layers) has it."""
     put = {step.attribute: set(base.get(step.attribute, ())) for step in STEPS.values()}
     for group, step in assignment.items():
+        if step.bits is not None:  # a layer's weights have one width
+            for other in WIDTHS.values():
+                put[other.attribute].difference_update(group.layers)
         put[step.attribute].update(group.layers)
     return Choices(**{attribute: frozenset(layers) for attribute, layers in put.items()})
 

@@ -97,6 +97,7 @@ def own_answers(model: QuantizedModel) -> dict[str, SiteRange]:
 def set_ranges(model: QuantizedModel, answers: Answers) -> None:
     """Give sites their ranges, widen weights' where a bias needs it, and let the model quantize from now on."""
     model.compensations.forget()
+    model.forget_widths()
     for name, answer in answers.items():
         module = model.sites[name]
         module.set_range(answer.low, answer.high)
@@ -107,22 +108,8 @@ def set_ranges(model: QuantizedModel, answers: Answers) -> None:
     model.set_mode(Mode.QUANTIZE)
 
 
-#: A bias must stay below this many steps: int32, with room for the products that it is added to.
-BIAS_STEPS = 2**30
-
-
 def widen_for_bias(model: QuantizedModel, layer: Layer) -> None:
-    """Widen the weight's range in channels whose bias would not fit 32 bits.
-
-    Where batch norm all but switched a channel off, its folded weight is tiny beside its bias, and those steps too
-    fine.
-    """
-    shift, op = model.shifts.get(layer.name), layer.operator
-    if shift is None or shift.steps is None or op.bias is None:
-        return
-    scale, activation = shift.steps.weight.scale, shift.steps.activation.scale
-    bias = shift.corrected(model.weight(str(op.bias.target)).detach()).abs()
-    needed = bias * shift.steps.stretch / (activation * BIAS_STEPS)
-    if scale.dim() == 0:
-        needed = needed.max()
-    scale.copy_(torch.maximum(scale, needed.to(scale.dtype)))
+    """Widen the range of a layer's weight where its bias needs that; see :meth:`.BiasShift.widen`."""
+    shift, bias = model.shifts.get(layer.name), layer.operator.bias
+    if shift is not None and bias is not None:
+        shift.widen(model.weight(str(bias.target)).detach())

@@ -5,7 +5,7 @@ The simulated graph has a quantizer exactly where the exported file has a Quanti
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import fx
 
@@ -415,20 +415,30 @@ class _Placer:
         sites = []
         for name, users in readers.items():
             op = self.operators[users[0]]
-            specs = [spec.weights for user in users if (spec := self.specs[user]) and spec.weights]
-            chosen = max(specs, key=lambda spec: spec.bits)
-            fmt, granularity = self.target.weight_format(chosen), weight_granularity(chosen, op)
-            if self.recipe.portable:
-                fmt = min((self._portable(fmt, user) for user in users), key=_bits)
+            granularity = weight_granularity(self._widest(self.specs, users), op)
+            fmt, usual = (self._weight_format(specs, users) for specs in (self.specs, self.asked))
             by_node: dict[fx.Node, list[fx.Node]] = {}
             for user in users:
                 weight = self.operators[user].weight
                 assert weight is not None
                 by_node.setdefault(weight, []).append(user)
             positions = tuple(Position(w, tuple(us), tied=w is not nodes[name]) for w, us in by_node.items())
-            sites.append(Site(name, fmt, granularity, positions, is_weight=True))
+            on_request = None if fmt == usual else usual
+            sites.append(Site(name, fmt, granularity, positions, is_weight=True, usual=on_request))
         self.weight_names = {user: name for name, users in readers.items() for user in users}
         return sites
+
+    def _widest(self, specs: Mapping[fx.Node, LayerSpec | None], users: list[fx.Node]) -> TensorSpec:
+        """What the reader of a weight asks of it that asks for most."""
+        asked = [spec.weights for user in users if (spec := specs[user]) and spec.weights]
+        return max(asked, key=lambda spec: spec.bits)
+
+    def _weight_format(self, specs: Mapping[fx.Node, LayerSpec | None], users: list[fx.Node]) -> Format:
+        """The format of a weight, by these specs of the layers that read it."""
+        fmt = self.target.weight_format(self._widest(specs, users))
+        if not self.recipe.portable:
+            return fmt
+        return min((self._portable(fmt, user) for user in users), key=_bits)
 
     def _portable(self, weight: Format, node: fx.Node) -> Format:
         """A weight's format for a layer whose integer kernels may add pairs of products in 16 bits.

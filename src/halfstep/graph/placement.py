@@ -25,6 +25,9 @@ _TAKEN = frozenset(dir(nn.ModuleDict()))
 #: Ends the name of a site of 16 bits on request, to set it apart from the usual one on the same tensor.
 INT16 = ":int16"
 
+#: Ends the key of a weight in a width on request, after a colon and the bits.
+WIDTH = "bits"
+
 
 @dataclass(frozen=True)
 class Position:
@@ -51,6 +54,7 @@ class Site:
         is_weight: whether the tensor is a parameter.
         dynamic: whether the range is computed from each tensor at run time.
         wide: whether it has 16 bits on request, where the recipe says less; its name then ends in ``:int16``.
+        usual: what a weight's format would be by the recipe, where it has another width on request; else None.
     """
 
     name: str
@@ -60,11 +64,17 @@ class Site:
     is_weight: bool
     dynamic: bool = False
     wide: bool = False
+    usual: Format | None = None
 
     @property
     def key(self) -> str:
-        """The site's name as a name among modules: without dots, and none of the attributes that modules have."""
+        """The site's name as a name among modules: without dots, and none of the attributes that modules have.
+
+        A weight has a quantizer for each width, and so a key.
+        """
         key = self.name.replace(".", "/")
+        if self.usual is not None:
+            return f"{key}:{self.format.bits}{WIDTH}"
         return f"{key}/" if key in _TAKEN else key
 
 
@@ -132,17 +142,40 @@ class Placement:
 
 @dataclass(frozen=True)
 class Choices:
-    """Layers at a step between the recipe and float; one that is named more than once is at the first below.
+    """Layers that are not as the recipe has them; one that is named more than once is at the first below.
+
+    What weights have and what activations have goes together: a layer may read 16 bits and have weights of 4.
 
     Attributes:
         float_layers: left in float.
         int16_layers: whose activations are read in 16 bits.
         dynamic_layers: whose activations get their range at run time.
+        bits8_layers: whose integer weights have 8 bits.
+        bits6_layers: whose integer weights have 6 bits.
+        bits4_layers: whose integer weights have 4 bits.
+        bits3_layers: whose integer weights have 3 bits.
+        bits2_layers: whose integer weights have 2 bits.
     """
 
     float_layers: frozenset[str] = frozenset()
     int16_layers: frozenset[str] = frozenset()
     dynamic_layers: frozenset[str] = frozenset()
+    bits8_layers: frozenset[str] = frozenset()
+    bits6_layers: frozenset[str] = frozenset()
+    bits4_layers: frozenset[str] = frozenset()
+    bits3_layers: frozenset[str] = frozenset()
+    bits2_layers: frozenset[str] = frozenset()
+
+    @property
+    def widths(self) -> dict[int, frozenset[str]]:
+        """The layers whose weights have a width on request, by bits, the widest first."""
+        return {
+            8: self.bits8_layers,
+            6: self.bits6_layers,
+            4: self.bits4_layers,
+            3: self.bits3_layers,
+            2: self.bits2_layers,
+        }
 
     def spec(self, recipe: Recipe, layer: str, end: bool) -> LayerSpec | None:
         """The spec of a layer that is not left in float here; None if it stays so by the recipe.
@@ -153,9 +186,14 @@ class Choices:
             end: whether it is one of the network's first or last layers.
         """
         spec = recipe.spec(layer, end)
-        if spec is not None and layer in self.int16_layers:
+        if spec is None:
+            return None
+        bits = next((bits for bits, layers in self.widths.items() if layer in layers), None)
+        if bits is not None:
+            spec = spec.with_weight_bits(bits)
+        if layer in self.int16_layers:
             return spec.with_int16_activations()
-        if spec is not None and layer in self.dynamic_layers:
+        if layer in self.dynamic_layers:
             return spec.with_dynamic_activations()
         return spec
 

@@ -21,6 +21,7 @@ from halfstep.graph.place import place
 from halfstep.identity import Identity
 from halfstep.journal import Entry
 from halfstep.ladder.evaluation import Decision
+from halfstep.ladder.mixed_bits import MixedBits
 from halfstep.ladder.pace import Pace
 from halfstep.ladder.partial import Partial
 from halfstep.ladder.ptq import PTQ
@@ -28,6 +29,7 @@ from halfstep.ladder.qat import QAT
 from halfstep.ladder.rung import Rung, RungResult
 from halfstep.ladder.search import Evaluated, Search
 from halfstep.model import run
+from halfstep.precision import bits_on_request
 from halfstep.progress import BudgetSpent, interruptible
 from halfstep.recipe import Recipe
 from halfstep.runtime.saturation import saturates_here
@@ -37,6 +39,9 @@ from halfstep.training.options import Training
 
 #: A simulated evaluation takes about so many times as long as a float one.
 SLOWER = 3
+
+#: How often a rung that cheapens is climbed, where what it makes misses the target as a file.
+TRIES = 2
 
 
 def ascend(
@@ -50,6 +55,9 @@ def ascend(
 
     A rung meets the goal if its file does too. Where only the simulation does, the climb goes on, and simulations are
     held to what is left of the target after what files lose more. A file that is refused counts as one that misses.
+
+    From a rung that meets the goal the climb goes on to those that cheapen alone. Where what they make misses the goal
+    as a file, they try once more with less allowed, and then what met it before stands.
 
     Args:
         search: its model observed.
@@ -73,16 +81,20 @@ def ascend(
         search.decide(said)
     path: list[RungResult] = []
     spares: list[Evaluated] = []
-    for index, rung in enumerate(ladder):
+    held: Evaluated | None = None  # its file meets the target
+    to_climb = list(ladder)
+    while to_climb:
+        rung = to_climb.pop(0)
         before, start = search.best, time.perf_counter()
         reached = _climb(search, rung)
         candidate = search.best
         assert candidate is not None
-        last = bool(reached.note) or index + 1 == len(ladder)
+        changed = held is not None and candidate.key != held.key
+        last = bool(reached.note) or not to_climb
         reserve = "" if last else rung.spare(search.model)
         if not (last or reserve) and reached.met and pace is not None:
             reserve = pace.spare(search, candidate)
-        if reached.met and not last and not reserve:
+        if reached.met and not reserve and (not last or changed):
             known = search.recall(reached.file_key)
             file = score_file if known is None else lambda of=(reached.file_key, known.score): of
             reached = _with_file(search, rung, reached, candidate, file)
@@ -98,7 +110,19 @@ def ascend(
             if before is not None:
                 before.snapshot.restore()
             continue
-        if last or (reached.met and reached.file_met):
+        if held is not None and changed and not (reached.met and reached.file_met):
+            search.best = held
+            held.snapshot.restore()
+            del search.reached[rung.name]
+            if reached.note or not reached.met or sum(step.rung == rung.name for step in path) == TRIES:
+                search.decide(f"{rung.title} is put back: what met the target before it stands")
+            else:
+                to_climb.insert(0, rung)
+            continue
+        if reached.met and reached.file_met:
+            held = candidate
+            to_climb = [rung for rung in to_climb if rung.cheapens]
+        if last:
             break
     best = search.best
     for spare in spares:
@@ -286,7 +310,9 @@ def _restored(search: Search, rung: Rung, key: str) -> RungResult | None:
     if fingerprint(snapshot.restore()) != reached.candidate:
         return None
     known = [candidate for candidate in search.reached.values() if candidate.key == reached.candidate]
-    best = known[0] if known else Evaluated(reached.what, verdict.score, snapshot, reached.candidate)
+    best = known[0] if known else Evaluated(
+        reached.what, verdict.score, snapshot, reached.candidate, bits_on_request(search.model)
+    )
     search.best = search.reached[rung.name] = best
     search.replay(rung.name, [Decision.of(e) for e in journal.entries[:place] if e.kind == "decision"])
     return reached
@@ -310,14 +336,19 @@ def find_rungs(
         ArgumentError: for an unknown name, with the nearest known one, if there are none, the first is missing, they
             come in another order or twice, or options are given for a rung that has its own.
     """
-    short: dict[str, Rung] = {"ptq": PTQ(), "partial": partial or Partial(), "qat": QAT(training)}
+    short: dict[str, Rung] = {
+        "ptq": PTQ(),
+        "partial": partial or Partial(),
+        "qat": QAT(training),
+        "mixed_bits": MixedBits(),
+    }
     if max_float is not None:
         short["partial"] = replace(partial or Partial(), max_float=max_float)
-    wanted = f"needed some of {', '.join(map(repr, RUNGS))}, or a hs.Rung"
+    wanted = f"needed some of {', '.join(map(repr, short))}, or a hs.Rung"
     found: list[Rung] = []
     for rung in rungs:
         if not isinstance(rung, Rung) and rung not in short:
-            near = difflib.get_close_matches(str(rung).lower(), RUNGS, n=1)
+            near = difflib.get_close_matches(str(rung).lower(), short, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ArgumentError(f"rungs: got {rung!r}, {wanted}{hint}")
         found.append(rung if isinstance(rung, Rung) else short[rung])

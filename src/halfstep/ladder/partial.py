@@ -8,17 +8,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from halfstep.calibration.calibrate import SAMPLE_EXAMPLES, kept_examples
+from halfstep.calibration.calibrate import kept_examples
 from halfstep.errors import ArgumentError
 from halfstep.evaluate import Score
 from halfstep.fake_quantize import Mode
-from halfstep.journal import exact
 from halfstep.ladder.costs import group_times
 from halfstep.ladder.gallop import QUESTIONS, WALKS, without_needless
 from halfstep.ladder.methods import Method, find_method
 from halfstep.ladder.rung import Cost, Rung
 from halfstep.ladder.search import Search
-from halfstep.ladder.sensitivity import LayerSensitivity, Sensitivity, rank, where_is_the_loss
+from halfstep.ladder.sensitivity import (
+    LayerSensitivity,
+    Sensitivity,
+    kept_ranking,
+    ranking_examples,
+    where_is_the_loss,
+)
 from halfstep.ladder.speed import Assigned, fastest_assignment
 from halfstep.model import QuantizedModel
 from halfstep.precision import (
@@ -32,10 +37,6 @@ from halfstep.precision import (
     names_of,
     pinned_layers,
 )
-
-#: Groups times examples of a ranking, and examples at least: 32 groups are ranked on all kept examples.
-RANKED, LEAST_RANKED = 32 * SAMPLE_EXAMPLES, 32
-
 
 @dataclass(frozen=True)
 class Partial(Rung):
@@ -174,14 +175,6 @@ def pruning(groups: int) -> int:
     return 4 * math.ceil(math.log2(max(2, groups)))
 
 
-def ranking_examples(groups: int) -> int:
-    """On how many of the kept examples groups are ranked: fewer where there are many, as each costs a pass over them.
-
-    :data:`RANKED` example-groups in all, but at least :data:`LEAST_RANKED` examples each.
-    """
-    return min(SAMPLE_EXAMPLES, max(LEAST_RANKED, RANKED // max(1, groups)))
-
-
 def evaluations_at_most(search: Search, options: Partial | None = None) -> int:
     """A bound on the full evaluations of :func:`climb_partial`, whatever the metric answers."""
     options = options or Partial()
@@ -236,7 +229,7 @@ class _Walk:
                 search.decide(
                     f"Step {step.name!r} is left out: {model.target.name} can have none of the layers {step.words}."
                 )
-        table = _ranked(search, groups, options)
+        table = kept_ranking(search, groups, options.method, options.measured)
         if options.order == "latency":
             table = _by_time(search, table)
         search.found["sensitivity"] = table
@@ -416,18 +409,6 @@ class _Walk:
             )
         search.decide(f"{missed} {cure}.")
         return score
-
-
-def _ranked(search: Search, groups: tuple[Group, ...], options: Partial) -> Sensitivity:
-    """The ranking of the groups: an interrupted run's of this very network, or a new one."""
-    examples = ranking_examples(len(groups))
-    key = search.checkpoints.key_of(groups, options.method, options.measured, examples)
-    for entry in search.journal.of("ranking"):
-        if entry.data["key"] == key:
-            return Sensitivity.of(entry.data["measured"]["table"])
-    table = rank(search.model, search, groups, options.method, options.measured, examples)
-    search.journal.write("ranking", key=key, measured={"table": exact(table.to_dict())})
-    return table
 
 
 def _by_time(search: Search, table: Sensitivity) -> Sensitivity:

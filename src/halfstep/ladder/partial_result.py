@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,37 @@ class PartialResult:
         return "\n".join([head, *(f"- {sentence}" for sentence in self.decisions)])
 
 
+@contextmanager
+def search_by_itself(
+    model: QuantizedModel, metric: Any, aim: GoalSpec, directory: str | Path | None, rung: str
+) -> Iterator[Search]:
+    """The search of a rung that is climbed by itself, with the float model scored.
+
+    Args:
+        model: observed and calibrated.
+        metric: as for :func:`halfstep.quantize`.
+        aim: what is asked for.
+        directory: of the journal; None keeps nothing.
+        rung: its name.
+
+    Raises:
+        ArgumentError: if the float model itself misses the target.
+        MetricError: if the metric cannot be used.
+        RunError: if the directory belongs to another search, or cannot be written.
+    """
+    scorer = as_scorers(metric)
+    aim.check(scorer)
+    with Journal(directory) as journal:
+        unseen: tuple[str, ...] = ()
+        if directory is not None:
+            unseen = claim_run(journal, model, scorer, aim).unseen
+            own = [(name, x) for name, x in model.named_parameters() if not name.startswith("quantizers.")]
+            journal.claim("parameters", Identity(own).digest)
+        scorer = knowing_float(scorer, model)
+        score, _ = float_evaluation(scorer, model, journal, unseen)
+        yield Search(model, scorer, aim.goal(score, scorer), journal=journal, rung=rung)
+
+
 def partial(
     model: QuantizedModel,
     metric: Any,
@@ -109,23 +141,13 @@ def partial(
             "partial: no layers are left to put back to float: "
             + ("all that are quantized are pinned" if groups_of(model) else "none is quantized")
         )
-    scorer = as_scorers(metric)
     aim = GoalSpec(max_drop, relative_drop, floor, confidence, strict)
-    aim.check(scorer)
-    with Journal(directory) as journal:
-        unseen: tuple[str, ...] = ()
-        if directory is not None:
-            unseen = claim_run(journal, model, scorer, aim).unseen
-            own = [(name, x) for name, x in model.named_parameters() if not name.startswith("quantizers.")]
-            journal.claim("parameters", Identity(own).digest)
-        scorer = knowing_float(scorer, model)
-        score, _ = float_evaluation(scorer, model, journal, unseen)
-        search = Search(model, scorer, aim.goal(score, scorer), journal=journal, rung="partial")
+    with search_by_itself(model, metric, aim, directory, Partial.name) as search:
         found = climb_partial(search, options)
     table, halves = search.found.get("sensitivity"), search.found.get("halves")
     return PartialResult(
         met=search.goal.met(found),
-        float_score=score.value,
+        float_score=search.goal.float_score.value,
         score=found.value,
         drop=search.goal.compare(found),
         put_back={

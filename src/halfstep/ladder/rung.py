@@ -38,10 +38,13 @@ class Rung(ABC):
     Attributes:
         name: one word, under which the journal keeps it; of a class.
         title: in words; of a class.
+        cheapens: it makes what meets the target cheaper, so that the climb goes on to it, past all that do not, from a
+            rung whose file does; of a class.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
+    cheapens: ClassVar[bool] = False
 
     @abstractmethod
     def climb(self, search: Search) -> object:

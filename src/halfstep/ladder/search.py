@@ -22,6 +22,7 @@ from halfstep.ladder.evaluation import Decision, Evaluation, Verdict, keep, kept
 from halfstep.ladder.goal import Goal
 from halfstep.ladder.repairs import Refits
 from halfstep.model import QuantizedModel
+from halfstep.precision import STEPS, bits_on_request
 from halfstep.progress import Budget, BudgetSpent, protected, say, steps
 from halfstep.snapshot import Snapshot, fingerprint, put_back_in
 
@@ -41,12 +42,19 @@ class Evaluated:
         score: of the simulation, on all examples.
         snapshot: to come back to it.
         key: its fingerprint.
+        bits: that its weights take more than by the recipe, as :func:`.bits_on_request` counts; below 0 for fewer.
     """
 
     what: str
     score: Score
     snapshot: Snapshot
     key: str
+    bits: int
+
+    @classmethod
+    def of(cls, model: QuantizedModel, what: str, score: Score, key: str = "") -> Evaluated:
+        """``model`` as it stands; its fingerprint is taken where it is not known."""
+        return cls(what, score, Snapshot.of(model), key or fingerprint(model), bits_on_request(model))
 
 
 @dataclass
@@ -310,24 +318,29 @@ class Search:
         return self.budget.minutes * 60 - (time.perf_counter() - self.started)
 
     def _consider(self, what: str, verdict: Verdict, key: str) -> None:
-        """Keep the candidate if it is the best so far: meets the goal, few float layers, a small drop."""
+        """Keep the candidate if it is the best so far: meets the goal, few float layers, few bits, a small drop."""
         if not verdict.complete or any(site.mode is not Mode.QUANTIZE for site in self.model.sites.values()):
             return
 
         score, best = verdict.score, self.best
-        if best is None or self._rank(score, put_back_in(self.model)) < self.rank(best):
-            self.best = Evaluated(what, score, Snapshot.of(self.model), key)
+        now = self._rank(score, put_back_in(self.model), bits_on_request(self.model))
+        if best is None or now < self.rank(best):
+            self.best = Evaluated.of(self.model, what, score, key)
             say(f"best so far {self.goal.words(score)}: {what}")
 
     def rank(self, candidate: Evaluated) -> tuple[float, ...]:
-        """Less is better: meets the goal, few layers in float, few at the steps before, a small drop."""
-        return self._rank(candidate.score, candidate.snapshot.put_back)
+        """Less is better: meets the goal, few layers in float, few at the steps before, few bits, a small drop."""
+        return self._rank(candidate.score, candidate.snapshot.put_back, candidate.bits)
 
-    def _rank(self, score: Score, put_back: Mapping[str, frozenset[str]]) -> tuple[float, ...]:
+    def _rank(
+        self, score: Score, put_back: Mapping[str, frozenset[str]], bits: int
+    ) -> tuple[float, ...]:
         met = self.goal.met(score)
+        steps = [step for step in reversed(STEPS.values()) if step.bits is None]
         return (
             not met,
-            *(len(layers) if met else 0 for layers in reversed(list(put_back.values()))),
+            *(len(put_back[step.attribute]) if met else 0 for step in steps),
+            bits if met else 0,
             self.goal.loss(score),
         )
 

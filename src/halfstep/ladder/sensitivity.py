@@ -14,10 +14,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from halfstep.calibration.calibrate import SAMPLE_EXAMPLES
 from halfstep.errors import ArgumentError, HalfstepError
 from halfstep.evaluate import as_scorer
 from halfstep.fake_quantize import Mode
 from halfstep.fidelity.reference import Probe, knowing_float
+from halfstep.journal import exact
 from halfstep.ladder.goal import Goal
 from halfstep.ladder.methods import METHODS, UNITS, Alone, Method, find_method
 from halfstep.ladder.search import Search, float_evaluation
@@ -294,6 +296,32 @@ def rank(
     """:func:`sensitivity` of chosen groups, with the evaluations of a search."""
     with model.compensations.set_aside():  # they hold for one set of layers in float, and here are many
         return _rank(model, search, groups, method, measured, examples)
+
+
+#: Groups times examples of a ranking, and examples at least: 32 groups are ranked on all kept examples.
+RANKED, LEAST_RANKED = 32 * SAMPLE_EXAMPLES, 32
+
+
+def ranking_examples(groups: int) -> int:
+    """On how many of the kept examples groups are ranked: fewer where there are many, as each costs a pass over them.
+
+    :data:`RANKED` example-groups in all, but at least :data:`LEAST_RANKED` examples each.
+    """
+    return min(SAMPLE_EXAMPLES, max(LEAST_RANKED, RANKED // max(1, groups)))
+
+
+def kept_ranking(
+    search: Search, groups: tuple[Group, ...], method: str | Method | None, measured: int = 0
+) -> Sensitivity:
+    """The ranking of the groups for a search: an interrupted run's of this very network, or a new one."""
+    examples = ranking_examples(len(groups))
+    key = search.checkpoints.key_of(groups, method, measured, examples)
+    for entry in search.journal.of("ranking"):
+        if entry.data["key"] == key:
+            return Sensitivity.of(entry.data["measured"]["table"])
+    table = rank(search.model, search, groups, method, measured, examples)
+    search.journal.write("ranking", key=key, measured={"table": exact(table.to_dict())})
+    return table
 
 
 def _rank(

@@ -14,7 +14,6 @@ from halfstep.ladder.costs import file_times, tuned
 from halfstep.ladder.search import Evaluated, Search
 from halfstep.precision import STEPS, Assignment, Group, choices, names_of
 from halfstep.progress import BudgetSpent, interruptible
-from halfstep.snapshot import Snapshot, fingerprint
 
 #: An assignment that meets the goal, and its score.
 Assigned = tuple[Assignment, Score]
@@ -56,9 +55,7 @@ def fastest_assignment(
         verdict += " Float is as fast on this machine: integers save no time in this network."
     search.decide(verdict)
     # By itself the search prefers what has fewer layers in float.
-    search.best = Evaluated(
-        "the fastest file that meets the target", score, Snapshot.of(model), fingerprint(model)
-    )
+    search.best = Evaluated.of(model, "the fastest file that meets the target", score)
     return assignment, score
 
 
@@ -113,7 +110,7 @@ def tune_for_speed(search: Search, threads: int | None, score_file: Callable[[],
         search.decide(f"nothing is left in float for speed, the budget is spent: {spent}")
         return
     goal, kept = search.goal, search.reached
-    faster = search.best = Evaluated(before.what, score, Snapshot.of(model), fingerprint(model))
+    faster = search.best = Evaluated.of(model, before.what, score)
     search.reached = {rung: faster if reached is before else reached for rung, reached in kept.items()}
     if goal.met(score):
         try:
