@@ -310,8 +310,12 @@ def _restored(search: Search, rung: Rung, key: str) -> RungResult | None:
     if fingerprint(snapshot.restore()) != reached.candidate:
         return None
     known = [candidate for candidate in search.reached.values() if candidate.key == reached.candidate]
-    best = known[0] if known else Evaluated(
-        reached.what, verdict.score, snapshot, reached.candidate, bits_on_request(search.model)
+    best = (
+        known[0]
+        if known
+        else Evaluated(
+            reached.what, verdict.score, snapshot, reached.candidate, bits_on_request(search.model)
+        )
     )
     search.best = search.reached[rung.name] = best
     search.replay(rung.name, [Decision.of(e) for e in journal.entries[:place] if e.kind == "decision"])

@@ -24,6 +24,9 @@ from halfstep.precision import STEPS, WIDTHS, Group, groups_of, matching, weight
 
 Counted = Literal["stored", "nominal"]
 
+#: After so many early verdicts that all examples overturned none is early any more.
+OVERTURNED = 2
+
 #: What says how many bytes each weight takes.
 COUNTS: dict[Counted, Callable[[QuantizedModel], dict[str, int]]] = {
     "stored": stored_bytes,
@@ -143,7 +146,9 @@ class WidthTable:
         """A line for every group: its bits, and bytes and loss at each width."""
         names = [Group(row.layers, ()).name for row in self.rows]
         size = max(map(len, names), default=0)
-        lines = [f"bits per layer; {self.counted} bytes and loss by {self.method} at {_listed(self.widths)} bits"]
+        lines = [
+            f"bits per layer; {self.counted} bytes and loss by {self.method} at {_listed(self.widths)} bits"
+        ]
         for name, row in zip(names, self.rows, strict=True):
             cells = "  ".join(
                 f"{count:>10,} {loss:9.3g}" for count, loss in zip(row.bytes, row.losses, strict=True)
@@ -178,8 +183,8 @@ def evaluations_at_most(search: Search, options: MixedBits) -> int:
     by_metric = options.method is not None and find_method(options.method).by == "metric"
     ranking = len(options.bits) * (count + 1) if by_metric else 0
     walk = QUESTIONS["gallop"](moves) + (pruning(moves) if options.prune else 0) + 1
-    twice = options.early and not search.never_early
-    return 1 + ranking + walk * (1 + twice)
+    again = OVERTURNED if options.early and not search.never_early else 0
+    return 1 + ranking + walk * (1 + again)
 
 
 def climb_mixed_bits(search: Search, options: MixedBits | None = None) -> Score:
@@ -190,8 +195,8 @@ def climb_mixed_bits(search: Search, options: MixedBits | None = None) -> Score:
        labels: moves to fewer bits by the loss that a byte saved costs.
     3. Gallop and bisect for the most of them that hold.
     4. Try further moves, one by one, those left over that cost least first.
-    5. Evaluate the result on all examples. Should that overturn an early verdict, go back to 3, and judge everything on
-       all examples.
+    5. Evaluate the result on all examples. Should that overturn an early verdict, go back to 3, where most verdicts are
+       known; after :data:`OVERTURNED` of them judge everything on all examples.
 
     Where losses add up and their order is right, what 3 finds takes at most one move's bytes more than the best
     assignment there is; see :func:`.most_moves`. First and last layers move like all others.
@@ -212,7 +217,9 @@ def climb_mixed_bits(search: Search, options: MixedBits | None = None) -> Score:
     model.set_mode(Mode.QUANTIZE)
     groups = movable(model, options.keep)
     if not groups:
-        search.decide("Mixed bits changes nothing: no layer with integer weights is left that may have others.")
+        search.decide(
+            "Mixed bits changes nothing: no layer with integer weights is left that may have others."
+        )
         return search.evaluate("as it was")
     search.early = early and options.early
     try:
@@ -279,7 +286,7 @@ class _Lowering:
         bytes: list[list[int]] = []
         losses: list[list[float]] = []
         seconds, method = 0.0, ""
-        for level, step in enumerate(self.steps):
+        for level in range(len(self.steps)):
             model.choose(self.choices((level,) * len(self.groups)))
             on_request = {site.name for site in model.placement.sites if site.usual is not None}
             sites = [
@@ -301,7 +308,6 @@ class _Lowering:
             scores = {row.group: row.score for row in ranking.rows}
             losses.append([scores[group] for group in self.groups])
             seconds, method = seconds + ranking.seconds, ranking.method
-            del step
         self.bytes = list(zip(*bytes, strict=True))
         self.losses = [
             tuple(max(0.0, loss - alone[0]) for loss in alone) for alone in zip(*losses, strict=True)
@@ -311,8 +317,10 @@ class _Lowering:
         totals = ", ".join(
             f"{sum(counts):,} with {bits}" for bits, counts in zip(self.options.bits, bytes, strict=True)
         )
-        how = "bytes in the file" if self.options.bytes == "stored" else "bytes, each bit counted,"
-        search.decide(f"The weights of {_many(len(self.groups))} of layers take {totals} bits: {how}.")
+        where = "in the file" if self.options.bytes == "stored" else "if every bit is stored as one"
+        search.decide(
+            f"The weights of {_many(len(self.groups))} of layers take these bytes {where}: {totals} bits."
+        )
         said = f"What each width loses in each group was measured by {method} in {took}."
         search.decide(said, key=said.replace(took, "", 1))
 
@@ -338,15 +346,15 @@ class _Lowering:
                 "hs.MixedBits(bytes='nominal') counts bits."
             )
         try:
-            for search.early in dict.fromkeys((early, False)):
+            for search.early in (*[early] * (OVERTURNED if early else 0), False):
                 levels = self.find(table, moves)
                 self.choose(levels)
                 score = search.evaluate(f"{self._lowered(levels)}, on all examples")
                 if search.goal.met(score):
                     break
                 search.decide(
-                    f"All examples overturn the early verdict on {self._lowered(levels)}; the search goes on, and "
-                    "judges on all."
+                    f"All examples overturn the early verdict on {self._lowered(levels)}; the search goes on from what "
+                    "is known."
                 )
         finally:
             search.early = early
@@ -356,7 +364,9 @@ class _Lowering:
         """The levels that hold by the verdicts so far."""
         count = most_moves(
             moves,
-            lambda count: self.holds(after(self.widest, moves[:count]), self._words(moves[count - 1 : count], count)),
+            lambda count: self.holds(
+                after(self.widest, moves[:count]), self._words(moves[count - 1 : count], count)
+            ),
         )
         levels = after(self.widest, moves[:count])
         if not self.options.prune or not moves:
@@ -392,7 +402,9 @@ class _Lowering:
             if figures := search.refits.sentence().partition(": ")[2]:
                 search.decide(f"Weights rounded and biases shifted for these bits: {figures}")
         else:
-            search.decide(f"No weight has fewer than {self.options.bits[0]} bits: {search.goal.words(score)}.")
+            search.decide(
+                f"No weight has fewer than {self.options.bits[0]} bits: {search.goal.words(score)}."
+            )
         saved = f", {search.saved:,} examples spared by early verdicts" if search.saved else ""
         search.decide(f"The search so far took {search.full_evaluations:.1f} full evaluations{saved}.")
         # By bits alone the search may prefer what takes more bytes in the file.

@@ -38,6 +38,7 @@ from halfstep.precision import (
     pinned_layers,
 )
 
+
 @dataclass(frozen=True)
 class Partial(Rung):
     """Partial quantization, and how to look for the layers.

@@ -332,9 +332,7 @@ class Search:
         """Less is better: meets the goal, few layers in float, few at the steps before, few bits, a small drop."""
         return self._rank(candidate.score, candidate.snapshot.put_back, candidate.bits)
 
-    def _rank(
-        self, score: Score, put_back: Mapping[str, frozenset[str]], bits: int
-    ) -> tuple[float, ...]:
+    def _rank(self, score: Score, put_back: Mapping[str, frozenset[str]], bits: int) -> tuple[float, ...]:
         met = self.goal.met(score)
         steps = [step for step in reversed(STEPS.values()) if step.bits is None]
         return (

@@ -1,8 +1,8 @@
-"""The fewest bytes within a bound on the loss: which items go to fewer bits, by questions that only ask "does it hold?".
+"""The fewest bytes within a bound on the loss: which items go to fewer bits, by questions whether a set of them holds.
 
 Each item has levels, the widest first, with the bytes and the loss of each. A *move* takes one item to a lower level.
 Moves are sorted by the loss that a byte saved costs; as many of them as hold are found by gallop and bisection, and
-what is left over is tried step by step. Only the questions decide; losses give the order.
+what is left over is tried step by step. Only the answers decide; losses give the order.
 """
 
 from __future__ import annotations
