@@ -475,13 +475,13 @@ class QuantizedModel(nn.Module):
             RunError: if the saved model had others.
         """
         extra = state_dict.get(f"{prefix}_extra_state")
-        saved = {} if extra is None else _told(extra)
-        for name, ours in self.choices.to_dict().items():
-            if saved.get(name, ours) != ours:
-                words = name.replace("_", " ")
+        saved, own = {} if extra is None else _told(extra), self.choices.to_dict()
+        for name in {**own, **saved} if saved else ():
+            theirs, ours = saved.get(name, []), own.get(name, [])
+            if name != "mode" and theirs != ours:
                 raise RunError(
-                    f"state dict: saved with {words} {saved[name]}, this model has {ours}; set {name} = {saved[name]} "
-                    "before loading"
+                    f"state dict: saved with {name.replace('_', ' ')} {theirs}, this model has {ours}; set {name} = "
+                    f"{theirs} before loading"
                 )
         super()._load_from_state_dict(state_dict, prefix, *rest)
         self.compensations.settle()  # what is loaded is what is wanted

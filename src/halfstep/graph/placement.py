@@ -198,8 +198,14 @@ class Choices:
         return spec
 
     def to_dict(self) -> dict[str, list[str]]:
-        """The names, sorted, by the field that they are in."""
-        return {name: sorted(layers) for name, layers in asdict(self).items()}
+        """The names, sorted, by the field that they are in; widths only where a layer has one on request."""
+        fields = asdict(self)
+        return {
+            name: sorted(layers) for name, layers in fields.items() if layers or name not in _WIDTH_FIELDS
+        }
+
+
+_WIDTH_FIELDS = frozenset(f"bits{bits}_layers" for bits in Choices().widths)
 
 
 def activation_granularity(spec: TensorSpec, name: str, values: Sequence[fx.Node]) -> Granularity:
