@@ -90,6 +90,8 @@ def ascend(
         candidate = search.best
         assert candidate is not None
         changed = held is not None and candidate.key != held.key
+        if held is not None and not changed:
+            search.best = search.reached[rung.name] = candidate = held
         last = bool(reached.note) or not to_climb
         reserve = "" if last else rung.spare(search.model)
         if not (last or reserve) and reached.met and pace is not None:
