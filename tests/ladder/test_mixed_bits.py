@@ -15,6 +15,7 @@ from halfstep.ladder.goal import Goal
 from halfstep.ladder.mixed_bits import climb_mixed_bits, evaluations_at_most, movable
 from halfstep.ladder.search import Search, float_evaluation
 from halfstep.precision import WIDTHS
+from halfstep.report.page import page
 from halfstep.report.run import Run
 from halfstep.runtime.deployed import DeployedModel
 from halfstep.runtime.file import read_sites
@@ -233,6 +234,10 @@ def test_the_climb_goes_on_to_it_from_a_rung_that_meets_the_target(tmp_path):
     assert fingerprint(again.model) == fingerprint(outcome.model)
     found = Run.read(tmp_path / "run").findings["widths"]
     assert [row["bits"] for row in found["rows"]] and found["counted"] == "nominal"
+    shown = page(Run.read(tmp_path / "run"))
+    for row in found["rows"]:
+        name = ", ".join(row["layers"])
+        assert f'data-figure="bits {name}" data-value="{row["bits"]}"' in shown
     metadata = read_sites(tmp_path / "run" / "model.onnx")[1]
     assert metadata["halfstep.bits4_layers"] == ", ".join(sorted(outcome.model.bits4_layers))
 
@@ -256,7 +261,9 @@ def test_where_its_file_misses_what_met_the_target_before_stands(monkeypatch):
     assert [step.rung for step in outcome.path][:2] == ["ptq", "mixed_bits"]
     assert outcome.met and outcome.rung == "ptq"
     assert not (outcome.model.bits4_layers or outcome.model.bits2_layers)
-    assert sum(said.startswith("Mixed bits meets the target in simulation") for said in outcome.decisions) >= 1
+    assert (
+        sum(said.startswith("Mixed bits meets the target in simulation") for said in outcome.decisions) >= 1
+    )
 
 
 def test_where_its_file_misses_by_little_it_tries_once_more_with_less_allowed(monkeypatch):

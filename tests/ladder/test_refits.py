@@ -96,7 +96,7 @@ def test_layers_behind_the_one_that_changed_are_not_touched(repaired):
         assert place.learned().same(learned[name])
 
 
-@pytest.mark.parametrize("attribute", ["float_layers", "int16_layers", "dynamic_layers"])
+@pytest.mark.parametrize("attribute", ["float_layers", "int16_layers", "dynamic_layers", "bits4_layers"])
 def test_what_was_learned_comes_back_exactly(repaired, attribute):
     before = fingerprint(repaired)
     for names in (["2"], ["0", "4"], ["2", "6"], ["4"], ["0"]):

@@ -241,7 +241,9 @@ class Config(Part):
         default=None, description="for the last rung: data, loss, epochs, learning_rate; null leaves it out"
     )
     rungs: list[str] | None = Field(
-        default=None, description="which to climb, from the bottom: [ptq], [ptq, partial] ...; null for all"
+        default=None,
+        description="which to climb, from the bottom: [ptq], [ptq, partial] ...; mixed_bits for bits per layer; null "
+        "for ptq, partial and qat",
     )
     budget: Defaulted[BudgetPart] = Field(default_factory=BudgetPart, description="what the search may cost")
     directory: str = Field(default="runs/quantized", description="where journal, files and report go")

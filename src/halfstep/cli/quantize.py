@@ -151,7 +151,11 @@ def quantize(
         ),
     ] = None,
     rungs: Annotated[
-        str | None, typer.Option(help="Rungs to climb, from the bottom; all by default: ptq,partial,qat.")
+        str | None,
+        typer.Option(
+            help="Rungs to climb, from the bottom: ptq,partial,qat by default; ptq,mixed_bits gives each layer's "
+            "weights the fewest bits that keep to the target."
+        ),
     ] = None,
     evaluations: Annotated[
         int | None, typer.Option(help="Stop the search after so many full evaluations.")

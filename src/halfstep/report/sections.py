@@ -258,6 +258,30 @@ def sensitivity(run: Run) -> str:
     )
 
 
+def widths(run: Run) -> str:
+    """The bits of each group's weights, with what they take and lose at every width."""
+    found = run.findings.get("widths")
+    if not found:
+        return ""
+    rows = []
+    for row in found["rows"]:
+        name = ", ".join(row["layers"])
+        cells: list[str | Html] = [name, figure(f"bits {name}", row["bits"], str(row["bits"]))]
+        for count, loss in zip(row["bytes"], row["losses"], strict=True):
+            cells += [f"{count:,}", number(loss, 3)]
+        rows.append(cells)
+    headers = [
+        "layers",
+        "bits",
+        *(f"{what} at {bits}" for bits in found["widths"] for what in ("bytes", "loss")),
+    ]
+    counted = "as the file stores them" if found["counted"] == "stored" else "if every bit is stored as one"
+    return (
+        f"<p>Bits of the weights, the bytes that they take at each width, {counted}, and what that alone loses in the "
+        f"outputs: {escape(found['method'])}.</p>{table(headers, rows, range(1, len(headers)))}"
+    )
+
+
 def layers(run: Run) -> str:
     """Every layer: bits, noise, and whether it is integer, or why not."""
     if not run.outcome:
@@ -361,6 +385,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[Run], str]], ...] = (
     ("picture", "An input as each format sees it", picture),
     ("sites", "Histograms", sites),
     ("sensitivity", "Sensitivity", sensitivity),
+    ("widths", "Bits per layer", widths),
     ("layers", "Layers", layers),
     ("training", "Training", training),
     ("reproduce", "To do it again", reproduce),
