@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import torch
+
 from halfstep.calibration.calibrate import kept_examples
 from halfstep.errors import ArgumentError
 from halfstep.evaluate import Score
@@ -254,6 +256,32 @@ class _Lowering:
         #: Where a group has a width anyway, by the recipe: groups by level.
         self.usual: dict[int, set[Group]] = {}
         self.left = 0.0  # evaluations that may go into pruning
+        self.range_widths()
+
+    def range_widths(self) -> None:
+        """Find the ranges of all weights at all widths, or take those that an interrupted run found."""
+        model, journal = self.search.model, self.search.journal
+        key = self.search.checkpoints.key_of("widths", self.options.bits, [group.layers for group in self.groups])
+        kept, found = journal.load("widths", key), dict[str, torch.Tensor]()
+        for level, step in enumerate(self.steps):
+            model.choose(self.choices((level,) * len(self.groups)))
+            on_request = {site.name for site in model.placement.sites if site.usual is not None}
+            self.usual[level] = {group for group in self.groups if not self.weights(group) & on_request}
+            for name in on_request & set().union(*map(self.weights, self.groups)):
+                site = model.sites[name]
+                for part in ("scale", "zero_point"):
+                    place = f"{part}|{step.bits}|{name}"
+                    if kept is not None:
+                        getattr(site, part).copy_(kept.tensors[place])
+                    found[place] = getattr(site, part).clone()
+        if kept is None:
+            journal.save("widths", found, key)
+
+    def weights(self, group: Group) -> set[str]:
+        """The weights that a group's layers read."""
+        model = self.search.model
+        read = {name for layer in model.layers if layer.name in group.layers for name in layer.sites}
+        return {site.name for site in model.placement.sites if site.is_weight and site.name in read}
 
     # candidates
 
@@ -288,22 +316,8 @@ class _Lowering:
         seconds, method = 0.0, ""
         for level in range(len(self.steps)):
             model.choose(self.choices((level,) * len(self.groups)))
-            on_request = {site.name for site in model.placement.sites if site.usual is not None}
-            sites = [
-                {
-                    site.name
-                    for layer in model.layers
-                    if layer.name in group.layers
-                    for site in model.placement.sites
-                    if site.is_weight and site.name in layer.sites
-                }
-                for group in self.groups
-            ]
-            self.usual[level] = {
-                group for group, names in zip(self.groups, sites, strict=True) if not names & on_request
-            }
             counted = COUNTS[self.options.bytes](model)
-            bytes.append([sum(counted[name] for name in names) for names in sites])
+            bytes.append([sum(counted[name] for name in self.weights(group)) for group in self.groups])
             ranking = kept_ranking(search, self.groups, self.options.method)
             scores = {row.group: row.score for row in ranking.rows}
             losses.append([scores[group] for group in self.groups])
