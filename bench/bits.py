@@ -6,9 +6,10 @@ python -m bench.bits --network vit --bytes stored
 CLADO (Deng, Sharma, Kundu, Tambe, "CLADO: mixed-precision quantization by cross-layer dependency of errors", DAC 2025,
 arXiv 2307.05657) measures what the loss on a calibration sample rises by with each layer at each width, and with each
 pair of them, and solves the integer quadratic program for the least sum within a bound on the bytes. Here losses are
-cross entropies with labels, as published, or divergences from float (``--loss kl``); products of binaries are made
-linear, so that ``scipy.optimize.milp`` finds the optimum of the very program. ``separable`` is the same with the
-interactions left out. Neither asks the metric; ours is told a drop, and the others get the bytes that it ends at.
+cross entropies with labels, as published, or divergences from float (kl); products of binaries are made linear, so that
+``scipy.optimize.milp`` finds the optimum of the very program. ``separable`` is that of cross entropies with the
+interactions left out. None of them asks the metric; ours is told a drop, and the others get the bytes that it ends at.
+Losses are kept in ``bench/cache``.
 
 All start from the same network in W8A8 with the same ranges of weights at 8, 4 and 2 bits, calibrated on 1,024 training
 images, and nothing is repaired but in the column that says so. Searches judge on the first 5,000 test images;
@@ -23,6 +24,7 @@ import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -41,7 +43,14 @@ from halfstep.precision import WIDTHS, Group
 
 BITS = (8, 4, 2)
 CALIBRATION = 1024
-DROPS = (0.003, 0.01, 0.02, 0.04, 0.08)
+DROPS = (0.005, 0.015, 0.04, 0.1)
+LOSSES = ("cross entropy", "kl")
+#: Columns: by which losses, and whether with interactions.
+SOLVED = {
+    "CLADO": ("cross entropy", True),
+    "CLADO, kl": ("kl", True),
+    "separable": ("cross entropy", False),
+}
 
 
 def main() -> None:
@@ -50,7 +59,6 @@ def main() -> None:
     )
     parser.add_argument("--network", default="resnet", choices=sorted(fashion.NETWORKS))
     parser.add_argument("--bytes", default="nominal", choices=sorted(COUNTS))
-    parser.add_argument("--loss", default="cross entropy", choices=["cross entropy", "kl"])
     parser.add_argument("--drops", default=",".join(map(str, DROPS)))
     parser.add_argument("--no-repair", action="store_true", help="leave the column with repairs out")
     options = parser.parse_args()
@@ -66,31 +74,27 @@ def main() -> None:
 
     groups = movable(model)
     sizes = bytes_of(model, groups, options.bytes)
-    start = time.perf_counter()
-    program = Program.measured(model, groups, sizes, calibration, options.loss)
-    measured = time.perf_counter() - start
+    losses, measured = kept(fashion.CACHE / f"bits-{options.network}.npz", model, groups, calibration)
+    programs = {by: Program.of(sizes, losses[index]) for index, by in enumerate(LOSSES)}
     title = (
         f"{options.network}: {len(groups)} groups, {options.bytes} bytes of weights (8 bits: "
         f"{sum(size[0] for size in sizes):,}); accuracy on 5,000 test images, float "
-        f"{held.evaluate(network).value:.2%}; {program.pairs} pairs measured by {options.loss} on {CALIBRATION:,} "
-        f"images in {measured:.0f} s"
+        f"{held.evaluate(network).value:.2%}; losses of {losses.shape[1]} assignments on {CALIBRATION:,} images took "
+        f"{measured:.0f} s"
     )
     table = Table(title=title)
-    columns = ("drop asked", "bytes", "ours", "evaluations", "s", "CLADO", "bytes", "s", "separable", "bytes")
-    for column in (*columns, "ours, repaired", "bytes"):
+    columns = ("drop asked", "bytes", "ours", "evaluations", "s")
+    for column in (*columns, *SOLVED, *([] if options.no_repair else ["ours, repaired", "bytes"])):
         table.add_column(column, justify="right")
     for drop in map(float, options.drops.split(",")):
         found, twin, seconds = search(model, judged, drop, options.bytes, repair=False)
         assert found.widths is not None
         row = [f"{drop:.1%}", f"{found.widths.bytes:,}", f"{held.evaluate(twin).value:.2%}"]
         row += [f"{found.full_evaluations:.1f}", f"{seconds:.0f}"]
-        for interactions in (True, False):
-            start = time.perf_counter()
-            levels = program.solved(found.widths.bytes, interactions)
-            took = time.perf_counter() - start
+        for by, interactions in SOLVED.values():
+            levels = programs[by].solved(found.widths.bytes, interactions)
             model.choose(assigned(groups, levels))
-            row += [f"{held.evaluate(model).value:.2%}", f"{program.size(levels):,}"]
-            row += [f"{took:.1f}"] * interactions
+            row.append(f"{held.evaluate(model).value:.2%}")
             model.choose(Choices())
         if not options.no_repair:
             found, twin, _ = search(model, judged, drop, options.bytes, repair=True)
@@ -140,36 +144,25 @@ class Program:
         sizes: bytes of each group at each level.
         alone: what the loss rises by with a group at a level, (groups, levels); 0 at the first.
         together: what it rises by with two of them more than with each alone, (groups, levels, groups, levels).
-        pairs: how many were measured.
     """
 
     sizes: list[list[int]]
     alone: np.ndarray
     together: np.ndarray
-    pairs: int
 
     @classmethod
-    def measured(
-        cls,
-        model: hs.QuantizedModel,
-        groups: Sequence[Group],
-        sizes: list[list[int]],
-        labelled: Sequence[tuple[torch.Tensor, torch.Tensor]],
-        by: str,
-    ) -> Program:
-        """From the losses of single moves and of all pairs of them, all other layers at the widest width."""
-        places = list(itertools.product(range(len(groups)), range(1, len(BITS))))
-        pairs = [(a, b) for a, b in itertools.combinations(places, 2) if a[0] != b[0]]
-        wires = [wired(model, groups, some) for some in [(), *((a,) for a in places), *pairs]]
-        base, *rest = losses(model, wires, labelled, by)
-        model.choose(Choices())
-        alone = np.zeros((len(groups), len(BITS)))
-        for place, loss in zip(places, rest, strict=False):
-            alone[place] = loss - base
+    def of(cls, sizes: list[list[int]], losses: np.ndarray) -> Program:
+        """From the losses of :func:`lowerings`."""
+        base = losses[0]
+        alone = np.zeros((len(sizes), len(BITS)))
         together = np.zeros((*alone.shape, *alone.shape))
-        for (a, b), loss in zip(pairs, rest[len(places) :], strict=True):
-            together[a + b] = together[b + a] = loss - base - alone[a] - alone[b]
-        return cls(sizes, alone, together, len(pairs))
+        for places, loss in zip(lowerings(len(sizes)), losses, strict=True):
+            if len(places) == 1:
+                alone[places[0]] = loss - base
+            elif places:
+                a, b = places
+                together[a + b] = together[b + a] = loss - base - alone[a] - alone[b]
+        return cls(sizes, alone, together)
 
     def size(self, levels: Sequence[int]) -> int:
         """Bytes of an assignment."""
@@ -216,6 +209,30 @@ class Program:
         ]
 
 
+def lowerings(groups: int) -> list[tuple[tuple[int, int], ...]]:
+    """Nothing lowered, each group to each lower level, and each pair of these: (group, level)."""
+    places = list(itertools.product(range(groups), range(1, len(BITS))))
+    pairs = [(a, b) for a, b in itertools.combinations(places, 2) if a[0] != b[0]]
+    return [(), *((a,) for a in places), *pairs]
+
+
+def kept(
+    file: Path,
+    model: hs.QuantizedModel,
+    groups: Sequence[Group],
+    labelled: Sequence[tuple[torch.Tensor, torch.Tensor]],
+) -> tuple[np.ndarray, float]:
+    """The losses of :func:`lowerings`, (losses, assignments), and the seconds that they took; once a network."""
+    if not file.exists():
+        start = time.perf_counter()
+        wires = [wired(model, groups, places) for places in lowerings(len(groups))]
+        measured = losses(model, wires, labelled)
+        model.choose(Choices())
+        np.savez(file, losses=measured, seconds=time.perf_counter() - start)
+    with np.load(file) as found:
+        return found["losses"], float(found["seconds"])
+
+
 def wired(model: hs.QuantizedModel, groups: Sequence[Group], places: Sequence[tuple[int, int]]) -> Wiring:
     """Where the quantizers sit with some groups at a lower level."""
     lowered = dict(places)
@@ -227,10 +244,9 @@ def losses(
     model: hs.QuantizedModel,
     wires: Sequence[Wiring],
     labelled: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    by: str,
-) -> list[float]:
-    """The mean loss of each wiring, computed from the first one by redoing what depends on the difference."""
-    replay, totals = Replay(model), torch.zeros(len(wires), dtype=torch.float64)
+) -> np.ndarray:
+    """The mean cross entropy and divergence of each wiring: from the first one, by redoing what the others change."""
+    replay, totals = Replay(model), torch.zeros(len(LOSSES), len(wires), dtype=torch.float64)
     with quantizing(wires):
         for images, labels in labelled:
             wanted = replay.outputs(replay.run(images)).double()
@@ -238,14 +254,11 @@ def losses(
             for index, each in enumerate(wires):
                 changed = {**values, **replay.change(values, wires[0], each)}
                 got = replay.outputs(changed).double()
-                if by == "kl":
-                    loss = F.kl_div(
-                        got.log_softmax(1), wanted.log_softmax(1), log_target=True, reduction="sum"
-                    )
-                else:
-                    loss = F.cross_entropy(got, labels, reduction="sum")
-                totals[index] += loss
-    return (totals / sum(len(labels) for _, labels in labelled)).tolist()
+                totals[0, index] += F.cross_entropy(got, labels, reduction="sum")
+                totals[1, index] += F.kl_div(
+                    got.log_softmax(1), wanted.log_softmax(1), log_target=True, reduction="sum"
+                )
+    return (totals / sum(len(labels) for _, labels in labelled)).numpy()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -261,7 +262,9 @@ class _Lowering:
     def range_widths(self) -> None:
         """Find the ranges of all weights at all widths, or take those that an interrupted run found."""
         model, journal = self.search.model, self.search.journal
-        key = self.search.checkpoints.key_of("widths", self.options.bits, [group.layers for group in self.groups])
+        key = self.search.checkpoints.key_of(
+            "widths", self.options.bits, [group.layers for group in self.groups]
+        )
         kept, found = journal.load("widths", key), dict[str, torch.Tensor]()
         for level, step in enumerate(self.steps):
             model.choose(self.choices((level,) * len(self.groups)))
@@ -311,38 +314,38 @@ class _Lowering:
     def measure(self) -> None:
         """Bytes and losses of every group at every width."""
         search, model = self.search, self.search.model
-        bytes: list[list[int]] = []
+        counts: list[list[int]] = []  # by level, then by group
         losses: list[list[float]] = []
-        seconds, method = 0.0, ""
+        seconds = 0.0
         for level in range(len(self.steps)):
             model.choose(self.choices((level,) * len(self.groups)))
             counted = COUNTS[self.options.bytes](model)
-            bytes.append([sum(counted[name] for name in self.weights(group)) for group in self.groups])
+            counts.append([sum(counted[name] for name in self.weights(group)) for group in self.groups])
             ranking = kept_ranking(search, self.groups, self.options.method)
             scores = {row.group: row.score for row in ranking.rows}
             losses.append([scores[group] for group in self.groups])
-            seconds, method = seconds + ranking.seconds, ranking.method
-        self.bytes = list(zip(*bytes, strict=True))
+            seconds, self.method = seconds + ranking.seconds, ranking.method
+        self.counts = list(zip(*counts, strict=True))
         self.losses = [
-            tuple(max(0.0, loss - alone[0]) for loss in alone) for alone in zip(*losses, strict=True)
+            tuple(_more(loss, widest) for loss in (widest, *rest))
+            for widest, *rest in zip(*losses, strict=True)
         ]
-        self.method = method
         took = f"{seconds:.1f} s"
         totals = ", ".join(
-            f"{sum(counts):,} with {bits}" for bits, counts in zip(self.options.bits, bytes, strict=True)
+            f"{sum(sizes):,} with {bits}" for bits, sizes in zip(self.options.bits, counts, strict=True)
         )
         where = "in the file" if self.options.bytes == "stored" else "if every bit is stored as one"
         search.decide(
             f"The weights of {_many(len(self.groups))} of layers take these bytes {where}: {totals} bits."
         )
-        said = f"What each width loses in each group was measured by {method} in {took}."
+        said = f"What each width loses in each group was measured by {self.method} in {took}."
         search.decide(said, key=said.replace(took, "", 1))
 
     def table(self) -> list[list[tuple[int, float]]]:
         """Bytes and loss of each group at each level."""
         return [
-            list(zip(bytes, losses, strict=True))
-            for bytes, losses in zip(self.bytes, self.losses, strict=True)
+            list(zip(sizes, losses, strict=True))
+            for sizes, losses in zip(self.counts, self.losses, strict=True)
         ]
 
     # the search
@@ -400,8 +403,8 @@ class _Lowering:
         """Say what was found, and return its score."""
         search = self.search
         rows = tuple(
-            GroupWidths(group.layers, bytes, losses, self.options.bits[level])
-            for group, bytes, losses, level in zip(self.groups, self.bytes, self.losses, levels, strict=True)
+            GroupWidths(group.layers, sizes, losses, self.options.bits[level])
+            for group, sizes, losses, level in zip(self.groups, self.counts, self.losses, levels, strict=True)
         )
         table = WidthTable(self.options.bits, self.options.bytes, self.method, rows)
         search.found["widths"] = table
@@ -437,6 +440,11 @@ class _Lowering:
             return f"the first {first} moves to fewer bits, down to {there}"
         more = f" and {len(moves) - 1} moves before" if len(moves) > 1 else ""
         return f"{there}{more}"
+
+
+def _more(loss: float, than: float) -> float:
+    """How much more is lost than at the widest width, which noise may make less than nothing."""
+    return max(0.0, loss - than) if math.isfinite(loss) else loss
 
 
 def _many(groups: int) -> str:
