@@ -54,13 +54,13 @@ def every_assignment(model, groups, accuracy, widths=(8, 4, 2)):
     return found
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_within_one_move_of_the_cheapest_of_all_assignments(seed):
     network, inputs = small(seed), INPUTS[:1000]
     accuracy, model = hs.Accuracy(labelled(network, inputs=inputs)), calibrated(small(seed), INT8)
     groups = movable(model)
     every = every_assignment(model, groups, accuracy)
-    for max_drop in (0.02, 0.06, 0.15):
+    for max_drop in (0.02, 0.1):
         cheapest = min(bytes for bytes, score in every.values() if score >= 1 - max_drop)
         found = hs.mixed_bits(model, accuracy, max_drop, NOMINAL)
         assert found.met and found.score >= 1 - max_drop

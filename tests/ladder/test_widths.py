@@ -5,7 +5,7 @@ import math
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halfstep.ladder.gallop import QUESTIONS
@@ -48,6 +48,7 @@ def found_by(table, bound, asked=None):
     return moves, count, first, further(first, steps_from(table, first), holds)
 
 
+@settings(deadline=None, max_examples=60)
 @given(tables(), st.integers(0, 150))
 def test_where_losses_add_up_the_best_saves_at_most_one_move_more(table, bound):
     moves, count, first, last = found_by(table, bound)
@@ -62,6 +63,7 @@ def test_where_losses_add_up_the_best_saves_at_most_one_move_more(table, bound):
     assert total(table, last, 1) <= bound
 
 
+@settings(deadline=None, max_examples=60)
 @given(tables(), st.integers(0, 150))
 def test_no_step_is_left_that_would_hold(table, bound):
     *_, levels = found_by(table, bound)
@@ -70,8 +72,9 @@ def test_no_step_is_left_that_would_hold(table, bound):
             assert total(table, after(levels, [step]), 1) > bound
 
 
+@settings(deadline=None, max_examples=60)
 @given(
-    tables(40, rising=False),
+    tables(25, rising=False),
     st.sampled_from([0.0, 0.2, 0.5, 0.9, 1.0]),
     st.integers(0, 10**6),
 )
@@ -98,6 +101,7 @@ def test_whatever_the_answers_questions_are_bounded_and_the_last_yes_is_the_answ
     assert len(asked) <= 2 * len(steps)
 
 
+@settings(deadline=None, max_examples=60)
 @given(tables(8, rising=False))
 def test_moves_are_sorted_finite_and_each_follows_the_one_before(table):
     moves = moves_of(table)

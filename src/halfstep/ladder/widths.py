@@ -135,15 +135,15 @@ def further(
     """
     best = levels
 
-    def still_holds(left: list[Move], tried: list[Move]) -> bool:
+    def still_holds(left: list[int], tried: list[int]) -> bool:
         nonlocal best
-        there = after(levels, [step for step in steps if step not in left])
+        there = after(levels, [steps[place] for place in sorted(set(range(len(steps))) - set(left))])
         if there == best:  # all that was tried waits for something
             return True
-        if holds(there, tried):
+        if holds(there, [steps[place] for place in reversed(tried)]):
             best = there
             return True
         return False
 
-    without_needless(steps[::-1], still_holds, may_ask)
+    without_needless(range(len(steps))[::-1], still_holds, may_ask)
     return best
