@@ -11,6 +11,7 @@ import halfstep as hs
 from halfstep.errors import ArgumentError, RecipeError
 from halfstep.export.sizes import nominal_bytes, stored_bytes
 from halfstep.graph.placement import Choices
+from halfstep.ladder.climb import find_rungs
 from halfstep.ladder.goal import Goal
 from halfstep.ladder.mixed_bits import climb_mixed_bits, evaluations_at_most, movable
 from halfstep.ladder.search import Search, float_evaluation
@@ -240,6 +241,12 @@ def test_the_climb_goes_on_to_it_from_a_rung_that_meets_the_target(tmp_path):
         assert f'data-figure="bits {name}" data-value="{row["bits"]}"' in shown
     metadata = read_sites(tmp_path / "run" / "model.onnx")[1]
     assert metadata["halfstep.bits4_layers"] == ", ".join(sorted(outcome.model.bits4_layers))
+
+
+def test_its_name_is_its_short_form():
+    assert find_rungs(("ptq", "mixed_bits")) == [hs.PTQ(), hs.MixedBits()]
+    with pytest.raises(ArgumentError, match=r"rungs: got 'mixed_bit', .*did you mean 'mixed_bits'\?"):
+        find_rungs(("ptq", "mixed_bit"))
 
 
 def spoilt(monkeypatch, lowered):

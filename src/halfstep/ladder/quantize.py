@@ -226,7 +226,8 @@ def quantize(
             :class:`.Goal`; docs/confidence.md says how many examples that takes. Not strict, nothing of the kind is
             promised: of many candidates the first that passes is likely to be worse than it looks.
         rungs: which to climb, from the bottom up: ``"ptq"``, ``"partial"``, ``"qat"``, or with options
-            :class:`PTQ`, :class:`Partial`, :class:`QAT`, or a :class:`Rung` of your own; PTQ always.
+            :class:`PTQ`, :class:`Partial`, :class:`QAT`, or a :class:`Rung` of your own; PTQ always. ``"mixed_bits"``
+            (:class:`MixedBits`) among them is climbed from what meets the target, and makes it cheaper.
         budget: what the search may cost; None for no bound.
         partial: how to look for layers to put back to float; short for ``Partial(...)`` among the rungs.
         max_float: short for ``Partial(max_float=...)``: the share of layers that partial quantization may leave in
