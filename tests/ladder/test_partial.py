@@ -572,7 +572,7 @@ def test_every_single_layer_can_be_the_only_one_or_the_only_one_not(name):
 
 def test_wider_weights_are_a_step_before_float(model, accuracy):
     result = hs.partial(model, accuracy, max_drop=0.06, options=hs.Partial(steps=("bits8", "float")))
-    assert result.met and set(result.put_back.values()) == {"bits8"}
-    assert model.bits8_layers == set(result.put_back) >= set(FAULTS) and not model.float_layers
-    assert all(model.sites[f"{name}.weight"].format.bits == 8 for name in result.put_back)
+    assert result.met and "bits8" in set(result.put_back.values()) <= {"bits8", "float"}
+    assert model.bits8_layers | model.float_layers == set(result.put_back) >= set(FAULTS)
+    assert all(model.sites[f"{name}.weight"].format.bits == 8 for name in model.bits8_layers)
     assert any("with 8-bit weights" in sentence for sentence in result.decisions)
