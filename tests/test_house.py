@@ -15,7 +15,7 @@ FILES = {path.relative_to(ROOT).as_posix(): path for path in sorted(ROOT.rglob("
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 
 #: A table of a runtime each; the entry point.
-SMALL = {"targets/openvino.py", "targets/tensorrt.py", "cli/__main__.py"}
+SMALL = {"targets/openvino.py", "targets/tensorrt.py", "cli/__main__.py", "__main__.py"}
 
 #: Functions of more than eight parameters: the faces of the ladder, compiled loops, operators of torch and ONNX.
 WIDE = {

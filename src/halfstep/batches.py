@@ -11,6 +11,7 @@ Batches through a model side by side, as many as memory has room for.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import time
@@ -55,6 +56,9 @@ class InPieces(nn.Module):
         model: what runs.
     """
 
+    #: Other ranks of a run make their own of the model that they have.
+    known_by_name = False
+
     def __init__(self, model: QuantizedModel) -> None:
         super().__init__()
         self.model = model
@@ -62,6 +66,10 @@ class InPieces(nn.Module):
         self._tried: dict[
             object, tuple[_Cut, float]
         ] = {}  # one that gave the whole answer, and seconds without it
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As on another rank: the one that goes on finding out there how its model is fastest."""
+        return in_pieces, (self.model,)
 
     def __getattr__(self, name: str) -> Any:
         """Whatever else a metric's function asks of a model is the model's."""
@@ -166,6 +174,12 @@ def _sizes(count: int) -> list[int]:
     """
     share = min(-(-count // torch.get_num_threads()), (count + 1) // 2)
     return [size for size in (share, *(size for size in SIZES if size < share)) if size > 1]
+
+
+@functools.lru_cache(maxsize=1)
+def in_pieces(model: QuantizedModel) -> InPieces:
+    """The model in pieces, the same again for the same model."""
+    return InPieces(model)
 
 
 def scored(model: QuantizedModel, scorer: Scorer) -> nn.Module:

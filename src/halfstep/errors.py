@@ -14,6 +14,7 @@
     │   └── DivergedError    a loss or gradient became NaN or infinite; the last good state was kept
     ├── ExportError          the graph cannot be written
     │   └── RefusedError     the file would not be what was simulated, or its runtime does not take it
+    ├── RankError            a rank of torch.distributed was lost, or was given something else than rank 0
     └── RunError             a run directory that cannot be used or belongs to something else
 
 Low code raises the plain fact; the boundary that knows the layer's name adds it with :func:`named`.
@@ -71,6 +72,10 @@ class ExportError(HalfstepError):
 
 class RefusedError(ExportError):
     """The file of a model is not what was simulated, or its runtime does not take it: another model's may be."""
+
+
+class RankError(HalfstepError):
+    """A rank of ``torch.distributed`` was lost, is not there in time, or was given something else than rank 0."""
 
 
 class RunError(HalfstepError):

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from halfstep.calibrators.calibrator import Calibrator, WeightCalibrator
+from halfstep.distributed import StatePart
+from halfstep.fake_quantize import Mode
 from halfstep.graph.placement import Choices
 from halfstep.model import QuantizedModel
 from halfstep.precision import STEPS
@@ -66,6 +68,63 @@ class Snapshot:
             site.histogram, site.channels = seen.histogram, seen.channels
             site.calibrated_by = seen.calibrated_by
         return self.model
+
+
+class ModelReplica:
+    """Keeps the model of every rank of a run what rank 0's is: what it computes, and its sample; not what it saw.
+
+    Args:
+        model: this rank's.
+    """
+
+    def __init__(self, model: QuantizedModel) -> None:
+        self.model = model
+        self._choices = self._sample = 0  # how often they changed
+        self._last: tuple[object, list[object]] = None, []
+
+    def parts(self) -> dict[str, StatePart]:
+        """The state by modules, which of them take part, and the layers at each step towards float."""
+        model, sample = self.model, [*self.model.sample]
+        choices = {name: sorted(layers) for name, layers in put_back_in(model).items()}
+        known, kept = self._last
+        self._choices += choices != known
+        if len(kept) != len(sample) or any(old is not new for old, new in zip(kept, sample, strict=True)):
+            self._sample += 1
+        self._last = choices, list(sample)
+        by_module: dict[str, dict[str, torch.Tensor]] = {}
+        for name, tensor in model.state_dict().items():
+            if not name.endswith("_extra_state"):
+                by_module.setdefault(name.rpartition(".")[0], {})[name] = tensor
+        modes = {name: site.mode.value for name, site in model.sites.items()}
+        active = {name: shift.active for name, shift in model.shifts.items()}
+        # With other layers in float quantizers may be other modules: all of them are sent.
+        return {
+            "choices": StatePart(choices),
+            **{
+                f"module {name}": StatePart(self._choices if name.startswith("quantizers") else 0, tensors)
+                for name, tensors in by_module.items()
+            },
+            "modes": StatePart((model.mode.value, modes, active, self._choices)),
+            "sample": StatePart(self._sample, large=sample),
+        }
+
+    def take(self, parts: Mapping[str, StatePart]) -> None:
+        """Be what rank 0's model is, of which these parts have changed."""
+        model = self.model
+        if "choices" in parts:
+            model.compensations.forget()
+            model.choose(Choices(**{name: frozenset(some) for name, some in parts["choices"].plain.items()}))
+        state = {key: tensor for part in parts.values() for key, tensor in part.tensors.items()}
+        model.load_state_dict(state, strict=False)
+        if "modes" in parts:
+            mode, modes, active, _ = parts["modes"].plain
+            model.mode = Mode(mode)
+            for name, site in model.sites.items():
+                site.mode = Mode(modes[name])
+            for name, shift in model.shifts.items():
+                shift.active = active[name]
+        if "sample" in parts:
+            model.sample = parts["sample"].large
 
 
 @contextmanager

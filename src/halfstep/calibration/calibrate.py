@@ -14,8 +14,10 @@ from torch.utils import _pytree as pytree
 from halfstep.batches import abreast
 from halfstep.calibration.candidates import BEFORE, FLOAT, BestOf, Candidate, Sweep
 from halfstep.calibration.diagnostics import BATCH, concerns, sentences
+from halfstep.calibration.shards import gather_shares
 from halfstep.calibration.sweep import sweep, sweep_activations
 from halfstep.calibrators import Calibrator, Max, WeightCalibrator
+from halfstep.distributed import share
 from halfstep.errors import ArgumentError, DataError, named
 from halfstep.fake_quantize import Mode
 from halfstep.fidelity.compare import Fidelity, Measure, Reference
@@ -75,10 +77,13 @@ def observe(
     seen = 0
     ordered = any(module.histogram.keeps_batch_ranges for module in activation_sites(model).values())
 
+    mine, count = share(), 0
+
     def work(index: int, inputs: ModelInputs) -> ModelInputs:
-        BATCH.set(index)
-        with named(f"calibration batch {index}"):
-            run(model, inputs)
+        if mine.has(index):
+            BATCH.set(index)
+            with named(f"calibration batch {index}"):
+                run(model, inputs)
         return inputs
 
     with model.using(Mode.OBSERVE), torch.no_grad():
@@ -86,11 +91,13 @@ def observe(
             model, work, _own(model, track(model.captured.batches(batches), "observing")), ordered
         ):
             _keep(model, inputs)
-            seen += model.captured.batch_size(inputs)
+            seen, count = seen + model.captured.batch_size(inputs), count + 1
+    mine.same("batches of calibration data:", count, "give every rank the same data, all of them")
     if not seen:
         raise DataError(
             "calibration data: got no batch, needed at least one (a generator can be used only once)"
         )
+    gather_shares(model)
     kept = kept_examples(model)
     if kept < min(SAMPLE_LEAST, seen):
         each = sum(tensor.nbytes for batch in model.sample for tensor in tensors_of(batch)) / kept
@@ -117,6 +124,11 @@ def _own(model: QuantizedModel, batches: Iterable[ModelInputs]) -> Iterator[Mode
 
 
 def _keep_batch_ranges(model: QuantizedModel) -> None:
+    if share().size > 1:
+        raise ArgumentError(
+            "batch_ranges: got True on several ranks, which see a part of the batches each; MovingAverage needs their "
+            "order: observe on one"
+        )
     for name, module in activation_sites(model).items():
         if module.histogram.keeps_batch_ranges:
             continue

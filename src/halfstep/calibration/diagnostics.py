@@ -235,6 +235,10 @@ class _ByTurns(Histogram):
         super().__init__()
         self._halves = halves
 
+    @property
+    def parts(self) -> tuple[Histogram, ...]:
+        return self._halves
+
     def update(self, x: Tensor) -> int:
         return self._halves[BATCH.get() % 2].update(x)
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from halfstep.distributed import share
 from halfstep.errors import ArgumentError, DataError, named
+from halfstep.fake_quantize import FakeQuantize
 from halfstep.files import write_whole
 from halfstep.model import QuantizedModel
 from halfstep.ranges import activation_sites
+from halfstep.statistics import ChannelRange, Histogram
 
 _KIND = {"halfstep": "statistics, version 1"}
 
@@ -76,6 +81,75 @@ def gather_statistics(model: QuantizedModel) -> None:
         module.forget()
     for state in states:
         _add(model, state)
+
+
+def gather_shares(model: QuantizedModel) -> None:
+    """Let the sites hold on rank 0 what all ranks of a run have seen, each its share of the batches.
+
+    What is merged are counts and the ends of the stream: the result is that of one process, bit for bit. Elsewhere the
+    sites are left with nothing, so that nothing is counted twice.
+    """
+    mine = share()
+    if mine.size == 1:
+        return
+    sites = activation_sites(model)
+    own = [_Part.of(module) for module in sites.values()]
+    merged = mine.reduced(own, _merged, "histograms")
+    for module, part in zip(sites.values(), merged, strict=True):
+        (part if mine.leads else part.emptied()).put(module)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What a site has seen, as it is sent: the parts of its histogram, and the ranges of its channels."""
+
+    histograms: tuple[dict[str, Tensor], ...]
+    channels: dict[str, Tensor] | None
+    axis: int = 0
+
+    @classmethod
+    def of(cls, module: FakeQuantize) -> _Part:
+        states = tuple(histogram.state_dict() for histogram in module.histogram.parts)
+        if module.channels is None:
+            return cls(states, None)
+        return cls(states, module.channels.state_dict(), module.channels.axis)
+
+    def merged(self, other: _Part) -> _Part:
+        states = []
+        for one, two in zip(self.histograms, other.histograms, strict=True):
+            both = _loaded(Histogram(), one)
+            both.merge(_loaded(Histogram(), two))
+            states.append(both.state_dict())
+        if self.channels is None or other.channels is None:
+            return _Part(tuple(states), None)
+        channels = _loaded(ChannelRange(self.axis), self.channels)
+        channels.merge(_loaded(ChannelRange(self.axis), other.channels))
+        return _Part(tuple(states), channels.state_dict(), self.axis)
+
+    def emptied(self) -> _Part:
+        """The same parts, which have seen nothing."""
+        nothing = tuple(Histogram().state_dict() for _ in self.histograms)
+        return _Part(
+            nothing, None if self.channels is None else ChannelRange(self.axis).state_dict(), self.axis
+        )
+
+    def put(self, module: FakeQuantize) -> None:
+        for histogram, state in zip(module.histogram.parts, self.histograms, strict=True):
+            histogram.load_state_dict(state)
+        if module.channels is not None and self.channels is not None:
+            module.channels.load_state_dict(self.channels)
+
+
+def _merged(one: list[_Part], two: list[_Part]) -> list[_Part]:
+    return [part.merged(other) for part, other in zip(one, two, strict=True)]
+
+
+Seen = TypeVar("Seen", Histogram, ChannelRange)
+
+
+def _loaded(seen: Seen, state: dict[str, Tensor]) -> Seen:
+    seen.load_state_dict(state)
+    return seen
 
 
 def _state(model: QuantizedModel) -> dict[str, Tensor]:

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -42,6 +43,14 @@ err = error_stream()
 def progress() -> AbstractContextManager[None]:
     """Live progress on the error stream, gone when done; the output stream stays clean for ``--json``."""
     return bars(err)
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Neither progress nor warnings: another process shows them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def print_json(value: Any) -> None:

@@ -12,6 +12,8 @@ import typer
 from halfstep.cli.console import (
     FRESH,
     INTERRUPTED,
+    MET,
+    NOT_MET,
     Fresh,
     Json,
     Threads,
@@ -21,6 +23,7 @@ from halfstep.cli.console import (
     err,
     finish,
     progress,
+    silence,
 )
 
 
@@ -178,11 +181,14 @@ def quantize(
 
     The same command again goes on where an earlier one was interrupted.
 
+    torchrun --nproc-per-node 4 -m halfstep quantize ... shares the work among four processes.
+
     Training, the last rung, needs a configuration: see halfstep init.
 
     The exit code is 0 if the target is met, 3 if it is not.
     """
     from halfstep.cli.job import CONFIG, Job, config_from
+    from halfstep.distributed import joined
     from halfstep.errors import RunError
     from halfstep.journal import Journal
     from halfstep.ladder.climb import RUNGS, find_rungs
@@ -227,11 +233,13 @@ def quantize(
     again = shlex.join(["halfstep", *(argument for argument in sys.argv[1:] if argument != FRESH)])
     folder = Path(config.directory)
     try:
-        with progress():
+        with joined() as leads, progress() if leads else silence():
             job = Job.load(config)
             metrics, training = job.metrics(), job.training()
-            with Journal(folder, fresh) as journal:
-                if not journal.resumed:  # so that what is finished before an interruption can be exported
+            with Journal(folder if leads else None, fresh) as journal:
+                if (
+                    leads and not journal.resumed
+                ):  # so that what is finished before an interruption can be exported
                     job.keep(folder / CONFIG)
             outcome = climb(
                 job.model,
@@ -261,6 +269,8 @@ def quantize(
     except KeyboardInterrupt:
         err.print(f"interrupted; to go on where it stopped: {again}", style="red", soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None
+    if not leads:
+        raise typer.Exit(MET if outcome.met else NOT_MET)
     try:
         job.keep(folder / CONFIG)
     except RunError as error:  # the run is done, whatever became of the notes on it

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -30,13 +31,17 @@ class Shuffled:
     """
 
     def __init__(self, batches: Sequence[tuple[Any, Any]], seed: int = 0) -> None:
-        self.batches = batches
+        self.batches, self.seed = batches, seed
         sizes = torch.tensor([len(pytree.tree_leaves(batch)[0]) for batch in batches])
         self._ends = sizes.cumsum(0)
         self._size = int(sizes.max())
         self.count = int(self._ends[-1])
         #: The place of each drawn example in the data as given, (n,).
         self.order = torch.randperm(self.count, generator=torch.Generator().manual_seed(seed))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Made again of the same batches, which every rank of a run has."""
+        return Shuffled, (self.batches, self.seed)
 
     def drawn(self, start: int = 0) -> Iterator[tuple[Any, Any]]:
         """Batches of the examples from the ``start``-th drawn one on, as large as the given ones."""
@@ -55,6 +60,17 @@ class Shuffled:
             yield pytree.tree_map(
                 lambda *leaves, back=back: torch.cat(leaves)[back.to(leaves[0].device)], *parts
             )
+
+
+@dataclass(frozen=True)
+class Rest:
+    """The batches of :meth:`Shuffled.drawn` from an example on, as often as they are iterated."""
+
+    shuffled: Shuffled
+    start: int
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        return self.shuffled.drawn(self.start)
 
 
 def cannot_shuffle(labelled: object) -> str:
@@ -218,7 +234,7 @@ class EarlyStopping:
         Those come around again where examples cannot be picked, and are dropped.
         """
         if self._shuffled is not None:
-            yield from self.metric.stream(model, self._shuffled.drawn(seen))
+            yield from self.metric.stream(model, Rest(self._shuffled, seen))
             return
         for batch in self.metric.stream(model):
             rest = batch[seen:]

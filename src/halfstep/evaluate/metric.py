@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from halfstep.distributed import together
 from halfstep.errors import HalfstepError, MetricError
 from halfstep.evaluate.score import Answer, DataMetric, Labelled, Score, Scorer, some
 from halfstep.evaluate.set_metric import accumulates
@@ -149,15 +150,21 @@ class CallableMetric:
         higher_is_better: False for errors and losses.
     """
 
+    #: On several ranks each has its own.
+    known_by_name = True
+
     def __init__(self, function: Callable[[Any], float], higher_is_better: bool = True) -> None:
         self.function, self.higher_is_better = function, higher_is_better
 
     def evaluate(self, model: Callable[..., Any]) -> Score:
-        """Score ``model`` by calling the function.
+        """Score ``model`` by calling the function; on several ranks of a run all of them call it, and rank 0's counts.
 
         Raises:
             MetricError: if it raises, or returns something that is no finite number.
         """
+        return together(CallableMetric._evaluate, self, model)
+
+    def _evaluate(self, model: Callable[..., Any]) -> Score:
         try:
             with torch.no_grad():
                 value = float(self.function(model))

@@ -5,6 +5,7 @@ What metrics over labelled data have in common: one pass, batch by batch.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
+from halfstep.distributed import in_turns
 from halfstep.errors import MetricError, named
 from halfstep.evaluate.resampling import Resampled
 from halfstep.graph.inputs import ModelInputs, call_arguments
@@ -116,6 +118,9 @@ class DataMetric(ABC):
         higher_is_better: False for errors and losses.
     """
 
+    #: On several ranks each has its own: metrics and their data are not sent.
+    known_by_name = True
+
     def __init__(self, labelled: Labelled, higher_is_better: bool = True) -> None:
         self.labelled = list(labelled) if isinstance(labelled, Iterator) else labelled
         self.higher_is_better = higher_is_better
@@ -145,6 +150,8 @@ class DataMetric(ABC):
     def stream(self, model: Callable[..., Any], labelled: Labelled | None = None) -> Iterator[Any]:
         """What :meth:`scores` makes of each batch, one by one, so that one can stop in between.
 
+        On several ranks of a run each takes every so many-th batch.
+
         Args:
             model: called on each batch of inputs.
             labelled: batches to score instead of the metric's own.
@@ -152,8 +159,8 @@ class DataMetric(ABC):
         Raises:
             MetricError: as :meth:`evaluate`.
         """
-        for answer in answers(model, self.labelled if labelled is None else labelled):
-            yield self.scores(answer)
+        batches = self.labelled if labelled is None else labelled
+        yield from in_turns(functools.partial(_scored, self, model), batches)
 
     @abstractmethod
     def scores(self, answer: Answer) -> Any:
@@ -176,15 +183,27 @@ def answers(model: Callable[..., Any], labelled: Labelled) -> Iterator[Answer]:
         DataError: naming the batch, if its inputs are not what the model takes.
     """
     for index, item in enumerate(labelled):
-        if not (isinstance(item, (tuple, list)) and len(item) == 2):
-            raise MetricError(
-                f"metric: batch {index} is a {type(item).__name__}, needed a pair (inputs, labels)"
-            )
-        inputs, labels = item
-        args, kwargs = call_arguments(inputs)
-        with named(f"metric: batch {index}"), torch.no_grad():
-            outputs = model(*args, **kwargs)
-        yield Answer(inputs, outputs, labels, index)
+        yield answer_to(model, index, item)
+
+
+def answer_to(model: Callable[..., Any], index: int, item: Any) -> Answer:
+    """The model's answer to one batch, without gradients.
+
+    Raises:
+        MetricError: if the batch is no pair (inputs, labels).
+        DataError: naming the batch, if its inputs are not what the model takes.
+    """
+    if not (isinstance(item, (tuple, list)) and len(item) == 2):
+        raise MetricError(f"metric: batch {index} is a {type(item).__name__}, needed a pair (inputs, labels)")
+    inputs, labels = item
+    args, kwargs = call_arguments(inputs)
+    with named(f"metric: batch {index}"), torch.no_grad():
+        outputs = model(*args, **kwargs)
+    return Answer(inputs, outputs, labels, index)
+
+
+def _scored(metric: DataMetric, model: Callable[..., Any], index: int, item: Any) -> Any:
+    return metric.scores(answer_to(model, index, item))
 
 
 def some(batches: Sequence[Any]) -> Sequence[Any]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from halfstep.distributed import in_turns
 from halfstep.errors import MetricError, named
 from halfstep.evaluate.against_float import AgainstFloat, Agreement, answered
 from halfstep.evaluate.metric import Accuracy, as_scorer
-from halfstep.evaluate.score import DataMetric, Labelled, Score, Scorer, answers
+from halfstep.evaluate.score import DataMetric, Labelled, Score, Scorer, answer_to
 
 
 class Several:
@@ -62,15 +64,26 @@ class Several:
     def _shared(self, names: Sequence[str], model: Callable[..., Any]) -> dict[str, Score]:
         metrics = {name: metric for name in names if isinstance(metric := self.metrics[name], DataMetric)}
         taken: dict[str, list[Any]] = {name: [] for name in names}
-        for answer in answers(model, metrics[names[0]].labelled):
-            for name, metric in metrics.items():
-                with named(f"{name!r}"):
-                    taken[name].append(metric.scores(answer))
+        work = functools.partial(_scored_by_each, metrics, model)
+        for scores in in_turns(work, metrics[names[0]].labelled):
+            for name in names:
+                taken[name].append(scores[name])
         found = {}
         for name, metric in metrics.items():
             with named(f"{name!r}"):
                 found[name] = metric.joined(taken[name])
         return found
+
+
+def _scored_by_each(
+    metrics: Mapping[str, DataMetric], model: Callable[..., Any], index: int, item: Any
+) -> dict[str, Any]:
+    """What each metric keeps of a batch."""
+    answer, found = answer_to(model, index, item), {}
+    for name, metric in metrics.items():
+        with named(f"{name!r}"):
+            found[name] = metric.scores(answer)
+    return found
 
 
 def as_scorers(metric: Any) -> Scorer:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from halfstep.batches import abreast
+from halfstep.distributed import keep, share, together
 from halfstep.errors import ArgumentError, DataError, MetricError, NotObservedError
 from halfstep.evaluate import class_axis
 from halfstep.fake_quantize import Mode
@@ -270,11 +271,15 @@ class Reference:
         NotObservedError: nothing was kept, since nothing was observed.
     """
 
+    #: Every rank of a run makes its own of the same examples, see :func:`.keep`.
+    known_by_name = True
+
     def __init__(
         self, model: QuantizedModel, examples: int = 256, batches: Sequence[ModelInputs] | None = None
     ) -> None:
         if examples < 1:
             raise ArgumentError(f"examples: got {examples}, needed at least 1")
+        keep(self, model, examples, batches)
         batches = model.sample if batches is None else batches
         if not batches:
             raise NotObservedError("no example was kept to compare outputs on; run observe() first")
@@ -293,18 +298,27 @@ class Reference:
         self.passes = 1
 
     def compare(self, model: QuantizedModel, what: str = "comparing") -> Fidelity:
-        """Run ``model`` as it stands over the examples, and compare."""
+        """Run ``model`` as it stands over the examples, and compare; the ranks of a run share the batches."""
+        self.passes += 1
+        found = together(Reference.compared_batches, self, model, what)
+        divergence, noise = (sum(column) for column in zip(*found, strict=True))
+        return Fidelity(divergence / self._decisions, decibels(self._signal, noise))
 
-        def work(index: int, batch: ModelInputs) -> tuple[float, float]:
+    def compared_batches(self, model: QuantizedModel, what: str) -> list[tuple[float, float]]:
+        """Divergence and noise of each batch, where they are this rank's share or it is rank 0."""
+        mine = share()
+
+        def work(index: int, batch: ModelInputs) -> tuple[float, float] | None:
+            if not mine.has(index):
+                return None
             wanted, got = self._outputs[index], self.compared(run(model, batch))
             divergence = float(divergences(wanted[0], got[0]).sum()) if self.has_classes else math.nan
             return divergence, error_power(wanted, got)
 
         with torch.no_grad():
             found = list(abreast(model, work, track(self.batches, what)))
-        self.passes += 1
-        divergence, noise = (sum(column) for column in zip(*found, strict=True))
-        return Fidelity(divergence / self._decisions, decibels(self._signal, noise))
+        parts = mine.gather(found, "outputs compared")
+        return [parts[index % mine.size][index] for index in range(len(found))] if mine.leads else []
 
     @property
     def has_classes(self) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from halfstep.batches import example_bytes
+from halfstep.distributed import share, together
 from halfstep.errors import ArgumentError, MetricError, NotObservedError
 from halfstep.evaluate import (
     Accuracy,
@@ -75,7 +76,7 @@ class Probe:
             raise ArgumentError(f"examples: got {examples}, needed at least 1")
         if not model.sample:
             raise NotObservedError("no example was kept to compare outputs on; run observe() first")
-        self.model, self.drop = model, drop
+        self.model, self.drop, self._most = model, drop, examples
         self.replay = Replay(model)
         self.passes = 0.0
         self._weighted = {n for n in self.replay.nodes if (op := describe(n)) and op.kind in WEIGHTED}
@@ -113,12 +114,47 @@ class Probe:
             outputs = self.replay.outputs(self.replay.run(self.batches[0]))
         return default_measure(float_tensors(outputs), bool(self.model.captured.parts))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Made again of the same model, as on another rank of a run; the metric is rank 0's."""
+        return Probe, (self.model, None, self._most)
+
+    def losses_of(
+        self,
+        float_layers: Sequence[frozenset[str]],
+        by: Measure,
+        base: frozenset[str] | None = None,
+        what: str = "",
+    ) -> list[float]:
+        """:meth:`losses` of the model with each set of layers in float; the ranks of a run share them.
+
+        Args:
+            float_layers: the sets.
+            by: as for :meth:`losses`.
+            base: a set that they are near; None for the float network.
+            what: as for :meth:`losses`.
+        """
+        lost, passes = together(Probe._losses_of, self, float_layers, by, base, what)
+        self.passes = passes
+        return lost
+
+    def _losses_of(
+        self, float_layers: Sequence[frozenset[str]], by: Measure, base: frozenset[str] | None, what: str
+    ) -> tuple[list[float], float]:
+        own = [index for index in range(len(float_layers)) if share().has(index)]
+        placed = self.wirings([*([] if base is None else [base]), *(float_layers[index] for index in own)])
+        first = FLOAT if base is None else placed.pop(0)
+        wires = [FLOAT] * len(float_layers)  # those of other ranks are not looked at here
+        for index, own_wires in zip(own, placed, strict=True):
+            wires[index] = own_wires
+        return self.losses(wires, by, first, what), self.passes
+
     def losses(
         self, candidates: Sequence[Wiring], by: Measure, base: Wiring = FLOAT, what: str = ""
     ) -> list[float]:
         """How far each candidate's outputs are from the float network's.
 
-        Each candidate is computed from ``base`` by redoing only what depends on the difference.
+        Each candidate is computed from ``base`` by redoing only what depends on the difference. Ranks that share the
+        work take every so many-th candidate, and rank 0 has the losses of all.
 
         Args:
             candidates: where the quantizers sit.
@@ -134,25 +170,38 @@ class Probe:
         Raises:
             ArgumentError: ``"kl"`` of outputs that are no logits.
         """
-        totals = torch.zeros(len(candidates), dtype=torch.float64)
+        mine = share()
+        own = [index for index in range(len(candidates)) if mine.has(index)]
+        found: list[
+            dict[int, tuple[float, int]]
+        ] = []  # a batch each: loss and layers computed again, by candidate
         weight = 0.0
-        total = len(self.batches) * len(candidates)
+        total = len(self.batches) * len(own)
         with quantizing([base, *candidates]), steps(what or "comparing outputs", total) as advance:
             for inputs in self.batches:
-                size = self.model.captured.batch_size(inputs)
                 values = self.replay.run(inputs)
                 wanted = self.replay.outputs(values)
                 scale = balanced(self.model.captured, [wanted])
                 if base:
                     values = self.replay.run(inputs, base)
-                self.passes += size * (2 if base else 1)
                 weight += loss_weight(wanted, by, scale)
-                for index, wires in enumerate(candidates):
-                    changed = self.replay.change(values, base, wires)
-                    totals[index] += _loss(wanted, self.replay.outputs({**values, **changed}), by, scale)
-                    redone = sum(node in self._weighted for node in changed)
-                    self.passes += size * redone / max(len(self._weighted), 1)
+                found.append({})
+                for index in own:
+                    changed = self.replay.change(values, base, candidates[index])
+                    loss = _loss(wanted, self.replay.outputs({**values, **changed}), by, scale)
+                    found[-1][index] = loss, sum(node in self._weighted for node in changed)
                     advance(1)
+        parts = mine.gather(found, "losses")
+        if not mine.leads:
+            return []
+        totals = torch.zeros(len(candidates), dtype=torch.float64)
+        for place, inputs in enumerate(self.batches):
+            size = self.model.captured.batch_size(inputs)
+            self.passes += size * (2 if base else 1)
+            for index in range(len(candidates)):
+                loss, redone = parts[index % mine.size][place][index]
+                totals[index] += loss
+                self.passes += size * redone / max(len(self._weighted), 1)
         return [math.inf if math.isnan(loss) else loss for loss in (totals / weight).tolist()]
 
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 
 import torch
 
-from halfstep.errors import ArgumentError, HalfstepError, RefusedError, RunError
+from halfstep.errors import ArgumentError, HalfstepError, RankError, RefusedError, RunError
 from halfstep.evaluate import Score
 from halfstep.fake_quantize import Mode
 from halfstep.graph.place import place
@@ -248,7 +248,8 @@ def _climb(search: Search, rung: Rung) -> RungResult:
         note = f"the budget is spent: {spent}"
         search.decide(f"{rung.title} ended early, {note}")
     except HalfstepError as error:
-        if search.best is None or isinstance(error, RunError):  # nothing to hand back, or nowhere to keep it
+        # Nothing to hand back, nowhere to keep it, or nobody left to go on with.
+        if search.best is None or isinstance(error, (RunError, RankError)):
             raise
         note = f"it failed: {error}"
         search.decide(f"{rung.title} ended early, {note}")

@@ -214,7 +214,7 @@ def claim_run(
     surroundings = [each.surroundings for each in identities.values()]
     if journal.changed("surroundings", digests=surroundings):
         unseen.append("global variables that the metric's code refers to, which are not what they were")
-    judged = _labelled_examples(scorer, prepared.captured)
+    judged = labelled_examples(scorer, prepared.captured)
     if judged.seen:
         _claim_examples(journal, judged)
     unseen += [f"labelled data {what}" for what in judged.unknown]
@@ -248,7 +248,8 @@ def _metric_identity(scorer: Scorer) -> Identity:
     return Identity(type(scorer), state)
 
 
-def _labelled_examples(scorer: Scorer, captured: Captured) -> Examples:
+def labelled_examples(scorer: Scorer, captured: Captured) -> Examples:
+    """The examples that the metrics judge on, where they can be seen."""
     judged = Examples(captured)
     for batches in labelled_data(scorer):
         for item in batches:

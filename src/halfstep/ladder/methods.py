@@ -52,7 +52,7 @@ class Alone:
                 _drop(probe, state, f"only {group.name} quantized")
                 for state, group in zip(states, groups, strict=True)
             ]
-        return probe.losses(probe.wirings(states), self.by, what="one layer quantized at a time")
+        return probe.losses_of(states, self.by, what="one layer quantized at a time")
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,10 @@ class Spared:
                 base - _drop(probe, state, f"{group.name} in float")
                 for state, group in zip(states, groups, strict=True)
             ]
-        wires = probe.wirings([probe.model.float_layers, *states])
-        lost, *left = probe.losses(wires, self.by, wires[0], "one layer in float at a time")
+        quantized = probe.model.float_layers
+        lost, *left = probe.losses_of(
+            [quantized, *states], self.by, quantized, "one layer in float at a time"
+        )
         return [lost - loss for loss in left]
 
 

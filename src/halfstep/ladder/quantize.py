@@ -9,6 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import nn
 from halfstep.calibration.calibrate import observe
 from halfstep.calibration.diagnostics import (
     Seen,
+    SiteConcern,
     halving,
     look,
     lost_parts,
@@ -25,6 +27,7 @@ from halfstep.calibration.diagnostics import (
     unlike_sites,
     watching,
 )
+from halfstep.distributed import Crew, crew, share, together
 from halfstep.errors import ArgumentError, CaptureError
 from halfstep.evaluate import Scorer, as_scorers, labelled_data, parts
 from halfstep.export.onnx import export_float
@@ -46,6 +49,7 @@ from halfstep.ladder.outcome import Outcome
 from halfstep.ladder.pace import CHECKED, FLOAT, UNCHECKED, Exports, Pace, check_latency
 from halfstep.ladder.partial import Partial
 from halfstep.ladder.qat import QAT
+from halfstep.ladder.ranks import agree, follow
 from halfstep.ladder.repairs import refit
 from halfstep.ladder.rung import Rung
 from halfstep.ladder.search import Search, float_evaluation
@@ -196,6 +200,10 @@ def quantize(
     with the earlier call's by their content, for which data are read once more; with others the directory is refused.
     Of what cannot be compared (what a function reads) a part of the float model's scores is taken again.
 
+    In every process of an initialised ``torch.distributed`` (gloo or nccl), all of which make the same call with the
+    same model and all of the data, the work is shared: docs/scaling.md says how. Rank 0 decides and writes; the outcome
+    is the same on all, and the one that a single process would have.
+
     Args:
         model: a trained module, or the path of an ONNX file; left untouched. In half precision or float64 it is
             computed in float32, and its own scores are what the drop is measured from; inputs may come in its type or
@@ -259,13 +267,18 @@ def quantize(
     aim = GoalSpec(max_drop, relative_drop, floor, confidence, strict)
     found, recipe = find_target(target), recipe or Recipe.int8()
     check_latency(latency, found)
-    _check_directory(model, directory)
-    with shown(progress), Journal(directory, fresh) as journal, tempfile.TemporaryDirectory() as name:
+    with (
+        crew() as ranks,
+        shown(progress and ranks.leads),
+        Journal(_checked_directory(ranks, model, directory), fresh) as journal,
+        tempfile.TemporaryDirectory() as name,
+    ):
         _check_new(journal)
         temporary = Path(name)
         scorer = as_scorers(metric)
         aim.check(scorer)
         settled = settle(recipe, found, journal.entries)
+        settled = replace(settled, portable=ranks.everyone.told(settled.portable))
         prepared = prepare(
             model,
             example_inputs,
@@ -280,12 +293,15 @@ def quantize(
         calibration = prepared.captured.batches(calibration)
         for rung in ladder:
             rung.check(prepared)
+        if not ranks.leads:
+            return follow(ranks, prepared, scorer, calibration, training)
         with steps("exporting the float network"):  # what cannot be deployed is known now
             float_file = export_float(prepared, temporary / FLOAT)
         claimed = claim_run(journal, prepared, scorer, aim, training)
         if recipe.portable is None:
             journal.write(PORTABLE, portable=settled.portable)
         scorer = knowing_float(scorer, prepared)
+        agree(ranks, prepared, scorer, calibration, training, claimed.judged)
         search = _begin(journal, prepared, scorer, aim, calibration, budget or Budget(), claimed)
         search.started, search.threads = started, threads
         _write_settings(search, ladder, aim, command, latency)
@@ -295,15 +311,17 @@ def quantize(
         path = ascend(search, ladder, tune, score_file, pace)
         if tune or (pace is not None and search.best is not None and not pace.enough(search, search.best)):
             tune_for_speed(search, threads, score_file)
-        return deploy(search, path, exports, journal.folder or temporary, float_file, threads, pace)
+        return ranks.end(
+            deploy(search, path, exports, journal.folder or temporary, float_file, threads, pace)
+        )
 
 
-def _check_directory(
-    model: nn.Module | str | Path | Mapping[str, nn.Module], directory: str | Path | None
-) -> None:
-    """Raise where a file of the run would take the place of the one that the network is read from."""
-    if directory is None:
-        return
+def _checked_directory(
+    ranks: Crew, model: nn.Module | str | Path | Mapping[str, nn.Module], directory: str | Path | None
+) -> str | Path | None:
+    """The run's directory, which only rank 0 has; raise where a file of the run would take the network's own place."""
+    if directory is None or not ranks.leads:
+        return None
     for network in model.values() if isinstance(model, Mapping) else (model,):
         if isinstance(network, nn.Module):
             source = None if (origin := origin_of(network)) is None else origin.source.path
@@ -315,6 +333,7 @@ def _check_directory(
                     f"directory: {directory} holds {taken.name}, which the network is read from and which the run "
                     "would write over; needed another directory"
                 )
+    return directory
 
 
 def _check_new(journal: Journal) -> None:
@@ -394,15 +413,27 @@ def _begin(
 
 def _observe(search: Search, calibration: Iterable[ModelInputs], judged: Examples, seen: Seen) -> list[str]:
     """Observe the calibration data and keep the statistics; what is to be said of the data, in sentences."""
-    model, calibrated = search.model, Examples(search.model.captured)
-    with halving(model) as unsteady:
-        observe(model, _watched(calibration, calibrated))
+    model = search.model
+    calibrated, unsteady = together(_observed, model, calibration)
     said = [*data_warnings(calibrated, judged), *sentences([*unlike_sites(model, seen), *unsteady])]
     if isinstance(calibration, (list, tuple)):
         search.journal.claim("calibration data", calibrated.contents())
     search.calibrated = len(calibrated.seen)
     search.checkpoints.keep_statistics(said, calibrated.seen)
     return said
+
+
+def _observed(
+    model: QuantizedModel, calibration: Iterable[ModelInputs]
+) -> tuple[Examples, list[SiteConcern]]:
+    """Observe the calibration data; their digests, and where their halves differ."""
+    calibrated = Examples(model.captured)
+    with halving(model) as unsteady:
+        observe(model, _watched(calibration, calibrated))
+        share().same(
+            "calibration data", calibrated.digest()[:8], "give every rank the same data in the same order"
+        )
+    return calibrated, unsteady
 
 
 def _compare(calibration: Iterable[ModelInputs], known: Sequence[bytes], search: Search) -> list[str]:

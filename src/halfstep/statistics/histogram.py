@@ -350,6 +350,11 @@ class Histogram:
         if "batch_ranges" in state:
             self._batch_ranges = [(low, high) for low, high in state["batch_ranges"].tolist()]
 
+    @property
+    def parts(self) -> tuple[Histogram, ...]:
+        """The histograms that this one consists of: itself."""
+        return (self,)
+
     def __repr__(self) -> str:
         if self.count == 0:
             return "Histogram(empty)"

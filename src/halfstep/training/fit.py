@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from halfstep.distributed import share, together
 from halfstep.errors import DivergedError, FormatError, NotObservedError, TrainingError, named
 from halfstep.fake_quantize import Mode
 from halfstep.graph.inputs import ModelInputs, move
 from halfstep.identity import Identity
 from halfstep.model import QuantizedModel
 from halfstep.progress import steps
+from halfstep.training.averaging import Averaging
 from halfstep.training.batches import (
     Batches,
     check_dependence,
@@ -126,6 +128,8 @@ def fit(
     A model that quantizes is trained through its quantizers; one that passes floats is trained as the float model
     that it is, which is the float control.
 
+    On several ranks of a run each takes a part of every batch, see :class:`.Averaging`; rank 0 judges and writes.
+
     Args:
         model: calibrated.
         training: what to do.
@@ -142,8 +146,34 @@ def fit(
         DataError: if the batches cannot be used.
         RunError: if the checkpoint cannot be written, or is another training's.
     """
-    with own_randomness():
-        return _Fit(model, training, judge, directory, stop or (lambda: False)).run()
+    return together(_fitted, model, training, _Rank0(judge, directory, stop), judge is not None)
+
+
+def _fitted(model: QuantizedModel, training: Training, rank0: _Rank0, judged: bool) -> Trained:
+    mine = share()
+    mine.spoil()
+    judge = rank0.judge if mine.leads else _nobody if judged else None
+    try:
+        with own_randomness():
+            return _Fit(model, training, judge, rank0.directory, rank0.stop or (lambda: False)).run()
+    finally:
+        mine.spoil()
+
+
+@dataclass(frozen=True)
+class _Rank0:
+    """What only rank 0 of a run has."""
+
+    judge: Judge | None = None
+    directory: Path | None = None
+    stop: Callable[[], bool] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Rank0, ()
+
+
+def _nobody(step: int) -> Judgement:
+    raise AssertionError("rank 0 judges")
 
 
 class _Fit:
@@ -160,7 +190,12 @@ class _Fit:
         self.model, self.training, self.judge, self.stop = model, training, judge, stop
         self.device = next(model.parameters()).device if list(model.parameters()) else torch.device("cpu")
         weights = trainable(model)
+        self.share = share()
+        self.averaging = Averaging(self.share, model)
         self.batches = Batches(training)
+        self.share.same(
+            "batches of training data:", self.batches.count, "give every rank the same data, all of them"
+        )
         self.planned = max(1, round(training.epochs * self.batches.count))
         self.every = max(1, round(training.evaluate_every * self.batches.count))
         self.path = directory / FILE if directory is not None else None
@@ -201,6 +236,9 @@ class _Fit:
         try:
             self._resume()
             self._loop()
+        except DivergedError:  # of another rank, perhaps
+            self.model.load_state_dict(self.good)
+            raise
         finally:
             if self.ranges is not None:
                 self.ranges.settle()
@@ -222,12 +260,11 @@ class _Fit:
             self._mark()
         with steps("training", self.planned) as advance:
             advance(self.step)
-            for index, inputs, labels in self._items():
-                if self.stop():
+            for index, inputs, labels in self.averaging.items(self._items()):
+                if self.share.told(self.stop()):
                     break
                 start = time.perf_counter()
-                with named(f"training batch {index}"):
-                    self._train(move(inputs, self.device), move(labels, self.device))
+                self._train(f"training batch {index}", inputs, labels)
                 self.seconds += time.perf_counter() - start
                 self.batch = inputs, labels
                 advance(1)
@@ -235,11 +272,13 @@ class _Fit:
                 if self.judge is not None and (last or self.step % self.every == 0):
                     self._mark()
                 if last or self.enough or self.step % self.training.checkpoint_every == 0:
-                    self._keep()
+                    with self.averaging.agreed():
+                        self._keep()
         if self.step < self.planned and not self.enough:  # it was stopped
             if self.judge is not None and self.marks[-1].step < self.step:
                 self._mark()
-            self._keep()
+            with self.averaging.agreed():
+                self._keep()
         if self.judge is not None:
             self.model.load_state_dict(self.good)
 
@@ -267,23 +306,22 @@ class _Fit:
 
     # one step
 
-    def _train(self, inputs: ModelInputs, labels: Any) -> None:
+    def _train(self, where: str, inputs: ModelInputs, labels: Any) -> None:
         if self.ranges is not None and not self.ranges.moving and self.step >= self.move_at:
             self.ranges.move(True)
         share = self.training.rate(self.step, self.planned)
         for group in self.optimizer.param_groups:
             group["lr"] = share * group["base"]
-        try:
-            loss = self._loss(inputs, labels)
-        except FormatError as error:  # a range that cannot be
-            raise self._diverged(f"{error}; {first_bad_value(self.model, inputs, self.enter)}") from error
-        value = loss.item()
-        if not math.isfinite(value):
-            raise self._diverged(
-                f"the loss became {value}; {first_bad_value(self.model, inputs, self.enter)}"
-            )
         self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
+        with self.averaging.agreed(), named(where):
+            value = self._forward_and_backward(inputs, labels)
+        value = self.averaging.mean(value)
+        self.averaging.gradients(self._parameters())
+        with named(where):
+            self._step(value)
+
+    def _step(self, value: float) -> None:
+        """Move along the gradients, unless they are not finite."""
         self.scaler.unscale_(self.optimizer)
         finite, scale = math.isfinite(self._gradient_norm()), self.scaler.get_scale()
         if finite:
@@ -296,6 +334,27 @@ class _Fit:
         self.optimizer.zero_grad()
         self.losses.append(value)
         self.step += 1
+
+    def _forward_and_backward(self, inputs: ModelInputs, labels: Any) -> float:
+        """The loss of this rank's part of a batch, whose gradients the parameters have then."""
+        part = self.averaging.part(inputs, labels)
+        if part is None:
+            return 0.0
+        inputs, labels = (move(each, self.device) for each in part)
+        try:
+            loss = self._loss(inputs, labels)
+        except FormatError as error:  # a range that cannot be
+            raise self._diverged(f"{error}; {first_bad_value(self.model, inputs, self.enter)}") from error
+        value = loss.item()
+        if not math.isfinite(value):
+            raise self._diverged(
+                f"the loss became {value}; {first_bad_value(self.model, inputs, self.enter)}"
+            )
+        self.scaler.scale(loss if self.averaging.weight == 1 else loss * self.averaging.weight).backward()
+        return value
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _update(self) -> None:
         """Move the weights along their gradients, and what follows them."""
@@ -319,7 +378,7 @@ class _Fit:
         return total
 
     def _gradient_norm(self) -> float:
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        parameters = self._parameters()
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.training.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.training.clip_norm, norm)
@@ -334,7 +393,8 @@ class _Fit:
         assert self.judge is not None
         settled = self.ranges.settled() if self.ranges is not None else nullcontext()
         with settled, own_randomness():
-            verdict = self.judge(self.step)
+            judge = self.judge
+            verdict = self.share.ask(lambda: judge(self.step))
             if not self.marks or verdict.drop < min(mark.drop for mark in self.marks):
                 self.good, self.best_step = self._state(), self.step
         self.marks.append(Mark(self.step, self.seconds, verdict.score, verdict.drop))
@@ -369,7 +429,7 @@ class _Fit:
         Checkpoint(position, parts).save(self.path, self.fingerprint)
 
     def _resume(self) -> None:
-        found = Checkpoint.load(self.path, self.fingerprint) if self.path else None
+        found = self.share.told(Checkpoint.load(self.path, self.fingerprint) if self.path else None)
         if found is None:
             return
         self.model.load_state_dict(found.parts["model"])

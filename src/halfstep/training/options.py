@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -86,6 +86,9 @@ class Training:
 
     Source of the schedule: Wu et al. 2020, "Integer Quantization for Deep Learning Inference", section 5.
     """
+
+    #: On several ranks of a run each has its own.
+    known_by_name: ClassVar[bool] = True
 
     labelled: Labelled
     loss: Loss | None = None
