@@ -220,7 +220,11 @@ def test_a_budget_in_minutes_scores_what_was_trained_and_a_larger_one_goes_on(tm
 
 def test_a_finished_rung_is_restored_not_replayed(unbroken, tmp_path, monkeypatch):
     shutil.copytree(unbroken.folder, tmp_path / "run")
-    for work in ("halfstep.ladder.ptq.sweep", "halfstep.ladder.ptq.repair", "halfstep.ladder.partial.rank"):
+    for work in (
+        "halfstep.ladder.ptq.sweep",
+        "halfstep.ladder.ptq.repair",
+        "halfstep.ladder.sensitivity.rank",
+    ):
         monkeypatch.setattr(work, lambda *_, **__: pytest.fail("done before"))
     monkeypatch.setattr("halfstep.ladder.quantize.observe", lambda *_: pytest.fail("observed before"))
     climb(tmp_path / "run", tmp_path / "marks")
