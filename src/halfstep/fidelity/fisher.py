@@ -5,7 +5,7 @@ What each choice at a single site would do to the outputs, all sites and choices
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +15,11 @@ from torch import Tensor, fx
 
 from halfstep.evaluate import logits_of
 from halfstep.fake_quantize import FakeQuantize, Mode
-from halfstep.fidelity.compare import Measure, Reference, balanced, float_tensors
+from halfstep.fidelity.compare import Measure, Reference, balanced, default_measure, float_tensors
 from halfstep.fidelity.reference import Probe, loss_weight
-from halfstep.fidelity.replay import Values, Wiring, quantizing, wiring
+from halfstep.fidelity.replay import Replay, Values, Wiring, quantizing, wiring
 from halfstep.functional import fake_quantize
+from halfstep.graph.inputs import ModelInputs
 from halfstep.graph.operators import describe
 from halfstep.model import QuantizedModel, run
 from halfstep.precision import Group
@@ -122,10 +123,11 @@ def _tapped(sites: Mapping[str, FakeQuantize]) -> Iterator[dict[str, list[Tensor
             handle.remove()
 
 
-def _gradients(objective: Tensor, at: Sequence[Tensor]) -> Sequence[Tensor | None]:
+def _gradients(objective: Tensor, at: Sequence[Tensor], again: bool = False) -> Sequence[Tensor | None]:
+    """The gradients at some values, None where there is none; ``again`` keeps what another backward pass needs."""
     if not at or not objective.requires_grad:
         return [None] * len(at)
-    return torch.autograd.grad(objective, at, allow_unused=True)
+    return torch.autograd.grad(objective, at, retain_graph=again, allow_unused=True)
 
 
 @dataclass(frozen=True)
@@ -162,32 +164,17 @@ def fisher(probe: Probe, groups: Sequence[Group], by: Measure, draws: int = 1, s
     totals = torch.zeros(len(groups), dtype=torch.float64)
     weight = 0.0
     generator = torch.Generator().manual_seed(seed)
+    nodes = {tap.node for tap in taps}
     for inputs in track(probe.batches, "Fisher information of the layers"):
-        kept: dict[fx.Node, Tensor] = {}
-        nodes = {tap.node for tap in taps}
-
-        def keep(
-            node: fx.Node, value: Any, nodes: set[fx.Node] = nodes, kept: dict[fx.Node, Tensor] = kept
-        ) -> Any:
-            if node not in nodes:
-                return value
-            # A value of its own, which gradients can be asked of even where no parameter wants one.
-            kept[node] = value.view_as(value) if value.requires_grad else value.detach().requires_grad_()
-            return kept[node]
-
-        with torch.enable_grad():
-            values = probe.replay.run(inputs, tap=keep)
-            outputs = probe.replay.outputs(values)
-            scale = balanced(probe.model.captured, [outputs])
+        values, kept = _run_tapped(probe.replay, inputs, nodes)
+        outputs = probe.replay.outputs(values)
+        scale = balanced(probe.model.captured, [outputs])
         with quantizing([wires]):
             errors = [_error(probe, tap, values, wires) for tap in taps]
         for draw in range(draws):
             with torch.enable_grad():
-                objective = _objective(outputs, by, generator, scale)
-                if not objective.requires_grad:
-                    break
-                gradients = torch.autograd.grad(
-                    objective, list(kept.values()), retain_graph=draw < draws - 1, allow_unused=True
+                gradients = _gradients(
+                    _objective(outputs, by, generator, scale), list(kept.values()), draw < draws - 1
                 )
             by_node = dict(zip(kept, gradients, strict=True))
             size = probe.model.captured.batch_size(inputs)
@@ -201,6 +188,69 @@ def fisher(probe: Probe, groups: Sequence[Group], by: Measure, draws: int = 1, s
         # Forward, layers quantized, and a backward is two.
         probe.passes += probe.model.captured.batch_size(inputs) * (2 + 2 * draws)
     return (totals / weight).tolist()
+
+
+def curvatures(
+    model: QuantizedModel,
+    batches: Sequence[ModelInputs],
+    nodes: Collection[fx.Node],
+    by: Measure | None = None,
+    draws: int = 1,
+    seed: int = 0,
+) -> list[dict[fx.Node, Tensor]]:
+    """Estimate how much the outputs feel an error in each element of some values of the float network.
+
+    That is the diagonal of the Fisher information at the value, example by example: the mean of g^2, where g is the
+    gradient of the same objective as :func:`fisher`'s.
+
+    Args:
+        model: any mode.
+        batches: model inputs, where the model is.
+        nodes: whose values.
+        by: the loss that is estimated; None for the :func:`.default_measure` of the outputs.
+        draws: of the objective, one backward pass each.
+        seed: of the draws.
+
+    Returns:
+        For each batch, by node: of the value's shape, in bfloat16, for it is an estimate with a spread of its own
+        size. A value that the outputs do not depend on differentiably is left out.
+    """
+    replay, generator = Replay(model), torch.Generator().manual_seed(seed)
+    found = []
+    for inputs in track(batches, "Fisher information of the blocks"):
+        values, kept = _run_tapped(replay, inputs, set(nodes))
+        outputs = replay.outputs(values)
+        scale = balanced(model.captured, [outputs])
+        by = by or default_measure(float_tensors(outputs), bool(model.captured.parts))
+        squares: dict[fx.Node, Tensor] = {}
+        for draw in range(draws):
+            with torch.enable_grad():
+                gradients = _gradients(
+                    _objective(outputs, by, generator, scale), list(kept.values()), draw < draws - 1
+                )
+            for node, gradient in zip(kept, gradients, strict=True):
+                if gradient is not None:
+                    square = gradient.square() / draws
+                    squares[node] = squares[node] + square if node in squares else square
+        found.append({node: square.bfloat16() for node, square in squares.items()})
+    return found
+
+
+def _run_tapped(
+    replay: Replay, inputs: ModelInputs, nodes: Collection[fx.Node]
+) -> tuple[Values, dict[fx.Node, Tensor]]:
+    """The float network's values, and those of some nodes as tensors that gradients can be asked of."""
+    kept: dict[fx.Node, Tensor] = {}
+
+    def keep(node: fx.Node, value: Any) -> Any:
+        if node not in nodes:
+            return value
+        # A value of its own, which gradients can be asked of even where no parameter wants one.
+        kept[node] = value.view_as(value) if value.requires_grad else value.detach().requires_grad_()
+        return kept[node]
+
+    with torch.enable_grad():
+        return replay.run(inputs, tap=keep), kept
 
 
 def _per_example(products: Tensor, batch: int, axis: int) -> Tensor:

@@ -113,6 +113,11 @@ class Replay:
         """What the model returns, from the output node's value."""
         return self.model.captured.out_spec.restore(values[self.nodes[-1]])
 
+    def parameters(self) -> Values:
+        """The values of the nodes that read parameters; what is computed from them asks for no gradients of theirs."""
+        found = {node: self._parameter(node) for node in self.nodes if node.op == "get_attr"}
+        return {n: value.detach() if isinstance(value, torch.Tensor) else value for n, value in found.items()}
+
     def _parameter(self, node: fx.Node) -> Any:
         found: Any = self.model.captured.module
         for name in str(node.target).split("."):

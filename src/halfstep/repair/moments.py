@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from halfstep.fake_quantize import FakeQuantize
 from halfstep.formats import Codebook
 from halfstep.graph.operators import Operator
-from halfstep.graph.placement import Layer
+from halfstep.graph.placement import Layer, Site
 from halfstep.model import QuantizedModel
 
 
@@ -69,11 +69,20 @@ def why_not_rounded(model: QuantizedModel, layer: Layer) -> str:
     if not has_rows(layer.operator):
         return f"a {layer.operator.kind} is no sum over rows of its weight"
     site = next(site for site in model.placement.sites if site.name == str(weight.target))
-    if sum(len(position.readers) for position in site.positions) > 1:
-        return "its weight is shared with another layer"
+    if is_shared(site):
+        return SHARED
     if isinstance(site.format, Codebook) and site.format.values.dim() > 1:
         return "its codebook has a table for every row"
     return ""
+
+
+#: Why a layer is left alone whose weight's site :func:`is_shared`.
+SHARED = "its weight is shared with another layer"
+
+
+def is_shared(site: Site) -> bool:
+    """Whether several layers read a weight through this site."""
+    return sum(len(position.readers) for position in site.positions) > 1
 
 
 aten = torch.ops.aten

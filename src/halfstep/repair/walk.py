@@ -1,4 +1,4 @@
-"""Running the float and the quantized network side by side, one layer at a time.
+"""Running the float and the quantized network side by side, one layer or one block at a time.
 
 A pass that repairs layer by layer needs each layer's inputs as the quantized layers before it make them, repaired ones
 included, and as the float network makes them. Each node runs once in either network, whatever the number of layers.
@@ -7,7 +7,7 @@ Values are dropped after their last reader.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -16,11 +16,14 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from halfstep.batches import example_bytes
 from halfstep.fake_quantize import Mode
+from halfstep.fidelity.replay import FLOAT, Replay, Values, Wiring, wiring
 from halfstep.graph.inputs import ModelInputs, call_arguments, move
 from halfstep.graph.placement import Layer
 from halfstep.model import QuantizedModel
 from halfstep.progress import Interrupted, steps
+from halfstep.repair.blocks import Block, in_order
 from halfstep.repair.record import TIME_UP
 
 #: Bytes of values that may be alive at once; where a network needs more, fewer examples are used.
@@ -196,3 +199,100 @@ class _Walk:
             return self.model.get_submodule(str(node.target))(*args) if quantized else args[0]
         assert node.op == "call_function" and callable(node.target)
         return node.target(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class BlockRun:
+    """A block that is about to run; every list has an element for each batch.
+
+    Attributes:
+        block: the block.
+        float_inputs: what it reads in the float network, by the node that makes it.
+        inputs: the same in the quantized network, not quantized yet.
+        targets: what the float block makes of its float inputs, by its outputs.
+    """
+
+    block: Block
+    float_inputs: list[Values]
+    inputs: list[Values]
+    targets: list[Values]
+
+
+@torch.no_grad()
+def walk_blocks(
+    model: QuantizedModel, batches: Sequence[ModelInputs], blocks: Sequence[Block]
+) -> Generator[BlockRun, None, None]:
+    """Stop before every block, in the order of execution; between two, only what later ones read is held.
+
+    What the caller changes in the block (roundings, ranges, shifts of biases) holds from its own run on.
+
+    Args:
+        model: calibrated.
+        batches: inputs, where the model is.
+        blocks: of :func:`.find_blocks`.
+    """
+    replay, wires = Replay(model), wiring(model)
+    plan = list(in_order(model.graph, blocks))
+    gone = _read_last(plan)
+    floats: list[Values] = [replay.parameters() for _ in batches]
+    quantized: list[Values] = [replay.parameters() for _ in batches]
+    for inputs, *sides in zip(batches, floats, quantized, strict=True):
+        flat = model.flatten(*call_arguments(inputs))
+        placeholders = (node for node in model.graph.nodes if node.op == "placeholder")
+        for node, value in zip(placeholders, flat, strict=True):
+            for each in sides:
+                each[node] = value
+
+    def run(nodes: Sequence[fx.Node], values: list[Values], wires: Wiring) -> None:
+        for each in values:
+            for node in nodes:
+                each[node] = replay.compute(node, each, wires)
+
+    with model.using(Mode.QUANTIZE):
+        for item, read in zip(plan, gone, strict=True):
+            nodes = item.nodes if isinstance(item, Block) else (item,)
+            run(nodes, floats, FLOAT)
+            if isinstance(item, Block):
+                yield BlockRun(
+                    item,
+                    [{node: each[node] for node in item.entries} for each in floats],
+                    [{node: each[node] for node in item.entries} for each in quantized],
+                    [{node: each[node] for node in item.outputs} for each in floats],
+                )
+            run(nodes, quantized, wires)
+            for each in (*floats, *quantized):
+                for node in read:
+                    each.pop(node, None)
+
+
+def _read_last(plan: Sequence[Block | fx.Node]) -> list[list[fx.Node]]:
+    """For each step of a plan, the values that nothing behind it reads."""
+    last: dict[fx.Node, int] = {}
+    for index, item in enumerate(plan):
+        nodes, entries = (item.nodes, item.entries) if isinstance(item, Block) else ((item,), ())
+        for node in nodes:
+            last[node] = index
+            last.update(dict.fromkeys(node.all_input_nodes, index))
+        last.update(dict.fromkeys(entries, index))
+    read: list[list[fx.Node]] = [[] for _ in plan]
+    for node, index in last.items():
+        if node.op != "get_attr" and not any(user.op == "output" for user in node.users):
+            read[index].append(node)
+    return read
+
+
+def examples_that_fit(model: QuantizedModel, blocks: Sequence[Block]) -> int:
+    """How many examples' values between blocks :data:`MEMORY` has room for; at least one.
+
+    Of each value there is the float one, the quantized one, and what a block's repair makes of both.
+    """
+    plan = list(in_order(model.graph, blocks))
+    alive: dict[fx.Node, int] = {}
+    peak = 0
+    for item, read in zip(plan, _read_last(plan), strict=True):
+        for node in item.outputs if isinstance(item, Block) else (item,):
+            alive[node] = example_bytes(node, model.captured.axes)
+        peak = max(peak, sum(alive.values()))
+        for node in read:
+            alive.pop(node, None)
+    return max(1, MEMORY // max(4 * peak, 1))
