@@ -28,6 +28,7 @@ from halfstep.recipe import LayerSpec, Recipe, TensorSpec
 from halfstep.repair.bias import correct_bias
 from halfstep.repair.equalize import equalize
 from halfstep.repair.ranges import weigh_ranges
+from halfstep.repair.reconstruct import Reconstruction, reconstruct
 from halfstep.repair.record import Repair
 from halfstep.repair.rounding import gptq, learn_rounding
 from halfstep.repair.smooth_quant import migrate
@@ -75,6 +76,7 @@ __all__ = [
     "QuantizedModel",
     "Ranges",
     "Recipe",
+    "Reconstruction",
     "Repair",
     "Repairs",
     "Rung",
@@ -106,6 +108,7 @@ __all__ = [
     "plot_site",
     "prepare",
     "quantize",
+    "reconstruct",
     "repair",
     "save_statistics",
     "sensitivity",

@@ -242,3 +242,54 @@ def test_a_layer_whose_inputs_are_all_zero():
         q = calibrated(model)
     record = hs.gptq(q)
     assert record.treated[1].after == record.treated[1].before == 0
+
+
+def gptaq(rows, plain, seen, grid):
+    """Li, Yin, Lee, Xiao, Panda, "GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration", 2025.
+
+    Its algorithm 1 without blocks, inputs in their own order: what is left makes up for the error of one input's
+    weights, and for the difference that this input's own values make to the output.
+    """
+    count = len(seen)
+    hessian = seen.T @ seen / count
+    hessian += 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=hessian.dtype)
+    upper = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
+    differences = (plain - seen).T @ seen / count
+    corrections = torch.triu(differences @ upper.T, diagonal=1) @ upper
+    left, found = rows.double().clone(), torch.zeros_like(rows, dtype=torch.float64)
+    for j in range(rows.shape[-1]):
+        own = left[..., j].clone()
+        found[..., j] = grid.nearest(own, j)
+        error = (own - found[..., j]) / upper[j, j]
+        left[..., j:] -= error[..., None] * upper[j, j:] - own[..., None] * corrections[j, j:]
+    return found
+
+
+def test_the_target_in_closed_form_is_at_least_what_gptaq_corrects_step_by_step():
+    totals = dict.fromkeys(("to nearest", "gptq", "gptaq", "ours"), 0.0)
+    for seed in range(30):
+        g = torch.Generator().manual_seed(seed)
+        plain = (torch.randn(400, 12, generator=g) @ torch.randn(12, 12, generator=g)).double()
+        seen = plain + 0.5 * plain.std() * torch.randn(plain.shape, generator=g)
+        rows = torch.randn(1, 8, 12, generator=g)
+        y = plain @ rows[0].double().T
+        moments = Moments(
+            (seen.T @ seen / 400)[None], (y.T @ seen / 400)[None], y.square().mean(0)[None], 400
+        )
+        scale = rows.abs().amax(-1, keepdim=True).expand(rows.shape) / 7
+        grid = Grid(scale, torch.zeros(rows.shape, dtype=torch.int32), hs.Integer(4))
+        nearest = torch.stack([grid.nearest(rows[..., j], j) for j in range(12)], -1).double()
+        form = Quadratic.of(moments, rows)
+        symmetric = Quadratic(rows.double(), form.hessian, False)
+        found = {
+            "to nearest": nearest,
+            "gptq": gptq_rows(symmetric, grid, nearest),
+            "gptaq": gptaq(rows, plain, seen, grid),
+            "ours": gptq_rows(form, grid, nearest),
+        }
+        power = float(moments.outputs.sum())
+        for name, each in found.items():
+            totals[name] += float(moments.error(each).sum()) / power
+    # In the mean over the problems 15% of the signal against 26% and 26%.
+    assert totals["ours"] < 0.7 * totals["gptaq"]
+    assert totals["gptaq"] < totals["gptq"]

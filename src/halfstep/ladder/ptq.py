@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from halfstep.calibration.calibrate import kept_examples
@@ -14,7 +16,7 @@ from halfstep.calibrators import Calibrator, WeightCalibrator
 from halfstep.evaluate import Score, classifies
 from halfstep.identity import Identity
 from halfstep.journal import exact
-from halfstep.ladder.repairs import Pass, Trial, repair
+from halfstep.ladder.repairs import PASSES, THOROUGH, Pass, Trial, repair
 from halfstep.ladder.rung import Cost, Rung
 from halfstep.ladder.search import Search
 from halfstep.model import QuantizedModel
@@ -41,11 +43,11 @@ class PTQ(Rung):
         return climb_ptq(search, self.options)
 
     def cost(self, search: Search) -> Cost:
-        """The finalists and what repairs made of the best; every calibrator on the kept examples."""
+        """The finalists, and the best one repaired quickly and thoroughly; every calibrator on the kept examples."""
         finalists = FINALISTS if self.options is None else self.options.finalists
         left = search.seconds_left()
         seconds = REPAIR_SECONDS if left is None else min(REPAIR_SECONDS, max(0.0, left))
-        return Cost(finalists + 1, passes_at_most() * kept_examples(search.model), seconds)
+        return Cost(finalists + 2, passes_at_most() * kept_examples(search.model), seconds)
 
     def identity(self) -> str:
         """The options, where they are not the usual ones."""
@@ -57,8 +59,8 @@ def climb_ptq(search: Search, options: BestOf | None = None) -> Score:
 
     Evaluation stops at the first candidate that meets the goal: whatever is left would only polish. So a calibrator for
     each site is looked for only where the nearest one for all sites misses. If none meets the goal, the best one is
-    repaired, within :data:`REPAIR_SECONDS` or what the budget leaves, and the repairs stay if the metric rises with
-    them.
+    repaired, within :data:`REPAIR_SECONDS` or what the budget leaves: first by the quick passes, then, if the goal is
+    still missed, by the thorough ones. Either stay if the metric rises with them.
 
     Args:
         search: its model observed; it is left with the best candidate's ranges.
@@ -145,30 +147,59 @@ def _name_calibrators(model: QuantizedModel, options: BestOf, names: Mapping[str
 
 
 def _repaired(search: Search, options: BestOf, score: Score) -> Score:
-    """Repair the model and return the score, or put it back where the metric does not rise."""
-    left = search.seconds_left()
-    seconds = REPAIR_SECONDS if left is None else min(REPAIR_SECONDS, left)
-    if seconds <= 0:
-        return score
+    """Repair the model until it meets the goal, and return the score."""
+    end = time.perf_counter() + REPAIR_SECONDS
+    done: tuple[str, ...] = ()
+    for passes in (PASSES, THOROUGH):
+        left = search.seconds_left()
+        seconds = min(math.inf if left is None else left, end - time.perf_counter())
+        if search.goal.met(score) or seconds <= 0:
+            break
+        score, done = _tried(search, options, passes, seconds, score, done)
+    return score
+
+
+def _tried(
+    search: Search,
+    options: BestOf,
+    passes: Sequence[Pass],
+    seconds: float,
+    score: Score,
+    done: tuple[str, ...],
+) -> tuple[Score, tuple[str, ...]]:
+    """Repair the model by some passes, or put it back where the metric does not rise.
+
+    Args:
+        search: its model calibrated.
+        options: what calibrators to choose among where distributions change.
+        passes: what to try.
+        seconds: that they may take.
+        score: of the model as it is.
+        done: the names of the repairs that are in it.
+
+    Returns:
+        The score, and the names of the repairs that are in the model now.
+    """
     before = Snapshot.of(search.model)
     try:
         keeper = functools.partial(_kept, search, options)
-        found = repair(search.model, budget=seconds, keeper=keeper, calibrators=options)
+        found = repair(search.model, passes, budget=seconds, keeper=keeper, calibrators=options)
         for sentence in dict.fromkeys(found.sentences()):  # two repairs may say the same of a layer
             search.decide(sentence)
         if not found.kept:
-            return score
-        words = f"PTQ, repaired by {', '.join(found.kept)}"
+            return score, done
+        names = (*done, *found.kept)
+        words = f"PTQ, repaired by {', '.join(names)}"
         repaired = search.evaluate(words)
     except BaseException:
         before.restore()
         raise
     if search.goal.loss(repaired) < search.goal.loss(score):
         search.decide(f"{words}: {search.goal.words(repaired)}, {score.value:.4f} before")
-        return repaired
+        return repaired, names
     before.restore()
     search.decide(f"{words}: put back, {score.value:.4f} would become {repaired.value:.4f}")
-    return score
+    return score, done
 
 
 def _explain(search: Search, found: Sweep) -> None:

@@ -31,6 +31,7 @@ from halfstep.ranges import activation_sites
 from halfstep.repair.bias import correct_bias
 from halfstep.repair.equalize import equalize
 from halfstep.repair.ranges import sample_of, weigh_ranges
+from halfstep.repair.reconstruct import reconstruct
 from halfstep.repair.record import Repair, Treated
 from halfstep.repair.refit import refit_layers
 from halfstep.repair.rounding import gptq, learn_rounding
@@ -43,6 +44,9 @@ Pass = Callable[[QuantizedModel, Sequence[ModelInputs]], Repair]
 #: Function-preserving scalings first, then the ranges of what they left, then roundings on those ranges, and the mean
 #: errors that remain last.
 PASSES: tuple[Pass, ...] = (equalize, migrate, weigh_ranges, gptq, learn_rounding, correct_bias)
+
+#: What takes minutes where those take seconds: tried on what they left, where that is not enough.
+THOROUGH: tuple[Pass, ...] = (reconstruct,)
 
 
 @dataclass(frozen=True)

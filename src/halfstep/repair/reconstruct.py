@@ -56,8 +56,8 @@ class Reconstruction:
     """How :func:`reconstruct` learns.
 
     Attributes:
-        steps: of the optimizer, for each block.
-        batch: examples that a step sees.
+        epochs: how often each example is seen for a block.
+        batch: examples that a step of the optimizer sees.
         drop: the probability that an activation's element passes as the float network has it, within the block and
             where it is entered; 0 learns on what the quantized network makes alone.
         ranges: learn the scales of weights and activations, and zero points, as well; or leave them as calibrated.
@@ -68,7 +68,7 @@ class Reconstruction:
         ArgumentError: naming the option that cannot be.
     """
 
-    steps: int = 1000
+    epochs: int = 32
     batch: int = 32
     drop: float = 0.5
     ranges: bool = True
@@ -76,14 +76,18 @@ class Reconstruction:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch"):
+        for name in ("epochs", "batch"):
             if getattr(self, name) < 1:
                 raise ArgumentError(f"Reconstruction: {name} is {getattr(self, name)}, needed at least 1")
-        if not 0 <= self.drop < 1:
+        if not 0 <= self.drop < 1:  # NaN is neither
             raise ArgumentError(
                 f"Reconstruction: drop is {self.drop}, needed a probability from 0 to below 1: with 1 nothing would "
                 "be quantized"
             )
+
+    def steps(self, examples: int) -> int:
+        """Of the optimizer, for each block."""
+        return -(-self.epochs * examples // min(self.batch, examples))
 
 
 def reconstruct(
@@ -121,6 +125,7 @@ def reconstruct(
     options = options or Reconstruction()
     found = find_blocks(model, blocks)
     examples = _first(model, sample_of(model, batches), examples_that_fit(model, found))
+    count = options.steps(sum(map(model.captured.batch_size, examples)))
     learner = _Learner(model, options)
     for layer in (layer for block in found for layer in block.layers):
         if why := why_not_learned(model, layer):
@@ -129,7 +134,7 @@ def reconstruct(
     try:
         weights = learner.curvatures(found, examples, notes)
         walked = closing(walk_blocks(model, examples, found))
-        with walked as runs, steps("reconstruction", len(found) * options.steps) as advance:
+        with walked as runs, steps("reconstruction", len(found) * count) as advance:
             for run in runs:
                 clock = time.perf_counter()
                 block, shown = run.block, BlockExamples(model, run, weights)
@@ -138,9 +143,9 @@ def reconstruct(
                     skipped.append(
                         (block.name, f"its output is within {-10 * math.log10(NEAR_ENOUGH):.0f} dB already")
                     )
-                    advance(options.steps)
+                    advance(count)
                     continue
-                now = learner.learn(block, shown, was, advance)
+                now = learner.learn(block, shown, was, count, advance)
                 treated.append(Treated(block.name, was, now, time.perf_counter() - clock))
     except Interrupted:
         if not treated:
@@ -219,12 +224,12 @@ class _Learner:
         return total / count
 
     def learn(
-        self, block: Block, examples: BlockExamples, was: float, advance: Callable[[int], None]
+        self, block: Block, examples: BlockExamples, was: float, count: int, advance: Callable[[int], None]
     ) -> float:
         """Learn a block, and keep what was learned if the error falls below ``was``; the error then."""
         parts = _Parts(self, block, examples)
         try:
-            if parts.learn(advance):
+            if parts.learn(count, advance):
                 parts.keep()
                 now = self.error(block, examples)
                 if now < was:
@@ -290,12 +295,12 @@ class _Parts:
         values = self.learner.run(self.block, shown.float_inputs, FLOAT)
         return {node: values[node].std().clamp_min(1e-12) for node in self._learnable}
 
-    def learn(self, advance: Callable[[int], None]) -> bool:
-        """Take all steps; False if the loss became no number."""
+    def learn(self, count: int, advance: Callable[[int], None]) -> bool:
+        """Take so many steps; False if the loss became no number."""
         learner, options = self.learner, self.learner.options
         optimizer = torch.optim.Adam(self._groups())
-        for step in range(options.steps):
-            done = step / options.steps
+        for step in range(count):
+            done = step / count
             if step % EVERY == 0:
                 self._settle(done)
             for group in optimizer.param_groups:

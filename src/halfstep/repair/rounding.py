@@ -211,8 +211,11 @@ def gptq(model: QuantizedModel, batches: Iterable[ModelInputs] | None = None) ->
     """Round each layer's weight so that the error of one input's weights is made up for by those not yet rounded.
 
     Works on linear layers, convs of any groups, and products with a matrix, on any format, layer after layer, each on
-    what the layers before it make. The target is the float layer's output on the float network's inputs. A row is
-    taken only where the layer's output error falls, so no layer gets worse on the sample.
+    what the layers before it make. The target is the float layer's output on the float network's inputs: the rows that
+    real numbers would take for it are known in closed form, and it is these that are rounded. (GPTAQ has the same
+    target, and corrects for one input's difference at a time in those behind it, which leaves more error: Li et al.,
+    2025, arXiv 2504.02692.) A row is taken only where the layer's output error falls, so no layer gets worse on the
+    sample.
 
     Args:
         model: calibrated.

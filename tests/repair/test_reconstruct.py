@@ -1,0 +1,209 @@
+"""Reconstruction: nearer than layer by layer, to the same bits again, cut short, and kept through export."""
+
+import copy
+from functools import cache
+
+import pytest
+import torch
+from torch import nn
+
+import halfstep as hs
+from halfstep.errors import ArgumentError, DataError
+from halfstep.fake_quantize import Mode
+from halfstep.formats import Codebook
+from halfstep.progress import BudgetSpent, interruptible
+from halfstep.repair import walk as walk_file
+from tests.repair.networks import Net, built, images, residual
+from tests.repair.test_blocks import pre_norm
+
+FEW = hs.Reconstruction(epochs=16, batch=16)
+
+
+def observed(make, bits, count=64, **options):
+    x = images(count)
+    q = hs.prepare(built(make), x[:2], hs.Recipe.uniform(bits, 4, ends=8, **options))
+    hs.observe(q, x.split(16))
+    hs.calibrate(q, hs.MSE(), hs.MSE())
+    return q
+
+
+@cache
+def _once(make, bits):
+    return observed(make, bits)
+
+
+def ready(make=residual, bits=2):
+    return copy.deepcopy(_once(make, bits))
+
+
+@torch.no_grad()
+def held_out(q):
+    """The relative error of the outputs on other examples."""
+    x = images(64, seed=7)
+    with q.using(Mode.FLOAT):
+        wanted = q(x)
+    return float((q(x) - wanted).square().sum() / wanted.square().sum())
+
+
+@pytest.mark.parametrize(("make", "bits"), [(residual, 2), (residual, 4), (pre_norm, 3)])
+def test_it_is_nearer_on_other_examples_than_learned_rounding(make, bits):
+    q, other = ready(make, bits), ready(make, bits)
+    before = held_out(q)
+    hs.learn_rounding(other)
+    record = hs.reconstruct(q, options=FEW)
+    assert held_out(q) < min(before, held_out(other))
+    assert all(done.after <= done.before for done in record.treated)
+    assert record.treated[-1].name == "fc"
+
+
+def test_the_float_network_stays_and_weights_are_numbers_of_the_format():
+    q, x = ready(), images(8, seed=3)
+    with torch.no_grad(), q.using(Mode.FLOAT):
+        wanted = q(x)
+    hs.reconstruct(q, options=FEW)
+    with torch.no_grad(), q.using(Mode.FLOAT):
+        assert torch.equal(q(x), wanted)
+    for name in ("b.weight", "c.weight"):
+        site, weight = q.sites[name], q.weight(name).detach()
+        rounded = site.rounded(weight)
+        codes = rounded / site.granularity.expand(site.scale, weight.shape)
+        assert site.offset is not None and site.growth is None
+        torch.testing.assert_close(codes, codes.round().clamp(-1, 1))
+    assert not any(parameter.requires_grad for parameter in q.quantizers.parameters())
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_one_others():
+    first, again, other = ready(), ready(), ready()
+    for q, seed in ((first, 0), (again, 0), (other, 1)):
+        torch.rand(seed + 3)  # whatever else draws numbers
+        hs.reconstruct(q, options=hs.Reconstruction(epochs=2, batch=16, seed=seed))
+    states = [q.state_dict() for q in (first, again, other)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert any(not torch.equal(states[0][name], states[2][name]) for name in states[0])
+
+
+def test_without_learned_ranges_all_scales_stay():
+    q = ready()
+    before = {name: site.scale.clone() for name, site in q.sites.items()}
+    record = hs.reconstruct(q, options=hs.Reconstruction(epochs=4, batch=16, ranges=False))
+    assert record.treated
+    assert all(torch.equal(q.sites[name].scale, scale) for name, scale in before.items())
+    learned = ready()
+    hs.reconstruct(learned, options=hs.Reconstruction(epochs=4, batch=16))
+    assert not torch.equal(learned.sites["b.weight"].scale, before["b.weight"])
+
+
+@pytest.mark.parametrize("options", [{"drop": 0.0}, {"fisher": False}])
+def test_each_part_can_be_left_out(options):
+    q, whole = ready(), ready()
+    hs.reconstruct(q, options=hs.Reconstruction(epochs=4, batch=16, **options))
+    hs.reconstruct(whole, options=hs.Reconstruction(epochs=4, batch=16))
+    assert not torch.equal(q(images(4)), whole(images(4)))
+    assert held_out(q) < held_out(ready())
+
+
+def test_only_the_blocks_that_are_given_and_what_is_outside_of_them():
+    q = ready(pre_norm, 3)
+    record = hs.reconstruct(q, blocks=["blocks"], options=hs.Reconstruction(epochs=1))
+    assert {"embed", "blocks", "fc"} >= {done.name for done in record.treated} >= {"blocks"}
+    with pytest.raises(ArgumentError, match=r"blocks: 'block' matches no module"):
+        hs.reconstruct(q, blocks=["block"])
+
+
+def test_shared_weights_are_left_alone_and_said():
+    def twice():
+        return Net(
+            lambda m, x: m.c(m.b(m.b(m.a(x.flatten(1))))),
+            a=nn.Linear(192, 8),
+            b=nn.Linear(8, 8),
+            c=nn.Linear(8, 4),
+        )
+
+    q = observed(twice, 3)
+    record = hs.reconstruct(q, options=hs.Reconstruction(epochs=1))
+    assert ("b", "its weight is shared with another layer") in record.skipped
+    assert q.sites["b.weight"].offset is None
+
+
+def test_codebooks_are_reconstructed_too():
+    book = Codebook(torch.tensor([-1.5, -0.45, 0.45, 1.5]))
+    q = observed(residual, book)
+    before = held_out(q)
+    assert hs.reconstruct(q, options=FEW).treated
+    assert held_out(q) < before
+    site, weight = q.sites["b.weight"], q.weight("b.weight").detach()
+    numbers = site.rounded(weight) / site.granularity.expand(site.scale, weight.shape)
+    away = (numbers[..., None] - book.values).abs().amin(-1)
+    assert float(away.max()) < 1e-5
+
+
+def test_batches_of_several_lengths():
+    def lengths():
+        return Net(lambda m, x: m.b(m.a(x).relu()).mean(1), a=nn.Linear(6, 12), b=nn.Linear(12, 3))
+
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(8, length, 6, generator=generator) for length in (5, 9, 7)]
+    q = hs.prepare(
+        built(lengths), batches[0], hs.Recipe.uniform(3, 8, ends=None), dynamic={"x": {1: "length"}}
+    )
+    hs.observe(q, batches)
+    hs.calibrate(q, hs.MSE(), hs.MSE())
+    record = hs.reconstruct(q, options=FEW)
+    assert [done.name for done in record.treated] == ["a", "b"]
+    assert all(done.after < done.before for done in record.treated)
+
+
+def test_time_that_is_up_leaves_the_blocks_behind_as_they_were():
+    q = ready()
+    done = 0
+
+    def ask():
+        nonlocal done
+        done += 1
+        if done > 150:  # a has 64 steps
+            raise BudgetSpent("150 steps")
+
+    with interruptible(ask):
+        record = hs.reconstruct(q, options=FEW)
+    assert record.cut_short
+    assert record.notes[-1].endswith(f"{record.treated[-1].name}: the blocks behind it are as they were")
+    untouched = ready()
+    assert q.sites["fc.weight"].offset is None
+    assert torch.equal(q.sites["fc.weight"].scale, untouched.sites["fc.weight"].scale)
+    assert q.sites["fc.weight"].gradient is untouched.sites["fc.weight"].gradient
+    with interruptible(ask), pytest.raises(BudgetSpent):
+        hs.reconstruct(ready(), options=FEW)
+
+
+def test_memory_bounds_the_examples(monkeypatch):
+    seen = []
+    first = walk_file.walk_blocks
+    monkeypatch.setattr(walk_file, "MEMORY", 2**18)
+    monkeypatch.setattr(
+        "halfstep.repair.reconstruct.walk_blocks",
+        lambda model, batches, blocks: seen.append(sum(map(len, batches))) or first(model, batches, blocks),
+    )
+    hs.reconstruct(ready(), options=hs.Reconstruction(epochs=1))
+    assert 1 <= seen[0] < 64
+
+
+def test_bad_input():
+    for name, value in (("epochs", 0), ("batch", 0)):
+        with pytest.raises(ArgumentError, match=rf"Reconstruction: {name} is 0, needed at least 1"):
+            hs.Reconstruction(**{name: value})
+    with pytest.raises(ArgumentError, match=r"Reconstruction: drop is 1.0, needed a probability from 0"):
+        hs.Reconstruction(drop=1.0)
+    with pytest.raises(DataError, match=r"keeps no calibration sample"):
+        hs.reconstruct(ready(), [])
+
+
+def test_the_file_answers_as_the_reconstructed_network(tmp_path):
+    x = images(64)
+    q = hs.prepare(built(residual), x[:2], hs.Recipe.uniform(2, 8))
+    hs.observe(q, x.split(16))
+    hs.calibrate(q, hs.MSE(), hs.MSE())
+    assert hs.reconstruct(q, options=FEW).treated
+    hs.export_onnx(q, tmp_path / "model.onnx")
+    proof = hs.verify(tmp_path / "model.onnx", q, [images(32, seed=5)])
+    assert proof.parity.top1 == 1.0
+    assert proof.parity.sqnr is None or proof.parity.sqnr > 40
