@@ -163,9 +163,15 @@ class Recipe:
         weights: Format,
         activations: int | Format | None = None,
         weight_granularity: Granularity | None = None,
+        ends: int | None = None,
     ) -> Recipe:
-        """Weights in a codebook format, activations in float unless given."""
-        return cls.uniform(weights, activations, weight_granularity, ends=None)
+        """Weights in a codebook format, activations in float unless given; all layers, unless ``ends`` has bits.
+
+        >>> book = Codebook(torch.tensor([-1.5, -0.5, 0.5, 1.5]))
+        >>> Recipe.codebook(book, 4, ends=8).spec("stem", end=True) == LayerSpec(TensorSpec(8), TensorSpec(8))
+        True
+        """
+        return cls.uniform(weights, activations, weight_granularity, ends)
 
     def override(self, pattern: str, spec: LayerSpec | None) -> Recipe:
         """The same recipe with one more pattern; None leaves the layers that it matches in float."""

@@ -13,7 +13,7 @@ from halfstep.demo import load_digits, train_digits
 from halfstep.evaluate import Score, as_scorer
 from halfstep.fidelity.compare import Reference
 from halfstep.journal import Journal
-from halfstep.ladder import ptq, repairs
+from halfstep.ladder import ptq
 from halfstep.ladder.goal import Goal
 from halfstep.ladder.search import Search
 from halfstep.ranges import activation_sites
@@ -203,17 +203,16 @@ def test_a_killed_run_remembers_what_was_chosen_again(q, tmp_path, monkeypatch):
         return hs.migrate(model, batches)
 
     looking.__name__ = stopped.__name__ = "migrate"
+    monkeypatch.setattr(ptq, "THOROUGH", ())
     for name, second in (("unbroken", looking), ("run", stopped)):
         passes = (hs.equalize, second)
-        monkeypatch.setattr(
-            ptq, "repair", lambda model, p=passes, **options: repairs.repair(model, p, **options)
-        )
+        monkeypatch.setattr(ptq, "PASSES", passes)
         if second is looking:
             decisions = climbed(copy.deepcopy(q), tmp_path / name)
         else:
             with pytest.raises(Killed):
                 climbed(copy.deepcopy(q), tmp_path / name)
-    monkeypatch.setattr(ptq, "repair", lambda model, **o: repairs.repair(model, (again, looking), **o))
+    monkeypatch.setattr(ptq, "PASSES", (again, looking))
     assert climbed(copy.deepcopy(q), tmp_path / "run") == decisions
     assert asked[0] == asked[1]
     assert ": best percentile(99), " in decisions[0] and hs.Percentile(99.0) not in asked[1][0].values()

@@ -63,7 +63,7 @@ def pre_norm():
         lambda m, x: m.fc(m.blocks(m.embed(patches(x))).mean(1)),
         embed=nn.Linear(3, 8),
         blocks=nn.Sequential(TransformerBlock(8, 2), TransformerBlock(8, 2)),
-        fc=nn.Linear(8, 4),
+        fc=nn.Linear(8, 5),
     )
 
 

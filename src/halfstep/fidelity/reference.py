@@ -88,12 +88,7 @@ class Probe:
 
     def _cut(self, examples: int) -> Iterator[ModelInputs]:
         """The kept examples in parts whose activations fit the memory set aside for them."""
-        held = sum(
-            example_bytes(node, self.model.captured.axes)
-            for node in self.replay.nodes
-            if node.op == "call_function"
-        )
-        size = max(1, HELD_BYTES // max(held, 1))
+        size = held_at_once(self.model)
         for batch in self.model.sample:
             stop = min(self.model.captured.batch_size(batch), examples)
             for start in range(0, stop, size):
@@ -159,6 +154,12 @@ class Probe:
                     self.passes += size * redone / max(len(self._weighted), 1)
                     advance(1)
         return [math.inf if math.isnan(loss) else loss for loss in (totals / weight).tolist()]
+
+
+def held_at_once(model: QuantizedModel) -> int:
+    """Examples whose activations in the whole network fit :data:`HELD_BYTES`, at least one."""
+    nodes = (node for node in model.graph.nodes if node.op == "call_function")
+    return max(1, HELD_BYTES // max(1, sum(example_bytes(node, model.captured.axes) for node in nodes)))
 
 
 def loss_weight(wanted: Any, by: Measure, scale: Callable[[Any], list[torch.Tensor]] = compared) -> float:

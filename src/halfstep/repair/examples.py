@@ -49,7 +49,8 @@ class BlockExamples:
         self._axes = {node: model.captured.batch_axis(node) for node in nodes}
         # Where a product of the batch and other sizes is a dimension, examples cannot be picked out.
         self._divisible = all(
-            self._axes[node] is not None or not any(map(varies, node.meta["val"].shape)) for node in nodes
+            self._axes[node] is not None or not any(map(varies, getattr(node.meta.get("val"), "shape", ())))
+            for node in nodes
         )
         own = [{node: each[node] for node in self.outputs if node in each} for each in weights]
         parts = [Shown(*each) for each in zip(run.float_inputs, run.inputs, run.targets, own, strict=True)]
@@ -60,8 +61,7 @@ class BlockExamples:
         self.differing = {
             node
             for node in run.block.entries
-            if node.meta["val"].is_floating_point()
-            and any(not torch.equal(part.inputs[node], part.float_inputs[node]) for part in self._parts)
+            if any(_differ(part.inputs[node], part.float_inputs[node]) for part in self._parts)
         }
 
     def draw(self, count: int, generator: torch.Generator) -> Shown:
@@ -103,7 +103,7 @@ class BlockExamples:
         def shapes(part: Shown) -> list[tuple[int, ...]]:
             found = []
             for node, value in {**part.inputs, **part.targets}.items():
-                shape = list(value.shape)
+                shape = list(getattr(value, "shape", ()))
                 if (axis := self._axes[node]) is not None:
                     shape[axis] = 0
                 found.append(tuple(shape))
@@ -163,3 +163,9 @@ class BlockExamples:
                     else:  # nothing feels it
                         part.weights.pop(node)
             self._power[node] = power / max(total, 1e-300) or 1.0
+
+
+def _differ(a: object, b: object) -> bool:
+    """Whether two values are floats that are not all equal."""
+    tensors = isinstance(a, Tensor) and isinstance(b, Tensor) and a.is_floating_point()
+    return tensors and not torch.equal(a, b)  # type: ignore[arg-type]

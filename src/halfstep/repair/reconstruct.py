@@ -21,6 +21,7 @@ from halfstep.bias_shift import BiasShift
 from halfstep.errors import ArgumentError
 from halfstep.fake_quantize import FakeQuantize
 from halfstep.fidelity.fisher import curvatures
+from halfstep.fidelity.reference import held_at_once
 from halfstep.fidelity.replay import FLOAT, Replay, Values, Wiring, wiring
 from halfstep.formats import Floating
 from halfstep.functional import Gradient
@@ -39,8 +40,11 @@ from halfstep.repair.walk import examples_that_fit, walk_blocks
 
 MEASURE = "mean squared error of the block's output over its mean square, weighted if asked for"
 
-#: A block whose output is this near is left alone: 40 dB.
-NEAR_ENOUGH = 1e-4
+#: Steps for each block at most, where they are not given.
+STEPS = 512
+
+#: A block whose output is this near is left alone: 30 dB.
+NEAR_ENOUGH = 1e-3
 
 #: Learning rates of Adam: of the roundings' parameters; of log2 of the weights' and of the activations' scales; of zero
 #: points in codes; of biases in deviations of the layer's output. All but the first fall with the cosine to 0.
@@ -56,8 +60,8 @@ class Reconstruction:
     """How :func:`reconstruct` learns.
 
     Attributes:
-        epochs: how often each example is seen for a block.
-        batch: examples that a step of the optimizer sees.
+        steps: of the optimizer, for each block; None for as many as there are examples, but at most :data:`STEPS`.
+        batch: examples that a step sees.
         drop: the probability that an activation's element passes as the float network has it, within the block and
             where it is entered; 0 learns on what the quantized network makes alone.
         ranges: learn the scales of weights and activations, and zero points, as well; or leave them as calibrated.
@@ -68,7 +72,7 @@ class Reconstruction:
         ArgumentError: naming the option that cannot be.
     """
 
-    epochs: int = 32
+    steps: int | None = None
     batch: int = 32
     drop: float = 0.5
     ranges: bool = True
@@ -76,18 +80,15 @@ class Reconstruction:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch"):
-            if getattr(self, name) < 1:
-                raise ArgumentError(f"Reconstruction: {name} is {getattr(self, name)}, needed at least 1")
+        for name in ("steps", "batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ArgumentError(f"Reconstruction: {name} is {value}, needed at least 1")
         if not 0 <= self.drop < 1:  # NaN is neither
             raise ArgumentError(
                 f"Reconstruction: drop is {self.drop}, needed a probability from 0 to below 1: with 1 nothing would "
                 "be quantized"
             )
-
-    def steps(self, examples: int) -> int:
-        """Of the optimizer, for each block."""
-        return -(-self.epochs * examples // min(self.batch, examples))
 
 
 def reconstruct(
@@ -124,8 +125,8 @@ def reconstruct(
     start = time.perf_counter()
     options = options or Reconstruction()
     found = find_blocks(model, blocks)
-    examples = _first(model, sample_of(model, batches), examples_that_fit(model, found))
-    count = options.steps(sum(map(model.captured.batch_size, examples)))
+    examples = _pieces(model, sample_of(model, batches), examples_that_fit(model, found), options.batch)
+    count = options.steps or min(STEPS, sum(map(model.captured.batch_size, examples)))
     learner = _Learner(model, options)
     for layer in (layer for block in found for layer in block.layers):
         if why := why_not_learned(model, layer):
@@ -161,14 +162,15 @@ def reconstruct(
     )
 
 
-def _first(model: QuantizedModel, batches: Sequence[ModelInputs], most: int) -> list[ModelInputs]:
-    """The first examples, where the model is."""
+def _pieces(model: QuantizedModel, batches: Sequence[ModelInputs], most: int, size: int) -> list[ModelInputs]:
+    """The first examples in pieces of a size that a backward pass has room for, where the model is."""
+    size = min(size, held_at_once(model))
     found = []
     for batch in batches:
-        size = min(model.captured.batch_size(batch), most)
-        if size:
-            found.append(move(model.captured.examples(batch, 0, size), model.device))
-        most -= size
+        stop = min(model.captured.batch_size(batch), most)
+        for start in range(0, stop, size):
+            found.append(move(model.captured.examples(batch, start, min(start + size, stop)), model.device))
+        most -= stop
     return found
 
 
