@@ -180,6 +180,7 @@ class _Finder:
             if node not in taken:
                 sets[self._activated({node}, taken)] = ""
         found = [self._block(nodes, name) for nodes, name in sets.items()]
+        found = [block for block in found if block.outputs]  # floats that somebody reads
         return sorted(found, key=lambda block: self.order[block.nodes[0]])
 
     def _block(self, nodes: frozenset[fx.Node], name: str) -> Block:

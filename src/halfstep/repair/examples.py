@@ -58,11 +58,11 @@ class BlockExamples:
         self._sizes = torch.tensor([self._size(part) for part in self._parts])
         self._level(run.block.outputs)
         #: What reads otherwise in the quantized network: only that can be mixed with the float one's.
-        self.differing = {
+        self.differing = [
             node
             for node in run.block.entries
             if any(_differ(part.inputs[node], part.float_inputs[node]) for part in self._parts)
-        }
+        ]
 
     def draw(self, count: int, generator: torch.Generator) -> Shown:
         """Random examples, with replacement; a whole batch where they cannot be picked out."""

@@ -16,21 +16,23 @@ from halfstep.formats import Integer
 #: A sigmoid stretched to these ends and clipped to [0, 1] reaches both.
 LOW, HIGH = -0.1, 1.1
 
-#: Where a weight begins that lies on a number of its format: at the clipped ends there would be no gradient.
-MARGIN = 0.02
+#: How far a weight is at least on the way to its neighbour when it begins: at the clipped ends there would be no
+#: gradient; and at most, so that without any gradient it stays where it was.
+LEAST, MOST = 0.02, 0.25
 
 
 class SoftRounding(nn.Module):
     """Lets each weight be anywhere between two neighbouring numbers of its format, and decides for one in the end.
 
-    The two are the nearest number to the float weight and the next one on the weight's side of it; a weight beyond the
-    range lies between the last two. With v learned and h(v) a sigmoid stretched and clipped to [0, 1], the weight is
-    ``number + h(v) * gap``, all times the growth of the learned scale. It begins at the float weight. The longer it
-    learns, the more weights are set to the nearer one of their numbers, the surest first: those that are left make up
-    for it. So no term of the loss is needed that drives them apart, whose weight would have to be tuned.
+    The two are the number that the weight rounds to now (to nearest, or as another repair has it) and the next one on
+    the float weight's side of it; beyond the range, the next one inside. With v learned and h(v) a sigmoid stretched
+    and clipped to [0, 1], the weight is ``number + h(v) * gap``, all times the growth of the learned scale. It begins
+    on the way to the float weight, at most a quarter of it. The longer it learns, the more weights are set to the nearer one
+    of their numbers, the surest first: those that are left make up for it. So no term of the loss is needed that drives
+    them apart, whose weight would have to be tuned.
 
     Args:
-        site: quantizes the weight; calibrated.
+        site: quantizes the weight; calibrated, perhaps with a rounding that was learned.
         weight: the float one.
         learn_scale: learn the site's scale too; formats that have none to learn leave it.
 
@@ -50,14 +52,14 @@ class SoftRounding(nn.Module):
         # Not a submodule: what the site learns is the model's, and is told apart by the optimizer.
         self._site = (site,)
         parameters = site.scale.detach(), site.zero_point, site.format, site.granularity
-        self._codes = functional.quantize(weight, *parameters).long()
+        self._codes = site.codes(weight).long()
         number = functional.dequantize(self._codes, *parameters, weight.dtype)
         lowest, highest = ends(site)
         towards = torch.where(weight >= number, 1, -1)
         outside = (self._codes + towards > highest) | (self._codes + towards < lowest)
         self._neighbours = self._codes + torch.where(outside, -towards, towards)
         gap = functional.dequantize(self._neighbours, *parameters, weight.dtype) - number
-        share = ((weight - number) / gap).clamp(MARGIN, 1 - MARGIN)
+        share = ((weight - number) / gap).clamp(LEAST, MOST)
         self.v = nn.Parameter(torch.logit((share - LOW) / (HIGH - LOW)))
         self.register_buffer("number", number)
         self.register_buffer("gap", gap)

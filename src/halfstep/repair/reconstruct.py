@@ -48,7 +48,7 @@ NEAR_ENOUGH = 1e-3
 
 #: Learning rates of Adam: of the roundings' parameters; of log2 of the weights' and of the activations' scales; of zero
 #: points in codes; of biases in deviations of the layer's output. All but the first fall with the cosine to 0.
-ROUNDINGS, WEIGHT_SCALES, ACTIVATION_SCALES, ZERO_POINTS, SHIFTS = 0.02, 0.002, 0.003, 0.02, 0.001
+ROUNDINGS, WEIGHT_SCALES, ACTIVATION_SCALES, ZERO_POINTS, SHIFTS = 0.02, 0.001, 0.002, 0.01, 0.0005
 
 #: The parts of the steps between which roundings are settled; every so many steps.
 SETTLING = (0.1, 0.95)
@@ -137,17 +137,16 @@ def reconstruct(
         walked = closing(walk_blocks(model, examples, found))
         with walked as runs, steps("reconstruction", len(found) * count) as advance:
             for run in runs:
-                clock = time.perf_counter()
-                block, shown = run.block, BlockExamples(model, run, weights)
-                was = learner.error(block, shown)
-                if was < NEAR_ENOUGH:
-                    skipped.append(
-                        (block.name, f"its output is within {-10 * math.log10(NEAR_ENOUGH):.0f} dB already")
-                    )
-                    advance(count)
-                    continue
-                now = learner.learn(block, shown, was, count, advance)
-                treated.append(Treated(block.name, was, now, time.perf_counter() - clock))
+                clock, block = time.perf_counter(), run.block
+                if not learner.left_alone.keys() >= set(block.layers):
+                    shown = BlockExamples(model, run, weights)
+                    if not (was := learner.error(block, shown)) <= NEAR_ENOUGH:  # NaN is to be learned too
+                        now = learner.learn(block, shown, was, count, advance)
+                        treated.append(Treated(block.name, was, now, time.perf_counter() - clock))
+                        continue
+                    near = -10 * math.log10(NEAR_ENOUGH)
+                    skipped.append((block.name, f"its output is within {near:.0f} dB already"))
+                advance(count)
     except Interrupted:
         if not treated:
             raise
@@ -295,10 +294,10 @@ class _Parts:
         """The deviation of each layer's output in the float network, of some examples."""
         shown = next(self.examples.all())
         values = self.learner.run(self.block, shown.float_inputs, FLOAT)
-        return {node: values[node].std().clamp_min(1e-12) for node in self._learnable}
+        return {node: values[node].std(correction=0).clamp_min(1e-12) for node in self._learnable}
 
     def learn(self, count: int, advance: Callable[[int], None]) -> bool:
-        """Take so many steps; False if the loss became no number."""
+        """Take so many steps; False if the loss became no number, or nothing that is learned has a part in it."""
         learner, options = self.learner, self.learner.options
         optimizer = torch.optim.Adam(self._groups())
         for step in range(count):
@@ -316,7 +315,7 @@ class _Parts:
                     inputs[node] = learner.drops.mix(shown.float_inputs[node], inputs[node])
             with torch.enable_grad():
                 loss = self.examples.loss(shown, learner.run(self.block, inputs, self.wires))
-                if not math.isfinite(loss.item()):
+                if not (loss.requires_grad and math.isfinite(loss.item())):
                     return False
                 optimizer.zero_grad()
                 loss.backward()
