@@ -53,18 +53,27 @@ def divergence(q):
     return Reference(q, batches=[x]).compare(q).kl
 
 
-@pytest.mark.parametrize(("make", "bits"), [(residual, 2), (pre_norm, 3)])
-def test_it_is_nearer_on_other_examples_than_learned_rounding(make, bits):
+@pytest.mark.parametrize(
+    ("make", "bits", "part"), [(residual, 2, 0.1), (residual, 4, 0.9), (pre_norm, 3, 0.5)]
+)
+def test_the_outputs_come_nearer_on_other_examples(make, bits, part):
     q = ready(make, bits)
-    before = held_out(q), divergence(q)
-    hs.learn_rounding(q)
-    learned = held_out(q), divergence(q)
-    record = hs.reconstruct(q, options=hs.Reconstruction(steps=192, batch=16))
-    found = held_out(q), divergence(q)
-    print(make.__name__, before, learned, found)
-    assert found[0] < learned[0] < before[0]
-    assert found[1] < learned[1] < before[1]
+    before = held_out(q)
+    record = hs.reconstruct(q, options=hs.Reconstruction(steps=96, batch=16))
+    assert held_out(q) < part * before
     assert all(done.after <= done.before for done in record.treated)
+
+
+@pytest.mark.slow
+def test_behind_learned_rounding_it_brings_them_nearer_still():
+    learned = reconstructed = 0.0
+    for seed in range(4):
+        q = ready()
+        hs.learn_rounding(q)
+        learned += divergence(q)
+        hs.reconstruct(q, options=hs.Reconstruction(steps=256, batch=16, seed=seed))
+        reconstructed += divergence(q)
+    assert reconstructed < learned
 
 
 def test_the_float_network_stays_and_weights_are_numbers_of_the_format():

@@ -27,9 +27,9 @@ class SoftRounding(nn.Module):
     The two are the number that the weight rounds to now (to nearest, or as another repair has it) and the next one on
     the float weight's side of it; beyond the range, the next one inside. With v learned and h(v) a sigmoid stretched
     and clipped to [0, 1], the weight is ``number + h(v) * gap``, all times the growth of the learned scale. It begins
-    on the way to the float weight, at most a quarter of it. The longer it learns, the more weights are set to the nearer one
-    of their numbers, the surest first: those that are left make up for it. So no term of the loss is needed that drives
-    them apart, whose weight would have to be tuned.
+    on the way to the float weight, at most a quarter of the gap from the number. The longer it learns, the more weights
+    are set to the nearer one of their numbers, the surest first: those that are left make up for it. So no term of the
+    loss is needed that drives them apart, whose weight would have to be tuned.
 
     Args:
         site: quantizes the weight; calibrated, perhaps with a rounding that was learned.
