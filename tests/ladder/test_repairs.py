@@ -175,11 +175,11 @@ def test_bad_input(q):
         hs.repair(fresh)
 
 
-def climbed(q, scores, monkeypatch, max_drop=0.01, thorough=(), **options):
+def climbed(q, scores, monkeypatch, max_drop=0.01, quick=(hs.gptq,), thorough=(), **options):
     """The PTQ rung with one calibrator, one repair, and a metric that answers from a list."""
     answers = iter(scores)
     scorer = as_scorer(lambda model: next(answers))
-    monkeypatch.setattr(ptq, "PASSES", (hs.gptq,))
+    monkeypatch.setattr(ptq, "PASSES", quick)
     monkeypatch.setattr(ptq, "THOROUGH", thorough)
     search = Search(q, scorer, Goal(max_drop, Score(0.9)), **options)
     score = ptq.climb_ptq(search, BestOf((hs.MSE(),), (hs.MSE(),), by="kl", mixed=False))
@@ -210,28 +210,28 @@ def test_the_rung_repairs_nothing_where_the_goal_is_met(q, monkeypatch):
 
 
 def test_the_rung_reconstructs_what_quick_repairs_leave_short_of_the_goal(q, monkeypatch):
-    search, score = climbed(q, [0.6, 0.7, 0.8], monkeypatch, thorough=THOROUGH)
+    search, score = climbed(q, [0.6, 0.7, 0.8], monkeypatch, quick=(hs.weigh_ranges,), thorough=THOROUGH)
     assert score.value == 0.8
-    assert search.best.what == "PTQ, repaired by GPTQ, reconstruction"
+    assert search.best.what == "PTQ, repaired by weight ranges, reconstruction"
     assert [each for each in search.decisions if each.startswith("reconstruction on 3: KL ")]
     assert search.decisions[-1] == (
-        "PTQ, repaired by GPTQ, reconstruction: 0.8000, +0.1000 below float (allowed 0.01), 0.7000 before"
+        "PTQ, repaired by weight ranges, reconstruction: 0.8000, +0.1000 below float (allowed 0.01), 0.7000 before"
     )
 
 
 def test_the_rung_reconstructs_nothing_where_quick_repairs_are_enough(q, monkeypatch):
-    search, score = climbed(q, [0.6, 0.9], monkeypatch, thorough=THOROUGH)
+    search, score = climbed(q, [0.6, 0.9], monkeypatch, quick=(hs.weigh_ranges,), thorough=THOROUGH)
     assert score.value == 0.9
     assert not any("reconstruction" in sentence for sentence in search.decisions)
 
 
 def test_the_rung_takes_back_a_reconstruction_that_the_metric_does_not_like(q, monkeypatch):
-    search, score = climbed(q, [0.6, 0.7, 0.65], monkeypatch, thorough=THOROUGH)
+    search, score = climbed(q, [0.6, 0.7, 0.65], monkeypatch, quick=(hs.weigh_ranges,), thorough=THOROUGH)
     assert score.value == 0.7
     assert search.decisions[-1] == (
-        "PTQ, repaired by GPTQ, reconstruction: put back, 0.7000 would become 0.6500"
+        "PTQ, repaired by weight ranges, reconstruction: put back, 0.7000 would become 0.6500"
     )
-    assert search.best.what == "PTQ, repaired by GPTQ"
+    assert search.best.what == "PTQ, repaired by weight ranges"
 
 
 def test_quick_and_thorough_repairs_share_the_time(q, monkeypatch):
@@ -248,10 +248,12 @@ def test_a_killed_run_goes_on_with_its_reconstruction(q, tmp_path, monkeypatch):
     for passes in (THOROUGH, (again,)):
         with Journal(tmp_path) as journal:
             twin = copy.deepcopy(q)
-            search, _ = climbed(twin, [0.6, 0.7, 0.8], monkeypatch, thorough=passes, journal=journal)
+            options = {"quick": (hs.weigh_ranges,), "thorough": passes, "journal": journal}
+            search, _ = climbed(twin, [0.6, 0.7, 0.8], monkeypatch, **options)
             decided.append(search.decisions)
             states.append(twin.state_dict())
     assert decided[0] == decided[1]
+    assert decided[0][-1].startswith("PTQ, repaired by weight ranges, reconstruction: 0.8000")
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
