@@ -115,7 +115,7 @@ def test_what_it_takes_is_said_in_words(model):
     training = hs.Training(labelled(network()), nn.functional.cross_entropy, epochs=3, evaluate_every=1)
     said, timeless = estimate(search, find_rungs(["ptq", "partial", "qat"], training), tune=True)
     assert re.fullmatch(
-        r"Estimate, at most: \d+ evaluations of the metric \(ptq 4, partial \d+, qat 6, tune 1, deployed files 4\) "
+        r"Estimate, at most: \d+ evaluations of the metric \(ptq 5, partial \d+, qat 6, tune 1, deployed files 4\) "
         r"after 2 of the float network \(again for the metric's noise\), about \S+ s each, [\d,]+ examples through the "
         r"network to compare calibrators and rank layers, about \S+ s, 0.0\d+ s of repairs; together about \S+ "
         r"min; training and timing files not counted. The budget of 0.001 minutes may end it before",
