@@ -254,3 +254,18 @@ def test_a_bias_without_a_range_to_be_stored_in_is_zero_or_tiny():
     for site in (q.sites["x"], q.sites["conv.weight"]):
         site.scale.fill_(1e-30)
     assert torch.equal(q.shifts["conv"](torch.zeros(8)), torch.zeros(8))
+
+
+@pytest.mark.parametrize(
+    "activation", [nn.ReLU(), nn.ReLU6(), nn.Hardtanh(-0.5, 0.5)], ids=lambda a: type(a).__name__
+)
+def test_a_product_stays_integer_in_front_of_a_clip_that_nothing_absorbs(tmp_path, activation):
+    torch.manual_seed(0)
+    x = torch.randn(32, 8)
+    q = hs.prepare(nn.Sequential(nn.Linear(8, 8), activation, nn.Linear(8, 3)), x[:2])
+    hs.observe(q, [x])
+    hs.calibrate(q, hs.Max())
+    q.float_layers = ["2"]
+    proof = hs.verify(hs.export_onnx(q, tmp_path / "model.onnx"), q, [x], rounds=3)
+    assert [layer.integer for layer in proof.layers] == [True, False]
+    assert proof.parity.sqnr > 60

@@ -106,6 +106,8 @@ def lower(onnx_model: ir.Model, model: QuantizedModel) -> None:
     lower_products(onnx_model, model)
     quantize_activations(graph, model)
     absorb_clips(graph)
+    if wanted.detached_clips:
+        detach_clips(graph)
     if wanted.saturated_gates:
         saturate_gates(graph)
     if wanted.full_rank_bias:
@@ -222,6 +224,31 @@ def absorb_clips(graph: ir.Graph) -> None:
             assert source is not None
             replace(graph, node.outputs[0], source)
             graph.remove(node, safe=True)
+
+
+def detach_clips(graph: ir.Graph) -> None:
+    """A Relu or Clip behind a quantized Gemm that no QuantizeLinear absorbed becomes a Max and a Min.
+
+    ONNX Runtime takes a Relu into the Gemm before it looks for integer kernels, and waits for a QuantizeLinear behind a
+    Clip: the Gemm in front of either would stay float.
+    """
+    for node in list(graph):
+        if node.op_type != "Gemm" or any(scale_of(value) is None for value in node.inputs[:2]):
+            continue
+        for clip, _ in list(node.outputs[0].uses()):
+            bounds = [0.0, np.inf] if clip.op_type == "Relu" else None
+            bounds = _clip_bounds(clip) if clip.op_type == "Clip" else bounds
+            if bounds is None:
+                continue
+            value = node.outputs[0]
+            for op_type, bound in zip(("Max", "Min"), bounds, strict=True):
+                if np.isfinite(bound):
+                    name = f"{str(clip.name).removesuffix(f'/{clip.op_type}')}/{op_type}"
+                    limit = initializer(graph, f"{name}_limit", np.asarray(bound, np.float32))
+                    shape = clip.outputs[0].shape
+                    value = add(graph, clip, op_type, [value, limit], name, shape, ir.DataType.FLOAT)
+            replace(graph, clip.outputs[0], value)
+            graph.remove(clip, safe=True)
 
 
 def _clip_bounds(node: ir.Node) -> list[float] | None:

@@ -29,6 +29,7 @@ ONNXRUNTIME = Target(
         full_rank_bias=True,
         guarded_floats=True,
         saturated_gates=True,
+        detached_clips=True,
     ),
     run_time_ranges=frozenset({"linear", "matmul"}),  # ConvInteger runs at a twentieth of float's speed
     tables=frozenset({"embedding"}),

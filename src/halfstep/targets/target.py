@@ -45,6 +45,8 @@ class Lowering:
         guarded_floats: a float layer between quantizers needs a bias that is no constant, or the runtime quantizes
             its weight by itself.
         saturated_gates: a HardSigmoid between quantizers is written as an Add, whose saturation clips.
+        detached_clips: a ReLU or clip behind a product of matrices, where no quantizer takes it in, is written as Max
+            and Min, or the product stays float.
     """
 
     integer_bias: bool = False
@@ -52,6 +54,7 @@ class Lowering:
     full_rank_bias: bool = False
     guarded_floats: bool = False
     saturated_gates: bool = False
+    detached_clips: bool = False
 
 
 @dataclass(frozen=True)
