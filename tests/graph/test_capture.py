@@ -261,3 +261,12 @@ def test_a_branch_of_torch_cond_is_part_of_the_graph():
     for inputs in (x, x - 9, x + 9):
         y = model.fc(inputs)
         assert torch.equal(copy.deepcopy(q)(inputs), y + 1 if y.sum() > 0 else y - 1)
+
+
+def test_paths_are_those_of_the_networks_own_modules():
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 3)).eval()
+    graph = hs.prepare(
+        network, torch.randn(2, 1, 8, 8)
+    ).graph  # whose batch's size is a node without a module
+    paths = {path for node in graph.nodes for path, _ in node.meta.get("nn_module_stack", {}).values()}
+    assert paths == {"", "0", "1", "2"}

@@ -206,8 +206,9 @@ def unrooted(module: fx.GraphModule) -> tuple[fx.Graph, nn.Module, dict[int, Any
 
 
 def _own_stack(stack: dict[str, tuple[str, Any]]) -> dict[str, tuple[str, Any]]:
-    """Without the root, and with paths from the network on."""
-    return {key: (path[len(PREFIX) :], owner) for key, (path, owner) in stack.items() if path}
+    """Without the root and what torch makes up for sizes, and with paths from the network on."""
+    own = ((key, path, owner) for key, (path, owner) in stack.items() if f"{path}.".startswith(PREFIX))
+    return {key: (path[len(PREFIX) :], owner) for key, path, owner in own}
 
 
 def rooted(graph: fx.Graph, module: nn.Module) -> fx.GraphModule:
