@@ -141,7 +141,10 @@ def test_where_the_last_file_is_refused_the_next_best_is_deployed(monkeypatch):
 
 
 def test_where_every_file_is_refused_the_outcome_says_so(monkeypatch, tmp_path):
-    (tmp_path / "model.onnx").write_text("of an earlier run")
+    stale = tmp_path / "model.onnx"
+    monkeypatch.setattr(
+        "halfstep.ladder.quantize._check_new", lambda _: stale.write_text("of an earlier run")
+    )
     refuse(monkeypatch, ("ptq", "partial"))
     outcome = climb(tmp_path, recipe=hs.Recipe.uniform(8, 8), max_drop=0.05, rungs=("ptq",))
     assert not outcome.met and outcome.rung == "ptq"
