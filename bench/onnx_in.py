@@ -38,13 +38,39 @@ from torch.utils import _pytree as pytree
 
 import halfstep as hs
 from bench import fashion
-from bench.networks.catalogue import CATALOGUE, build
+from bench.networks.catalogue import CATALOGUE, Entry
+from bench.networks.detector import SIZE, Detector
+from bench.networks.detr import Detr
+from bench.networks.keywords import MELS, Spotter
+from bench.networks.lines import CRNN, HEIGHT
+from bench.networks.resnet import randomize_batch_norm
+from bench.networks.text import Classifier, Tagger
 from bench.peer_onnxruntime import quantize_static
 from halfstep.errors import HalfstepError
 from halfstep.fidelity.compare import signal_to_noise
 from halfstep.graph.inputs import call_arguments, tensors_of
 from halfstep.runtime.deployed import DeployedModel
 from halfstep.runtime.latency import race
+
+
+def _scenes(batch: int) -> torch.Tensor:
+    return torch.randn(batch, 1, SIZE, SIZE)
+
+
+def _frames(batch: int) -> dict[str, torch.Tensor]:
+    return {"frames": torch.randn(batch, 40, MELS), "mask": torch.ones(batch, 40)}
+
+
+#: The catalogue's networks, and those of ``bench.real``, which are not trained here.
+NETWORKS: dict[str, Entry] = {
+    **CATALOGUE,
+    "detector": Entry(Detector, _scenes),
+    "detr": Entry(Detr, _scenes),
+    "classifier": Entry(lambda: Classifier(1000, 10), CATALOGUE["bert"].inputs),
+    "tagger": Entry(lambda: Tagger(1000, 10), CATALOGUE["bert"].inputs),
+    "lines": Entry(CRNN, lambda batch: torch.randn(batch, 1, HEIGHT, 128)),
+    "keywords": Entry(Spotter, _frames),
+}
 
 
 class ByPlace(torch.nn.Module):
@@ -92,10 +118,10 @@ def quantized(model: Any, batches: list[Any], path: Path) -> tuple[hs.QuantizedM
 
 def measure(name: str, folder: Path, dynamo: bool, batch: int) -> str:
     torch.manual_seed(0)
-    model = build(name)
-    batches = [CATALOGUE[name].inputs(4) for _ in range(4)]
-    raced = CATALOGUE[name].inputs(batch)
-    file = export(model, CATALOGUE[name].inputs(2), folder / "model.onnx", dynamo)
+    model = randomize_batch_norm(NETWORKS[name].build()).eval()
+    batches = [NETWORKS[name].inputs(4) for _ in range(4)]
+    raced = NETWORKS[name].inputs(batch)
+    file = export(model, NETWORKS[name].inputs(2), folder / "model.onnx", dynamo)
     network = hs.from_onnx(file, batches[0])
     given = tuple(tensors_of(raced))
     with torch.no_grad():
@@ -212,7 +238,7 @@ def damaged(seed: int, count: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--network", action="append", choices=[*CATALOGUE, *fashion.NETWORKS])
+    parser.add_argument("--network", action="append", choices=[*NETWORKS, *fashion.NETWORKS])
     parser.add_argument(
         "--trained", action="store_true", help="accuracies of trained networks, beside the peers'"
     )
@@ -242,7 +268,7 @@ def main() -> None:
         "| network | error | sites | nodes kept | SQNR in dB, module / file / static | speed over module's | static's |"
     )
     print("|---|---|---|---|---|---|---|")
-    for name in options.network or CATALOGUE:
+    for name in options.network or NETWORKS:
         with tempfile.TemporaryDirectory() as folder:
             print(measure(name, Path(folder), not options.torchscript, options.batch), flush=True)
 

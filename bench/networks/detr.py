@@ -56,7 +56,7 @@ class Detr(nn.Module):
         cells = self.stem(x).flatten(2).transpose(1, 2) + self.cells
         for layer in self.encoder:
             cells = layer(cells)
-        queries = self.queries.expand(len(x), -1, -1)
+        queries = self.queries.expand(x.shape[0], -1, -1)
         found = []
         for layer in self.decoder:
             queries = layer(queries, cells)

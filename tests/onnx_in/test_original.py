@@ -224,3 +224,62 @@ def test_recurrent_layers_stay_whole(tmp_path):
     trained = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(out).graph.initializer}
     assert not np.array_equal(trained["w"], stored["w"])
     assert "gru" in kept(onnx.load(path).graph, onnx.load(out).graph)
+
+
+ALIKE = {
+    "Tanh": {},
+    "Sigmoid": {},
+    "Transpose": {"perm": [0, 1, 3, 2]},
+    "MaxPool": {"kernel_shape": [2, 2]},
+    "Slice": {},
+    "Conv": {},
+}
+
+
+@pytest.mark.parametrize("kind", list(ALIKE))
+def test_what_two_nodes_compute_alike_is_quantized_for_both(tmp_path, kind):
+    rng = np.random.default_rng(0)
+    stored = {name: rng.normal(size=(4, 4, 1, 1)).astype(np.float32) for name in ("w", "u", "v", "same")}
+    stored |= {"from": np.array([0]), "to": np.array([2]), "axis": np.array([2])}
+    more = {"Slice": ["from", "to", "axis"], "Conv": ["same"]}.get(kind, [])
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"], name="first"),
+        helper.make_node("Relu", ["c"], ["r"], name="relu"),
+        *(helper.make_node(kind, ["r", *more], [name], name=name, **ALIKE[kind]) for name in ("p", "q")),
+        helper.make_node("Conv", ["p", "u"], ["pu"], name="left"),
+        helper.make_node("Conv", ["q", "v"], ["qv"], name="right"),
+        helper.make_node("Add", ["pu", "qv"], ["y"], name="add"),
+    ]
+    path = write(tmp_path / "m.onnx", nodes, {"x": ["n", 4, 6, 6]}, {"y": ["n", 4, "h", "w"]}, stored)
+    x = torch.randn(4, 4, 6, 6, generator=torch.Generator().manual_seed(0))
+    q = hs.prepare(path, x)
+    hs.observe(q, [x])
+    hs.calibrate(q, hs.Max())
+    proof = hs.verify(hs.export_onnx(q, tmp_path / "q.onnx"), q, [x], rounds=3)
+    assert proof.integer_layers == len(proof.layers) >= 3
+
+
+def test_halves_that_are_cut_from_one_tensor(tmp_path):
+    """As older exporters write what later YOLOs do: two nodes that cut along channels, all of the batch."""
+    rng = np.random.default_rng(0)
+    sizes = {"w": (8, 3, 3, 3), "u": (4, 4, 3, 3), "v": (4, 12, 1, 1)}
+    stored = {name: rng.normal(size=size).astype(np.float32) for name, size in sizes.items()}
+    stored |= {"zero": np.array([0]), "four": np.array([4]), "eight": np.array([8]), "axis": np.array([1])}
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"], name="enter"),
+        helper.make_node("Sigmoid", ["c"], ["s"], name="gate"),
+        helper.make_node("Mul", ["c", "s"], ["m"], name="silu"),
+        helper.make_node("Slice", ["m", "zero", "four", "axis"], ["a"], name="a"),
+        helper.make_node("Slice", ["m", "four", "eight", "axis"], ["b"], name="b"),
+        helper.make_node("Conv", ["b", "u"], ["d"], name="inner", pads=[1, 1, 1, 1]),
+        helper.make_node("Add", ["b", "d"], ["e"], name="skip"),
+        helper.make_node("Concat", ["a", "b", "e"], ["all"], name="all", axis=1),
+        helper.make_node("Conv", ["all", "v"], ["y"], name="leave"),
+    ]
+    path = write(tmp_path / "m.onnx", nodes, {"x": ["n", 3, 8, 8]}, {"y": ["n", 4, 6, 6]}, stored)
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    q = hs.prepare(path, x)
+    hs.observe(q, [x])
+    hs.calibrate(q, hs.Max())
+    proof = hs.verify(hs.export_onnx(q, tmp_path / "q.onnx"), q, [x], rounds=3)
+    assert proof.integer_layers == len(proof.layers) == 3

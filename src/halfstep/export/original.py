@@ -181,6 +181,7 @@ class Original:
             if node.op == "call_function":
                 by_step.setdefault(step.name, []).append(node)
         same: dict[object, Node] = {}
+        known = {value.name: value for node in self.graph for value in node.outputs}
         for step in self.origin.steps.values():
             own = by_step.get(step.name, [])
             sources = [made[name] for name in step.inputs if name in made]
@@ -193,14 +194,19 @@ class Original:
             if own:
                 made.update(_outputs(step, own))
                 same.setdefault(key, step)
-            elif key in same:  # computed once for both
-                pairs = zip(step.outputs, same[key].outputs, strict=False)
-                made.update({name: made[other] for name, other in pairs if name and other in made})
+            elif (
+                key in same
+            ):  # computed once for both, so whoever reads this one reads the other from here on
+                for name, other in zip(step.outputs, same[key].outputs, strict=False):
+                    if name and other in made:
+                        made[name] = made[other]
+                        if not known[name].is_graph_output():
+                            ir.convenience.replace_all_uses_with(known[name], known[other])
             elif step.op_type in _PASSING and sources and step.outputs[0]:
                 made[step.outputs[0]] = sources[0]
             if len(own) == 2 and step.op_type in SPLIT:
                 made.update(self._split(step, *own))
-        known = {value.name: value for node in self.graph for value in node.outputs}
+        known = {value.name: value for node in self.graph for value in node.outputs}  # a split made others
         for name, node in made.items():
             value, shape = known.get(name), node.meta.get("val")
             if value is not None and isinstance(shape, torch.Tensor):

@@ -111,8 +111,8 @@ def cut(
     strides = [1] * len(first) if steps is None else ints(steps, "steps")
     for start, end, dim, step in zip(first, last, dims, strides, strict=True):
         if step > 0:
-            index = [slice(None)] * (dim % x.dim()) + [slice(start, end, step)]
-            x = x[tuple(index)]
+            # Indexing would cut the axes before it too, and tracing make one of what several nodes cut there.
+            x = torch.ops.aten.slice.Tensor(x, dim % x.dim(), start, end, step)
         elif start >= 2**31 - 1 or (start == -1 and end < -(2**30) and step == -1):
             x = x.flip(dim)
         else:
