@@ -183,3 +183,25 @@ def test_a_path_stands_for_its_network(resnet):
 def test_a_module_needs_inputs():
     with pytest.raises(hs.HalfstepError, match="example_inputs: got None"):
         hs.prepare(nn.Linear(2, 2), None)
+
+
+class Decoder(nn.Module):
+    """Whose attention has one parameter for three products: exporters cut it up, in nodes whose names have dots."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.TransformerDecoderLayer(16, 2, 32, dropout=0.0, batch_first=True)])
+
+    def forward(self, x, memory):
+        return self.layers[0](x, memory)
+
+
+def test_a_weight_that_is_a_part_of_a_parameter_is_a_weight_of_its_own(tmp_path):
+    torch.manual_seed(0)
+    inputs = torch.randn(3, 5, 16), torch.randn(3, 7, 16)
+    path = export(Decoder(), inputs, tmp_path / "decoder.onnx")
+    q = hs.prepare(path, inputs)
+    hs.observe(q, [inputs])
+    hs.calibrate(q, hs.Max())
+    proof = hs.verify(hs.export_onnx(q, tmp_path / "q.onnx"), q, [inputs], rounds=3)
+    assert proof.integer_layers == len(proof.layers) >= 7

@@ -238,7 +238,7 @@ def detach_clips(graph: ir.Graph) -> None:
         for clip, _ in list(node.outputs[0].uses()):
             bounds = [0.0, np.inf] if clip.op_type == "Relu" else None
             bounds = _clip_bounds(clip) if clip.op_type == "Clip" else bounds
-            if bounds is None:
+            if bounds is None or clip.graph is not graph:  # what lies in the body of an If stays as it is
                 continue
             value = node.outputs[0]
             for op_type, bound in zip(("Max", "Min"), bounds, strict=True):

@@ -218,9 +218,13 @@ def store(
     """Store ``value`` under ``wanted`` and return a new ``get_attr`` node for it, at the graph's insertion point.
 
     Where ``wanted`` is read by any node but ``old`` with its one user, a number is appended instead: what another
-    layer reads is never overwritten.
+    layer reads is never overwritten. Where no module holds tensors there (nodes of a file are called as they like), the
+    dots are no borders of modules.
     """
     graph, module = captured.graph, captured.module
+    owner_name = wanted.rpartition(".")[0]
+    if owner_name and not any(name == owner_name for name, _ in module.named_modules()):
+        wanted = wanted.replace(".", "_")
     readers: list[fx.Node] = [n for n in graph.nodes if n.op == "get_attr" and n.target == wanted]
     taken = any(node is not old or len(node.users) > 1 for node in readers)
     name, count = wanted, 1
