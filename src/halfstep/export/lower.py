@@ -214,7 +214,7 @@ def absorb_clips(graph: ir.Graph) -> None:
         if len(users) != 1 or users[0].node.op_type != "QuantizeLinear" or node.outputs[0] in graph.outputs:
             continue
         scale, zero_point = (constant(value) for value in users[0].node.inputs[1:3])
-        bounds = [0.0, np.inf] if node.op_type == "Relu" else _clip_bounds(node)
+        bounds = _clip_bounds(node)
         if scale is None or zero_point is None or scale.ndim or bounds is None:
             continue
         ends = np.iinfo(zero_point.dtype)
@@ -236,8 +236,7 @@ def detach_clips(graph: ir.Graph) -> None:
         if node.op_type != "Gemm" or any(scale_of(value) is None for value in node.inputs[:2]):
             continue
         for clip, _ in list(node.outputs[0].uses()):
-            bounds = [0.0, np.inf] if clip.op_type == "Relu" else None
-            bounds = _clip_bounds(clip) if clip.op_type == "Clip" else bounds
+            bounds = _clip_bounds(clip)
             if bounds is None or clip.graph is not graph:  # what lies in the body of an If stays as it is
                 continue
             value = node.outputs[0]
@@ -252,6 +251,11 @@ def detach_clips(graph: ir.Graph) -> None:
 
 
 def _clip_bounds(node: ir.Node) -> list[float] | None:
+    """Between what a Relu or Clip keeps values; None of other nodes, and where a bound is computed."""
+    if node.op_type == "Relu":
+        return [0.0, np.inf]
+    if node.op_type != "Clip":
+        return None
     bounds = [-np.inf, np.inf]
     for index, value in enumerate(node.inputs[1:3]):
         if value is not None:

@@ -194,9 +194,8 @@ class Original:
             if own:
                 made.update(_outputs(step, own))
                 same.setdefault(key, step)
-            elif (
-                key in same
-            ):  # computed once for both, so whoever reads this one reads the other from here on
+            elif key in same:
+                # Computed once for both, so whoever reads this one reads the other from here on.
                 for name, other in zip(step.outputs, same[key].outputs, strict=False):
                     if name and other in made:
                         made[name] = made[other]

@@ -222,8 +222,9 @@ def store(
     dots are no borders of modules.
     """
     graph, module = captured.graph, captured.module
-    owner_name = wanted.rpartition(".")[0]
-    if owner_name and not any(name == owner_name for name, _ in module.named_modules()):
+    try:
+        module.get_submodule(wanted.rpartition(".")[0])
+    except AttributeError:
         wanted = wanted.replace(".", "_")
     readers: list[fx.Node] = [n for n in graph.nodes if n.op == "get_attr" and n.target == wanted]
     taken = any(node is not old or len(node.users) > 1 for node in readers)

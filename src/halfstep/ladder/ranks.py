@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-
-import torch
 
 from halfstep.batches import in_pieces
 from halfstep.distributed import Crew
@@ -14,6 +11,7 @@ from halfstep.errors import RankError
 from halfstep.evaluate import DataMetric, Scorer, parts
 from halfstep.fidelity.reference import knowing_float
 from halfstep.graph.inputs import ModelInputs
+from halfstep.identity import Identity
 from halfstep.ladder.identity import Examples, labelled_examples
 from halfstep.ladder.outcome import Outcome
 from halfstep.model import QuantizedModel
@@ -44,7 +42,7 @@ class Given:
         """What was given to this rank."""
         root = model.captured.module
         tensors = {
-            name: _digest(tensor)
+            name: Identity(tensor).digest
             for name, tensor in (*root.named_parameters(), *root.named_buffers())
             if not name.startswith("quantizers.")
         }
@@ -83,12 +81,6 @@ class Given:
                 raise RankError(
                     f"rank {rank}: its {name} ({its or 'none'}) is another than rank 0's ({mine}); {cure}"
                 )
-
-
-def _digest(tensor: torch.Tensor) -> str:
-    digest = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)} ".encode(), digest_size=8)
-    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def agree(
