@@ -6,7 +6,7 @@ recommend: ``quantize_static`` (QDQ, u8/s8 per channel, MinMax, after quant_pre_
 transformers and recurrent networks, ``nncf.quantize`` with ``model_type`` for transformers. Scores are the files',
 on their runtimes; training, calibration and test data are apart. Files race in one interleaved run a runtime.
 
-python -m bench.real [--tasks detector tagger] [--targets onnxruntime] [--folder files] [--no-race]
+python -m bench.real [--tasks detector tagger] [--targets onnxruntime] [--folder files] [--tune] [--no-race]
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, help="keep the files and journals here, and go on with those there"
     )
+    parser.add_argument("--tune", action="store_true", help="layers that integers slow down go to float")
     parser.add_argument("--no-race", action="store_true")
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--threads", type=int, default=2)
@@ -89,13 +90,13 @@ def main() -> None:
             for target in options.targets:
                 folder = (options.folder or Path(temporary)) / f"{name}-{target}"
                 folder.mkdir(parents=True, exist_ok=True)
-                run = compete(task, target, folder, options.threads)
+                run = compete(task, target, folder, options.threads, options.tune)
                 if not options.no_race:
                     speeds(task, run, folder / "run" / "float.onnx", options.rounds, options.threads)
                 console.print(table(name, run))
 
 
-def compete(task: Task, target: str, folder: Path, threads: int) -> Run:
+def compete(task: Task, target: str, folder: Path, threads: int, tune: bool) -> Run:
     """Our file and the peers', and what each scores."""
     start = time.perf_counter()
     outcome = hs.quantize(
@@ -108,6 +109,7 @@ def compete(task: Task, target: str, folder: Path, threads: int) -> Run:
         threads=threads,
         dynamic=task.dynamic,
         padding=task.padding,
+        tune=tune,
         progress=False,
     )
     run = Run(target, outcome.float_score, time.perf_counter() - start)
