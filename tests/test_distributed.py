@@ -18,15 +18,18 @@ from torch import nn
 
 import halfstep as hs
 from halfstep.calibration.shards import _state
-from halfstep.distributed import crew, in_turns, share, together
+from halfstep.distributed import crew, in_turns, keep, share, together
 from halfstep.distributed.watch import BROKEN, SEARCH, SILENCE
 from halfstep.errors import TrainingError
 from halfstep.evaluate import as_scorers, early_stopping
 from halfstep.fidelity.compare import Reference
 from halfstep.fidelity.reference import knowing_float
 from halfstep.journal import read
+from halfstep.ladder.qat import _float_twin
 from halfstep.ladder.quantize import _observed
-from halfstep.ladder.ranks import agree, follow
+from halfstep.ladder.ranks import agree, follow, hand_out
+from halfstep.progress import listening
+from halfstep.runtime.deployed import DeployedModel
 from halfstep.training.averaging import _rows
 from halfstep.training.fit import fit
 
@@ -443,6 +446,87 @@ def test_a_rank_that_hangs(tmp_path):
         r"group: look where it waits",
         answers[0],
     )
+
+
+def asked_of_all(rank, folder):
+    """What a function of a user's may do that asks all ranks, of whatever it is given; and what cannot be sent."""
+    own = labelled()[rank::2]
+
+    def everyone_counts(model):  # a closure: every rank has its own
+        right = sum(hits(model(inputs), labels)[:, 0].sum() for inputs, labels in own)
+        torch.distributed.all_reduce(right)
+        return float(right) / len(INPUTS)
+
+    def closure(index, item):
+        return index, torch.distributed.get_rank()
+
+    asked, found = training(), {}
+    with crew() as ranks:
+        q = hs.prepare(network(), INPUTS[:4])
+        scorer = as_scorers(everyone_counts)
+        if not ranks.leads:
+            return follow(ranks, q, scorer, BATCHES, asked)
+        agree(ranks, q, scorer, BATCHES, asked)
+        together(_observed, q, BATCHES)
+        hs.calibrate(q)
+        deployed = DeployedModel(
+            hs.export_onnx(q, folder / "m.onnx"), q.captured.in_spec, q.captured.out_spec, 1
+        )
+        hand_out(deployed, [])
+        found["file"], found["wanted"] = (
+            scorer.evaluate(deployed).value,
+            hs.Accuracy(labelled()).evaluate(deployed).value,
+        )
+        twin = _float_twin(q)
+        keep(twin, q, by=_float_twin)
+        fit(twin, asked)
+        found["twin"] = scorer.evaluate(twin).value
+        said = Said()
+        with warnings.catch_warnings(record=True) as warned, listening(said):
+            warnings.simplefilter("always")
+            for _ in range(2):
+                found["alone"] = list(in_turns(closure, "ab"))
+            found["here"] = together(_parameters, network())
+        found["warned"], found["said"] = [str(each.message) for each in warned], said.sentences
+        return ranks.end(found)
+
+
+def _parameters(model):
+    return share().size, len(list(model.parameters()))
+
+
+class Said:
+    """A progress listener that keeps what is found out."""
+
+    def __init__(self):
+        self.sentences = []
+
+    def start(self, what, total):
+        return None
+
+    def advance(self, task, steps):
+        return None
+
+    def end(self, task):
+        return None
+
+    def say(self, sentence):
+        self.sentences.append(sentence)
+
+
+def test_every_rank_is_asked_for_files_and_controls_and_nothing_stays_with_rank_0_in_silence(tmp_path):
+    found, other = on_ranks(tmp_path, 2, asked_of_all, tmp_path)
+    assert found == other
+    assert found["file"] == found["wanted"] > 0.5
+    assert found["twin"] > 0.5
+    assert found["alone"] == [(0, 0), (1, 0)] and found["here"] == (1, 8)
+    (warning,) = found["warned"]
+    assert re.match(
+        r"test_distributed\.asked_of_all\.<locals>\.closure: rank 0 works alone on it, since it cannot be sent to the "
+        r"other ranks \(.*\); give functions and classes that a module defines by name",
+        warning,
+    )
+    assert found["said"] == ["Rank 0 works alone on what needs a Sequential, which the other ranks have not"]
 
 
 def test_labels_are_divided_by_example():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from halfstep.errors import ArgumentError, DataError, RunError
 from halfstep.fake_quantize import FakeQuantize, Mode, RunTimeQuantize
 from halfstep.formats import Integer
 from halfstep.graph.capture import Captured
-from halfstep.graph.float32 import in_float32
+from halfstep.graph.float32 import check_observed_in, in_float32
 from halfstep.graph.fold import overwrite
 from halfstep.graph.inputs import ModelInputs, call_arguments
 from halfstep.graph.operators import describe, readable_names
@@ -77,6 +77,7 @@ class QuantizedModel(nn.Module):
         target: where it will run.
         recipe: what to quantize, and how.
         padding: what is left out of what is observed.
+        autocast: the type of torch's automatic mixed precision for passes that observe; None for float32.
 
     Raises:
         RecipeError: if a pattern of the recipe matches no layer.
@@ -91,6 +92,7 @@ class QuantizedModel(nn.Module):
     placement: Placement
     mode: Mode
     padding: Padding | None  # what is left out of what is observed
+    autocast: torch.dtype | None  # what passes that observe compute in, where it is not float32
     sample: list[ModelInputs]  # a bounded part of the calibration data, kept for scoring
     compensations: Compensations  # what repairs learned for other choices of layers
     refit: Callable[[QuantizedModel], object] | None  # fits it anew for these; repairs bring it along
@@ -119,9 +121,15 @@ class QuantizedModel(nn.Module):
     bits2_layers = Chosen()
 
     def __init__(
-        self, captured: Captured, target: Target, recipe: Recipe, padding: Padding | None = None
+        self,
+        captured: Captured,
+        target: Target,
+        recipe: Recipe,
+        padding: Padding | None = None,
+        autocast: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_observed_in(autocast)
         # The very tables of the captured root, so that a parameter replaced there (by .to(), say) is so here.
         root = captured.module
         self._parameters, self._buffers, self._modules = root._parameters, root._buffers, root._modules
@@ -132,7 +140,7 @@ class QuantizedModel(nn.Module):
         self.captured, self.target, self.recipe = captured, target, recipe
         self._modules["quantizers"] = nn.ModuleDict()
         self._shelf, self._keys, self._in_use = {}, {}, {}
-        self.mode, self.padding = Mode.FLOAT, padding
+        self.mode, self.padding, self.autocast = Mode.FLOAT, padding, autocast
         self.sample = []
         self.compensations, self.refit = Compensations(self._places), None
         self._names = readable_names(self.graph)
@@ -374,10 +382,20 @@ class QuantizedModel(nn.Module):
             DataError: if the arguments have another structure than the example inputs.
         """
         flat = self.flatten(args, kwargs)
-        if self.mode is Mode.OBSERVE and self.padding is not None:
-            with self.padding.left_out(flat, self._padded):
+        if self.mode is Mode.OBSERVE:
+            with self._observing(flat):
                 return self.captured.out_spec.restore(self._run(*flat))
         return self.captured.out_spec.restore(self._run(*flat))
+
+    @contextmanager
+    def _observing(self, flat: list[Any]) -> Iterator[None]:
+        """What only fills a batch up is left out, and operators compute in mixed precision where that was asked for."""
+        with ExitStack() as stack:
+            if self.padding is not None:
+                stack.enter_context(self.padding.left_out(flat, self._padded))
+            if self.autocast is not None:
+                stack.enter_context(torch.autocast(self.device.type, self.autocast))
+            yield
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """The values of the graph's placeholders for the arguments of a call, in float32 and checked.
@@ -491,7 +509,7 @@ class QuantizedModel(nn.Module):
         root = copy.deepcopy(self.captured.module, memo)
         root._modules.pop("quantizers", None)
         captured = replace(self.captured, graph=copy.deepcopy(self.captured.graph), module=root)
-        twin = QuantizedModel(captured, self.target, self.recipe)
+        twin = QuantizedModel(captured, self.target, self.recipe, autocast=self.autocast)
         twin._shelf = {key: copy.deepcopy(module, memo) for key, module in self._shelf.items()}
         twin.quantizers.clear()
         twin.sample = self.sample

@@ -26,7 +26,7 @@ from halfstep.distributed.ranks import Ranks, group_is_there
 from halfstep.distributed.share import ALONE, SHARE, Share
 from halfstep.distributed.turns import Turns, exchanges, help_along, in_order
 from halfstep.errors import HalfstepError, RankError
-from halfstep.progress import interruptible
+from halfstep.progress import interruptible, say
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -78,16 +78,17 @@ def in_turns(work: Callable[[int, Item], Result], items: Iterable[Item]) -> Iter
     return found.lead(message, work, items)
 
 
-def keep(made: Any, *args: Any) -> None:
+def keep(made: Any, *args: Any, by: Callable[..., Any] | None = None) -> None:
     """Let every rank of a run make what is being made here, of the same arguments, for calls to come.
 
     Args:
         made: by its class, of ``args``; weakly referred to: it is forgotten everywhere when it is gone here.
         args: of its class; where they are not known to all ranks, it stays with this one.
+        by: what makes it of ``args`` elsewhere, instead of its class.
     """
     found = _CREW.get()
     if found is not None and SHARE.get() is ALONE:
-        found.keep(made, args)
+        found.keep(made, args, by or type(made))
 
 
 class Crew:
@@ -108,6 +109,7 @@ class Crew:
         self._serial = itertools.count(1)
         self._running: list[int] = []  # calls, the innermost last
         self._dropped: list[str] = []
+        self._unsent: set[str] = set()  # what cannot be sent, and was told of
         self._mail: dict[tuple[int, int], list[tuple[str, Any]]] = {}  # by rank and call
 
     # what all ranks have
@@ -127,10 +129,10 @@ class Crew:
         if replica is not None:
             self._replicas[name] = replica
 
-    def keep(self, made: Any, args: tuple[Any, ...]) -> None:
+    def keep(self, made: Any, args: tuple[Any, ...], maker: Callable[..., Any]) -> None:
         """:func:`keep`, where there is a crew."""
         name = f"kept {next(self._serial)}"
-        message = self.message(_make, (name, type(made), args))
+        message = self.message(_make, (name, maker, args))
         if message is None:
             return
         self.call(message, lambda: None)
@@ -145,13 +147,25 @@ class Crew:
     # rank 0
 
     def message(self, function: Callable[..., Any], args: tuple[Any, ...]) -> bytes | None:
-        """A call as the other ranks take it; None where there are none, or an argument is not known to them."""
+        """A call as the other ranks take it; None where there are none, or an argument is not known to them.
+
+        Warns, once, of what cannot be sent; what only rank 0 has is told of by :func:`.say`.
+        """
         if self.ranks is None or not self.leads:
             return None
         try:
             return packed(("call", function, args), self._names)
-        except (Unknown, pickle.PicklingError, AttributeError, TypeError):  # a closure, an open file ...
-            return None
+        except Unknown as unknown:
+            say(f"Rank 0 works alone on what needs a {unknown}, which the other ranks have not")
+        except (pickle.PicklingError, AttributeError, TypeError) as error:  # a closure, an open file ...
+            if (what := _named(function, args)) not in self._unsent:
+                self._unsent.add(what)
+                warnings.warn(
+                    f"{what}: rank 0 works alone on it, since it cannot be sent to the other ranks ({error}); give "
+                    "functions and classes that a module defines by name, and no open files or locks",
+                    stacklevel=4,
+                )
+        return None
 
     def call(self, message: bytes, own: Callable[[], Result]) -> Result:
         """Have every rank make a call, and make it here."""
@@ -381,5 +395,12 @@ def current() -> Crew | None:
     return _CREW.get()
 
 
-def _make(name: str, kind: type, args: tuple[Any, ...]) -> tuple[str, Any]:
-    return name, kind(*args)
+def _named(function: Callable[..., Any], args: tuple[Any, ...]) -> str:
+    """What a call is of, in code: the work of :func:`in_turns`, or the function itself."""
+    work: Any = args[0] if function is help_along else function
+    work = getattr(work, "func", work)  # of a partial
+    return f"{work.__module__}.{work.__qualname__}" if hasattr(work, "__qualname__") else repr(work)
+
+
+def _make(name: str, maker: Callable[..., Any], args: tuple[Any, ...]) -> tuple[str, Any]:
+    return name, maker(*args)

@@ -61,7 +61,7 @@ def _below(kind: type[HalfstepError]) -> Iterator[type[HalfstepError]]:
 
 
 class Unknown(Exception):
-    """An object that other ranks do not have, and that is not sent."""
+    """An object that other ranks do not have, and that is not sent; the words are its class's name."""
 
 
 class _Pickler(pickle.Pickler):
@@ -73,7 +73,7 @@ class _Pickler(pickle.Pickler):
         """The name of what every rank has."""
         name = self._names.get(id(value))
         if name is None and getattr(type(value), "known_by_name", isinstance(value, nn.Module)):
-            raise Unknown  # another model or metric: it stays with rank 0
+            raise Unknown(type(value).__name__)  # another model or metric: it stays with rank 0
         return name
 
     def reducer_override(self, value: Any) -> Any:

@@ -16,6 +16,9 @@ from halfstep.errors import ArgumentError
 #: The type that graphs, ranges, training and files compute in.
 COMPUTED = torch.float32
 
+#: What torch's automatic mixed precision computes in; anything else it would leave undone, with a mere warning.
+AUTOCAST = (None, torch.bfloat16, torch.float16)
+
 Values = TypeVar("Values")
 
 
@@ -29,6 +32,18 @@ def other_types(model: nn.Module) -> tuple[torch.dtype, ...]:
     buffers = {tensor.dtype for tensor in model.buffers()}
     fewer = {x for x in parameters | buffers if x.is_floating_point and x.itemsize < COMPUTED.itemsize}
     return tuple(sorted(fewer | parameters & {torch.float64}, key=str))
+
+
+def check_observed_in(dtype: torch.dtype | None) -> None:
+    """Raise unless ``dtype`` is one that calibration data may pass in.
+
+    Raises:
+        ArgumentError: for another one; float16 turns what is beyond 65504 into infinities, which no range counts.
+    """
+    if dtype not in (None, torch.bfloat16):
+        raise ArgumentError(
+            f"autocast: got {dtype!r}, needed torch.bfloat16, which has the range of float32, or None"
+        )
 
 
 def in_float32(values: Values, types: Collection[torch.dtype]) -> Values:

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from halfstep.errors import RefusedError
-from halfstep.evaluate import Score, classifies
+from halfstep.evaluate import CallableMetric, Score, classifies, parts
 from halfstep.export.onnx import copy_file
 from halfstep.export.verify import Verification, verify
 from halfstep.ladder.evaluation import Verdict
 from halfstep.ladder.identity import runtime_identity
 from halfstep.ladder.outcome import Outcome
 from halfstep.ladder.pace import CHECKED, UNCHECKED, Exports, Pace, rung_of
+from halfstep.ladder.ranks import hand_out
 from halfstep.ladder.rung import RungResult
 from halfstep.ladder.search import Evaluated, Search, timed_evaluation
 from halfstep.ladder.site_records import portray_input, record_sites
@@ -277,6 +278,8 @@ def file_score(
     if (known := search.recall(key)) is not None:
         return key, known.score
     deployed = DeployedModel(file, model.captured.in_spec, model.captured.out_spec, threads)
+    if any(isinstance(part, CallableMetric) for part in parts(search.scorer).values()):
+        hand_out(deployed, model.captured.parts)  # it may ask the other ranks for their part
     score, made = timed_evaluation(search.scorer, deployed, "the deployed file")
     # The same network but for rounding, so its file is no candidate of its own, and held to the same error.
     score = score.numbered(best.score.examined)

@@ -201,6 +201,8 @@ def claim_run(
     if prepared.padding is not None:
         mask = prepared.padding.mask
         asked += f", padding {mask if isinstance(mask, str) else Identity(mask).digest[:8]}"
+    if prepared.autocast is not None:
+        asked += f", calibrated in {str(prepared.autocast).removeprefix('torch.')}"
     journal.claim("configuration", asked, words=True)
     identities = {name: _metric_identity(part) for name, part in parts(scorer).items()}
     together = Identity({name: each.digest for name, each in identities.items()}).digest

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from halfstep.distributed import keep
 from halfstep.errors import ArgumentError, DivergedError
 from halfstep.evaluate import Score, as_scorers
 from halfstep.fake_quantize import Mode
@@ -214,13 +215,20 @@ def _judge(search: Search, stop: bool) -> Judge:
     return judge
 
 
+def _float_twin(model: QuantizedModel) -> QuantizedModel:
+    """A model of its own with the same parameters, which passes floats."""
+    twin = copy.deepcopy(model)
+    twin.set_mode(Mode.FLOAT)
+    return twin
+
+
 def _control(search: Search, training: Training, directory: Path | None) -> Score:
     """The score of the float model after the same training, without quantizers."""
     key = "float control"
     if (known := search.recall(key)) is not None:
         return known.score
-    model = copy.deepcopy(search.model)
-    model.set_mode(Mode.FLOAT)
+    model = _float_twin(search.model)
+    keep(model, search.model, by=_float_twin)
     folder = None if directory is None else directory / "control"
     fit(model, training, None, folder, lambda: bool(search.spent()))
     search.check_budget()

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from halfstep.calibration.calibrate import observe
@@ -33,6 +34,7 @@ from halfstep.evaluate import Scorer, as_scorers, labelled_data, parts
 from halfstep.export.onnx import export_float
 from halfstep.fidelity.reference import knowing_float
 from halfstep.graph.capture import Captured, capture
+from halfstep.graph.float32 import check_observed_in
 from halfstep.graph.fold import decompose, fold
 from halfstep.graph.inputs import ModelInputs
 from halfstep.graph.padding import Mask, find_padding
@@ -77,6 +79,7 @@ def prepare(
     padding: Mask | None = None,
     float_from: str | Sequence[str] | None = None,
     states: States = None,
+    autocast: torch.dtype | None = None,
 ) -> QuantizedModel:
     """Capture ``model``, fold its batch norms, and place its sites; it passes floats until observed and calibrated.
 
@@ -100,6 +103,10 @@ def prepare(
             or of single operators.
         states: outputs that are given back as inputs of the next call, by the input's name, ``{"h_in": "h_out"}``; True
             finds them by their names (``past_k`` and ``present_k``, a key of both ...). Both have one quantizer.
+        autocast: ``torch.bfloat16`` lets :func:`.observe` run the network in torch's automatic mixed precision, which
+            halves its memory and on accelerators much of its time; what is seen is counted in float32 all the same.
+            Scores, comparisons of outputs and repairs compute in float32, as the file does; trainings have an option of
+            their own. None for float32.
 
     Warns of a model in half precision or float64 that it is computed in float32 from here on. It may then be given
     inputs of either type, and returns float32, as the files do; scores are compared with the model as it was handed
@@ -108,8 +115,10 @@ def prepare(
     Raises:
         CaptureError: if the model cannot be captured.
         RecipeError: if a pattern of the recipe matches no layer.
-        ArgumentError: if ``dynamic``, ``padding``, ``float_from`` or ``states`` names what is not there.
+        ArgumentError: if ``dynamic``, ``padding``, ``float_from`` or ``states`` names what is not there, or
+            ``autocast`` is another type.
     """
+    check_observed_in(autocast)
     found = find_target(target)
     settled = settle(recipe or Recipe.int8(), found)
     if isinstance(model, Mapping):
@@ -135,7 +144,7 @@ def prepare(
         mark_tails(captured, float_from)
         mark_states(captured, states)
         known = None if padding is None else find_padding(captured, padding)
-        prepared = QuantizedModel(captured, found, settled, known)
+        prepared = QuantizedModel(captured, found, settled, known, autocast)
     prepared.refit = refit
     for note in captured.notes:
         warnings.warn(note, stacklevel=2)
@@ -188,6 +197,7 @@ def quantize(
     padding: Mask | None = None,
     float_from: str | Sequence[str] | None = None,
     states: States = None,
+    autocast: torch.dtype | None = None,
     latency: float | None = None,
 ) -> Outcome:
     """Quantize ``model`` so that its score drops by no more than allowed, and prove it on the deployed file.
@@ -249,6 +259,7 @@ def quantize(
         padding: what only fills a batch up, as :func:`prepare` takes it.
         float_from: modules from whose first value on everything is left in float, as :func:`prepare` takes them.
         states: outputs that are given back as inputs, as :func:`prepare` takes them.
+        autocast: ``torch.bfloat16`` for calibration in mixed precision, as :func:`prepare` takes it.
         latency: how many times as fast as float the file must be beside the accuracy target, on the target's runtime
             and this machine, such as 2.0. The outcome is the most accurate that was found to be so fast; ``met`` is
             False where none is, or that one misses the accuracy. What meets the accuracy with layers in float, but too
@@ -288,6 +299,7 @@ def quantize(
             padding=padding,
             float_from=float_from,
             states=states,
+            autocast=autocast,
         )
         _check_sites(prepared)
         calibration = prepared.captured.batches(calibration)

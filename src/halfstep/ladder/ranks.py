@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from halfstep.batches import in_pieces
-from halfstep.distributed import Crew
+from halfstep.distributed import Crew, keep
 from halfstep.errors import RankError
 from halfstep.evaluate import DataMetric, Scorer, parts
 from halfstep.fidelity.reference import knowing_float
@@ -15,6 +20,9 @@ from halfstep.identity import Identity
 from halfstep.ladder.identity import Examples, labelled_examples
 from halfstep.ladder.outcome import Outcome
 from halfstep.model import QuantizedModel
+from halfstep.runtime.deployed import DeployedModel
+from halfstep.runtime.file import module_file
+from halfstep.runtime.file import parts as files
 from halfstep.snapshot import ModelReplica
 from halfstep.training.options import Training
 
@@ -122,6 +130,40 @@ def agree(
             given.check(rank, other)
     else:
         crew.everyone.gather(given, "what was given")
+
+
+class _Files:
+    """Files as they are sent: read when they are, written to a folder of its own where they are received."""
+
+    def __init__(self, path: Path, modules: Iterable[str]) -> None:
+        self.path = path
+        self.all = [
+            part for each in (path, *(module_file(path, name) for name in modules)) for part in files(each)
+        ]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        contents = {str(part.relative_to(self.path.parent)): part.read_bytes() for part in self.all}
+        return _received, (self.path.name, contents)
+
+
+def _received(name: str, contents: Mapping[str, bytes]) -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="halfstep-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for part, content in contents.items():
+        (folder / part).parent.mkdir(parents=True, exist_ok=True)
+        (folder / part).write_bytes(content)
+    return folder / name
+
+
+def hand_out(deployed: DeployedModel, modules: Iterable[str]) -> None:
+    """Let every rank of a run have a file that rank 0 runs, where it scores it.
+
+    Args:
+        deployed: on rank 0.
+        modules: names of those that have files of their own beside it.
+    """
+    specs = deployed.in_spec, deployed.out_spec, deployed.threads, deployed.runtime
+    keep(deployed, _Files(deployed.path, modules), *specs)
 
 
 def follow(

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from halfstep.errors import TrainingError
+from halfstep.graph.float32 import AUTOCAST
 from halfstep.graph.inputs import ModelInputs
 from halfstep.identity import Identity
 from halfstep.training.distillation import Distillation
@@ -38,9 +39,6 @@ OPTIMIZERS = {
     "adamw": Optimizer(lambda groups: torch.optim.AdamW(groups, lr=0.0), 1e-4),
     "sgd": Optimizer(lambda groups: torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True), 1e-3),
 }
-
-#: What torch's automatic mixed precision computes in; anything else it would leave undone, with a mere warning.
-AUTOCAST = (None, torch.bfloat16, torch.float16)
 
 #: How many times the gentle rate few bits want: their weights have to cross whole steps, not parts of one.
 FEW_BITS_FACTOR = 20.0
