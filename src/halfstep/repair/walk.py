@@ -2,19 +2,17 @@
 
 A pass that repairs layer by layer needs each layer's inputs as the quantized layers before it make them, repaired ones
 included, and as the float network makes them. Each node runs once in either network, whatever the number of layers.
-Values are dropped after their last reader.
+Values are dropped after their last reader; weights are read, and quantized, when they are used: a repair changes them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor, fx
-from torch.utils import _pytree as pytree
+from torch import Tensor, fx, nn
 
 from halfstep.batches import example_bytes
 from halfstep.fake_quantize import Mode
@@ -49,6 +47,7 @@ class LayerRun:
     run_float: Callable[[Tensor], Tensor]
 
 
+@torch.no_grad()
 def walk(model: QuantizedModel, batches: Sequence[ModelInputs], what: str) -> Iterator[LayerRun]:
     """Stop before every quantized layer with a weight, in the order of execution.
 
@@ -60,7 +59,18 @@ def walk(model: QuantizedModel, batches: Sequence[ModelInputs], what: str) -> It
         batches: inputs.
         what: for the progress bar.
     """
-    return _Walk(model, batches).steps(what)
+    layers = [
+        _alone(layer) for layer in model.layers if not layer.reason and layer.operator.weight is not None
+    ]
+    fitting = [move(inputs, model.device) for inputs in batches_that_fit(model, batches)]
+    with model.using(Mode.QUANTIZE), steps(what, len(layers)) as advance:
+        both = _BothNetworks(model, fitting, layers, at_once=True)
+        for stop in both.stops:
+            if stop.block is not None:
+                yield both.layer_run(stop.block)
+                advance(1)
+            both.run_float(stop)
+            both.run_quantized(stop)
 
 
 def while_time_lasts(walked: Iterator[LayerRun], notes: list[str]) -> Iterator[LayerRun]:
@@ -77,128 +87,6 @@ def while_time_lasts(walked: Iterator[LayerRun], notes: list[str]) -> Iterator[L
         if not last:  # nothing was done
             raise
         notes.append(f"{TIME_UP} {last}: the layers behind it are as they were")
-
-
-def batches_that_fit(model: QuantizedModel, batches: Sequence[ModelInputs]) -> list[ModelInputs]:
-    """The first batches whose values, in both networks, stay below :data:`MEMORY`; at least one."""
-    each = _peak(model.graph) * 2
-    kept: list[ModelInputs] = []
-    used = 0
-    for batch in batches:
-        used += each * model.captured.batch_size(batch)
-        if kept and used > MEMORY:
-            break
-        kept.append(batch)
-    return kept
-
-
-def _peak(graph: fx.Graph) -> int:
-    """Bytes of values alive at once, for one example."""
-    last = _last_readers(graph)
-    alive = peak = 0
-    sizes: dict[fx.Node, int] = {}
-    for node in graph.nodes:
-        if node.op in ("placeholder", "call_function"):
-            tensors = [v for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, torch.Tensor)]
-            sizes[node] = sum(
-                prod(size for size in t.shape[1:] if isinstance(size, int)) * t.element_size()
-                for t in tensors
-            )
-            alive += sizes[node]
-        peak = max(peak, alive)
-        alive -= sum(sizes.get(gone, 0) for gone in last.get(node, ()))
-    return peak
-
-
-def _last_readers(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """For each node, the values that nobody reads after it."""
-    last: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        for source in node.all_input_nodes:
-            last[source] = node
-    gone: dict[fx.Node, list[fx.Node]] = {}
-    for value, reader in last.items():
-        gone.setdefault(reader, []).append(value)
-    return gone
-
-
-class _Walk:
-    def __init__(self, model: QuantizedModel, batches: Sequence[ModelInputs]) -> None:
-        self.model = model
-        inserted = model.simulation()
-        self.graph, self.copies = inserted.graph, inserted.copies
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        self.inputs = [move(inputs, device) for inputs in batches_that_fit(model, batches)]
-        #: For each batch, the values of the float and of the quantized network.
-        self.values: list[tuple[dict[fx.Node, Any], dict[fx.Node, Any]]] = [({}, {}) for _ in self.inputs]
-
-    @torch.no_grad()
-    def steps(self, what: str) -> Iterator[LayerRun]:
-        layers = {
-            self.copies[layer.operator.node]: layer
-            for layer in self.model.layers
-            if not layer.reason and layer.operator.weight is not None
-        }
-        last = _last_readers(self.graph)
-        self._feed()
-        with self.model.using(Mode.QUANTIZE), steps(what, len(layers)) as advance:
-            for node in self.graph.nodes:
-                if node.op in ("placeholder", "output") or self._is_constant(node):
-                    continue
-                if node in layers:
-                    yield self._step(node, layers[node])
-                    advance(1)
-                for values in self.values:
-                    for quantized, env in enumerate(values):
-                        env[node] = self._run(node, env, bool(quantized))
-                        for gone in last.get(node, ()):
-                            env.pop(gone, None)
-
-    def _feed(self) -> None:
-        placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
-        for inputs, values in zip(self.inputs, self.values, strict=True):
-            flat = self.model.flatten(*call_arguments(inputs))
-            for env in values:
-                env.update(zip(placeholders, flat, strict=True))
-
-    def _step(self, node: fx.Node, layer: Layer) -> LayerRun:
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-
-        def run(quantized: bool) -> Callable[[Tensor], Tensor]:
-            def once(x: Tensor) -> Tensor:
-                with torch.no_grad():
-                    result: Tensor = self._run(node, {source: x}, quantized)
-                return result
-
-            return once
-
-        floats = [self._value(source, values[0], False) for values in self.values]
-        return LayerRun(
-            layer,
-            floats,
-            [self._value(source, values[1], True) for values in self.values],
-            run(True),
-            run(False),
-        )
-
-    def _is_constant(self, node: fx.Node) -> bool:
-        """Parameters, and what quantizers make of them, are computed when read: a repair may change them."""
-        if node.op == "get_attr":
-            return True
-        return node.op == "call_module" and all(source.op == "get_attr" for source in node.all_input_nodes)
-
-    def _value(self, node: fx.Node, env: dict[fx.Node, Any], quantized: bool) -> Any:
-        return env[node] if node in env else self._run(node, env, quantized)
-
-    def _run(self, node: fx.Node, env: dict[fx.Node, Any], quantized: bool) -> Any:
-        if node.op == "get_attr":
-            return self.model.weight(str(node.target)).detach()
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self._value(n, env, quantized))
-        if node.op == "call_module":
-            return self.model.get_submodule(str(node.target))(*args) if quantized else args[0]
-        assert node.op == "call_function" and callable(node.target)
-        return node.target(*args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -231,54 +119,27 @@ def walk_blocks(
         batches: inputs, where the model is.
         blocks: of :func:`.find_blocks`.
     """
-    replay, wires = Replay(model), wiring(model)
-    plan = list(in_order(model.graph, blocks))
-    gone = _read_last(plan)
-    floats: list[Values] = [replay.parameters() for _ in batches]
-    quantized: list[Values] = [replay.parameters() for _ in batches]
-    for inputs, *sides in zip(batches, floats, quantized, strict=True):
-        flat = model.flatten(*call_arguments(inputs))
-        placeholders = (node for node in model.graph.nodes if node.op == "placeholder")
-        for node, value in zip(placeholders, flat, strict=True):
-            for each in sides:
-                each[node] = value
-
-    def run(nodes: Sequence[fx.Node], values: list[Values], wires: Wiring) -> None:
-        for each in values:
-            for node in nodes:
-                each[node] = replay.compute(node, each, wires)
-
     with model.using(Mode.QUANTIZE):
-        for item, read in zip(plan, gone, strict=True):
-            nodes = item.nodes if isinstance(item, Block) else (item,)
-            run(nodes, floats, FLOAT)
-            if isinstance(item, Block):
-                yield BlockRun(
-                    item,
-                    [{node: each[node] for node in item.entries} for each in floats],
-                    [{node: each[node] for node in item.entries} for each in quantized],
-                    [{node: each[node] for node in item.outputs} for each in floats],
-                )
-            run(nodes, quantized, wires)
-            for each in (*floats, *quantized):
-                for node in read:
-                    each.pop(node, None)
+        both = _BothNetworks(model, batches, blocks)
+        for stop in both.stops:
+            if stop.block is None:
+                both.run_float(stop)
+            else:
+                yield both.block_run(stop)
+            both.run_quantized(stop)
 
 
-def _read_last(plan: Sequence[Block | fx.Node]) -> list[list[fx.Node]]:
-    """For each step of a plan, the values that nothing behind it reads."""
-    last: dict[fx.Node, int] = {}
-    for index, item in enumerate(plan):
-        nodes, entries = (item.nodes, item.entries) if isinstance(item, Block) else ((item,), ())
-        for node in nodes:
-            last[node] = index
-            last.update(dict.fromkeys(node.all_input_nodes, index))
-        last.update(dict.fromkeys(entries, index))
-    read: list[list[fx.Node]] = [[] for _ in plan]
-    for node, index in last.items():
-        if node.op != "get_attr" and not any(user.op == "output" for user in node.users):
-            read[index].append(node)
-    return read
+def batches_that_fit(model: QuantizedModel, batches: Sequence[ModelInputs]) -> list[ModelInputs]:
+    """The first batches whose values, in both networks, stay below :data:`MEMORY`; at least one."""
+    each = 2 * _peak(model, ())
+    kept: list[ModelInputs] = []
+    used = 0
+    for batch in batches:
+        used += each * model.captured.batch_size(batch)
+        if kept and used > MEMORY:
+            break
+        kept.append(batch)
+    return kept
 
 
 def examples_that_fit(model: QuantizedModel, blocks: Sequence[Block]) -> int:
@@ -286,13 +147,151 @@ def examples_that_fit(model: QuantizedModel, blocks: Sequence[Block]) -> int:
 
     Of each value there is the float one, the quantized one, and what a block's repair makes of both.
     """
-    plan = list(in_order(model.graph, blocks))
-    alive: dict[fx.Node, int] = {}
+    return max(1, MEMORY // max(4 * _peak(model, blocks), 1))
+
+
+def _peak(model: QuantizedModel, blocks: Sequence[Block]) -> int:
+    """Bytes of values alive at once between the blocks of one network, for one example."""
+    axes = model.captured.axes
+    alive = {node: example_bytes(node, axes) for node in model.graph.nodes if node.op == "placeholder"}
     peak = 0
-    for item, read in zip(plan, _read_last(plan), strict=True):
-        for node in item.outputs if isinstance(item, Block) else (item,):
-            alive[node] = example_bytes(node, model.captured.axes)
+    for stop in _stops(model.graph, blocks):
+        for node in stop.nodes if stop.block is None else stop.block.outputs:
+            alive[node] = example_bytes(node, axes)
         peak = max(peak, sum(alive.values()))
-        for node in read:
+        for node in stop.read_last:
             alive.pop(node, None)
-    return max(1, MEMORY // max(4 * peak, 1))
+    return peak
+
+
+@dataclass(frozen=True)
+class _Stop:
+    """A block, or a call that is in none.
+
+    Attributes:
+        block: the block; None for a call.
+        nodes: what is to be run.
+        read_last: the values that nothing behind it reads.
+    """
+
+    block: Block | None
+    nodes: tuple[fx.Node, ...]
+    read_last: list[fx.Node]
+
+
+def _stops(graph: fx.Graph, blocks: Sequence[Block]) -> list[_Stop]:
+    stops, last = list[_Stop](), dict[fx.Node, _Stop]()
+    for item in in_order(graph, blocks):
+        block = item if isinstance(item, Block) else None
+        nodes = (item,) if isinstance(item, fx.Node) else item.nodes
+        stops.append(_Stop(block, nodes, []))
+        read = (value for node in nodes for value in (node, *node.all_input_nodes))
+        last.update(dict.fromkeys((*read, *(block.entries if block else ())), stops[-1]))
+    for node, stop in last.items():
+        if node.op != "get_attr" and not any(user.op == "output" for user in node.users):
+            stop.read_last.append(node)
+    return stops
+
+
+class _BothNetworks:
+    """The float and the quantized network, their values for each batch, and how to run them from stop to stop.
+
+    Args:
+        model: calibrated, and set to quantize.
+        batches: inputs.
+        blocks: where to stop.
+        at_once: quantize a value where it is made, if all that read it see it through one quantizer. So that runs
+            once, and the value itself need not be held; but a range that is changed later comes too late.
+    """
+
+    def __init__(
+        self,
+        model: QuantizedModel,
+        batches: Sequence[ModelInputs],
+        blocks: Sequence[Block],
+        at_once: bool = False,
+    ) -> None:
+        self.stops, self.replay, self.wires = _stops(model.graph, blocks), Replay(model), wiring(model)
+        self.at_once = _of_all_readers(model.graph, self.wires) if at_once else {}
+        self.wires = {edge: module for edge, module in self.wires.items() if edge[0] not in self.at_once}
+        self.parameters = self.replay.parameters()
+        self.float: list[Values] = [dict(self.parameters) for _ in batches]
+        self.quantized: list[Values] = [dict(self.parameters) for _ in batches]
+        placeholders = [node for node in model.graph.nodes if node.op == "placeholder"]
+        for inputs, floats, quantized in zip(batches, self.float, self.quantized, strict=True):
+            for node, value in zip(placeholders, model.flatten(*call_arguments(inputs)), strict=True):
+                floats[node], quantized[node] = value, self._seen(node, value)
+
+    def run_float(self, stop: _Stop) -> None:
+        """Run what the stop is before in the float network."""
+        for values in self.float:
+            for node in stop.nodes:
+                values[node] = self.replay.compute(node, values, FLOAT)
+            _drop(values, stop)
+
+    def run_quantized(self, stop: _Stop) -> None:
+        """Run it in the quantized network, as that now is."""
+        for values in self.quantized:
+            for node in stop.nodes:
+                values[node] = self._seen(node, self.replay.compute(node, values, self.wires))
+            _drop(values, stop)
+
+    def layer_run(self, block: Block) -> LayerRun:
+        """The layer that the block is."""
+        (layer,), (node,), (source,) = block.layers, block.nodes, block.entries
+        parameters = {
+            value: self.parameters[value] for value in node.all_input_nodes if value in self.parameters
+        }
+        quantizer = self.wires.get((source, node))
+        inside = {edge: module for edge, module in self.wires.items() if edge != (source, node)}
+
+        def run(wires: Wiring) -> Callable[[Tensor], Tensor]:
+            def once(x: Tensor) -> Tensor:
+                with torch.no_grad():
+                    result: Tensor = self.replay.compute(node, {**parameters, source: x}, wires)
+                return result
+
+            return once
+
+        inputs = [values[source] for values in self.quantized]
+        if quantizer is not None:
+            inputs = [quantizer(x) for x in inputs]
+        return LayerRun(layer, [values[source] for values in self.float], inputs, run(inside), run(FLOAT))
+
+    def block_run(self, stop: _Stop) -> BlockRun:
+        """The block, after it was run in the float network."""
+        assert stop.block is not None
+        block, entries = stop.block, stop.block.entries
+        floats, inputs = (
+            [{node: values[node] for node in entries} for values in side]
+            for side in (self.float, self.quantized)
+        )
+        self.run_float(stop)
+        targets = [{node: values[node] for node in block.outputs} for values in self.float]
+        return BlockRun(block, floats, inputs, targets)
+
+    def _seen(self, node: fx.Node, value: Any) -> Any:
+        return self.at_once[node](value) if node in self.at_once else value
+
+
+def _drop(values: Values, stop: _Stop) -> None:
+    for node in stop.read_last:
+        values.pop(node, None)
+
+
+def _alone(layer: Layer) -> Block:
+    """A layer as a block, which reads what it multiplies with its weight."""
+    node = layer.operator.node
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return Block(layer.name, (node,), (layer,), (source,), (), (node,))
+
+
+def _of_all_readers(graph: fx.Graph, wires: Wiring) -> dict[fx.Node, nn.Module]:
+    """The values that all readers see through one quantizer, and that; weights left out."""
+    found: dict[fx.Node, nn.Module] = {}
+    for node in graph.nodes:
+        modules = {wires.get((node, reader)) for reader in node.users} if node.op != "get_attr" else set()
+        if len(modules) == 1 and (module := modules.pop()) is not None:
+            found[node] = module
+    return found
