@@ -11,8 +11,9 @@ import halfstep as hs
 from halfstep.evaluate import Score, share_of_error
 from halfstep.fake_quantize import Mode
 from halfstep.journal import Journal
+from halfstep.ladder.float_score import float_evaluation
 from halfstep.ladder.goal import Goal
-from halfstep.ladder.search import Search, float_evaluation
+from halfstep.ladder.search import Search
 
 ALLOWED = 0.01
 RUNS, CANDIDATES, EXAMPLES = 400, 40, 1000

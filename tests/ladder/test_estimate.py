@@ -11,9 +11,10 @@ import halfstep as hs
 from halfstep.calibration.sweep import passes_at_most
 from halfstep.evaluate import EarlyStopping
 from halfstep.ladder.climb import estimate, find_rungs
+from halfstep.ladder.float_score import float_evaluation
 from halfstep.ladder.goal import Goal
 from halfstep.ladder.partial import climb_partial, evaluations_at_most, ranked_at_most
-from halfstep.ladder.search import Search, float_evaluation
+from halfstep.ladder.search import Search
 from tests.ladder.climbing import climb
 from tests.ladder.networks import INPUTS, calibrated, labelled
 
@@ -85,7 +86,7 @@ def test_no_answers_make_partial_quantization_cost_more(model, dice, options):
     search = Search(model, metric, Goal(0.5, hs.Accuracy(labelled(network())).evaluate(network())))
     bound, examples = evaluations_at_most(search, options), ranked_at_most(search, options)
     climb_partial(search, options)
-    assert 0 < search.full_evaluations <= bound
+    assert 0 < search.memory.replayed_cost <= bound
     if "sensitivity" in search.found:
         assert search.found["sensitivity"].examples <= examples
 
@@ -104,7 +105,7 @@ def test_early_verdicts_that_are_overturned_are_within_the_bound(model, dice, mo
     search = Search(model, accuracy, Goal(0.003, score), made)
     bound = evaluations_at_most(search)
     climb_partial(search)
-    assert search.full_evaluations - sum(e.share for e in made) <= bound
+    assert search.memory.replayed_cost - sum(e.share for e in made) <= bound
 
 
 def test_what_it_takes_is_said_in_words(model):

@@ -11,9 +11,10 @@ from halfstep.evaluate import EarlyStopping, Score, share_of_error
 from halfstep.fidelity.compare import compare
 from halfstep.journal import Journal
 from halfstep.ladder.costs import Tuning, microseconds
+from halfstep.ladder.float_score import float_evaluation
 from halfstep.ladder.goal import Goal
 from halfstep.ladder.partial import climb_partial
-from halfstep.ladder.search import Search, float_evaluation
+from halfstep.ladder.search import Search
 from halfstep.ladder.sensitivity import ADVICE, Halves
 from halfstep.precision import groups_of
 from halfstep.runtime.deployed import DeployedModel, inspect_kernels
@@ -475,12 +476,12 @@ def test_each_early_refusal_is_confirmed_where_everything_in_float_is_not_enough
 def test_refusing_clear_cases_for_good_takes_few_examples(model, accuracy):
     score, made = float_evaluation(accuracy, model)
     search = Search(model, accuracy, Goal(0.0, score), made)
-    start = search.full_evaluations
+    start = search.memory.replayed_cost
     climb_partial(search)
     assert "does not meet the target" in search.decisions[-1]
     # The start and the most in float are scored whole; the refusals are clear cases, and confirmed with few examples,
     # of which the later shares of the error take more.
-    assert 2 <= search.full_evaluations - start < 2.75
+    assert 2 <= search.memory.replayed_cost - start < 2.75
 
 
 def test_a_step_is_left_out_at_its_share_of_the_error(monkeypatch):

@@ -9,9 +9,10 @@ from torch.nn.functional import cross_entropy
 
 import halfstep as hs
 from halfstep.journal import Journal
+from halfstep.ladder.float_score import float_evaluation
 from halfstep.ladder.goal import Goal
 from halfstep.ladder.qat import climb_qat
-from halfstep.ladder.search import Search, float_evaluation
+from halfstep.ladder.search import Search
 from tests.training.networks import calibrated, task, trained_net
 
 HELD_OUT = hs.Accuracy(task(512, 256, seed=1))

@@ -231,7 +231,7 @@ def test_refits_cost_no_evaluation(both):
     search = searching(both)
     bound = evaluations_at_most(search)
     climb_partial(search)
-    assert search.refits.seconds > 0 and 0 < search.full_evaluations <= bound
+    assert search.refits.seconds > 0 and 0 < search.memory.replayed_cost <= bound
 
 
 def searching(q, folder=None):

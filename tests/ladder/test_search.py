@@ -8,8 +8,9 @@ from torch import nn
 
 import halfstep as hs
 from halfstep.evaluate import EarlyStopping
+from halfstep.ladder.float_score import float_evaluation
 from halfstep.ladder.goal import Goal
-from halfstep.ladder.search import Search, float_evaluation
+from halfstep.ladder.search import Search
 from halfstep.snapshot import fingerprint
 
 INPUTS = torch.randn(2000, 8, generator=torch.Generator().manual_seed(1))
@@ -88,11 +89,11 @@ def test_an_early_verdict_is_completed_when_the_whole_score_is_asked_for(model):
     verdict = search.judge("all quantized")
     seen = search.scorer.asked - base
     assert verdict.met and not verdict.complete and seen < len(INPUTS) / 2
-    assert search.saved == len(INPUTS) - seen
+    assert search.memory.saved == len(INPUTS) - seen
     score = search.evaluate("all quantized, to the end")
-    assert search.scorer.asked - base == len(INPUTS) and search.saved == 0
+    assert search.scorer.asked - base == len(INPUTS) and search.memory.saved == 0
     assert torch.equal(score.per_example, hs.Accuracy(search.scorer.labelled).evaluate(model).per_example)
-    assert search.full_evaluations == pytest.approx(1 + 1000 / 2000 + 1)
+    assert search.memory.replayed_cost == pytest.approx(1 + 1000 / 2000 + 1)
 
 
 def test_a_strict_goal_is_met_on_all_examples_only(model):
@@ -100,7 +101,7 @@ def test_a_strict_goal_is_met_on_all_examples_only(model):
     score, made = float_evaluation(metric, model)
     search = Search(model, metric, Goal(0.05, score, strict=True), made)
     verdict = search.judge("all quantized")
-    assert search.memory[fingerprint(model)] == [verdict] and verdict.complete
+    assert search.memory.verdicts[fingerprint(model)] == [verdict] and verdict.complete
     with torch.no_grad():
         model.weight("2.bias").add_(torch.tensor([9.0, 0, 0]))
     verdict = search.judge("broken")

@@ -9,7 +9,7 @@ from climbing import data, network
 import halfstep as hs
 from halfstep.errors import RunError
 from halfstep.evaluate import Several
-from halfstep.ladder.search import float_evaluation
+from halfstep.ladder.float_score import float_evaluation
 from halfstep.report.page import page
 from halfstep.report.run import Run
 from halfstep.runtime.deployed import DeployedModel

@@ -9,9 +9,10 @@ from torch.nn import functional as F
 
 import halfstep as hs
 from halfstep.errors import TrainingError
+from halfstep.ladder.float_score import float_evaluation
 from halfstep.ladder.goal import Goal
 from halfstep.ladder.qat import climb_qat
-from halfstep.ladder.search import Search, float_evaluation
+from halfstep.ladder.search import Search
 
 INDICES = {
     shape: torch.zeros(shape, dtype=torch.int64) for shape in [(8,), (8, 5), (8, 4), (8, 6, 6), (8, 1)]

@@ -17,12 +17,13 @@ from halfstep.evaluate import CallableMetric, Score, classifies, parts
 from halfstep.export.onnx import copy_file
 from halfstep.export.verify import Verification, verify
 from halfstep.ladder.evaluation import Verdict
+from halfstep.ladder.float_score import timed_evaluation
 from halfstep.ladder.identity import runtime_identity
 from halfstep.ladder.outcome import Outcome
 from halfstep.ladder.pace import CHECKED, UNCHECKED, Exports, Pace, rung_of
 from halfstep.ladder.ranks import hand_out
 from halfstep.ladder.rung import RungResult
-from halfstep.ladder.search import Evaluated, Search, timed_evaluation
+from halfstep.ladder.search import Evaluated, Search
 from halfstep.ladder.site_records import portray_input, record_sites
 from halfstep.onnx_in.origin import Origin
 from halfstep.progress import BudgetSpent, interruptible, steps, track
@@ -284,7 +285,7 @@ def file_score(
     # The same network but for rounding, so its file is no candidate of its own, and held to the same error.
     score = score.numbered(best.score.examined)
     verdict = Verdict(search.asked.met(score), score, complete=True)
-    search.record(replace(made, key=key, rung="deployed", examined=score.examined), verdict)
+    search.memory.record(replace(made, key=key, rung="deployed", examined=score.examined), verdict)
     return key, score
 
 

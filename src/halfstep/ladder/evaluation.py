@@ -1,10 +1,11 @@
-"""What a search did, and how the journal keeps it: evaluations of the metric, and decisions."""
+"""What a search did, what it knows by that, and how the journal keeps it: evaluations of the metric, and decisions."""
 
 from __future__ import annotations
 
 import base64
 import zlib
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 
 from halfstep.evaluate import Resampled, Score
 from halfstep.journal import Entry, Journal
+from halfstep.ladder.goal import Goal
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,99 @@ class Decision:
     def keep(self, journal: Journal) -> None:
         """Write it, unless the same one is there."""
         journal.write("decision", rung=self.rung, key=self.key, measured={"sentence": self.sentence})
+
+
+class Evaluations:
+    """Every evaluation of a search, and what is known of its candidates by them: nothing is scored twice.
+
+    Candidates go by their fingerprints, see :func:`.fingerprint`.
+
+    Args:
+        journal: where they are kept; those that it holds already are known.
+        made: before the search began.
+
+    Attributes:
+        made: the evaluations, in order.
+        verdicts: by candidate. There may be several early ones, against different goals.
+    """
+
+    def __init__(self, journal: Journal, made: Iterable[Evaluation] = ()) -> None:
+        self.journal = journal
+        self.made = list(made)
+        self.verdicts: dict[str, list[Verdict]] = {}
+        self._asked: set[str] = set()
+        self._examined: dict[str, int] = {}
+        for entry in journal.of("evaluation"):
+            self._add(*kept(entry))
+
+    def record(self, made: Evaluation, verdict: Verdict) -> None:
+        """Remember an evaluation, here and in the journal."""
+        self._asked.add(made.key)
+        self._add(made, verdict)
+        keep(self.journal, made, verdict)
+
+    def _add(self, made: Evaluation, verdict: Verdict) -> None:
+        self.made.append(made)
+        self.verdicts.setdefault(made.key, []).append(verdict)
+        if made.examined is not None and made.rung != "deployed":
+            self._examined[made.key] = made.examined
+
+    def examined(self, key: str) -> int:
+        """Which candidate this is, in the order in which they were first looked at, from 1.
+
+        Kept in the journal, so that a resumed run counts alike. Early verdicts count too: if only those did that came
+        through them, luck would have chosen whom the next share of the error goes to.
+        """
+        return self._examined.get(key, len(self._examined) + 1)
+
+    def recall(self, key: str, goal: Goal) -> Verdict | None:
+        """What is remembered of a candidate; its evaluation counts from now on, if a run before this one made it.
+
+        An early verdict is remembered while the goal is the one that it was given against, or one that makes it
+        all the surer.
+        """
+        self._asked.add(key)
+        known = self.verdicts.get(key, [])
+        for verdict in known:
+            if verdict.complete:
+                return replace(verdict, met=goal.met(verdict.score))
+        early = [verdict for verdict in known if verdict.holds(goal.max_drop)]
+        return max(early, key=lambda verdict: verdict.score.count or 0, default=None)  # the surest
+
+    def taken(self, key: str) -> torch.Tensor | None:
+        """The most scores that were taken of a candidate for early verdicts, in the order drawn; None if none were."""
+        early = [verdict.score.per_example for verdict in self.verdicts.get(key, []) if not verdict.complete]
+        return max((scores for scores in early if scores is not None), key=len, default=None)
+
+    def replay(self, rung: str) -> None:
+        """Let the evaluations count that an earlier run made for a rung."""
+        self._asked.update(made.key for made in self.made if made.rung == rung)
+
+    @property
+    def cost(self) -> float:
+        """What all of them cost, in evaluations of every example, an interrupted run's included."""
+        return sum(evaluation.share for evaluation in self.made)
+
+    @property
+    def replayed_cost(self) -> float:
+        """The same of those that a resumed run, which replays, has come to by now."""
+        return sum(evaluation.share for evaluation in self._replayed())
+
+    @property
+    def saved(self) -> int:
+        """Examples that no candidate had to be scored on, thanks to early stopping."""
+        seen: dict[str, int] = {}
+        totals: dict[str, int] = {}
+        for evaluation in self._replayed():
+            if evaluation.rung == "float":
+                continue
+            if evaluation.examples is not None and evaluation.total is not None and evaluation.key:
+                seen[evaluation.key] = seen.get(evaluation.key, 0) + evaluation.examples
+                totals[evaluation.key] = evaluation.total
+        return sum(totals[key] - seen[key] for key in seen)
+
+    def _replayed(self) -> list[Evaluation]:
+        return [made for made in self.made if made.rung == "float" or not made.key or made.key in self._asked]
 
 
 def keep(journal: Journal, made: Evaluation, verdict: Verdict) -> None:

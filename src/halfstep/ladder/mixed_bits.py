@@ -392,9 +392,9 @@ class _Lowering:
         self.left = float(pruning(len(moves)))
 
         def still_holds(there: Levels, tried: Sequence[Move]) -> bool:
-            spent = self.search.full_evaluations
+            spent = self.search.memory.replayed_cost
             holds = self.holds(there, self._words(tried))
-            self.left -= self.search.full_evaluations - spent
+            self.left -= self.search.memory.replayed_cost - spent
             return holds
 
         return further(levels, steps, still_holds, lambda: self.left >= 1)
@@ -422,8 +422,8 @@ class _Lowering:
             search.decide(
                 f"No weight has fewer than {self.options.bits[0]} bits: {search.goal.words(score)}."
             )
-        saved = f", {search.saved:,} examples spared by early verdicts" if search.saved else ""
-        search.decide(f"The search so far took {search.full_evaluations:.1f} full evaluations{saved}.")
+        saved = f", {search.memory.saved:,} examples spared by early verdicts" if search.memory.saved else ""
+        search.decide(f"The search so far took {search.memory.replayed_cost:.1f} full evaluations{saved}.")
         # By bits alone the search may prefer what takes more bytes in the file.
         search.best = Evaluated.of(search.model, self._lowered(levels), score)
         return score

@@ -8,48 +8,29 @@ from pathlib import Path
 from typing import Any
 
 from halfstep.errors import ArgumentError
-from halfstep.evaluate import Drop
-from halfstep.ladder.evaluation import Evaluation
+from halfstep.ladder.alone import SearchResult, search_by_itself
 from halfstep.ladder.goal import Asked, GoalSpec
 from halfstep.ladder.mixed_bits import MixedBits, WidthTable, climb_mixed_bits, movable, widths_found
-from halfstep.ladder.partial_result import search_by_itself
 from halfstep.model import QuantizedModel
 
 
-@dataclass(frozen=True)
-class MixedBitsResult:
-    """What :func:`mixed_bits` found. The model is left as it says.
+@dataclass(frozen=True, kw_only=True)
+class MixedBitsResult(SearchResult):
+    """What :func:`mixed_bits` found; the score is that with the widest weights where they miss the goal.
 
     Attributes:
-        met: whether the goal is met, by its own rule.
-        float_score: of the float model.
-        score: of the model with these bits, on all examples; with the widest ones where they miss the goal.
-        drop: from the one to the other, with its interval, corrected for the candidates examined.
         bits: of each layer's weights, by the layer's name.
         widths: bytes and losses of every group at every width; None if the goal was missed with the widest.
-        history: every evaluation.
-        decisions: what was decided and why, one sentence each.
-        full_evaluations: what it all cost, in evaluations of every example.
-        saved: examples that early verdicts spared.
     """
 
-    met: bool
-    float_score: float
-    score: float
-    drop: Drop
     bits: Mapping[str, int]
     widths: WidthTable | None
-    history: tuple[Evaluation, ...]
-    decisions: tuple[str, ...]
-    full_evaluations: float
-    saved: int
 
-    def __str__(self) -> str:
-        """The verdict and the decisions."""
-        head = f"{'met' if self.met else 'not met'}: drop {self.drop}"
-        if self.widths is not None:
-            head += f", {self.widths.bytes:,} of {self.widths.before:,} bytes of weights"
-        return "\n".join([head, *(f"- {sentence}" for sentence in self.decisions)])
+    @property
+    def found(self) -> str:
+        """The bytes that are left; empty where nothing was lowered."""
+        table = self.widths
+        return "" if table is None else f"{table.bytes:,} of {table.before:,} bytes of weights"
 
 
 def mixed_bits(
@@ -98,15 +79,6 @@ def mixed_bits(
     with search_by_itself(model, metric, aim, directory, MixedBits.name) as search:
         found = climb_mixed_bits(search, options)
     table = search.found.get("widths")
-    return MixedBitsResult(
-        met=search.goal.met(found),
-        float_score=search.goal.float_score.value,
-        score=found.value,
-        drop=search.goal.compare(found),
-        bits=widths_found(model),
-        widths=table if isinstance(table, WidthTable) else None,
-        history=tuple(search.evaluations),
-        decisions=search.decisions,
-        full_evaluations=search.full_evaluations,
-        saved=search.saved,
+    return MixedBitsResult.of(
+        search, found, bits=widths_found(model), widths=table if isinstance(table, WidthTable) else None
     )

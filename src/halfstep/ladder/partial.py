@@ -296,9 +296,9 @@ class _Walk:
 
     def _still_holds(self, assignment: Assignment, what: str) -> bool:
         """:meth:`holds`, at the cost of what may go into pruning."""
-        spent = self.search.full_evaluations
+        spent = self.search.memory.replayed_cost
         holds = self.holds(assignment, what)
-        self.left -= self.search.full_evaluations - spent
+        self.left -= self.search.memory.replayed_cost - spent
         return holds
 
     def _may_prune(self) -> bool:
@@ -381,10 +381,12 @@ class _Walk:
                 "More than half of the layers are in float, which leaves little of what integers save: more bits, "
                 "finer ranges or training would leave more of them quantized."
             )
-        saved = f", {search.saved:,} examples spared by early verdicts" if search.saved else ""
+        saved = f", {search.memory.saved:,} examples spared by early verdicts" if search.memory.saved else ""
         why = search.never_early
-        why = f" No verdict was early: {why}." if why and not search.saved else ""
-        search.decide(f"The search so far took {search.full_evaluations:.1f} full evaluations{saved}.{why}")
+        why = f" No verdict was early: {why}." if why and not search.memory.saved else ""
+        search.decide(
+            f"The search so far took {search.memory.replayed_cost:.1f} full evaluations{saved}.{why}"
+        )
         return score
 
     def best_effort(self, start: Score) -> Score:

@@ -2,97 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from halfstep.errors import ArgumentError
-from halfstep.evaluate import Drop, as_scorers
-from halfstep.fidelity.reference import knowing_float
-from halfstep.identity import Identity
-from halfstep.journal import Journal
-from halfstep.ladder.evaluation import Evaluation
+from halfstep.ladder.alone import SearchResult, search_by_itself
 from halfstep.ladder.goal import Asked, GoalSpec
-from halfstep.ladder.identity import claim_run
 from halfstep.ladder.partial import Partial, climb_partial
-from halfstep.ladder.search import Search, float_evaluation
 from halfstep.ladder.sensitivity import Halves, Sensitivity
 from halfstep.model import QuantizedModel
 from halfstep.precision import STEPS, groups_of, pinned_layers
 
 
-@dataclass(frozen=True)
-class PartialResult:
-    """What :func:`partial` found. The model is left as it says.
+@dataclass(frozen=True, kw_only=True)
+class PartialResult(SearchResult):
+    """What :func:`partial` found.
 
     Attributes:
-        met: whether the goal is met, by its own rule.
-        float_score: of the float model.
-        score: of the model with the layers put back, on all examples.
-        drop: from the one to the other, with its interval, corrected for the candidates examined.
         put_back: the step that each layer was put to, by the layer's name.
         halves: which half loses the accuracy; None if the model met the goal as it was, or has one half only.
         sensitivity: the ranking; None if none was needed.
-        history: every evaluation.
-        decisions: what was decided and why, one sentence each.
-        full_evaluations: what it all cost, in evaluations of every example.
-        saved: examples that early verdicts spared.
     """
 
-    met: bool
-    float_score: float
-    score: float
-    drop: Drop
     put_back: Mapping[str, str]
     halves: Halves | None
     sensitivity: Sensitivity | None
-    history: tuple[Evaluation, ...]
-    decisions: tuple[str, ...]
-    full_evaluations: float
-    saved: int
 
     @property
     def float_layers(self) -> tuple[str, ...]:
         """The layers put back to float."""
         return tuple(name for name, step in self.put_back.items() if step == "float")
 
-    def __str__(self) -> str:
-        """The verdict and the decisions."""
-        head = f"{'met' if self.met else 'not met'}: drop {self.drop}, {len(self.put_back)} layers put back"
-        return "\n".join([head, *(f"- {sentence}" for sentence in self.decisions)])
-
-
-@contextmanager
-def search_by_itself(
-    model: QuantizedModel, metric: Any, aim: GoalSpec, directory: str | Path | None, rung: str
-) -> Iterator[Search]:
-    """The search of a rung that is climbed by itself, with the float model scored.
-
-    Args:
-        model: observed and calibrated.
-        metric: as for :func:`halfstep.quantize`.
-        aim: what is asked for.
-        directory: of the journal; None keeps nothing.
-        rung: its name.
-
-    Raises:
-        ArgumentError: if the float model itself misses the target.
-        MetricError: if the metric cannot be used.
-        RunError: if the directory belongs to another search, or cannot be written.
-    """
-    scorer = as_scorers(metric)
-    aim.check(scorer)
-    with Journal(directory) as journal:
-        unseen: tuple[str, ...] = ()
-        if directory is not None:
-            unseen = claim_run(journal, model, scorer, aim).unseen
-            own = [(name, x) for name, x in model.named_parameters() if not name.startswith("quantizers.")]
-            journal.claim("parameters", Identity(own).digest)
-        scorer = knowing_float(scorer, model)
-        score, _ = float_evaluation(scorer, model, journal, unseen)
-        yield Search(model, scorer, aim.goal(score, scorer), journal=journal, rung=rung)
+    @property
+    def found(self) -> str:
+        """How many layers were put back."""
+        return f"{len(self.put_back)} layers put back"
 
 
 def partial(
@@ -145,11 +91,9 @@ def partial(
     with search_by_itself(model, metric, aim, directory, Partial.name) as search:
         found = climb_partial(search, options)
     table, halves = search.found.get("sensitivity"), search.found.get("halves")
-    return PartialResult(
-        met=search.goal.met(found),
-        float_score=search.goal.float_score.value,
-        score=found.value,
-        drop=search.goal.compare(found),
+    return PartialResult.of(
+        search,
+        found,
         put_back={
             name: step.name
             for name in model.layer_names
@@ -158,8 +102,4 @@ def partial(
         },
         halves=halves if isinstance(halves, Halves) else None,
         sensitivity=table if isinstance(table, Sensitivity) else None,
-        history=tuple(search.evaluations),
-        decisions=search.decisions,
-        full_evaluations=search.full_evaluations,
-        saved=search.saved,
     )

@@ -18,9 +18,10 @@ from halfstep.fake_quantize import Mode
 from halfstep.fidelity.reference import knowing_float
 from halfstep.files import lock
 from halfstep.ladder.evaluation import Verdict as Scored
+from halfstep.ladder.float_score import float_evaluation, timed_evaluation
 from halfstep.ladder.goal import Asked, GoalSpec
 from halfstep.ladder.rung import Cost, Rung
-from halfstep.ladder.search import Search, float_evaluation, timed_evaluation
+from halfstep.ladder.search import Search
 from halfstep.model import QuantizedModel
 from halfstep.progress import protected
 from halfstep.training.check import check_trainable
@@ -233,5 +234,5 @@ def _control(search: Search, training: Training, directory: Path | None) -> Scor
     fit(model, training, None, folder, lambda: bool(search.spent()))
     search.check_budget()
     score, made = timed_evaluation(search.scorer, model, "the float control")
-    search.record(replace(made, key=key), Scored(search.goal.met(score), score, complete=True))
+    search.memory.record(replace(made, key=key), Scored(search.goal.met(score), score, complete=True))
     return score

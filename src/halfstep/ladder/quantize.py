@@ -45,6 +45,7 @@ from halfstep.graph.tails import mark_tails
 from halfstep.journal import Journal
 from halfstep.ladder.climb import PORTABLE, RUNGS, ascend, find_rungs, settle
 from halfstep.ladder.deploy import deploy, file_score
+from halfstep.ladder.float_score import float_evaluation
 from halfstep.ladder.goal import Asked, GoalSpec
 from halfstep.ladder.identity import Claimed, Examples, claim_run, data_warnings
 from halfstep.ladder.outcome import Outcome
@@ -54,7 +55,7 @@ from halfstep.ladder.qat import QAT
 from halfstep.ladder.ranks import agree, follow
 from halfstep.ladder.repairs import refit
 from halfstep.ladder.rung import Rung
-from halfstep.ladder.search import Search, float_evaluation
+from halfstep.ladder.search import Search
 from halfstep.ladder.speed import tune_for_speed
 from halfstep.live import shown
 from halfstep.model import QuantizedModel

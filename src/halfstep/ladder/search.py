@@ -3,34 +3,24 @@
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import InitVar, dataclass, field, replace
 from typing import Any
 
-import torch
-
 from halfstep.batches import scored
-from halfstep.errors import RunError
-from halfstep.evaluate import EarlyStopping, Metric, Score, Scorer, early_stopping, parts, share_of_error
+from halfstep.evaluate import EarlyStopping, Score, Scorer, early_stopping, share_of_error
 from halfstep.fake_quantize import Mode
 from halfstep.granularity import PerTensor
 from halfstep.graph.placement import Choices
 from halfstep.journal import Journal
 from halfstep.ladder.checkpoints import Checkpoints
-from halfstep.ladder.evaluation import Decision, Evaluation, Verdict, keep, kept
+from halfstep.ladder.evaluation import Decision, Evaluation, Evaluations, Verdict
 from halfstep.ladder.goal import Goal
 from halfstep.ladder.repairs import Refits
 from halfstep.model import QuantizedModel
 from halfstep.precision import STEPS, bits_on_request
 from halfstep.progress import Budget, BudgetSpent, protected, say, steps
 from halfstep.snapshot import Snapshot, fingerprint, put_back_in
-
-#: Examples on which the float model is scored a second time, to see whether the metric answers the same.
-REPEATED = 1000
-#: What scores may depend on in their last digits.
-PLACE = ("processor", "instructions", "torch", "accelerator")
-AGAIN = "float again, for the metric's noise"
 
 
 @dataclass(frozen=True)
@@ -61,16 +51,16 @@ class Evaluated:
 class Search:
     """What the rungs share.
 
+    Args:
+        made: evaluations that were made before it, such as the float model's.
+
     Attributes:
         model: the simulation; rungs leave it as the best candidate they found.
         scorer: the metric.
         goal: the target that simulations are held to.
         asked: the target that was asked for; another one once a file lost more than its simulation.
-        evaluations: every evaluation, in order.
         decided: what was decided and why, in order.
         found: what rungs found out on the way, by name: ``"halves"``, ``"sensitivity"`` ...; each has ``to_dict()``.
-        memory: verdicts by the candidates' fingerprints: nothing is scored twice. There may be several early ones,
-            against different goals.
         early: whether :meth:`judge` may stop before all examples are seen.
         journal: where everything is kept; what it holds already is remembered and not done again.
         budget: what the search may cost.
@@ -79,16 +69,16 @@ class Search:
         reached: the best candidate at the end of each rung, by the rung's name.
         calibrated: examples that the ranges come from; 0 where that is not known.
         threads: of the runtime, for one operator, where files are timed; None for all cores.
+        memory: every evaluation, and what is known of the candidates by them.
         started: when the budget's minutes began, by ``time.perf_counter``.
     """
 
     model: QuantizedModel
     scorer: Scorer
     goal: Goal
-    evaluations: list[Evaluation] = field(default_factory=list)
+    made: InitVar[Sequence[Evaluation]] = ()
     decided: list[Decision] = field(default_factory=list)
     found: dict[str, Any] = field(default_factory=dict)
-    memory: dict[str, list[Verdict]] = field(default_factory=dict)
     early: bool = True
     journal: Journal = field(default_factory=Journal)
     budget: Budget = field(default_factory=Budget)
@@ -99,17 +89,12 @@ class Search:
     threads: int | None = None
     started: float = field(default_factory=lambda: time.perf_counter())
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, made: Sequence[Evaluation]) -> None:
         self.asked = self.goal
         self._scored = scored(self.model, self.scorer)
         self.checkpoints = Checkpoints(self.journal, self.model)
         self.refits = Refits(self.model, self.checkpoints)
-        self._asked: set[str] = set()
-        self._examined: dict[str, int] = {}
-        for entry in self.journal.of("evaluation"):
-            evaluation, verdict = kept(entry)
-            self.evaluations.append(evaluation)
-            self._remember(evaluation, verdict)
+        self.memory = Evaluations(self.journal, made)
         found = early_stopping(self.scorer, self.goal.float_score)
         if any(self.model.captured.batch_axes):  # examples are drawn along the first dimension
             found = "the batch is not the first dimension of the inputs"
@@ -137,29 +122,19 @@ class Search:
         return "ranges per tensor at run time make an example's score depend on its batch" if mixed else ""
 
     def examined(self, key: str) -> int | None:
-        """Which candidate the simulation as it stands is, in the order in which they were first looked at, from 1.
+        """Which candidate the simulation as it stands is, see :meth:`.Evaluations.examined`.
 
-        Kept in the journal, so that a resumed run counts alike. Early verdicts count too: if only those did that came
-        through them, luck would have chosen whom the next share of the error goes to. None for what cannot be
-        accepted, since some of its sites let floats through.
+        None for what cannot be accepted, since some of its sites let floats through.
         """
-        if any(site.mode is not Mode.QUANTIZE for site in self.model.sites.values()):
-            return None
-        return self._examined.get(key, len(self._examined) + 1)
+        return self.memory.examined(key) if self._acceptable else None
+
+    @property
+    def _acceptable(self) -> bool:
+        return all(site.mode is Mode.QUANTIZE for site in self.model.sites.values())
 
     def recall(self, key: str) -> Verdict | None:
-        """What is remembered under a key; its evaluation counts from now on, if a run before this one made it.
-
-        An early verdict is remembered while the goal is the one that it was given against, or one that makes it
-        all the surer.
-        """
-        self._asked.add(key)
-        known = self.memory.get(key, [])
-        for verdict in known:
-            if verdict.complete:
-                return replace(verdict, met=self.goal.met(verdict.score))
-        early = [verdict for verdict in known if verdict.holds(self.goal.max_drop)]
-        return max(early, key=lambda verdict: verdict.score.count or 0, default=None)  # the surest
+        """What is remembered under a key, by the goal that holds; see :meth:`.Evaluations.recall`."""
+        return self.memory.recall(key, self.goal)
 
     def evaluate(self, what: str, paid: bool = False) -> Score:
         """Score the simulation as it stands on all examples; a candidate that was scored before costs nothing.
@@ -180,7 +155,7 @@ class Search:
             self.check_budget()
         start = time.perf_counter()
         seen = 0
-        taken = self._taken(key)
+        taken = self.memory.taken(key)
         # What was begun is scored: its verdict is worth the time.
         with (
             protected(),
@@ -221,7 +196,7 @@ class Search:
         if final:
             level = share_of_error(level, examined or 1)
         self.check_budget()
-        start, before = time.perf_counter(), self._taken(key)
+        start, before = time.perf_counter(), self.memory.taken(key)
         with protected(), steps(f"judging {what}", self._stopper.total) as advance:
             scores, side = self._stopper.run(
                 self._scored, goal.max_drop, level, accept=not goal.strict, progress=advance, seen=before
@@ -257,32 +232,20 @@ class Search:
             self.goal = goal
 
     @property
+    def evaluations(self) -> list[Evaluation]:
+        """Every evaluation, in order."""
+        return self.memory.made
+
+    @property
     def picks(self) -> bool:
         """Whether examples that were scored for an early verdict need not be scored again to go on from there."""
         return self._stopper is not None and self._stopper.picks
-
-    def _taken(self, key: str) -> torch.Tensor | None:
-        """The most scores that were taken of a candidate for early verdicts, in the order drawn; None if none were."""
-        early = [verdict.score.per_example for verdict in self.memory.get(key, []) if not verdict.complete]
-        return max((scores for scores in early if scores is not None), key=len, default=None)
 
     def drop(self, verdict: Verdict) -> float:
         """How much worse than float a judged candidate is, on the examples that it was judged on."""
         if verdict.complete or self._stopper is None:
             return self.goal.drop(verdict.score)
         return self._stopper.drop(verdict.score)
-
-    def record(self, made: Evaluation, verdict: Verdict) -> None:
-        """Remember an evaluation, here and in the journal."""
-        self._asked.add(made.key)
-        self.evaluations.append(made)
-        self._remember(made, verdict)
-        keep(self.journal, made, verdict)
-
-    def _remember(self, made: Evaluation, verdict: Verdict) -> None:
-        self.memory.setdefault(made.key, []).append(verdict)
-        if made.examined is not None and made.rung != "deployed":
-            self._examined[made.key] = made.examined
 
     def check_budget(self) -> None:
         """Raise once the budget is used up, but let one candidate pass, so that there is always a best one.
@@ -308,8 +271,7 @@ class Search:
 
     def spent(self) -> str:
         """What of the budget is used up, in words; empty while there is something left."""
-        made = sum(evaluation.share for evaluation in self.evaluations)
-        return self.budget.spent(made, time.perf_counter() - self.started)
+        return self.budget.spent(self.memory.cost, time.perf_counter() - self.started)
 
     def seconds_left(self) -> float | None:
         """Seconds until the budget's minutes are used up; None where it bounds no time."""
@@ -319,9 +281,8 @@ class Search:
 
     def _consider(self, what: str, verdict: Verdict, key: str) -> None:
         """Keep the candidate if it is the best so far: meets the goal, few float layers, few bits, a small drop."""
-        if not verdict.complete or any(site.mode is not Mode.QUANTIZE for site in self.model.sites.values()):
+        if not (verdict.complete and self._acceptable):
             return
-
         score, best = verdict.score, self.best
         now = self._rank(score, put_back_in(self.model), bits_on_request(self.model))
         if best is None or now < self.rank(best):
@@ -347,7 +308,7 @@ class Search:
     ) -> None:
         score = verdict.score
         made = Evaluation(what, score.value, seconds, examples, total, key, self.rung, self.examined(key))
-        self.record(made, verdict)
+        self.memory.record(made, verdict)
         self._consider(what, verdict, key)
         if verdict.complete:
             self._suspect(what, score)
@@ -363,33 +324,9 @@ class Search:
                     f"higher_is_better={not goal.higher_is_better}"
                 )
 
-    @property
-    def full_evaluations(self) -> float:
-        """What all evaluations so far cost, in evaluations of every example.
-
-        A resumed run replays: what it has not come to again does not count yet.
-        """
-        return sum(evaluation.share for evaluation in self._replayed())
-
-    @property
-    def saved(self) -> int:
-        """Examples that no candidate had to be scored on, thanks to early stopping."""
-        seen: dict[str, int] = {}
-        totals: dict[str, int] = {}
-        for evaluation in self._replayed():
-            if evaluation.rung == "float":
-                continue
-            if evaluation.examples is not None and evaluation.total is not None and evaluation.key:
-                seen[evaluation.key] = seen.get(evaluation.key, 0) + evaluation.examples
-                totals[evaluation.key] = evaluation.total
-        return sum(totals[key] - seen[key] for key in seen)
-
-    def _replayed(self) -> list[Evaluation]:
-        return [e for e in self.evaluations if e.rung == "float" or not e.key or e.key in self._asked]
-
     def replay(self, rung: str, decisions: Iterable[Decision]) -> None:
         """Take a rung that an earlier run climbed as climbed: its evaluations count, its decisions are said."""
-        self._asked.update(made.key for made in self.evaluations if made.rung == rung)
+        self.memory.replay(rung)
         for made in decisions:
             if made.rung == rung:
                 self.decide(made.sentence, key=made.key)
@@ -413,130 +350,3 @@ class Search:
         made.keep(self.journal)
         if aloud:
             say(sentence)
-
-
-def timed_evaluation(scorer: Scorer, model: Callable[..., Any], what: str) -> tuple[Score, Evaluation]:
-    """Score ``model`` and tell the progress listener of it."""
-    start = time.perf_counter()
-    with steps(f"evaluating {what}"):
-        score = scorer.evaluate(model)
-    return score, Evaluation(what, score.value, time.perf_counter() - start, score.count, score.count)
-
-
-def float_evaluation(
-    scorer: Scorer, model: QuantizedModel, journal: Journal | None = None, unseen: Sequence[str] = ()
-) -> tuple[Score, list[Evaluation]]:
-    """Score the float network, once on everything and once more on a part, to see whether the metric repeats itself.
-
-    The float network is the user's model in the precision that it was handed over in. Warns where the metric does not:
-    a drop smaller than its own noise cannot be seen. Where the examples come in another order each time, the score is
-    returned without those of single examples, since nothing could be paired.
-
-    Args:
-        scorer: the metric.
-        model: in whatever mode.
-        journal: remembers what was evaluated before.
-        unseen: what the metric depends on beside what was compared with an earlier run's; if there is any, a part of
-            what is remembered is scored again.
-
-    Returns:
-        The score, and the evaluations made.
-
-    Raises:
-        RunError: if the float model scores otherwise now than the journal says.
-    """
-    journal = journal or Journal()
-    made: list[Evaluation] = []
-    # In float32 it is the model itself, which may run in pieces.
-    network = scored(model, scorer) if model.handed_over is model else model.handed_over
-
-    def once(what: str, key: str, score_it: Callable[[], tuple[Score, int | None]]) -> Score:
-        for entry in journal.of("evaluation"):
-            if entry.data["key"] == key:
-                return kept(entry)[1].score
-        start = time.perf_counter()
-        with steps(f"evaluating {what}"):
-            score, total = score_it()
-        seconds = time.perf_counter() - start
-        made.append(Evaluation(what, score.value, seconds, score.count, total, key, "float"))
-        keep(journal, made[-1], Verdict(True, score, complete=True))
-        return score
-
-    def whole() -> tuple[Score, int | None]:
-        score = scorer.evaluate(network)
-        return score, score.count
-
-    def part() -> tuple[Score, int | None]:
-        assert isinstance(scorer, Metric)
-        taken: list[torch.Tensor] = []
-        for scores in scorer.stream(network):
-            taken.append(scores)
-            if sum(map(len, taken)) >= REPEATED:
-                break
-        return Score.mean(torch.cat(taken)), first.count
-
-    with model.using(Mode.FLOAT):
-        first = once("float", "float", whole)
-        if unseen and not made:
-            with steps("evaluating float again, since the run goes on"):
-                some = isinstance(scorer, Metric) and first.per_example is not None
-                _see_that_it_is(first, (part() if some else whole())[0], journal)
-        if isinstance(scorer, Metric) and first.per_example is not None:
-            again = once(AGAIN, "float again", part).per_example
-            if again is not None and torch.equal(again, first.per_example[: len(again)]):
-                return first, made
-        second = once(AGAIN, "float again, whole", whole)
-    others = {name: _compared(score, second.others[name], name) for name, score in first.others.items()}
-    return replace(_compared(first, second, next(iter(parts(scorer)))), others=others), made
-
-
-def _see_that_it_is(known: Score, now: Score, journal: Journal) -> None:
-    """Raise unless the float model scores as it did when the journal was begun.
-
-    On the same processor to the last digits, but for the metric's own noise; on another one a single example in a
-    hundred may fall to the other side.
-    """
-    here = [{name: entry.data["packages"].get(name) for name in PLACE} for entry in journal.of("environment")]
-    tolerance, others = (1e-6, 0.0) if all(place == here[0] for place in here) else (1e-3, 0.01)
-    paired = not any(entry.data["paired"] is False for entry in journal.of("paired"))
-    again = [kept(e)[1].score for e in journal.of("evaluation") if e.data["key"] == "float again, whole"]
-    for name in ("", *known.others):
-        before, after = (score.others[name] if name else score for score in (known, now))
-        value = before.value
-        if paired and before.per_example is not None and after.per_example is not None:
-            examples = before.per_example[: len(after.per_example)]
-            value = float(examples.mean())
-            off = (after.per_example - examples).abs() > tolerance * examples.abs().clamp_min(1.0)
-            same = float(off.double().mean()) <= others
-        else:
-            repeated = [score.others[name].value if name else score.value for score in again]
-            noise = 3 * max((abs(other - value) for other in repeated), default=0.0)
-            same = abs(after.value - value) <= noise + (tolerance + others) * max(abs(value), 1e-3)
-        if not same:
-            raise RunError(
-                f"directory {journal.folder} belongs to a run with another metric: {f'by {name!r} ' * bool(name)}the "
-                f"float model scores {after.value:.6g} now, and {value:.6g} when the run began; choose another "
-                "directory, or begin anew in this one with fresh=True (--fresh)"
-            )
-
-
-def _compared(first: Score, second: Score, name: str) -> Score:
-    """The score to go on with, after two evaluations of the same model by the metric of that name."""
-    metric = f"metric {name!r}" if name else "metric"
-    noise = abs(first.value - second.value)
-    if noise > 1e-12 * max(abs(first.value), 1.0):
-        warnings.warn(
-            f"{metric}: the float model scores {first.value:.6g}, and {second.value:.6g} when scored again: drops "
-            f"smaller than that difference ({noise:.2g}) cannot be told from noise; make the metric repeat itself "
-            "(fixed seeds, no random augmentation, no sampling)",
-            stacklevel=3,
-        )
-    if not first.paired or first.repeats(second):
-        return first
-    warnings.warn(
-        f"{metric}: the scores of single examples differ between two evaluations of the float model, so candidates "
-        "cannot be compared with it example by example; give the examples in the same order each time "
-        "(a loader with shuffle=False)",
-        stacklevel=3,
-    )
-    return first.unpaired()

@@ -20,9 +20,10 @@ from halfstep.evaluate import as_scorer
 from halfstep.fake_quantize import Mode
 from halfstep.fidelity.reference import Probe, knowing_float
 from halfstep.journal import exact
+from halfstep.ladder.float_score import float_evaluation
 from halfstep.ladder.goal import Goal
 from halfstep.ladder.methods import METHODS, UNITS, Alone, Method, find_method
-from halfstep.ladder.search import Search, float_evaluation
+from halfstep.ladder.search import Search
 from halfstep.model import QuantizedModel
 from halfstep.precision import Group, groups_of
 
