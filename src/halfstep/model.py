@@ -22,7 +22,7 @@ from halfstep.formats import Integer
 from halfstep.graph.capture import Captured
 from halfstep.graph.float32 import check_observed_in, in_float32
 from halfstep.graph.fold import overwrite
-from halfstep.graph.inputs import ModelInputs, call_arguments
+from halfstep.graph.inputs import ModelInputs, call_arguments, move
 from halfstep.graph.operators import describe, readable_names
 from halfstep.graph.padding import Padding, Places
 from halfstep.graph.pipeline import ModulePart
@@ -383,18 +383,24 @@ class QuantizedModel(nn.Module):
         """
         flat = self.flatten(args, kwargs)
         if self.mode is Mode.OBSERVE:
-            with self._observing(flat):
+            with self.observing(flat):
                 return self.captured.out_spec.restore(self._run(*flat))
         return self.captured.out_spec.restore(self._run(*flat))
 
     @contextmanager
-    def _observing(self, flat: list[Any]) -> Iterator[None]:
-        """What only fills a batch up is left out, and operators compute in mixed precision where that was asked for."""
+    def observing(self, flat: list[Any], device: torch.device | None = None) -> Iterator[None]:
+        """What holds as data are observed: fillings are left out, operators in mixed precision if that was asked for.
+
+        Args:
+            flat: the values of the placeholders of the batch that is observed.
+            device: where the network runs; None for where it is.
+        """
         with ExitStack() as stack:
             if self.padding is not None:
+                flat = flat if device is None else move(flat, device)
                 stack.enter_context(self.padding.left_out(flat, self._padded))
             if self.autocast is not None:
-                stack.enter_context(torch.autocast(self.device.type, self.autocast))
+                stack.enter_context(torch.autocast((device or self.device).type, self.autocast))
             yield
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

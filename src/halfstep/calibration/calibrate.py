@@ -15,6 +15,7 @@ from halfstep.batches import abreast
 from halfstep.calibration.candidates import BEFORE, FLOAT, BestOf, Candidate, Sweep
 from halfstep.calibration.diagnostics import BATCH, concerns, sentences
 from halfstep.calibration.shards import gather_shares
+from halfstep.calibration.stages import observe_in_stages, usable
 from halfstep.calibration.sweep import sweep, sweep_activations
 from halfstep.calibrators import Calibrator, Max, WeightCalibrator
 from halfstep.distributed import share
@@ -51,6 +52,7 @@ def observe(
     model: QuantizedModel,
     batches: Iterable[ModelInputs] | Mapping[str, Iterable[ModelInputs]],
     batch_ranges: bool = False,
+    device: torch.device | str | None = None,
 ) -> dict[str, Histogram]:
     """Run the float network once over ``batches``; every activation's site fills its histogram.
 
@@ -64,20 +66,27 @@ def observe(
         batches: inputs, each a tensor, a tuple or a dict; iterated once, batches may differ in size. Of several modules
             also a dict of them.
         batch_ranges: also keep the range of every batch, which only :class:`MovingAverage` asks for.
+        device: for a network that has no room there, such as ``"cuda"`` for one in the host's memory: its layers and
+            blocks run on it one after the other, each with the parameters of one alone, and all batches pass one
+            before the next. Parameters that are mapped from files are read once. All batches are held where the model
+            is, and what a block hands on of each. The statistics are the same. None runs the network where it is.
 
     Returns:
         The histograms by site.
 
     Raises:
         DataError: if there is no batch, or one has a wrong shape or type, or makes NaN (naming batch and site).
-        ArgumentError: if earlier batches were observed without ``batch_ranges``.
+        ArgumentError: if earlier batches were observed without ``batch_ranges``, or ``device`` is not there.
     """
+    if device is not None:
+        device = usable(device)
     if batch_ranges:
         _keep_batch_ranges(model)
     seen = 0
     ordered = any(module.histogram.keeps_batch_ranges for module in activation_sites(model).values())
 
     mine, count = share(), 0
+    fed = _own(model, track(model.captured.batches(batches), "observing"))
 
     def work(index: int, inputs: ModelInputs) -> ModelInputs:
         if mine.has(index):
@@ -87,11 +96,15 @@ def observe(
         return inputs
 
     with model.using(Mode.OBSERVE), torch.no_grad():
-        for inputs in abreast(
-            model, work, _own(model, track(model.captured.batches(batches), "observing")), ordered
-        ):
+        passed = iter(fed) if device is not None else abreast(model, work, fed, ordered)
+        held = []
+        for inputs in passed:
             _keep(model, inputs)
+            if device is not None and mine.has(count):
+                held.append((count, inputs))
             seen, count = seen + model.captured.batch_size(inputs), count + 1
+        if device is not None:
+            observe_in_stages(model, held, device)
     mine.same("batches of calibration data:", count, "give every rank the same data, all of them")
     if not seen:
         raise DataError(

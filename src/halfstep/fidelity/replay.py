@@ -76,7 +76,7 @@ class Replay:
             if node.op == "placeholder":
                 values[node] = next(given)
             elif node.op == "get_attr":
-                values[node] = self._parameter(node)
+                values[node] = self.parameter(node)
             else:
                 values[node] = self.compute(node, values, wires)
                 if tap is not None:
@@ -96,8 +96,17 @@ class Replay:
                 )
         return changed
 
-    def compute(self, node: fx.Node, values: Values, wires: Wiring) -> Any:
-        """The value of one node from those that it reads."""
+    def compute(
+        self, node: fx.Node, values: Values, wires: Wiring = FLOAT, device: torch.device | None = None
+    ) -> Any:
+        """The value of one node from those that it reads.
+
+        Args:
+            node: no placeholder and no parameter.
+            values: of the nodes that it reads.
+            wires: where the quantizers sit.
+            device: where the values are, if that is not where the network was captured.
+        """
 
         def see(value: fx.Node) -> Any:
             quantizer = wires.get((value, node))
@@ -107,6 +116,8 @@ class Replay:
         if node.op == "output":
             return args[0]
         assert node.op == "call_function" and callable(node.target)
+        if device is not None and isinstance(kwargs.get("device"), torch.device):  # of what is made anew
+            kwargs = {**kwargs, "device": device}
         return node.target(*args, **kwargs)
 
     def outputs(self, values: Values) -> Any:
@@ -115,14 +126,14 @@ class Replay:
 
     def parameters(self) -> Values:
         """The values of the nodes that read parameters; what is computed from them asks for no gradients of theirs."""
-        found = {node: self._parameter(node) for node in self.nodes if node.op == "get_attr"}
-        return {n: value.detach() if isinstance(value, torch.Tensor) else value for n, value in found.items()}
+        return {node: self.parameter(node) for node in self.nodes if node.op == "get_attr"}
 
-    def _parameter(self, node: fx.Node) -> Any:
+    def parameter(self, node: fx.Node) -> Any:
+        """What a node reads of the module; of a parameter without its gradients."""
         found: Any = self.model.captured.module
         for name in str(node.target).split("."):
             found = getattr(found, name)
-        return found
+        return found.detach() if isinstance(found, torch.Tensor) else found
 
 
 @contextmanager

@@ -99,7 +99,7 @@ class Histogram:
         if flat.device.type != "cpu" or counting.interpreted():
             with counting.HANDING_OVER:
                 if self._pending is None or self._pending.device != flat.device:
-                    self._settle()
+                    self.settle()
                     self._pending = device.Tally(flat.device)
                 return self._pending.add(flat)
         threads, nans = torch.get_num_threads(), 0
@@ -123,8 +123,8 @@ class Histogram:
                 "merge: one histogram keeps batch ranges, the other does not; observe both alike"
             )
         self._answers.clear()
-        self._settle()
-        other._settle()
+        self.settle()
+        other.settle()
         self._counts += other._counts
         self._offsets += other._offsets
         self._specials += other._specials
@@ -137,7 +137,7 @@ class Histogram:
     @property
     def count(self) -> int:
         """Finite values seen."""
-        self._settle()
+        self.settle()
         return int(self._counts.sum())
 
     @property
@@ -149,13 +149,13 @@ class Histogram:
     @property
     def inf_count(self) -> int:
         """Infinities seen, of either sign."""
-        self._settle()
+        self.settle()
         return int(self._specials[POSITIVE_INF] + self._specials[NEGATIVE_INF])
 
     @property
     def zero_count(self) -> int:
         """Zeros seen, of either sign."""
-        self._settle()
+        self.settle()
         tiny = self._specials[TINY_POSITIVE] + self._specials[TINY_NEGATIVE]
         return int(self._counts[0] + self._counts[SIGN] - tiny)
 
@@ -173,7 +173,7 @@ class Histogram:
     @property
     def sum(self) -> float:
         """The sum of the finite values, rounded once."""
-        self._settle()
+        self.settle()
         keys = np.flatnonzero(self._counts)
         return exact_sum(keys, self._counts[keys], self._offsets[keys])
 
@@ -216,7 +216,7 @@ class Histogram:
 
         Places ascend with the values.
         """
-        self._settle()
+        self.settle()
         keys = np.flatnonzero(self._counts)
         counts = self._counts[keys]
         places = np.where(keys < SIGN, keys, SIGN - keys)  # the bin of zero is 0, as is that of -0.0
@@ -231,7 +231,7 @@ class Histogram:
         alone in its bin and lies at the bin's edge or at the end of the data (zero, the six of a ReLU6, a
         constant) is a point.
         """
-        self._settle()
+        self.settle()
         counts, offsets = self._counts.copy(), self._offsets
         zeros = self.zero_count
         counts[0], counts[SIGN] = self._specials[TINY_POSITIVE], self._specials[TINY_NEGATIVE]
@@ -302,7 +302,7 @@ class Histogram:
         infinities and the smallest subnormals (int64), ``upper`` and ``lower`` the ends of the stream as
         ordered integers (int32), and ``batch_ranges`` is (batches, 2) float64 where these are kept.
         """
-        self._settle()
+        self.settle()
         keys = np.flatnonzero(self._counts)
         state = {
             "keys": keys,
@@ -362,7 +362,7 @@ class Histogram:
 
     # Inside.
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Take over what torch has counted."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
