@@ -122,3 +122,32 @@ def test_what_may_be_negative_keeps_its_sign_through_a_concat(tmp_path):
     assert min(agreement.sqnr for agreement in agreements(q, path, x)) > 90
     kernels = inspect_kernels(path)
     assert kernels.floating == () and "concat/Concat" in kernels.integer
+
+
+class Lines(nn.Module):
+    """Convs, then a recurrent layer, whose first state is as large as the batch of what the convs return."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.lstm = nn.LSTM(16, 8, batch_first=True)
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.first(x)), 2)
+        x = F.max_pool2d(F.relu(self.second(x)), (4, 1))
+        return self.lstm(x.squeeze(2).transpose(1, 2))[0]
+
+
+@pytest.mark.parametrize("dynamic", [None, {"x": {3: "width"}}])
+def test_a_bias_is_not_lost_where_the_runtime_also_reads_the_convs_shape(tmp_path, dynamic):
+    torch.manual_seed(0)
+    model, x = Lines().eval(), torch.rand(4, 1, 8, 16)
+    nn.init.uniform_(model.first.bias, -1, 1)
+    q = hs.prepare(model, x, hs.Recipe.uniform(7, 8), target="openvino", dynamic=dynamic)
+    hs.observe(q, [x])
+    hs.calibrate(q)
+    path = hs.export_onnx(q, tmp_path / "model.onnx")  # refuses a file that answers otherwise
+    assert compare(DeployedModel(path, q.captured.in_spec, q.captured.out_spec), q, [x]).sqnr > 60
+    for name in ("first", "second"):
+        assert f"{name}/Conv/bias/Add" in {node.name for node in onnx.load(path).graph.node}
+    assert {"first/Conv", "second/Conv"} <= set(inspect_kernels(path).integer)

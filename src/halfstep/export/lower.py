@@ -112,6 +112,8 @@ def lower(onnx_model: ir.Model, model: QuantizedModel) -> None:
         saturate_gates(graph)
     if wanted.full_rank_bias:
         shape_biases(graph)
+    if wanted.added_bias:
+        add_biases(graph)
     if wanted.guarded_floats:
         protect_float_layers(graph)
     drop_unused(graph)
@@ -364,3 +366,28 @@ def shape_biases(graph: ir.Graph) -> None:
             graph, f"{bias.name}_rank{rank}", values.reshape((1,) * (rank - 1) + values.shape)
         )
         node.replace_input_with(1, shaped)
+
+
+def add_biases(graph: ir.Graph) -> None:
+    """A conv's constant bias becomes an Add of shape (1, channels, 1, ...) behind the conv.
+
+    OpenVINO 2026.4 parts a conv from its bias itself. Where it also reads the conv's shape, as it does for the batch of
+    a recurrent layer's state, and a quantizer is behind, the bias that it parted is lost on its way into the quantizer;
+    one that is an Add in the file is not.
+    """
+    for node in list(graph):
+        if node.op_type not in ("Conv", "ConvTranspose") or len(node.inputs) < 3:
+            continue
+        bias, weight = constant(node.inputs[2]), node.inputs[1]
+        if bias is None or weight is None or weight.shape is None:
+            continue
+        result = node.outputs[0]
+        name = f"{node.name}/bias"
+        shaped = initializer(graph, name, bias.reshape(1, -1, *(1,) * (len(weight.shape) - 2)))
+        total = ir.node("Add", [shaped, shaped], name=f"{name}/Add")
+        total.outputs[0].shape, total.outputs[0].dtype = result.shape, result.dtype
+        total.outputs[0].name = total.name
+        graph.insert_after(node, total)
+        replace(graph, result, total.outputs[0])
+        total.replace_input_with(0, result)
+        node.resize_inputs(2)

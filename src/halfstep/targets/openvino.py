@@ -1,7 +1,7 @@
 """OpenVINO on CPU: kernels write what the next one reads, so only inputs of layers get quantizers."""
 
 from halfstep.formats import Integer
-from halfstep.targets.target import Kernel, Target, shared
+from halfstep.targets.target import Kernel, Lowering, Target, shared
 
 _FUSED = frozenset({"hardswish", "hardsigmoid", "silu", "gelu", "sigmoid", "tanh", "leaky_relu"})
 _IN_THE_LAYER = "is computed in float inside the layer before it, at no cost; that layer stays integer"
@@ -27,6 +27,7 @@ OPENVINO = Target(
     absorbed=frozenset({"relu", "clip"}),
     fused=_FUSED,
     pair_sums=True,
+    lowering=Lowering(added_bias=True),
     reasons={
         **shared("openvino"),
         **dict.fromkeys(_FUSED, _IN_THE_LAYER),
