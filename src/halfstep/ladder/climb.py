@@ -394,7 +394,7 @@ def settle(recipe: Recipe, target: Target, entries: Iterable[Entry] = ()) -> Rec
 
 
 def narrower_weights(search: Search) -> str:
-    """Which weights have fewer bits than asked for, and why, in a sentence; empty if none has, or it was asked for."""
+    """What a portable recipe that nobody asked for keeps from 8 bits, and why, in a sentence; empty if nothing."""
     model = search.model
     if not (search.journal.of(PORTABLE) and model.recipe.portable):
         return ""
@@ -405,9 +405,11 @@ def narrower_weights(search: Search) -> str:
     ]
     if not narrower:
         return ""
+    floats = sum(bool(a.reason) > bool(b.reason) for a, b in zip(model.layers, asked.layers, strict=True))
+    products = f", and {floats} products of two activations are left in float" if floats else ""
     return (
         f"{len(narrower)} of {len(formats)} weights have {narrower[0].format.bits} bits instead of "
-        f"{formats[narrower[0].name].bits}: where this run began, integer kernels add products in 16 bits, which would "
-        "saturate (an x86 processor without VNNI). portable=True asks for this on every processor, so that the file "
-        "answers alike on all of them; portable=False keeps the bits"
+        f"{formats[narrower[0].name].bits}{products}: where this run began, integer kernels add products in "
+        "16 bits, which would saturate (an x86 processor without VNNI). portable=True asks for this on every "
+        "processor, so that the file answers alike on all of them; portable=False keeps the bits"
     )
