@@ -23,14 +23,13 @@ from halfstep.graph.capture import Captured
 from halfstep.graph.float32 import check_observed_in, in_float32
 from halfstep.graph.fold import overwrite
 from halfstep.graph.inputs import ModelInputs, call_arguments, move
+from halfstep.graph.layer_precision import STEPS, LayerPrecision
 from halfstep.graph.operators import describe, readable_names
 from halfstep.graph.padding import Padding, Places
 from halfstep.graph.pipeline import ModulePart
 from halfstep.graph.place import place
 from halfstep.graph.placement import (
-    INT16,
     WIDTH,
-    Choices,
     Inserted,
     Layer,
     Placement,
@@ -46,19 +45,18 @@ from halfstep.targets import Target
 
 
 class Chosen:
-    """A field of :class:`.Choices` as an attribute of the model: read names, assign names or patterns."""
+    """The layers put to a step as an attribute of the model: read names, assign names or patterns."""
 
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
+    def __init__(self, step: str) -> None:
+        self.step = step
 
     def __get__(self, model: QuantizedModel, owner: type | None = None) -> frozenset[str]:
-        chosen: frozenset[str] = getattr(model.choices, self.name)
-        return chosen
+        return model.precision[self.step]
 
     def __set__(self, model: QuantizedModel, patterns: Collection[str]) -> None:
         layers = dict.fromkeys(model.layer_names)  # a dict: looked up by name, and in order for messages
         names = {name for pattern in patterns for name in match_layers(pattern, layers)}
-        model.choose(replace(model.choices, **{self.name: frozenset(names)}))
+        model.choose(model.precision.but(**{self.step: names}))
         model.fit_anew()
 
 
@@ -71,6 +69,13 @@ class QuantizedModel(nn.Module):
     through, and its ``state_dict()`` holds weights, ranges and what is left in float. The attributes listed
     here are the model's own even where a layer or parameter of the user's is called so; that one is still found in
     ``named_parameters()`` and ``state_dict()``.
+
+    An attribute for each step of :data:`.STEPS` has the layers put to it on request, whatever the recipe says, and
+    takes names or patterns: ``float_layers``; ``int16_layers``, on targets whose files may hold such codes (see
+    ``target.simulated_bits``); ``dynamic_layers``, which are left in float, and say so, where the target has no such
+    kernel for their kind (see ``target.run_time_ranges``); ``bits8_layers`` to ``bits2_layers``, whose integer weights
+    have ranges of their own at each width, the nearest by squared error when the width is first asked for in a
+    calibrated model.
 
     Args:
         captured: the network as a graph; the model takes it over.
@@ -88,7 +93,8 @@ class QuantizedModel(nn.Module):
     captured: Captured
     target: Target
     recipe: Recipe
-    choices: Choices
+    precision: LayerPrecision
+    float_layers: Chosen
     placement: Placement
     mode: Mode
     padding: Padding | None  # what is left out of what is observed
@@ -103,22 +109,6 @@ class QuantizedModel(nn.Module):
     _shifts: dict[str, BiasShift]
     _names: dict[fx.Node, str]
     _run: Callable[..., Any]
-
-    #: The layers left in float on request.
-    float_layers = Chosen()
-    #: The layers that read activations in 16 bits on request: a step between integer and float, on targets whose files
-    #: may hold such codes (see ``target.simulated_bits``).
-    int16_layers = Chosen()
-    #: The layers whose activations get their range at run time on request. A layer of a kind that the target has no
-    #: such kernel for (see ``target.run_time_ranges``) is left in float, and says so.
-    dynamic_layers = Chosen()
-    #: The layers whose integer weights have 8, 6, 4, 3 or 2 bits on request, whatever the recipe says. Each width has
-    #: ranges of its own, the weight's nearest by squared error when it is first asked for in a calibrated model.
-    bits8_layers = Chosen()
-    bits6_layers = Chosen()
-    bits4_layers = Chosen()
-    bits3_layers = Chosen()
-    bits2_layers = Chosen()
 
     def __init__(
         self,
@@ -144,7 +134,7 @@ class QuantizedModel(nn.Module):
         self.sample = []
         self.compensations, self.refit = Compensations(self._places), None
         self._names = readable_names(self.graph)
-        self.choices = Choices()
+        self.precision = LayerPrecision()
         self._build()
         recipe.check(self.layer_names)
 
@@ -182,15 +172,15 @@ class QuantizedModel(nn.Module):
         """The modules on the quantized layers' biases, which correct and round them, by the names of the layers."""
         return dict(self._shifts)
 
-    def choose(self, choices: Choices) -> None:
-        """Place the sites anew with other layers at the steps between the recipe and float.
+    def choose(self, precision: LayerPrecision) -> None:
+        """Place the sites anew with layers in other precisions.
 
         What repairs learned is in force only for layers before which all is quantized as it was then; it comes back
         with those choices.
         """
-        if choices != self.choices:
+        if precision != self.precision:
             with self.compensations.following():
-                self.choices = choices
+                self.precision = precision
                 self._build()
 
     def fit_anew(self) -> None:
@@ -211,7 +201,7 @@ class QuantizedModel(nn.Module):
 
     def _build(self) -> None:
         """Place the sites for the layers that are now quantized, and compile the forward pass."""
-        self.placement = place(self.graph, self.target, self.recipe, self.choices)
+        self.placement = place(self.graph, self.target, self.recipe, self.precision)
         self._shelf.update(self.quantizers.items())
         self.quantizers.clear()
         self._in_use = {site.name: self._quantizer(site) for site in self.placement.sites}
@@ -285,7 +275,7 @@ class QuantizedModel(nn.Module):
         self.quantizers[key] = found = self._shelf[key].to(self.device)
         assert isinstance(found, FakeQuantize)
         if site.wide and site.name not in self._in_use:
-            usual = self._moved(replace(site, name=site.name.removesuffix(INT16)))
+            usual = self._moved(site.usual_width)
             twin = next((self._shelf[other] for other in usual if other in self._shelf), None)
             if isinstance(twin, FakeQuantize):
                 found.widen(twin)
@@ -296,7 +286,7 @@ class QuantizedModel(nn.Module):
         found = self._in_use[site.name]
         if site.usual is None or found.calibrated:
             return False
-        usual = self._shelf.get(replace(site, usual=None).key)
+        usual = self._shelf.get(site.usual_width.key)
         if not (isinstance(usual, FakeQuantize) and usual.calibrated):
             return False
         found.calibrate_weight(self.weight(site.name), MSE())
@@ -317,7 +307,7 @@ class QuantizedModel(nn.Module):
         """The keys that the quantizer of a site may have had on this side or another one of what moves codes about."""
         yield site.key
         for node in self._same_values(site.positions[0].value):
-            yield replace(site, name=self._names[node] + (INT16 if site.name.endswith(INT16) else "")).key
+            yield site.moved(self._names[node]).key
 
     def _same_values(self, value: fx.Node) -> Iterator[fx.Node]:
         """Tensors with the values of ``value`` in another order: what it is made from, then what is made of it."""
@@ -485,7 +475,7 @@ class QuantizedModel(nn.Module):
 
     def get_extra_state(self) -> torch.Tensor:
         """What the tensors of a state dict do not say, as JSON in a tensor of bytes, which safetensors can store."""
-        state = {**self.choices.to_dict(), "mode": self.mode.value}
+        state = {**self.precision.to_dict(), "mode": self.mode.value}
         return torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: torch.Tensor) -> None:
@@ -499,7 +489,7 @@ class QuantizedModel(nn.Module):
             RunError: if the saved model had others.
         """
         extra = state_dict.get(f"{prefix}_extra_state")
-        saved, own = {} if extra is None else _told(extra), self.choices.to_dict()
+        saved, own = {} if extra is None else _told(extra), self.precision.to_dict()
         for name in {**own, **saved} if saved else ():
             theirs, ours = saved.get(name, []), own.get(name, [])
             if name != "mode" and theirs != ours:
@@ -520,7 +510,7 @@ class QuantizedModel(nn.Module):
         twin.quantizers.clear()
         twin.sample = self.sample
         twin.compensations, twin.refit = self.compensations.copy(twin._places), self.refit
-        twin._keys, twin.mode, twin.choices = dict(self._keys), self.mode, self.choices
+        twin._keys, twin.mode, twin.precision = dict(self._keys), self.mode, self.precision
         twin._build()
         return twin
 
@@ -542,6 +532,10 @@ class QuantizedModel(nn.Module):
             f"{len(self._in_use)} sites",
             rows,
         )
+
+
+for _step in STEPS.values():
+    setattr(QuantizedModel, _step.attribute, Chosen(_step.name))
 
 
 def _has_bias(layer: Layer) -> bool:

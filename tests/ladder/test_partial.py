@@ -294,7 +294,7 @@ def test_the_fastest_is_what_the_search_hands_on_even_with_more_layers_in_float(
     search = Search(model, accuracy, Goal(0.06, score), made)
     found = climb_partial(search, hs.Partial(order="latency"))
     assert search.best.score.value == found.value
-    assert search.best.snapshot.put_back["float_layers"] == {*FAULTS, "4"}
+    assert search.best.snapshot.precision["float"] == {*FAULTS, "4"}
 
 
 def test_a_float_network_that_is_as_fast_is_said_to_be(accuracy, clock, monkeypatch):

@@ -17,6 +17,7 @@ import torch
 from halfstep.errors import ArgumentError, HalfstepError, RankError, RefusedError, RunError
 from halfstep.evaluate import Score
 from halfstep.fake_quantize import Mode
+from halfstep.graph.layer_precision import LayerPrecision
 from halfstep.graph.place import place
 from halfstep.identity import Identity
 from halfstep.journal import Entry
@@ -270,8 +271,8 @@ def _climb(search: Search, rung: Rung) -> RungResult:
         high=drop.high,
         metrics=search.goal.standings(best.score),
         what=best.what,
-        float_layers=tuple(sorted(best.snapshot.put_back["float_layers"])),
-        put_back={name: sorted(layers) for name, layers in best.snapshot.put_back.items()},
+        float_layers=tuple(sorted(best.snapshot.precision["float"])),
+        put_back=best.snapshot.precision.to_dict(),
         cost=sum(made.share for made in search.evaluations if made.rung == rung.name),
         note=note,
         key=key,
@@ -308,8 +309,8 @@ def _restored(search: Search, rung: Rung, key: str) -> RungResult | None:
     verdict = search.recall(reached.candidate)
     if verdict is None or not verdict.complete:
         return None
-    put_back = {name: frozenset(layers) for name, layers in reached.put_back.items()}
-    snapshot = Snapshot(search.model, put_back, search.checkpoints.network(saved))
+    precision = LayerPrecision.of_dict(reached.put_back)
+    snapshot = Snapshot(search.model, precision, search.checkpoints.network(saved))
     if fingerprint(snapshot.restore()) != reached.candidate:
         return None
     known = [candidate for candidate in search.reached.values() if candidate.key == reached.candidate]
@@ -398,7 +399,7 @@ def narrower_weights(search: Search) -> str:
     model = search.model
     if not (search.journal.of(PORTABLE) and model.recipe.portable):
         return ""
-    asked = place(model.graph, model.target, replace(model.recipe, portable=False), model.choices)
+    asked = place(model.graph, model.target, replace(model.recipe, portable=False), model.precision)
     formats = {site.name: site.format for site in asked.sites if site.is_weight}
     narrower = [
         site for site in model.placement.sites if site.is_weight and site.format != formats[site.name]

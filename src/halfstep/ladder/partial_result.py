@@ -13,7 +13,7 @@ from halfstep.ladder.goal import Asked, GoalSpec
 from halfstep.ladder.partial import Partial, climb_partial
 from halfstep.ladder.sensitivity import Halves, Sensitivity
 from halfstep.model import QuantizedModel
-from halfstep.precision import STEPS, groups_of, pinned_layers
+from halfstep.precision import groups_of, pinned_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,10 +95,7 @@ def partial(
         search,
         found,
         put_back={
-            name: step.name
-            for name in model.layer_names
-            for step in STEPS.values()
-            if name in getattr(model, step.attribute)
+            name: step for name in model.layer_names if (step := model.precision.step_of(name)) is not None
         },
         halves=halves if isinstance(halves, Halves) else None,
         sensitivity=table if isinstance(table, Sensitivity) else None,
