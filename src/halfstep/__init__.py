@@ -17,9 +17,10 @@ from halfstep.ladder.mixed_bits_result import MixedBitsResult, mixed_bits
 from halfstep.ladder.outcome import Outcome
 from halfstep.ladder.partial import Partial
 from halfstep.ladder.partial_result import PartialResult, partial
+from halfstep.ladder.prepare import prepare
 from halfstep.ladder.ptq import PTQ
 from halfstep.ladder.qat import QAT, train
-from halfstep.ladder.quantize import prepare, quantize
+from halfstep.ladder.quantize import quantize
 from halfstep.ladder.repairs import Repairs, repair
 from halfstep.ladder.rung import Cost, Rung
 from halfstep.ladder.sensitivity import Sensitivity, sensitivity
