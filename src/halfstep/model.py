@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -21,7 +21,7 @@ from halfstep.graph.capture import Captured
 from halfstep.graph.float32 import check_observed_in, in_float32
 from halfstep.graph.fold import overwrite
 from halfstep.graph.inputs import ModelInputs, call_arguments, move
-from halfstep.graph.layer_precision import STEPS, LayerPrecision
+from halfstep.graph.layer_precision import LayerLists, LayerPrecision
 from halfstep.graph.padding import Padding, Places
 from halfstep.graph.pipeline import ModulePart
 from halfstep.graph.place import place
@@ -37,27 +37,11 @@ from halfstep.graph.tracing import bind
 from halfstep.graph.unfold import unfold
 from halfstep.listing import Listing, describe_site
 from halfstep.quantizers import KnownQuantizers, shift_key
-from halfstep.recipe import Recipe, match_layers
+from halfstep.recipe import Recipe
 from halfstep.targets import Target
 
 
-class Chosen:
-    """The layers put to a step as an attribute of the model: read names, assign names or patterns."""
-
-    def __init__(self, step: str) -> None:
-        self.step = step
-
-    def __get__(self, model: QuantizedModel, owner: type | None = None) -> frozenset[str]:
-        return model.precision[self.step]
-
-    def __set__(self, model: QuantizedModel, patterns: Collection[str]) -> None:
-        layers = dict.fromkeys(model.layer_names)  # a dict: looked up by name, and in order for messages
-        names = {name for pattern in patterns for name in match_layers(pattern, layers)}
-        model.choose(model.precision.but(**{self.step: names}))
-        model.fit_anew()
-
-
-class QuantizedModel(nn.Module):
+class QuantizedModel(LayerLists, nn.Module):
     """A network whose sites can be observed, quantized, or left in float, layer by layer.
 
     An ordinary module: it takes and returns what the user's model does, its parameters carry the names they have
@@ -66,13 +50,6 @@ class QuantizedModel(nn.Module):
     through, and its ``state_dict()`` holds weights, ranges and what is left in float. The attributes listed
     here are the model's own even where a layer or parameter of the user's is called so; that one is still found in
     ``named_parameters()`` and ``state_dict()``.
-
-    An attribute for each step of :data:`.STEPS` has the layers put to it on request, whatever the recipe says, and
-    takes names or patterns: ``float_layers``; ``int16_layers``, on targets whose files may hold such codes (see
-    ``target.simulated_bits``); ``dynamic_layers``, which are left in float, and say so, where the target has no such
-    kernel for their kind (see ``target.run_time_ranges``); ``bits8_layers`` to ``bits2_layers``, whose integer weights
-    have ranges of their own at each width, the nearest by squared error when the width is first asked for in a
-    calibrated model.
 
     Args:
         captured: the network as a graph; the model takes it over.
@@ -91,7 +68,6 @@ class QuantizedModel(nn.Module):
     target: Target
     recipe: Recipe
     precision: LayerPrecision
-    float_layers: Chosen
     placement: Placement
     mode: Mode
     padding: Padding | None  # what is left out of what is observed
@@ -449,10 +425,6 @@ class QuantizedModel(nn.Module):
             f"{len(self._in_use)} sites",
             rows,
         )
-
-
-for _step in STEPS.values():
-    setattr(QuantizedModel, _step.attribute, Chosen(_step.name))
 
 
 def _told(extra_state: torch.Tensor) -> dict[str, Any]:

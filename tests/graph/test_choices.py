@@ -181,3 +181,8 @@ def test_a_snapshot_brings_back_ranges_and_statistics_and_that_there_were_none()
     assert not any(site.calibrated for site in q.sites.values())
     with pytest.raises(NotObservedError, match="has no range yet"):
         site.range()
+
+
+def test_a_model_has_a_list_for_every_step_and_no_other():
+    lists = {name for name in dir(hs.QuantizedModel) if name.endswith("_layers")}
+    assert lists == {step.attribute for step in STEPS.values()}

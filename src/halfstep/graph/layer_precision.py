@@ -1,17 +1,19 @@
 """Which layers are in which precision, where that is not the recipe's; and the table of precisions.
 
-A precision is a line of :data:`STEPS`: everything that depends on which there are reads that table.
+A precision is a line of :data:`STEPS`, and of :class:`LayerLists`, by which users name it: everything that depends on
+which there are reads that table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from halfstep.errors import ArgumentError
 from halfstep.formats import Integer
 from halfstep.graph.placement import Layer, Placement, takes_run_time_ranges
-from halfstep.recipe import LayerSpec, Recipe, TensorSpec
+from halfstep.recipe import LayerSpec, Recipe, TensorSpec, match_layers
 from halfstep.targets import Target
 
 #: Whether a layer that is placed so can be put to a step on a target.
@@ -192,3 +194,38 @@ class LayerPrecision:
         for step in (*weights[-1:], *activations[-1:]):
             spec = None if spec is None else step.change(spec)
         return spec
+
+
+class Chosen:
+    """The layers put to a step as an attribute of a model: read names, assign names or patterns."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.step = next(step.name for step in STEPS.values() if step.attribute == name)
+
+    def __get__(self, model: Any, owner: type | None = None) -> frozenset[str]:
+        layers: frozenset[str] = model.precision[self.step]
+        return layers
+
+    def __set__(self, model: Any, patterns: Collection[str]) -> None:
+        layers = dict.fromkeys(model.layer_names)  # a dict: looked up by name, and in order for messages
+        names = {name for pattern in patterns for name in match_layers(pattern, layers)}
+        model.choose(model.precision.but(**{self.step: names}))
+        model.fit_anew()
+
+
+class LayerLists:
+    """What a model has for each step: the layers put to it on request, whatever the recipe says."""
+
+    float_layers = Chosen()
+    #: Which read activations in 16 bits, on targets whose files may hold such codes (see ``target.simulated_bits``).
+    int16_layers = Chosen()
+    #: Whose activations get their range at run time. A layer of a kind that the target has no such kernel for (see
+    #: ``target.run_time_ranges``) is left in float, and says so.
+    dynamic_layers = Chosen()
+    #: Whose integer weights have so many bits. Each width has ranges of its own, the weight's nearest by squared error
+    #: when it is first asked for in a calibrated model.
+    bits8_layers = Chosen()
+    bits6_layers = Chosen()
+    bits4_layers = Chosen()
+    bits3_layers = Chosen()
+    bits2_layers = Chosen()
