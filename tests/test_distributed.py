@@ -175,7 +175,7 @@ def _weights(factor, model):
 
 
 def _judged(scorer, q, step):
-    from halfstep.training.fit import Judgement
+    from halfstep.training.trained import Judgement
 
     return Judgement(scorer.evaluate(q).value, -step, False)  # the last is the best
 

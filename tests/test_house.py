@@ -19,6 +19,7 @@ SMALL = {"targets/openvino.py", "targets/tensorrt.py", "cli/__main__.py", "__mai
 
 #: Functions of more than eight parameters: the faces of the ladder, compiled loops, operators of torch and ONNX.
 WIDE = {
+    "ladder/prepare.py prepare",
     "ladder/quantize.py quantize",
     "cli/quantize.py quantize",
     "ladder/partial_result.py partial",

@@ -37,10 +37,10 @@ from halfstep.repair.rounding import gptq, learn_rounding
 from halfstep.repair.smooth_quant import migrate
 from halfstep.report.site_plot import plot_site
 from halfstep.training.distillation import Distillation
-from halfstep.training.fit import Trained
 from halfstep.training.options import Training
 from halfstep.training.oscillation import Damping, Freezing
 from halfstep.training.ranges import Ranges
+from halfstep.training.trained import Trained
 
 __all__ = [
     "E2M1",

@@ -7,7 +7,7 @@ Pins: which layers partial quantization may put back, and which it must not touc
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from halfstep.errors import RecipeError
@@ -37,16 +37,9 @@ class Group:
         return self.layers[0] + (f" and {more} more" if more else "")
 
 
-def groups_of(model: QuantizedModel, layers: Collection[str] | None = None) -> tuple[Group, ...]:
-    """The groups of layers that are quantized in ``model`` as it stands, in the order of execution.
-
-    Args:
-        model: any mode.
-        layers: consider only these; None for all.
-    """
-    chosen = [
-        layer for layer in model.layers if not layer.reason and (layers is None or layer.name in layers)
-    ]
+def groups_of(model: QuantizedModel) -> tuple[Group, ...]:
+    """The groups of layers that are quantized in ``model`` as it stands, in the order of execution."""
+    chosen = [layer for layer in model.layers if not layer.reason]
     owner: dict[str, int] = {}  # site -> the group that reads it
     members: list[list[int]] = []
     for index, layer in enumerate(chosen):

@@ -11,10 +11,10 @@ import halfstep as hs
 from halfstep.errors import ArgumentError, RecipeError
 from halfstep.export.sizes import nominal_bytes, stored_bytes
 from halfstep.graph.layer_precision import WIDTHS, LayerPrecision
-from halfstep.ladder.climb import find_rungs
 from halfstep.ladder.float_score import float_evaluation
 from halfstep.ladder.goal import Goal
 from halfstep.ladder.mixed_bits import climb_mixed_bits, evaluations_at_most, movable
+from halfstep.ladder.rungs import find_rungs
 from halfstep.ladder.search import Search
 from halfstep.report.page import page
 from halfstep.report.run import Run

@@ -208,8 +208,7 @@ class Job:
 
     def prepare(self, entries: Iterable[Entry] = ()) -> QuantizedModel:
         """The model with its sites, not observed; the recipe settled as in the run with these entries."""
-        from halfstep.ladder.climb import settle
-        from halfstep.ladder.prepare import prepare
+        from halfstep.ladder.prepare import prepare, settle
 
         recipe = settle(self.recipe(), find_target(self.config.target), entries)
         config = self.config

@@ -107,8 +107,6 @@ def race_choices(
     model: QuantizedModel,
     choices: Sequence[LayerPrecision],
     threads: int | None = None,
-    rounds: int = ROUNDS,
-    batch: int | None = None,
 ) -> list[float]:
     """Microseconds that a batch takes under each of ``choices``, raced as files against the first of them.
 
@@ -116,15 +114,12 @@ def race_choices(
         model: calibrated; it is the same afterwards.
         choices: the layers at the steps towards float, for each file; two at least.
         threads: of the runtime, for one operator; None for all cores.
-        rounds: interleaved runs, at least 3; more of them where a run takes a fraction of a millisecond.
-        batch: how many examples a run takes, repeated if need be; None for the first calibration batch as it is.
 
     Raises:
         NotObservedError: if no example was kept.
-        ArgumentError: if ``batch`` is less than 1.
         ExportError: if the runtime cannot run a file.
     """
-    raced = heats(model, choices[0], choices[1:], threads, rounds, batch)
+    raced = heats(model, choices[0], choices[1:], threads)
     first = statistics.median(file.base for file in raced)
     return [first, *(first + file.longer for file in raced)]
 

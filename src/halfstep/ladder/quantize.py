@@ -25,17 +25,18 @@ from halfstep.graph.shapes import Dynamic
 from halfstep.graph.states import States
 from halfstep.journal import Journal
 from halfstep.ladder.beginning import begin
-from halfstep.ladder.climb import PORTABLE, RUNGS, ascend, find_rungs, settle
+from halfstep.ladder.climb import ascend
 from halfstep.ladder.deploy import deploy, file_score
 from halfstep.ladder.goal import Asked, GoalSpec
 from halfstep.ladder.identity import claim_run
 from halfstep.ladder.outcome import Outcome
 from halfstep.ladder.pace import CHECKED, FLOAT, UNCHECKED, Exports, Pace, check_latency
 from halfstep.ladder.partial import Partial
-from halfstep.ladder.prepare import prepare
+from halfstep.ladder.prepare import PORTABLE, prepare, settle
 from halfstep.ladder.qat import QAT
 from halfstep.ladder.ranks import agree, follow
 from halfstep.ladder.rung import Rung
+from halfstep.ladder.rungs import RUNGS, find_rungs
 from halfstep.ladder.search import Search
 from halfstep.ladder.speed import tune_for_speed
 from halfstep.live import shown
