@@ -186,3 +186,23 @@ def test_a_snapshot_brings_back_ranges_and_statistics_and_that_there_were_none()
 def test_a_model_has_a_list_for_every_step_and_no_other():
     lists = {name for name in dir(hs.QuantizedModel) if name.endswith("_layers")}
     assert lists == {step.attribute for step in STEPS.values()}
+
+
+def test_journals_tell_the_precisions_with_all_lists_or_with_those_that_name_a_layer():
+    put = LayerPrecision.of(float=["b", "a"], bits4=["c"])
+    assert LayerPrecision.of_dict(put.to_dict()) == put
+    whole = {step.attribute: [] for step in STEPS.values()}
+    assert (
+        LayerPrecision.of_dict({**whole, "float_layers": ["a", "b"], "bits4_layers": ["c"], "mode": ""})
+        == put
+    )
+
+
+def test_weights_have_one_width_and_the_dearest_step_is_the_layer_s():
+    put = LayerPrecision.of(bits4=["a", "b"], dynamic=["a"]).with_layers("bits8", ["a"])
+    assert put == LayerPrecision.of(bits4=["b"], bits8=["a"], dynamic=["a"])
+    assert [put.step_of(name) for name in "abc"] == ["dynamic", "bits4", None]
+    assert put.but(dynamic=(), bits4=["a"]).with_layers("float", "a") == LayerPrecision.of(
+        bits4=["a"], bits8=["a"], float=["a"]
+    )
+    assert hash(put) == hash(LayerPrecision.of(dynamic=["a"], bits8=["a"], bits4=["b"]))

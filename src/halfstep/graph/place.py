@@ -140,6 +140,7 @@ class _Placer:
             and TAIL not in node.meta
             and not (op.kind in ("add", "mul") and constant_operands(node))
         }
+        # From all of them down to what holds: followers that feed one another would never join one by one.
         self.kernels = {node for node in self.integer | followers if self._executed(node)}
         while lost := {
             node for node in self.kernels - self.integer if not (self._fed(node) and self._wanted(node))
@@ -246,6 +247,7 @@ class _Placer:
 
     def _lift(self) -> None:
         """Quantize before a pass where all that reads its input wants codes, and tie both sides together."""
+        # From the end: whether a pass moves codes depends on what its readers want, further passes among them.
         for node in reversed(self.graph.nodes):
             op = self.operators.get(node)
             if op is None or op.kind not in self.target.passes - {"item"} or len(op.inputs) != 1:

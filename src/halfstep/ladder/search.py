@@ -202,7 +202,7 @@ class Search:
                 self._scored, goal.max_drop, level, accept=not goal.strict, progress=advance, seen=before
             )
         if known is not None and before is not None and len(scores) == len(before):
-            return known
+            return known  # not one example more was needed to say it at this level
         complete = len(scores) == self._stopper.total
         score = self._stopper.finish(self._scored, scores) if complete else Score.mean(scores)
         score = score.numbered(examined or 1)
