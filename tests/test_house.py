@@ -22,7 +22,7 @@ WIDE = {
     "ladder/prepare.py prepare",
     "ladder/quantize.py quantize",
     "cli/quantize.py quantize",
-    "ladder/partial_result.py partial",
+    "ladder/alone.py partial",
     "statistics/kernels.py hand_over",
     "statistics/kernels.py count",
     "onnx_in/recurrent.py lstm",

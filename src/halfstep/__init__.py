@@ -11,12 +11,11 @@ from halfstep.export.onnx import export_float, export_onnx
 from halfstep.export.verify import Verification, verify
 from halfstep.formats import E2M1, E4M3, E5M2, Codebook, Floating, Integer
 from halfstep.granularity import PerChannel, PerGroup, PerTensor
+from halfstep.ladder.alone import MixedBitsResult, PartialResult, mixed_bits, partial
 from halfstep.ladder.costs import Tuning, tune
 from halfstep.ladder.mixed_bits import MixedBits
-from halfstep.ladder.mixed_bits_result import MixedBitsResult, mixed_bits
 from halfstep.ladder.outcome import Outcome
 from halfstep.ladder.partial import Partial
-from halfstep.ladder.partial_result import PartialResult, partial
 from halfstep.ladder.prepare import prepare
 from halfstep.ladder.ptq import PTQ
 from halfstep.ladder.qat import QAT, train
