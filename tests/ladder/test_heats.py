@@ -59,7 +59,7 @@ class Course:
         planned = {}
 
         def written(model, chosen, path):
-            planned[path.name] = milliseconds(chosen.float_layers)
+            planned[path.name] = milliseconds(chosen["float"])
             return shutil.copy(file, path)
 
         def race(contestants, rounds):

@@ -212,7 +212,7 @@ def test_a_step_is_taken_by_single_layers_where_it_does_not_do_for_all():
 
 def race_by_size(model, choices, threads):
     """As if every float layer took a tenth of a millisecond more."""
-    return [1000 + 100 * len(chosen.float_layers) for chosen in choices]
+    return [1000 + 100 * len(chosen["float"]) for chosen in choices]
 
 
 @pytest.fixture
@@ -258,7 +258,7 @@ def test_the_faster_of_both_orders_is_taken(accuracy, clock, monkeypatch):
     monkeypatch.setattr(
         "halfstep.ladder.costs.race_choices",
         lambda model, choices, threads: [
-            sum(times[name] for name in chosen.float_layers) for chosen in choices
+            sum(times[name] for name in chosen["float"]) for chosen in choices
         ],
     )
     result = hs.partial(model, accuracy, 0.015, hs.Partial(order="latency"))
