@@ -37,9 +37,9 @@ from torch.nn import functional as F
 import halfstep as hs
 from bench import fashion
 from halfstep.fidelity.replay import Replay, Wiring, quantizing, wiring
-from halfstep.graph.placement import Choices
+from halfstep.graph.layer_precision import WIDTHS, LayerPrecision
 from halfstep.ladder.mixed_bits import COUNTS, Counted, movable
-from halfstep.precision import WIDTHS, Group
+from halfstep.precision import Group
 
 BITS = (8, 4, 2)
 CALIBRATION = 1024
@@ -94,7 +94,7 @@ def main() -> None:
         if (known := tuple(levels)) not in scores:
             model.choose(assigned(groups, levels))
             scores[known] = f"{held.evaluate(model).value:.2%}"
-            model.choose(Choices())
+            model.choose(LayerPrecision())
         return scores[known]
 
     for drop in map(float, options.drops.split(",")):
@@ -124,13 +124,12 @@ def search(
     return found, twin, time.perf_counter() - start
 
 
-def assigned(groups: Sequence[Group], levels: Sequence[int]) -> Choices:
+def assigned(groups: Sequence[Group], levels: Sequence[int]) -> LayerPrecision:
     """The groups at their widths."""
-    put: dict[str, frozenset[str]] = {}
+    put = LayerPrecision()
     for group, level in zip(groups, levels, strict=True):
-        name = WIDTHS[BITS[level]].attribute
-        put[name] = put.get(name, frozenset()) | frozenset(group.layers)
-    return Choices(**put)
+        put = put.with_layers(WIDTHS[BITS[level]].name, group.layers)
+    return put
 
 
 def bytes_of(model: hs.QuantizedModel, groups: Sequence[Group], counted: Counted) -> list[list[int]]:
@@ -142,7 +141,7 @@ def bytes_of(model: hs.QuantizedModel, groups: Sequence[Group], counted: Counted
         read = {layer.name: set(layer.sites) & set(counts) for layer in model.layers}
         for sizes, group in zip(found, groups, strict=True):
             sizes.append(sum(counts[name] for name in set().union(*(read[each] for each in group.layers))))
-    model.choose(Choices())
+    model.choose(LayerPrecision())
     return found
 
 
@@ -237,7 +236,7 @@ def kept(
         start = time.perf_counter()
         wires = [wired(model, groups, places) for places in lowerings(len(groups))]
         measured = losses(model, wires, labelled)
-        model.choose(Choices())
+        model.choose(LayerPrecision())
         np.savez(file, losses=measured, seconds=time.perf_counter() - start)
     with np.load(file) as found:
         return found["losses"], float(found["seconds"])

@@ -37,7 +37,8 @@ from halfstep.cli.app import keep_freed_memory
 from halfstep.fake_quantize import Mode
 from halfstep.formats import Codebook
 from halfstep.model import QuantizedModel
-from halfstep.training.fit import Judgement, fit, learning_rate
+from halfstep.training.fit import fit, learning_rate
+from halfstep.training.trained import Judgement
 
 RESULTS = fashion.CACHE / "qat"
 PARTIAL_DROP = 0.003

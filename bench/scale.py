@@ -28,7 +28,7 @@ import halfstep as hs
 from bench.networks.resnet import ResNet18, SmallResNet, randomize_batch_norm
 from halfstep.distributed import Crew, crew, together
 from halfstep.evaluate import as_scorers
-from halfstep.ladder.quantize import _observed
+from halfstep.ladder.beginning import _observed
 from halfstep.ladder.ranks import agree, follow
 from halfstep.model import QuantizedModel
 from halfstep.ranges import activation_sites

@@ -25,8 +25,8 @@ from halfstep.evaluate import as_scorers, early_stopping
 from halfstep.fidelity.compare import Reference
 from halfstep.fidelity.reference import knowing_float
 from halfstep.journal import read
+from halfstep.ladder.beginning import _observed
 from halfstep.ladder.qat import _float_twin
-from halfstep.ladder.quantize import _observed
 from halfstep.ladder.ranks import agree, follow, hand_out
 from halfstep.progress import listening
 from halfstep.runtime.deployed import DeployedModel
@@ -175,7 +175,7 @@ def _weights(factor, model):
 
 
 def _judged(scorer, q, step):
-    from halfstep.training.fit import Judgement
+    from halfstep.training.trained import Judgement
 
     return Judgement(scorer.evaluate(q).value, -step, False)  # the last is the best
 

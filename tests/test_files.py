@@ -6,7 +6,7 @@ import stat
 import pytest
 
 from halfstep.errors import RunError
-from halfstep.files import appearing, write_whole
+from halfstep.files import appearing, are_one, write_whole
 
 
 def test_a_file_is_on_the_disk_before_it_gets_its_name_and_then_the_name_is(tmp_path, monkeypatch):
@@ -51,3 +51,13 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     write_whole(tmp_path / "file", b"")
     with pytest.raises(RunError, match=r"cannot write .*file/in: .*; choose a directory you own, with space"):
         write_whole(tmp_path / "file" / "in", b"")
+
+
+def test_paths_are_one_where_both_lead_to_a_file_that_is_there(tmp_path):
+    file, link, gone = (tmp_path / name for name in ("file", "link", "gone"))
+    file.touch()
+    link.symlink_to(file)
+    assert are_one(file, link) and are_one(link, file)
+    assert not (are_one(file, gone) or are_one(gone, file) or are_one(gone, gone))
+    gone.touch()
+    assert not are_one(file, gone)

@@ -19,9 +19,10 @@ SMALL = {"targets/openvino.py", "targets/tensorrt.py", "cli/__main__.py", "__mai
 
 #: Functions of more than eight parameters: the faces of the ladder, compiled loops, operators of torch and ONNX.
 WIDE = {
+    "ladder/prepare.py prepare",
     "ladder/quantize.py quantize",
     "cli/quantize.py quantize",
-    "ladder/partial_result.py partial",
+    "ladder/alone.py partial",
     "statistics/kernels.py hand_over",
     "statistics/kernels.py count",
     "onnx_in/recurrent.py lstm",

@@ -11,15 +11,15 @@ from halfstep.export.onnx import export_float, export_onnx
 from halfstep.export.verify import Verification, verify
 from halfstep.formats import E2M1, E4M3, E5M2, Codebook, Floating, Integer
 from halfstep.granularity import PerChannel, PerGroup, PerTensor
+from halfstep.ladder.alone import MixedBitsResult, PartialResult, mixed_bits, partial
 from halfstep.ladder.costs import Tuning, tune
 from halfstep.ladder.mixed_bits import MixedBits
-from halfstep.ladder.mixed_bits_result import MixedBitsResult, mixed_bits
 from halfstep.ladder.outcome import Outcome
 from halfstep.ladder.partial import Partial
-from halfstep.ladder.partial_result import PartialResult, partial
+from halfstep.ladder.prepare import prepare
 from halfstep.ladder.ptq import PTQ
 from halfstep.ladder.qat import QAT, train
-from halfstep.ladder.quantize import prepare, quantize
+from halfstep.ladder.quantize import quantize
 from halfstep.ladder.repairs import Repairs, repair
 from halfstep.ladder.rung import Cost, Rung
 from halfstep.ladder.sensitivity import Sensitivity, sensitivity
@@ -36,10 +36,10 @@ from halfstep.repair.rounding import gptq, learn_rounding
 from halfstep.repair.smooth_quant import migrate
 from halfstep.report.site_plot import plot_site
 from halfstep.training.distillation import Distillation
-from halfstep.training.fit import Trained
 from halfstep.training.options import Training
 from halfstep.training.oscillation import Damping, Freezing
 from halfstep.training.ranges import Ranges
+from halfstep.training.trained import Trained
 
 __all__ = [
     "E2M1",

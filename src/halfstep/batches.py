@@ -94,7 +94,7 @@ class InPieces(nn.Module):
     def _kind(self, inputs: Any) -> object:
         shapes = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors_of(inputs)]
         modes = [site.mode for site in self.model.sites.values()]
-        return repr((shapes, modes, self.model.choices.to_dict()))
+        return repr((shapes, modes, self.model.precision))
 
     def _compare(self, kind: object, inputs: Any, sizes: Sequence[int]) -> Any:
         """The whole answer to the first batch, after the same in the smallest pieces."""

@@ -49,6 +49,11 @@ def write_whole(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
+def are_one(path: Path, other: Path) -> bool:
+    """Whether two paths lead to one file that is there, so that writing to either would lose what it holds."""
+    return path.exists() and other.exists() and path.samefile(other)
+
+
 def sync(path: Path) -> None:
     """Wait until a file, or the names in a directory, are on the disk."""
     if path.is_dir() and os.name == "nt":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -13,24 +13,19 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from halfstep.bias_shift import BiasShift, BiasSteps
-from halfstep.calibrators import MSE
+from halfstep.bias_shift import BiasShift
 from halfstep.compensation import Compensations, Place, places
 from halfstep.errors import ArgumentError, DataError, RunError
-from halfstep.fake_quantize import FakeQuantize, Mode, RunTimeQuantize
-from halfstep.formats import Integer
+from halfstep.fake_quantize import FakeQuantize, Mode
 from halfstep.graph.capture import Captured
 from halfstep.graph.float32 import check_observed_in, in_float32
 from halfstep.graph.fold import overwrite
 from halfstep.graph.inputs import ModelInputs, call_arguments, move
-from halfstep.graph.operators import describe, readable_names
+from halfstep.graph.layer_precision import LayerLists, LayerPrecision
 from halfstep.graph.padding import Padding, Places
 from halfstep.graph.pipeline import ModulePart
 from halfstep.graph.place import place
 from halfstep.graph.placement import (
-    INT16,
-    WIDTH,
-    Choices,
     Inserted,
     Layer,
     Placement,
@@ -41,28 +36,12 @@ from halfstep.graph.placement import (
 from halfstep.graph.tracing import bind
 from halfstep.graph.unfold import unfold
 from halfstep.listing import Listing, describe_site
-from halfstep.recipe import Recipe, match_layers
+from halfstep.quantizers import KnownQuantizers, shift_key
+from halfstep.recipe import Recipe
 from halfstep.targets import Target
 
 
-class Chosen:
-    """A field of :class:`.Choices` as an attribute of the model: read names, assign names or patterns."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    def __get__(self, model: QuantizedModel, owner: type | None = None) -> frozenset[str]:
-        chosen: frozenset[str] = getattr(model.choices, self.name)
-        return chosen
-
-    def __set__(self, model: QuantizedModel, patterns: Collection[str]) -> None:
-        layers = dict.fromkeys(model.layer_names)  # a dict: looked up by name, and in order for messages
-        names = {name for pattern in patterns for name in match_layers(pattern, layers)}
-        model.choose(replace(model.choices, **{self.name: frozenset(names)}))
-        model.fit_anew()
-
-
-class QuantizedModel(nn.Module):
+class QuantizedModel(LayerLists, nn.Module):
     """A network whose sites can be observed, quantized, or left in float, layer by layer.
 
     An ordinary module: it takes and returns what the user's model does, its parameters carry the names they have
@@ -88,7 +67,7 @@ class QuantizedModel(nn.Module):
     captured: Captured
     target: Target
     recipe: Recipe
-    choices: Choices
+    precision: LayerPrecision
     placement: Placement
     mode: Mode
     padding: Padding | None  # what is left out of what is observed
@@ -96,29 +75,11 @@ class QuantizedModel(nn.Module):
     sample: list[ModelInputs]  # a bounded part of the calibration data, kept for scoring
     compensations: Compensations  # what repairs learned for other choices of layers
     refit: Callable[[QuantizedModel], object] | None  # fits it anew for these; repairs bring it along
-    _shelf: dict[str, nn.Module]  # the quantizers of other choices of layers too, with what they saw
-    _keys: dict[str, str]  # from sites to quantizers
+    _known: KnownQuantizers  # those of other precisions of layers too
     _in_use: dict[str, FakeQuantize]
     _padded: Mapping[str, Places]
     _shifts: dict[str, BiasShift]
-    _names: dict[fx.Node, str]
     _run: Callable[..., Any]
-
-    #: The layers left in float on request.
-    float_layers = Chosen()
-    #: The layers that read activations in 16 bits on request: a step between integer and float, on targets whose files
-    #: may hold such codes (see ``target.simulated_bits``).
-    int16_layers = Chosen()
-    #: The layers whose activations get their range at run time on request. A layer of a kind that the target has no
-    #: such kernel for (see ``target.run_time_ranges``) is left in float, and says so.
-    dynamic_layers = Chosen()
-    #: The layers whose integer weights have 8, 6, 4, 3 or 2 bits on request, whatever the recipe says. Each width has
-    #: ranges of its own, the weight's nearest by squared error when it is first asked for in a calibrated model.
-    bits8_layers = Chosen()
-    bits6_layers = Chosen()
-    bits4_layers = Chosen()
-    bits3_layers = Chosen()
-    bits2_layers = Chosen()
 
     def __init__(
         self,
@@ -139,12 +100,11 @@ class QuantizedModel(nn.Module):
             )
         self.captured, self.target, self.recipe = captured, target, recipe
         self._modules["quantizers"] = nn.ModuleDict()
-        self._shelf, self._keys, self._in_use = {}, {}, {}
+        self._known, self._in_use = KnownQuantizers(captured.graph, target, self.weight), {}
         self.mode, self.padding, self.autocast = Mode.FLOAT, padding, autocast
         self.sample = []
         self.compensations, self.refit = Compensations(self._places), None
-        self._names = readable_names(self.graph)
-        self.choices = Choices()
+        self.precision = LayerPrecision()
         self._build()
         recipe.check(self.layer_names)
 
@@ -182,15 +142,15 @@ class QuantizedModel(nn.Module):
         """The modules on the quantized layers' biases, which correct and round them, by the names of the layers."""
         return dict(self._shifts)
 
-    def choose(self, choices: Choices) -> None:
-        """Place the sites anew with other layers at the steps between the recipe and float.
+    def choose(self, precision: LayerPrecision) -> None:
+        """Place the sites anew with layers in other precisions.
 
         What repairs learned is in force only for layers before which all is quantized as it was then; it comes back
         with those choices.
         """
-        if choices != self.choices:
+        if precision != self.precision:
             with self.compensations.following():
-                self.choices = choices
+                self.precision = precision
                 self._build()
 
     def fit_anew(self) -> None:
@@ -211,24 +171,14 @@ class QuantizedModel(nn.Module):
 
     def _build(self) -> None:
         """Place the sites for the layers that are now quantized, and compile the forward pass."""
-        self.placement = place(self.graph, self.target, self.recipe, self.choices)
-        self._shelf.update(self.quantizers.items())
+        self.placement = place(self.graph, self.target, self.recipe, self.precision)
+        self._known.modules.update(self.quantizers.items())
         self.quantizers.clear()
-        self._in_use = {site.name: self._quantizer(site) for site in self.placement.sites}
-        ranged = {site.name for site in self.placement.sites if self._range_width(site)}
-        steps = {
-            bias.layer: BiasSteps(self._in_use[bias.activation], self._in_use[bias.weight], bias.stretch)
-            for bias in self.placement.biases
-        }
-        self._shifts = {
-            layer.name: self._bias_shift(layer, steps.get(layer.name))
-            for layer in self.layers
-            if _has_bias(layer)
-        }
-        for layer in self.layers:
-            shift, bias = self._shifts.get(layer.name), layer.operator.bias
-            if shift is not None and bias is not None and ranged.intersection(layer.sites):
-                shift.widen(self.weight(str(bias.target)).detach())
+        self._in_use, self._shifts = self._known.of(self.placement, self._in_use, self.device)
+        for name, site in self._in_use.items():
+            self.quantizers[self._known.keys[name]] = site
+        for name, shift in self._shifts.items():
+            self.quantizers[shift_key(name)] = shift
         self._padded = {} if self.padding is None else self.padding.places(self.placement.sites)
         self._run = bind(overwrite(self.simulation().graph), self.captured.module)
         self.set_mode(self.mode)
@@ -243,7 +193,7 @@ class QuantizedModel(nn.Module):
         graph, placement = graph or self.graph, placement or self.placement
 
         def make(graph: fx.Graph, value: fx.Node, site: Site, _: Position) -> fx.Node:
-            return graph.call_module(f"quantizers.{self._keys[site.name]}", (value,))
+            return graph.call_module(f"quantizers.{self._known.keys[site.name]}", (value,))
 
         inserted = insert(graph, placement, make, tied=False)
         for layer in placement.layers:
@@ -251,87 +201,17 @@ class QuantizedModel(nn.Module):
                 node = inserted.copies[layer.operator.node]
                 bias = node.args[2]
                 with inserted.graph.inserting_before(node):
-                    node.update_arg(2, inserted.graph.call_module(f"quantizers.{_shift_key(layer)}", (bias,)))
+                    node.update_arg(
+                        2, inserted.graph.call_module(f"quantizers.{shift_key(layer.name)}", (bias,))
+                    )
         return inserted
-
-    def _bias_shift(self, layer: Layer, steps: BiasSteps | None) -> BiasShift:
-        """The module on a layer's bias; another one around the same shift where its steps have changed."""
-        key, bias = _shift_key(layer), layer.operator.bias
-        assert bias is not None
-        found = self._shelf.get(key) or BiasShift(torch.zeros(len(self.weight(str(bias.target)))), steps)
-        assert isinstance(found, BiasShift)
-        if found.steps != steps:
-            found = BiasShift(found.shift, steps)
-        self._shelf[key] = self.quantizers[key] = found.to(self.device)
-        return found
-
-    def _quantizer(self, site: Site) -> FakeQuantize:
-        """The module of a site, made when first seen.
-
-        With some layers in float a quantizer may move to the other side of an operator that only moves codes about; it
-        stays the same quantizer, since the values are the same.
-        """
-        key = site.key
-        if key not in self._shelf and not (site.is_weight or site.dynamic):
-            key = next((other for other in self._moved(site) if other in self._shelf), key)
-        if key not in self._shelf:
-            key = site.key
-            shape = (
-                self.weight(site.name).shape if site.is_weight else site.positions[0].value.meta["val"].shape
-            )
-            sizes = tuple(size if isinstance(size, int) else 0 for size in shape)  # 0: the dynamic batch
-            self._shelf[key] = make_quantizer(site, sizes)
-        self._keys[site.name] = key
-        self.quantizers[key] = found = self._shelf[key].to(self.device)
-        assert isinstance(found, FakeQuantize)
-        if site.wide and site.name not in self._in_use:
-            usual = self._moved(replace(site, name=site.name.removesuffix(INT16)))
-            twin = next((self._shelf[other] for other in usual if other in self._shelf), None)
-            if isinstance(twin, FakeQuantize):
-                found.widen(twin)
-        return found
-
-    def _range_width(self, site: Site) -> bool:
-        """Give a weight in a width on request its range, if it has none though the model is calibrated; whether so."""
-        found = self._in_use[site.name]
-        if site.usual is None or found.calibrated:
-            return False
-        usual = self._shelf.get(replace(site, usual=None).key)
-        if not (isinstance(usual, FakeQuantize) and usual.calibrated):
-            return False
-        found.calibrate_weight(self.weight(site.name), MSE())
-        return True
 
     def forget_widths(self) -> None:
         """Forget the ranges of weights in widths that are not in use: they are found anew when they are asked for.
 
         To be called where weights have changed, or ranges are chosen anew.
         """
-        used = {id(module) for module in self._in_use.values()}
-        for key, module in list(self._shelf.items()):
-            width = key.rpartition(":")[2].removesuffix(WIDTH)
-            if key.endswith(WIDTH) and width.isdigit() and id(module) not in used:
-                del self._shelf[key]
-
-    def _moved(self, site: Site) -> Iterator[str]:
-        """The keys that the quantizer of a site may have had on this side or another one of what moves codes about."""
-        yield site.key
-        for node in self._same_values(site.positions[0].value):
-            yield replace(site, name=self._names[node] + (INT16 if site.name.endswith(INT16) else "")).key
-
-    def _same_values(self, value: fx.Node) -> Iterator[fx.Node]:
-        """Tensors with the values of ``value`` in another order: what it is made from, then what is made of it."""
-        above = value
-        while (op := describe(above)) is not None and op.kind in self.target.passes and op.inputs:
-            above = op.inputs[0]
-            yield above
-        below = [value]
-        while below:
-            for user in below.pop(0).users:
-                op = describe(user)
-                if op is not None and op.kind in self.target.passes and len(op.inputs) == 1:
-                    below.append(user)
-                    yield user
+        self._known.forget_widths(self._in_use.values())
 
     @property
     def handed_over(self) -> nn.Module:
@@ -485,7 +365,7 @@ class QuantizedModel(nn.Module):
 
     def get_extra_state(self) -> torch.Tensor:
         """What the tensors of a state dict do not say, as JSON in a tensor of bytes, which safetensors can store."""
-        state = {**self.choices.to_dict(), "mode": self.mode.value}
+        state = {**self.precision.to_dict(), "mode": self.mode.value}
         return torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: torch.Tensor) -> None:
@@ -499,7 +379,7 @@ class QuantizedModel(nn.Module):
             RunError: if the saved model had others.
         """
         extra = state_dict.get(f"{prefix}_extra_state")
-        saved, own = {} if extra is None else _told(extra), self.choices.to_dict()
+        saved, own = {} if extra is None else _told(extra), self.precision.to_dict()
         for name in {**own, **saved} if saved else ():
             theirs, ours = saved.get(name, []), own.get(name, [])
             if name != "mode" and theirs != ours:
@@ -516,11 +396,14 @@ class QuantizedModel(nn.Module):
         root._modules.pop("quantizers", None)
         captured = replace(self.captured, graph=copy.deepcopy(self.captured.graph), module=root)
         twin = QuantizedModel(captured, self.target, self.recipe, autocast=self.autocast)
-        twin._shelf = {key: copy.deepcopy(module, memo) for key, module in self._shelf.items()}
+        twin._known.modules = {
+            key: copy.deepcopy(module, memo) for key, module in self._known.modules.items()
+        }
+        twin._known.keys = dict(self._known.keys)
         twin.quantizers.clear()
         twin.sample = self.sample
         twin.compensations, twin.refit = self.compensations.copy(twin._places), self.refit
-        twin._keys, twin.mode, twin.choices = dict(self._keys), self.mode, self.choices
+        twin.mode, twin.precision = self.mode, self.precision
         twin._build()
         return twin
 
@@ -542,24 +425,6 @@ class QuantizedModel(nn.Module):
             f"{len(self._in_use)} sites",
             rows,
         )
-
-
-def _has_bias(layer: Layer) -> bool:
-    """Whether a layer is quantized and has a bias that can be corrected."""
-    return not layer.reason and bool(layer.sites) and layer.operator.bias is not None
-
-
-def _shift_key(layer: Layer) -> str:
-    """The bias's name among the quantizers; no site's name ends so."""
-    return f"{layer.name.replace('.', '/')}:bias"
-
-
-def make_quantizer(site: Site, shape: tuple[int, ...]) -> FakeQuantize:
-    """The module for a site on a tensor of ``shape``."""
-    if site.dynamic:
-        assert isinstance(site.format, Integer)
-        return RunTimeQuantize(site.name, site.format, site.granularity)
-    return FakeQuantize(site.name, site.format, site.granularity, shape)
 
 
 def _told(extra_state: torch.Tensor) -> dict[str, Any]:

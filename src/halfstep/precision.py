@@ -1,21 +1,17 @@
-"""Which layers are in which precision: groups that go together, the steps to float, and what a user pins.
+"""Which layers change their precision together, and which a user pins.
 
 Groups: the layers that partial quantization turns off together.
-
-The steps between an integer layer and a float one, as a table: cheapest first.
 
 Pins: which layers partial quantization may put back, and which it must not touch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from halfstep.errors import ArgumentError, RecipeError
-from halfstep.formats import Integer
-from halfstep.graph.place import takes_run_time_ranges
-from halfstep.graph.placement import Choices, Layer
+from halfstep.errors import RecipeError
+from halfstep.graph.layer_precision import LayerPrecision, Step
 from halfstep.model import QuantizedModel
 from halfstep.recipe import match_layers
 
@@ -41,16 +37,9 @@ class Group:
         return self.layers[0] + (f" and {more} more" if more else "")
 
 
-def groups_of(model: QuantizedModel, layers: Collection[str] | None = None) -> tuple[Group, ...]:
-    """The groups of layers that are quantized in ``model`` as it stands, in the order of execution.
-
-    Args:
-        model: any mode.
-        layers: consider only these; None for all.
-    """
-    chosen = [
-        layer for layer in model.layers if not layer.reason and (layers is None or layer.name in layers)
-    ]
+def groups_of(model: QuantizedModel) -> tuple[Group, ...]:
+    """The groups of layers that are quantized in ``model`` as it stands, in the order of execution."""
+    chosen = [layer for layer in model.layers if not layer.reason]
     owner: dict[str, int] = {}  # site -> the group that reads it
     members: list[list[int]] = []
     for index, layer in enumerate(chosen):
@@ -79,94 +68,15 @@ def matching(patterns: Iterable[str], model: QuantizedModel) -> frozenset[str]:
     return frozenset(name for pattern in patterns for name in match_layers(pattern, names))
 
 
+def fits(step: Step, model: QuantizedModel, group: Group) -> bool:
+    """Whether every layer of ``group``, quantized now, can be put to a step."""
+    layers = (layer for layer in model.layers if layer.name in group.layers)
+    return all(step.supports(model.placement, model.target, layer) for layer in layers)
+
+
 def names_of(groups: Iterable[Group]) -> frozenset[str]:
     """The names of all layers in ``groups``."""
     return frozenset(name for group in groups for name in group.layers)
-
-
-@dataclass(frozen=True)
-class Step:
-    """Something that a layer can be put to, to lose less.
-
-    Attributes:
-        name: what users write.
-        attribute: the model's property that lists the layers put to it.
-        words: how sentences call a layer put to it.
-        quantizes: whether something of the layer is still quantized.
-        supports: whether a layer that is quantized now can be put to it on the model's target.
-        bits: of the layer's weights, where it is a width of theirs; None where it is not.
-    """
-
-    name: str
-    attribute: str
-    words: str
-    quantizes: bool
-    supports: Callable[[QuantizedModel, Layer], bool]
-    bits: int | None = None
-
-    def fits(self, model: QuantizedModel, group: Group) -> bool:
-        """Whether every layer of ``group`` can be put to it."""
-        return all(self.supports(model, layer) for layer in model.layers if layer.name in group.layers)
-
-
-def _has_kernel(model: QuantizedModel, layer: Layer) -> bool:
-    return takes_run_time_ranges(layer.operator, model.target)
-
-
-def _holds_int16(model: QuantizedModel, layer: Layer) -> bool:
-    codes = [site for site in model.placement.sites if site.name in layer.sites and not site.is_weight]
-    return model.target.holds(16) and any(not site.dynamic and site.format.bits < 16 for site in codes)
-
-
-def _always(model: QuantizedModel, layer: Layer) -> bool:
-    return True
-
-
-def weight_widths(model: QuantizedModel, layer: Layer) -> set[int]:
-    """The bits of a layer's integer weights as they stand; empty if it has none, or a codebook's."""
-    weights = (site for site in model.placement.sites if site.is_weight and site.name in layer.sites)
-    return {site.format.bits for site in weights if isinstance(site.format, Integer)}
-
-
-def _width(bits: int) -> Step:
-    """A width of weights: a step towards float for layers whose weights have fewer bits."""
-
-    def widens(model: QuantizedModel, layer: Layer) -> bool:
-        widths = weight_widths(model, layer)
-        return bool(widths) and max(widths) < bits
-
-    return Step(f"bits{bits}", f"bits{bits}_layers", f"with {bits}-bit weights", True, widens, bits)
-
-
-STEPS: dict[str, Step] = {
-    step.name: step
-    for step in (
-        *(_width(bits) for bits in reversed(Choices().widths)),
-        Step("dynamic", "dynamic_layers", "with ranges at run time", True, _has_kernel),
-        Step("int16", "int16_layers", "with 16-bit activations", True, _holds_int16),
-        Step("float", "float_layers", "in float", False, _always),
-    )
-}
-
-
-def find_steps(names: tuple[str, ...]) -> tuple[Step, ...]:
-    """The steps called so, cheapest first.
-
-    Raises:
-        ArgumentError: for an unknown name, or none.
-    """
-    unknown = [name for name in names if name not in STEPS]
-    if unknown or not names:
-        raise ArgumentError(
-            f"steps: got {unknown[0]!r}, needed some of {', '.join(map(repr, STEPS))}"
-            if unknown
-            else f"steps: got none, needed at least one of {', '.join(map(repr, STEPS))}"
-        )
-    return tuple(step for step in STEPS.values() if step.name in names)
-
-
-#: The widths that a layer's weights can have on request, by bits, the narrowest first.
-WIDTHS: dict[int, Step] = {step.bits: step for step in STEPS.values() if step.bits is not None}
 
 
 def bits_on_request(model: QuantizedModel) -> int:
@@ -182,20 +92,16 @@ def bits_on_request(model: QuantizedModel) -> int:
 Assignment = Mapping[Group, Step]
 
 
-def choices(base: Mapping[str, frozenset[str]], assignment: Assignment) -> Choices:
-    """The groups at their steps, and every other layer where ``base`` (attribute -> layers) has it."""
-    put = {step.attribute: set(base.get(step.attribute, ())) for step in STEPS.values()}
+def assigned(base: LayerPrecision, assignment: Assignment) -> LayerPrecision:
+    """The groups at their steps, and every other layer where ``base`` has it."""
     for group, step in assignment.items():
-        if step.bits is not None:  # a layer's weights have one width
-            for other in WIDTHS.values():
-                put[other.attribute].difference_update(group.layers)
-        put[step.attribute].update(group.layers)
-    return Choices(**{attribute: frozenset(layers) for attribute, layers in put.items()})
+        base = base.with_layers(step.name, group.layers)
+    return base
 
 
 def pinned_layers(
     model: QuantizedModel, keep_float: Sequence[str], keep_quantized: Sequence[str]
-) -> tuple[Mapping[str, frozenset[str]], tuple[Group, ...]]:
+) -> tuple[LayerPrecision, tuple[Group, ...]]:
     """What the pins leave to decide.
 
     Args:
@@ -204,12 +110,11 @@ def pinned_layers(
         keep_quantized: patterns of layers that are never put back.
 
     Returns:
-        The layers that are put back from the start, by the step's attribute, and the groups that may be put back.
+        The layers that are put back from the start, and the groups that may be put back.
 
     Raises:
         RecipeError: if a pattern matches no layer, or layers are pinned both ways, or all of them in float.
     """
-    base = {step.attribute: frozenset(getattr(model, step.attribute)) for step in STEPS.values()}
     up, down = matching(keep_float, model), matching(keep_quantized, model)
     if both := sorted(up & down):
         raise RecipeError(
@@ -227,6 +132,6 @@ def pinned_layers(
             f"keep_float: {', '.join(map(repr, keep_float))} pins every quantized layer in float, and nothing would be "
             "quantized; pin fewer"
         )
-    base["float_layers"] |= up | tied
-    free = [group for group in groups if not (down | base["float_layers"]).intersection(group.layers)]
+    base = model.precision.with_layers("float", up | tied)
+    free = [group for group in groups if not (down | base["float"]).intersection(group.layers)]
     return base, tuple(free)

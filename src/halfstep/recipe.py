@@ -60,20 +60,6 @@ class LayerSpec:
         granularity = PerGroup(-1, group.size) if isinstance(group, PerGroup) else None
         return replace(self, activations=TensorSpec(8, granularity, dynamic=True))
 
-    def with_weight_bits(self, bits: int) -> LayerSpec:
-        """The same activations; integer weights in so many bits. Weights in float or in a codebook stay so."""
-        weights = self.weights
-        if weights is None or not isinstance(weights.format, int | Integer):
-            return self
-        format = bits if isinstance(weights.format, int) else replace(weights.format, bits=bits)
-        return replace(self, weights=replace(weights, format=format))
-
-    def with_int16_activations(self) -> LayerSpec:
-        """The same weights; fixed ranges of activations in 16 bits. Activations in float or at run time stay so."""
-        if self.activations is None or self.activations.dynamic:
-            return self
-        return replace(self, activations=TensorSpec(16, self.activations.granularity))
-
 
 @dataclass(frozen=True)
 class Recipe:

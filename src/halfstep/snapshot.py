@@ -14,9 +14,8 @@ import torch
 from halfstep.calibrators.calibrator import Calibrator, WeightCalibrator
 from halfstep.distributed import StatePart
 from halfstep.fake_quantize import Mode
-from halfstep.graph.placement import Choices
+from halfstep.graph.layer_precision import LayerPrecision
 from halfstep.model import QuantizedModel
-from halfstep.precision import STEPS
 from halfstep.statistics import ChannelRange, Histogram
 
 
@@ -38,13 +37,13 @@ class Snapshot:
 
     Attributes:
         model: the model itself, which may have changed since.
-        put_back: the layers put to each step towards float, by the step's attribute.
+        precision: of its layers.
         state: a copy of its state dict: parameters, ranges, learned roundings, shifts of biases.
         seen: by site; empty in a snapshot from a file, which leaves statistics as they are.
     """
 
     model: QuantizedModel
-    put_back: dict[str, frozenset[str]]
+    precision: LayerPrecision
     state: dict[str, torch.Tensor]
     seen: Mapping[str, _Seen] = field(default_factory=dict)
 
@@ -56,11 +55,11 @@ class Snapshot:
             name: _Seen(site.histogram, site.channels, site.calibrated_by)
             for name, site in model.sites.items()
         }
-        return cls(model, put_back_in(model), state, seen)
+        return cls(model, model.precision, state, seen)
 
     def restore(self) -> QuantizedModel:
         """Put the model back to this moment."""
-        self.model.choose(Choices(**self.put_back))
+        self.model.choose(self.precision)
         self.model.load_state_dict(self.state, strict=False)  # quantizers made since then are not in use
         sites = self.model.sites
         for name, seen in self.seen.items():
@@ -85,12 +84,12 @@ class ModelReplica:
     def parts(self) -> dict[str, StatePart]:
         """The state by modules, which of them take part, and the layers at each step towards float."""
         model, sample = self.model, [*self.model.sample]
-        choices = {name: sorted(layers) for name, layers in put_back_in(model).items()}
+        precision = model.precision
         known, kept = self._last
-        self._choices += choices != known
+        self._choices += precision != known
         if len(kept) != len(sample) or any(old is not new for old, new in zip(kept, sample, strict=True)):
             self._sample += 1
-        self._last = choices, list(sample)
+        self._last = precision, list(sample)
         by_module: dict[str, dict[str, torch.Tensor]] = {}
         for name, tensor in model.state_dict().items():
             if not name.endswith("_extra_state"):
@@ -99,7 +98,7 @@ class ModelReplica:
         active = {name: shift.active for name, shift in model.shifts.items()}
         # With other layers in float quantizers may be other modules: all of them are sent.
         return {
-            "choices": StatePart(choices),
+            "precision": StatePart(precision.to_dict()),
             **{
                 f"module {name}": StatePart(self._choices if name.startswith("quantizers") else 0, tensors)
                 for name, tensors in by_module.items()
@@ -111,9 +110,9 @@ class ModelReplica:
     def take(self, parts: Mapping[str, StatePart]) -> None:
         """Be what rank 0's model is, of which these parts have changed."""
         model = self.model
-        if "choices" in parts:
+        if "precision" in parts:
             model.compensations.forget()
-            model.choose(Choices(**{name: frozenset(some) for name, some in parts["choices"].plain.items()}))
+            model.choose(LayerPrecision.of_dict(parts["precision"].plain))
         state = {key: tensor for part in parts.values() for key, tensor in part.tensors.items()}
         model.load_state_dict(state, strict=False)
         if "modes" in parts:
@@ -136,11 +135,6 @@ def undone_on_error(model: QuantizedModel) -> Iterator[Snapshot]:
     except BaseException:
         before.restore()
         raise
-
-
-def put_back_in(model: QuantizedModel) -> dict[str, frozenset[str]]:
-    """The layers of ``model`` at each step towards float, by the step's attribute, cheapest step first."""
-    return {step.attribute: frozenset(getattr(model, step.attribute)) for step in STEPS.values()}
 
 
 def fingerprint(model: QuantizedModel) -> str:

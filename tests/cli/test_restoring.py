@@ -179,12 +179,12 @@ def test_a_baseline_holds_later_runs_to_what_was_recorded(folder):
 def test_a_run_keeps_the_weights_that_the_processor_of_its_beginning_needed(folder, monkeypatch):
     """Though the one that it goes on with needs others."""
     for need in (True, False):
-        monkeypatch.setattr("halfstep.ladder.climb.saturates_here", lambda need=need: need)
+        monkeypatch.setattr("halfstep.ladder.prepare.saturates_here", lambda need=need: need)
         there = ("--max-drop", "0.1", "--rungs", "ptq", "--directory", f"run{need}")
         run(folder, *there)
         journal = (folder / f"run{need}" / "journal.jsonl").read_text()
         assert ("weights have 7 bits instead of 8" in journal) == need
-        monkeypatch.setattr("halfstep.ladder.climb.saturates_here", lambda need=need: not need)
+        monkeypatch.setattr("halfstep.ladder.prepare.saturates_here", lambda need=need: not need)
         run(folder, *there)  # goes on
         monkeypatch.chdir(folder)
         model, _, _ = restore(folder / f"run{need}", None)

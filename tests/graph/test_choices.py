@@ -11,8 +11,8 @@ import halfstep as hs
 from halfstep.errors import ExportError, NotObservedError
 from halfstep.export.verify import layer_fates
 from halfstep.fidelity.compare import compare
-from halfstep.graph.placement import Choices
-from halfstep.precision import STEPS, choices, groups_of
+from halfstep.graph.layer_precision import STEPS, LayerPrecision
+from halfstep.precision import assigned, groups_of
 from halfstep.runtime.deployed import DeployedModel, inspect_kernels
 from halfstep.snapshot import Snapshot
 
@@ -96,7 +96,7 @@ def test_float_comes_before_16_bits_and_these_before_ranges_at_run_time():
     assert "reshape:int16" in q.sites
     q.float_layers = ["fc"]
     assert q.layers[-1].sites == () and not any("int16" in name for name in q.sites)
-    assert q.choices.to_dict() == {"float_layers": ["fc"], "int16_layers": ["fc"], "dynamic_layers": ["fc"]}
+    assert q.precision.to_dict() == {"float_layers": ["fc"], "int16_layers": ["fc"], "dynamic_layers": ["fc"]}
 
 
 def test_activations_that_have_no_fixed_range_stay_as_they_are():
@@ -149,16 +149,16 @@ def test_a_candidate_of_several_steps_is_placed_once(monkeypatch):
     built = []
     build = hs.QuantizedModel._build
     monkeypatch.setattr(
-        hs.QuantizedModel, "_build", lambda model: (built.append(model.choices), build(model))
+        hs.QuantizedModel, "_build", lambda model: (built.append(model.precision), build(model))
     )
     first, second, third, *_ = groups_of(q)
     q.choose(
-        choices({"float_layers": frozenset(first.layers)}, {second: STEPS["int16"], third: STEPS["dynamic"]})
+        assigned(LayerPrecision.of(float=first.layers), {second: STEPS["int16"], third: STEPS["dynamic"]})
     )
-    wanted = Choices(*(frozenset(group.layers) for group in (first, second, third)))
+    wanted = LayerPrecision.of(float=first.layers, int16=second.layers, dynamic=third.layers)
     assert built == [wanted]
     before.restore()
-    assert built == [wanted, Choices()]
+    assert built == [wanted, LayerPrecision()]
 
 
 def test_a_snapshot_brings_back_ranges_and_statistics_and_that_there_were_none():
@@ -181,3 +181,28 @@ def test_a_snapshot_brings_back_ranges_and_statistics_and_that_there_were_none()
     assert not any(site.calibrated for site in q.sites.values())
     with pytest.raises(NotObservedError, match="has no range yet"):
         site.range()
+
+
+def test_a_model_has_a_list_for_every_step_and_no_other():
+    lists = {name for name in dir(hs.QuantizedModel) if name.endswith("_layers")}
+    assert lists == {step.attribute for step in STEPS.values()}
+
+
+def test_journals_tell_the_precisions_with_all_lists_or_with_those_that_name_a_layer():
+    put = LayerPrecision.of(float=["b", "a"], bits4=["c"])
+    assert LayerPrecision.of_dict(put.to_dict()) == put
+    whole = {step.attribute: [] for step in STEPS.values()}
+    assert (
+        LayerPrecision.of_dict({**whole, "float_layers": ["a", "b"], "bits4_layers": ["c"], "mode": ""})
+        == put
+    )
+
+
+def test_weights_have_one_width_and_the_dearest_step_is_the_layer_s():
+    put = LayerPrecision.of(bits4=["a", "b"], dynamic=["a"]).with_layers("bits8", ["a"])
+    assert put == LayerPrecision.of(bits4=["b"], bits8=["a"], dynamic=["a"])
+    assert [put.step_of(name) for name in "abc"] == ["dynamic", "bits4", None]
+    assert put.but(dynamic=(), bits4=["a"]).with_layers("float", "a") == LayerPrecision.of(
+        bits4=["a"], bits8=["a"], float=["a"]
+    )
+    assert hash(put) == hash(LayerPrecision.of(dynamic=["a"], bits8=["a"], bits4=["b"]))

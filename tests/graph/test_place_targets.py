@@ -160,7 +160,9 @@ def test_portable_weights_have_7_bits_where_two_products_may_exceed_16(target):
     assert set(weight_bits(hs.Recipe.int8(portable=False), target).values()) == {8}
 
 
-@pytest.mark.parametrize("target, portable", [("openvino", True), ("openvino", False), ("onnxruntime", True)])
+@pytest.mark.parametrize(
+    ("target", "portable"), [("openvino", True), ("openvino", False), ("onnxruntime", True)]
+)
 def test_a_portable_recipe_leaves_products_of_two_signed_activations_in_float(target, portable):
     example = (torch.randn(2, 4, 8, 8), torch.tensor([1, 2]))
     q = hs.prepare(Widths(), example, hs.Recipe.int8(portable=portable), target)

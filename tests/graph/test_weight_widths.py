@@ -9,10 +9,10 @@ from torch import nn
 import halfstep as hs
 from halfstep.errors import RecipeError, RunError
 from halfstep.fidelity.compare import compare
-from halfstep.graph.placement import Choices
-from halfstep.precision import STEPS, WIDTHS, bits_on_request, groups_of
+from halfstep.graph.layer_precision import STEPS, WIDTHS
+from halfstep.precision import bits_on_request, fits, groups_of
 from halfstep.runtime.deployed import DeployedModel
-from halfstep.snapshot import Snapshot, fingerprint, put_back_in
+from halfstep.snapshot import Snapshot, fingerprint
 
 INPUTS = torch.randn(64, 12, generator=torch.Generator().manual_seed(0))
 
@@ -91,7 +91,7 @@ def test_a_copy_a_snapshot_and_a_state_dict_keep_widths():
     q = quantized()
     q.bits4_layers = ["2"]
     answer, kept = q(INPUTS), Snapshot.of(q)
-    assert put_back_in(q)["bits4_layers"] == {"2"}
+    assert q.precision["bits4"] == {"2"}
     assert torch.equal(copy.deepcopy(q)(INPUTS), answer)
     state = {name: tensor.clone() for name, tensor in q.state_dict().items()}
     q.bits4_layers = ["0"]
@@ -102,7 +102,7 @@ def test_a_copy_a_snapshot_and_a_state_dict_keep_widths():
         RunError, match=r"saved with bits4 layers \['2'\], this model has \[\]; set bits4_layers"
     ):
         q.load_state_dict(state)
-    assert "bits4_layers" not in q.choices.to_dict()
+    assert "bits4_layers" not in q.precision.to_dict()
 
 
 def test_new_ranges_forget_those_of_widths_that_are_not_in_use():
@@ -124,6 +124,6 @@ def test_a_pattern_that_matches_nothing_is_an_error():
 
 def test_wider_weights_are_a_step_towards_float_and_narrower_ones_are_none():
     q = quantized(hs.Recipe.uniform(4, 8, ends=None, portable=False))
-    fitting = {name for name, step in STEPS.items() if step.fits(q, groups_of(q)[1])}
+    fitting = {name for name, step in STEPS.items() if fits(step, q, groups_of(q)[1])}
     assert fitting == {"bits6", "bits8", "dynamic", "int16", "float"}
-    assert [step.bits for step in WIDTHS.values()] == sorted(Choices().widths)
+    assert [step.bits for step in WIDTHS.values()] == [2, 3, 4, 6, 8]

@@ -10,10 +10,11 @@ from torch import nn
 import halfstep as hs
 from halfstep.calibration.sweep import passes_at_most
 from halfstep.evaluate import EarlyStopping
-from halfstep.ladder.climb import estimate, find_rungs
+from halfstep.ladder.climb import estimate
 from halfstep.ladder.float_score import float_evaluation
 from halfstep.ladder.goal import Goal
 from halfstep.ladder.partial import climb_partial, evaluations_at_most, ranked_at_most
+from halfstep.ladder.rungs import find_rungs
 from halfstep.ladder.search import Search
 from tests.ladder.climbing import climb
 from tests.ladder.networks import INPUTS, calibrated, labelled

@@ -5,7 +5,7 @@ from climbing import climb
 
 import halfstep as hs
 from halfstep.export import trace
-from halfstep.ladder import quantize as climbs
+from halfstep.ladder import prepare as prepared
 
 RECIPE = hs.Recipe.uniform(7, 8)  # no processor's kernels saturate
 
@@ -13,9 +13,9 @@ RECIPE = hs.Recipe.uniform(7, 8)  # no processor's kernels saturate
 @pytest.fixture
 def translated(monkeypatch):
     """Names of what is captured and translated to ONNX, in order."""
-    done, translate, capture = [], trace.to_onnx, climbs.capture
+    done, translate, capture = [], trace.to_onnx, prepared.capture
     monkeypatch.setattr(trace, "to_onnx", lambda *a, **k: done.append("export") or translate(*a, **k))
-    monkeypatch.setattr(climbs, "capture", lambda *a, **k: done.append("capture") or capture(*a, **k))
+    monkeypatch.setattr(prepared, "capture", lambda *a, **k: done.append("capture") or capture(*a, **k))
     return done
 
 

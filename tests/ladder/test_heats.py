@@ -59,7 +59,7 @@ class Course:
         planned = {}
 
         def written(model, chosen, path):
-            planned[path.name] = milliseconds(chosen.float_layers)
+            planned[path.name] = milliseconds(chosen["float"])
             return shutil.copy(file, path)
 
         def race(contestants, rounds):
@@ -93,13 +93,13 @@ def by_name(floats):
 def test_no_more_sessions_and_files_live_than_a_heat_has(model, file, monkeypatch, size):
     course = Course(monkeypatch, file, by_name)
     monkeypatch.setattr(costs, "HEAT", size)
-    before = model.choices
+    before = model.precision
     assert len(microseconds(model, groups_of(model))) == len(NAMES)
     assert all(heat[:2] == ["base.onnx", "base.onnx"] and len(heat) <= size + 2 for heat in course.heats)
     assert [name for heat in course.heats for name in heat[2:]] == [f"{i}.onnx" for i in range(len(NAMES))]
     assert course.alive <= size + 2
     assert course.files <= size + 2  # the base, the heat, and the one that is to open the next
-    assert course.left == 0 and model.choices == before
+    assert course.left == 0 and model.precision == before
 
 
 @pytest.mark.parametrize("bound", ["MEMORY", "free_memory"])
@@ -123,7 +123,7 @@ def test_a_machine_that_slows_down_from_heat_to_heat_changes_no_difference(model
     Course(monkeypatch, file, by_name, drift=5.0)
     monkeypatch.setattr(costs, "HEAT", size)
     assert microseconds(model, groups_of(model)) == pytest.approx([-300, -200, -100, 0, 100, 200, 300])
-    choices = [model.choices, *[costs.replace(model.choices, float_layers=frozenset({n})) for n in NAMES]]
+    choices = [model.precision, *[model.precision.but(float={n}) for n in NAMES]]
     times = race_choices(model, choices)
     assert [time - times[0] for time in times[1:]] == pytest.approx([-300, -200, -100, 0, 100, 200, 300])
 
@@ -146,9 +146,7 @@ def test_tuning_finds_the_same_in_heats_as_in_one_race(model, file, monkeypatch,
 def test_noise_is_that_of_the_heat(model, file, monkeypatch):
     Course(monkeypatch, file, by_name, twins=(0.0, 0.3))  # the second heat's base and twin differ by 300 us
     monkeypatch.setattr(costs, "HEAT", 3)
-    raced = heats(
-        model, model.choices, [costs.replace(model.choices, float_layers=frozenset({n})) for n in NAMES]
-    )
+    raced = heats(model, model.precision, [model.precision.but(float={n}) for n in NAMES])
     assert [file.noise for file in raced] == pytest.approx([0, 0, 0, 300, 300, 300, 0], abs=1e-6)
     found = microseconds(model, groups_of(model))
     assert found[:3] == pytest.approx([-300, -200, -100]) and found[6] == pytest.approx(300)
@@ -156,7 +154,7 @@ def test_noise_is_that_of_the_heat(model, file, monkeypatch):
 
 def test_real_heats_on_the_runtime(model, monkeypatch):
     monkeypatch.setattr(costs, "HEAT", 3)
-    raced = heats(model, model.choices, [model.choices] * 4, threads=1, rounds=3)
+    raced = heats(model, model.precision, [model.precision] * 4, threads=1, rounds=3)
     assert len(raced) == 4 and all(file.base > 0 and file.noise >= 0 for file in raced)
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 import halfstep as hs
 from halfstep.evaluate import Score, as_scorer
-from halfstep.graph.placement import Choices
+from halfstep.graph.layer_precision import LayerPrecision
 from halfstep.journal import Journal
 from halfstep.ladder import costs
 from halfstep.ladder.costs import Tuning, file_times, group_times, tuned
@@ -61,7 +61,7 @@ def begin(model, journal):
 def every(search, threads=1):
     groups = groups_of(search.model)
     times = group_times(search, groups, threads)
-    files = file_times(search, [Choices(), Choices(float_layers=frozenset({"0"}))], threads)
+    files = file_times(search, [LayerPrecision(), LayerPrecision.of(float={"0"})], threads)
     found = tuned(search, threads)
     assert search.model.float_layers == {"2"}
     search.model.float_layers = []
@@ -119,7 +119,7 @@ def test_what_is_asked_of_names_the_groups_and_the_files(model, asked):
     groups = groups_of(model)
     assert group_times(search, groups, 1) == [1.0, 1.0]
     assert group_times(search, groups[:1], 1) == [2.0]
-    floats = Choices(float_layers=frozenset({"0"}))
-    assert file_times(search, [Choices(), floats], 1) == [3.0, 3.0]
-    assert file_times(search, [floats, Choices()], 1) == [4.0, 4.0]
+    floats = LayerPrecision.of(float={"0"})
+    assert file_times(search, [LayerPrecision(), floats], 1) == [3.0, 3.0]
+    assert file_times(search, [floats, LayerPrecision()], 1) == [4.0, 4.0]
     assert group_times(search, groups, 1) == [1.0, 1.0]

@@ -10,13 +10,12 @@ from torch import nn
 import halfstep as hs
 from halfstep.errors import ArgumentError, RecipeError
 from halfstep.export.sizes import nominal_bytes, stored_bytes
-from halfstep.graph.placement import Choices
-from halfstep.ladder.climb import find_rungs
+from halfstep.graph.layer_precision import WIDTHS, LayerPrecision
 from halfstep.ladder.float_score import float_evaluation
 from halfstep.ladder.goal import Goal
 from halfstep.ladder.mixed_bits import climb_mixed_bits, evaluations_at_most, movable
+from halfstep.ladder.rungs import find_rungs
 from halfstep.ladder.search import Search
-from halfstep.precision import WIDTHS
 from halfstep.report.page import page
 from halfstep.report.run import Run
 from halfstep.runtime.deployed import DeployedModel
@@ -50,9 +49,9 @@ def every_assignment(model, groups, accuracy, widths=(8, 4, 2)):
             bits: {name for g, b in zip(groups, chosen, strict=True) if b == bits for name in g.layers}
             for bits in widths
         }
-        model.choose(Choices(**{WIDTHS[bits].attribute: frozenset(names) for bits, names in put.items()}))
+        model.choose(LayerPrecision.of(**{WIDTHS[bits].name: names for bits, names in put.items()}))
         found[chosen] = sum(nominal_bytes(model).values()), accuracy.evaluate(model).value
-    model.choose(Choices())
+    model.choose(LayerPrecision())
     return found
 
 
@@ -69,7 +68,7 @@ def test_within_one_move_of_the_cheapest_of_all_assignments(seed):
         moves = [wide - narrow for row in found.widths.rows for wide, narrow in itertools.pairwise(row.bytes)]
         assert found.widths.bytes == sum(nominal_bytes(model).values()) <= cheapest + max(moves)
         assert found.score == accuracy.evaluate(model).value
-        model.choose(Choices())
+        model.choose(LayerPrecision())
 
 
 def test_what_is_found_and_said():
@@ -161,7 +160,7 @@ def labels():
 def test_bytes_are_those_of_the_file(tmp_path):
     model, sizes = calibrated(wide(), INT8), {}
     for bits in (8, 4, 2):
-        model.choose(Choices(**{WIDTHS[bits].attribute: frozenset(model.layer_names)}))
+        model.choose(LayerPrecision.of(**{WIDTHS[bits].name: model.layer_names}))
         file = hs.export_onnx(model, tmp_path / f"{bits}.onnx", check=False)
         sizes[bits] = sum(stored_bytes(model).values()), file.stat().st_size
     for bits in (4, 2):

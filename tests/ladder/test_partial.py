@@ -212,7 +212,7 @@ def test_a_step_is_taken_by_single_layers_where_it_does_not_do_for_all():
 
 def race_by_size(model, choices, threads):
     """As if every float layer took a tenth of a millisecond more."""
-    return [1000 + 100 * len(chosen.float_layers) for chosen in choices]
+    return [1000 + 100 * len(chosen["float"]) for chosen in choices]
 
 
 @pytest.fixture
@@ -257,9 +257,7 @@ def test_the_faster_of_both_orders_is_taken(accuracy, clock, monkeypatch):
     by_accuracy = set(hs.partial(weights_per_tensor(), accuracy, 0.015).float_layers)
     monkeypatch.setattr(
         "halfstep.ladder.costs.race_choices",
-        lambda model, choices, threads: [
-            sum(times[name] for name in chosen.float_layers) for chosen in choices
-        ],
+        lambda model, choices, threads: [sum(times[name] for name in chosen["float"]) for chosen in choices],
     )
     result = hs.partial(model, accuracy, 0.015, hs.Partial(order="latency"))
     assert result.met
@@ -294,7 +292,7 @@ def test_the_fastest_is_what_the_search_hands_on_even_with_more_layers_in_float(
     search = Search(model, accuracy, Goal(0.06, score), made)
     found = climb_partial(search, hs.Partial(order="latency"))
     assert search.best.score.value == found.value
-    assert search.best.snapshot.put_back["float_layers"] == {*FAULTS, "4"}
+    assert search.best.snapshot.precision["float"] == {*FAULTS, "4"}
 
 
 def test_a_float_network_that_is_as_fast_is_said_to_be(accuracy, clock, monkeypatch):

@@ -9,7 +9,7 @@ from torch import nn
 import halfstep as hs
 from halfstep.evaluate import Score
 from halfstep.fake_quantize import Mode
-from halfstep.graph.placement import Choices
+from halfstep.graph.layer_precision import LayerPrecision
 from halfstep.journal import Journal
 from halfstep.ladder import repairs
 from halfstep.ladder.goal import Goal
@@ -81,7 +81,7 @@ def test_repaired_and_then_partly_float_is_no_worse_than_never_repaired(plain, r
 
 def test_what_is_in_force_behind_other_layers_is_not_what_was_learned(repaired):
     learned = {name: place.learned() for name, place in repaired.compensations.find().items()}
-    repaired.choose(Choices(float_layers=frozenset({"2"})))
+    repaired.choose(LayerPrecision.of(float={"2"}))
     now = {name: place.learned() for name, place in repaired.compensations.find().items()}
     assert now["0"].same(learned["0"])  # nothing changed before it
     assert now["4"].empty and now["6"].empty
@@ -107,7 +107,7 @@ def test_what_was_learned_comes_back_exactly(repaired, attribute):
 
 
 def test_inputs_of_16_bits_are_other_inputs(repaired):
-    repaired.choose(Choices(int16_layers=frozenset({"4"})))
+    repaired.choose(LayerPrecision.of(int16={"4"}))
     assert {"4", "6"} <= repaired.compensations.missing
     assert "0" not in repaired.compensations.missing
 
@@ -159,7 +159,7 @@ def harm(model, batches):
 
 def test_a_refit_that_measures_worse_is_dropped(plain, both, monkeypatch):
     monkeypatch.setattr(repairs, "refit_layers", harm)
-    both.choose(Choices(float_layers=frozenset({"2"})))
+    both.choose(LayerPrecision.of(float={"2"}))
     dropped = fingerprint(both)
     done = refit(both)
     assert not done.kept and done.after.kl > done.before.kl
@@ -173,7 +173,7 @@ def test_a_refit_that_fails_leaves_what_it_found(both, monkeypatch):
         raise RuntimeError("stopped")
 
     monkeypatch.setattr(repairs, "refit_layers", failing)
-    both.choose(Choices(float_layers=frozenset({"2"})))
+    both.choose(LayerPrecision.of(float={"2"}))
     dropped = fingerprint(both)
     with pytest.raises(RuntimeError, match="stopped"):
         both.fit_anew()
@@ -239,7 +239,7 @@ def searching(q, folder=None):
 
 
 def test_a_resumed_search_tries_the_very_same_networks(both, tmp_path, monkeypatch):
-    twin, choices = copy.deepcopy(both), Choices(float_layers=frozenset({"2"}))
+    twin, choices = copy.deepcopy(both), LayerPrecision.of(float={"2"})
     first = searching(both, tmp_path)
     first.choose(choices)
     wanted = fingerprint(both)
@@ -256,7 +256,7 @@ def test_without_a_directory_the_networks_are_the_same(both, tmp_path):
     twin = copy.deepcopy(both)
     for q, folder in ((both, tmp_path), (twin, None)):
         search = searching(q, folder)
-        search.choose(Choices(float_layers=frozenset({"2"})))
+        search.choose(LayerPrecision.of(float={"2"}))
         search.journal.close()
     assert fingerprint(both) == fingerprint(twin)
 
@@ -265,7 +265,7 @@ def test_once_the_time_is_up_what_was_learned_is_dropped(plain, both, monkeypatc
     plain = copy.deepcopy(plain)
     monkeypatch.setattr(repairs, "REFIT_SECONDS", 0.0)
     search = searching(both)
-    search.choose(Choices(float_layers=frozenset({"0"})))
+    search.choose(LayerPrecision.of(float={"0"}))
     plain.float_layers = ["0"]
     assert sqnr(both) == sqnr(plain) and search.refits.sentence() == ""
 
@@ -284,6 +284,6 @@ def test_a_training_takes_up_what_was_learned(both):
 
 def test_refits_need_something_that_was_learned(plain):
     q = copy.deepcopy(plain)
-    q.choose(Choices(float_layers=frozenset({"2"})))
+    q.choose(LayerPrecision.of(float={"2"}))
     assert refit(q) is None
     Refits(q, searching(q).checkpoints)()

@@ -226,7 +226,7 @@ def test_a_finished_rung_is_restored_not_replayed(unbroken, tmp_path, monkeypatc
         "halfstep.ladder.sensitivity.rank",
     ):
         monkeypatch.setattr(work, lambda *_, **__: pytest.fail("done before"))
-    monkeypatch.setattr("halfstep.ladder.quantize.observe", lambda *_: pytest.fail("observed before"))
+    monkeypatch.setattr("halfstep.ladder.beginning.observe", lambda *_: pytest.fail("observed before"))
     climb(tmp_path / "run", tmp_path / "marks")
     assert figures(tmp_path / "run") == figures(unbroken.folder)
 

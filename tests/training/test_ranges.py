@@ -15,9 +15,10 @@ from halfstep.formats import Codebook, Integer
 from halfstep.functional import CLIPPED_STE, LSQ, PACT, binary_scale
 from halfstep.granularity import PerChannel, PerTensor
 from halfstep.runtime.deployed import DeployedModel
-from halfstep.training.fit import Judgement, fit
+from halfstep.training.fit import fit
 from halfstep.training.oscillation import BITS, Damping, Freezing
 from halfstep.training.ranges import MovingRanges, Ranges
+from halfstep.training.trained import Judgement
 from tests.training.networks import Killing, calibrated, task, trained_net
 
 HELD_OUT = hs.Accuracy(task(512, 256, seed=1))

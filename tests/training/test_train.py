@@ -17,7 +17,8 @@ from halfstep.fake_quantize import Mode
 from halfstep.files import lock
 from halfstep.training.checkpoint import FILE
 from halfstep.training.distillation import Distillation
-from halfstep.training.fit import Judgement, fit, learning_rate
+from halfstep.training.fit import fit, learning_rate
+from halfstep.training.trained import Judgement
 from tests.training.networks import Killing, calibrated, task, trained_net
 
 HELD_OUT = hs.Accuracy(task(512, 256, seed=1))

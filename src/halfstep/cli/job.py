@@ -208,8 +208,7 @@ class Job:
 
     def prepare(self, entries: Iterable[Entry] = ()) -> QuantizedModel:
         """The model with its sites, not observed; the recipe settled as in the run with these entries."""
-        from halfstep.ladder.climb import settle
-        from halfstep.ladder.quantize import prepare
+        from halfstep.ladder.prepare import prepare, settle
 
         recipe = settle(self.recipe(), find_target(self.config.target), entries)
         config = self.config
@@ -321,6 +320,7 @@ def restore(run: Path, rung: str | None) -> tuple[QuantizedModel, dict[str, Any]
         ArgumentError: if the run was not made by ``halfstep quantize``.
     """
     from halfstep.calibration.calibrate import SAMPLE_EXAMPLES
+    from halfstep.graph.layer_precision import LayerPrecision
     from halfstep.journal import read
     from halfstep.ladder.checkpoints import Checkpoints
     from halfstep.snapshot import Snapshot
@@ -330,10 +330,10 @@ def restore(run: Path, rung: str | None) -> tuple[QuantizedModel, dict[str, Any]
     job = Job.load(find_config(run))
     model = job.prepare(entries)
     sample = itertools.islice(job.calibration, max(1, SAMPLE_EXAMPLES // job.config.batch))
-    put_back = {name: frozenset(layers) for name, layers in record["put_back"].items()}
+    precision = LayerPrecision.of_dict(record["put_back"])
     try:
         state = Checkpoints(Journal(), model).network(saved)
-        restored = Snapshot(model, put_back, state).restore()
+        restored = Snapshot(model, precision, state).restore()
         strangers = sorted(set(state) ^ set(restored.state_dict()))
     except (HalfstepError, RuntimeError) as error:
         strangers = [str(error).strip().splitlines()[-1].strip()]

@@ -191,8 +191,8 @@ def quantize(
     from halfstep.distributed import joined
     from halfstep.errors import RunError
     from halfstep.journal import Journal
-    from halfstep.ladder.climb import RUNGS, find_rungs
     from halfstep.ladder.quantize import quantize as climb
+    from halfstep.ladder.rungs import RUNGS, find_rungs
 
     flags: dict[str, Any] = {
         "labelled": labelled,

@@ -44,7 +44,7 @@ def build_quantized(model: QuantizedModel, metadata: Mapping[str, str]) -> ir.Mo
             "halfstep.torch": torch.__version__,
             "halfstep.target": model.target.name,
             "halfstep.recipe": repr(model.recipe),
-            **{f"halfstep.{name}": ", ".join(layers) for name, layers in model.choices.to_dict().items()},
+            **{f"halfstep.{name}": ", ".join(layers) for name, layers in model.precision.to_dict().items()},
             **{f"halfstep.{key}": value for key, value in metadata.items()},
         }
     )

@@ -12,6 +12,7 @@ from halfstep.errors import DataError, ExportError, RefusedError
 from halfstep.export.replacing import replacing
 from halfstep.fake_quantize import Mode
 from halfstep.fidelity.compare import MINIMUM_EQUAL, Parity, compare
+from halfstep.files import are_one
 from halfstep.graph.inputs import tensors_of
 from halfstep.model import QuantizedModel
 from halfstep.onnx_in.origin import Origin
@@ -92,7 +93,7 @@ def export_float(model: QuantizedModel, path: str | Path, check: bool = True) ->
 def _spare_source(model: QuantizedModel, path: Path) -> None:
     """Raise rather than write over the file that the network was read from: nobody may have its weights elsewhere."""
     origin = model.captured.origin
-    if isinstance(origin, Origin) and path.exists() and path.samefile(origin.source.path):
+    if isinstance(origin, Origin) and are_one(path, origin.source.path):
         raise ExportError(
             f"{path} is the file that the network was read from, which would be lost; write to another path"
         )

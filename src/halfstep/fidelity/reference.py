@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -98,10 +98,10 @@ class Probe:
 
     def wirings(self, float_layers: Iterable[frozenset[str]]) -> list[Wiring]:
         """The wiring of the model with each set of layers in float; the model is as before afterwards."""
-        before, found = self.model.choices, []
+        before, found = self.model.precision, []
         try:
             for names in track(float_layers, "placing quantizers"):
-                self.model.choose(replace(self.model.choices, float_layers=names))
+                self.model.choose(before.but(float=names))
                 found.append(wiring(self.model))
         finally:
             self.model.choose(before)

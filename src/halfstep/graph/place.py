@@ -12,6 +12,7 @@ from torch import fx
 from halfstep.formats import Format, Integer
 from halfstep.granularity import Granularity, PerGroup
 from halfstep.graph.biases import stored_biases
+from halfstep.graph.layer_precision import LayerPrecision
 from halfstep.graph.operators import (
     Operator,
     constant_operands,
@@ -22,8 +23,6 @@ from halfstep.graph.operators import (
     readable_names,
 )
 from halfstep.graph.placement import (
-    INT16,
-    Choices,
     FloatOperator,
     Follower,
     Layer,
@@ -31,7 +30,9 @@ from halfstep.graph.placement import (
     Position,
     Site,
     activation_granularity,
+    takes_run_time_ranges,
     weight_granularity,
+    wide_name,
 )
 from halfstep.graph.states import states_in
 from halfstep.graph.tails import TAIL
@@ -39,7 +40,7 @@ from halfstep.recipe import ACTIVATIONS, LayerSpec, Recipe, TensorSpec
 from halfstep.targets import Target
 
 
-def place(graph: fx.Graph, target: Target, recipe: Recipe, choices: Choices) -> Placement:
+def place(graph: fx.Graph, target: Target, recipe: Recipe, precision: LayerPrecision) -> Placement:
     """Decide which tensors of ``graph`` are quantized.
 
     1. Layers whose kind is in the target's table and whose spec asks for it are integer.
@@ -60,20 +61,14 @@ def place(graph: fx.Graph, target: Target, recipe: Recipe, choices: Choices) -> 
         graph: a captured, folded graph.
         target: the runtime's table.
         recipe: layer-name patterns to specs.
-        choices: layers that are not as the recipe has them.
+        precision: layers that are not as the recipe has them.
     """
-    return _Placer(graph, target, recipe, choices).run()
-
-
-def takes_run_time_ranges(op: Operator, target: Target) -> bool:
-    """Whether ``target`` has a kernel for this layer whose activations get their range at run time."""
-    matrix = op.weight is not None and op.weight.meta["val"].dim() == 2
-    return matrix and op.kind in target.run_time_ranges
+    return _Placer(graph, target, recipe, precision).run()
 
 
 class _Placer:
-    def __init__(self, graph: fx.Graph, target: Target, recipe: Recipe, choices: Choices) -> None:
-        self.graph, self.target, self.recipe, self.choices = graph, target, recipe, choices
+    def __init__(self, graph: fx.Graph, target: Target, recipe: Recipe, precision: LayerPrecision) -> None:
+        self.graph, self.target, self.recipe, self.precision = graph, target, recipe, precision
         self.names = readable_names(graph)
         self.order = {node: index for index, node in enumerate(graph.nodes)}
         self.operators = {n: op for n in graph.nodes if (op := describe(n)) is not None}
@@ -84,7 +79,7 @@ class _Placer:
             outermost = set()
         self.asked = {node: recipe.spec(self.names[node], node in outermost) for node in layers}
         self.specs: dict[fx.Node, LayerSpec | None] = {
-            node: choices.spec(recipe, self.names[node], node in outermost) for node in layers
+            node: precision.spec(recipe, self.names[node], node in outermost) for node in layers
         }
         self._moving = target.passes | target.absorbed | target.fused
         self.reasons: dict[fx.Node, str] = {}
@@ -113,7 +108,7 @@ class _Placer:
             op, name = self.operators[node], self.names[node]
             if TAIL in node.meta:
                 self.reasons[node] = node.meta[TAIL]
-            elif name in self.choices.float_layers:
+            elif name in self.precision["float"]:
                 self.reasons[node] = "left in float on request"
             elif spec is None:
                 self.reasons[node] = "left in float by the recipe"
@@ -150,6 +145,7 @@ class _Placer:
             and TAIL not in node.meta
             and not (op.kind in ("add", "mul") and constant_operands(node))
         }
+        # From all of them down to what holds: followers that feed one another would never join one by one.
         self.kernels = {node for node in self.integer | followers if self._executed(node)}
         while lost := {
             node for node in self.kernels - self.integer if not (self._fed(node) and self._wanted(node))
@@ -267,6 +263,7 @@ class _Placer:
 
     def _lift(self) -> None:
         """Quantize before a pass where all that reads its input wants codes, and tie both sides together."""
+        # From the end: whether a pass moves codes depends on what its readers want, further passes among them.
         for node in reversed(self.graph.nodes):
             op = self.operators.get(node)
             if op is None or op.kind not in self.target.passes - {"item"} or len(op.inputs) != 1:
@@ -356,12 +353,19 @@ class _Placer:
             negative = any(map(self._negative, values)) and not any(map(self._affine, values))
             fmt = self.target.activation_format(spec, negative)
             wide = any(self._widened(reader) for value in values for reader in value.users)
-            self.site_names[root] = name = self.names[root] + (INT16 if wide else "")
+            self.site_names[root] = name = wide_name(self.names[root]) if wide else self.names[root]
             sites.append(Site(name, fmt, granularity, tuple(positions), is_weight=False, wide=wide))
         return sites
 
     def _widened(self, node: fx.Node) -> bool:
-        return node in self.integer and self.names[node] in self.choices.int16_layers
+        """Whether a layer reads more bits than the recipe asks for."""
+        spec, asked = self.specs.get(node), self.asked.get(node)
+        return (
+            node in self.integer
+            and spec is not None
+            and asked is not None
+            and spec.activations != asked.activations
+        )
 
     def _negative(self, value: fx.Node) -> bool:
         """Whether a value may be negative, or is joined with one that may: a concat reads one flavour of codes."""
@@ -459,8 +463,8 @@ class _Placer:
     def _portable(self, weight: Format, node: fx.Node) -> Format:
         """A weight's format for a layer whose integer kernels may add pairs of products in 16 bits.
 
-        It does not depend on the choices: a weight keeps its format, and what was learned for it, whatever layers go to
-        float. Depthwise kernels add each product in 32 bits.
+        By the recipe alone: a weight keeps its format, and what was learned for it, whatever layers go to float.
+        Depthwise kernels add each product in 32 bits.
         """
         op = self.operators[node]
         if op.kind not in self.target.layers or is_depthwise(op):

@@ -1,7 +1,5 @@
 """The result of placement, as frozen data over a graph's nodes, and what it is made from.
 
-Choices: the layers that are not quantized as the recipe says, on request.
-
 How many scales a site gets: a spec's granularity on the axes of the tensor at hand.
 
 Put one node on every edge that a placement names.
@@ -10,7 +8,7 @@ Put one node on every edge that a placement names.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
@@ -18,7 +16,8 @@ from halfstep.errors import RecipeError
 from halfstep.formats import Format
 from halfstep.granularity import Granularity, PerChannel, PerGroup
 from halfstep.graph.operators import Operator, input_axis, weight_axis
-from halfstep.recipe import ACTIVATIONS, LayerSpec, Recipe, TensorSpec
+from halfstep.recipe import ACTIVATIONS, TensorSpec
+from halfstep.targets import Target
 
 _TAKEN = frozenset(dir(nn.ModuleDict()))
 
@@ -27,6 +26,11 @@ INT16 = ":int16"
 
 #: Ends the key of a weight in a width on request, after a colon and the bits.
 WIDTH = "bits"
+
+
+def wide_name(name: str) -> str:
+    """What a site on a tensor called so is called where it has 16 bits on request."""
+    return name + INT16
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,15 @@ class Site:
         if self.usual is not None:
             return f"{key}:{self.format.bits}{WIDTH}"
         return f"{key}/" if key in _TAKEN else key
+
+    @property
+    def usual_width(self) -> Site:
+        """The same site as it is by the recipe."""
+        return replace(self, name=self.name.removesuffix(INT16), wide=False, usual=None)
+
+    def moved(self, name: str) -> Site:
+        """The same site on another tensor, called so, that has the same values."""
+        return replace(self, name=wide_name(name) if self.wide else name)
 
 
 @dataclass(frozen=True)
@@ -140,72 +153,10 @@ class Placement:
     biases: tuple[StoredBias, ...] = ()
 
 
-@dataclass(frozen=True)
-class Choices:
-    """Layers that are not as the recipe has them; one that is named more than once is at the first below.
-
-    What weights have and what activations have goes together: a layer may read 16 bits and have weights of 4.
-
-    Attributes:
-        float_layers: left in float.
-        int16_layers: whose activations are read in 16 bits.
-        dynamic_layers: whose activations get their range at run time.
-        bits8_layers: whose integer weights have 8 bits.
-        bits6_layers: whose integer weights have 6 bits.
-        bits4_layers: whose integer weights have 4 bits.
-        bits3_layers: whose integer weights have 3 bits.
-        bits2_layers: whose integer weights have 2 bits.
-    """
-
-    float_layers: frozenset[str] = frozenset()
-    int16_layers: frozenset[str] = frozenset()
-    dynamic_layers: frozenset[str] = frozenset()
-    bits8_layers: frozenset[str] = frozenset()
-    bits6_layers: frozenset[str] = frozenset()
-    bits4_layers: frozenset[str] = frozenset()
-    bits3_layers: frozenset[str] = frozenset()
-    bits2_layers: frozenset[str] = frozenset()
-
-    @property
-    def widths(self) -> dict[int, frozenset[str]]:
-        """The layers whose weights have a width on request, by bits, the widest first."""
-        return {
-            8: self.bits8_layers,
-            6: self.bits6_layers,
-            4: self.bits4_layers,
-            3: self.bits3_layers,
-            2: self.bits2_layers,
-        }
-
-    def spec(self, recipe: Recipe, layer: str, end: bool) -> LayerSpec | None:
-        """The spec of a layer that is not left in float here; None if it stays so by the recipe.
-
-        Args:
-            recipe: what it would be otherwise.
-            layer: its name.
-            end: whether it is one of the network's first or last layers.
-        """
-        spec = recipe.spec(layer, end)
-        if spec is None:
-            return None
-        bits = next((bits for bits, layers in self.widths.items() if layer in layers), None)
-        if bits is not None:
-            spec = spec.with_weight_bits(bits)
-        if layer in self.int16_layers:
-            return spec.with_int16_activations()
-        if layer in self.dynamic_layers:
-            return spec.with_dynamic_activations()
-        return spec
-
-    def to_dict(self) -> dict[str, list[str]]:
-        """The names, sorted, by the field that they are in; widths only where a layer has one on request."""
-        fields = asdict(self)
-        return {
-            name: sorted(layers) for name, layers in fields.items() if layers or name not in _WIDTH_FIELDS
-        }
-
-
-_WIDTH_FIELDS = frozenset(f"bits{bits}_layers" for bits in Choices().widths)
+def takes_run_time_ranges(op: Operator, target: Target) -> bool:
+    """Whether ``target`` has a kernel for this layer whose activations get their range at run time."""
+    matrix = op.weight is not None and op.weight.meta["val"].dim() == 2
+    return matrix and op.kind in target.run_time_ranges
 
 
 def activation_granularity(spec: TensorSpec, name: str, values: Sequence[fx.Node]) -> Granularity:

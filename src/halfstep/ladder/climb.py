@@ -1,41 +1,27 @@
-"""The climb: rung after rung, by the table of rungs, until the target is met.
-
-The rungs by name; this table is where a new one is added.
-
-Whether weights have 7 bits where sums could saturate: settled at a run's beginning, and said.
-"""
+"""The climb: rung after rung until the target is met, and what that costs at most."""
 
 from __future__ import annotations
 
-import difflib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 
 import torch
 
-from halfstep.errors import ArgumentError, HalfstepError, RankError, RefusedError, RunError
+from halfstep.errors import HalfstepError, RankError, RefusedError, RunError
 from halfstep.evaluate import Score
 from halfstep.fake_quantize import Mode
-from halfstep.graph.place import place
+from halfstep.graph.layer_precision import LayerPrecision
 from halfstep.identity import Identity
-from halfstep.journal import Entry
 from halfstep.ladder.evaluation import Decision
-from halfstep.ladder.mixed_bits import MixedBits
 from halfstep.ladder.pace import Pace
-from halfstep.ladder.partial import Partial
-from halfstep.ladder.ptq import PTQ
-from halfstep.ladder.qat import QAT
+from halfstep.ladder.prepare import narrower_weights
 from halfstep.ladder.rung import Rung, RungResult
 from halfstep.ladder.search import Evaluated, Search
 from halfstep.model import run
 from halfstep.precision import bits_on_request
 from halfstep.progress import BudgetSpent, interruptible
-from halfstep.recipe import Recipe
-from halfstep.runtime.saturation import saturates_here
 from halfstep.snapshot import Snapshot, fingerprint
-from halfstep.targets import Target
-from halfstep.training.options import Training
 
 #: A simulated evaluation takes about so many times as long as a float one.
 SLOWER = 3
@@ -270,8 +256,8 @@ def _climb(search: Search, rung: Rung) -> RungResult:
         high=drop.high,
         metrics=search.goal.standings(best.score),
         what=best.what,
-        float_layers=tuple(sorted(best.snapshot.put_back["float_layers"])),
-        put_back={name: sorted(layers) for name, layers in best.snapshot.put_back.items()},
+        float_layers=tuple(sorted(best.snapshot.precision["float"])),
+        put_back=best.snapshot.precision.to_dict(),
         cost=sum(made.share for made in search.evaluations if made.rung == rung.name),
         note=note,
         key=key,
@@ -308,8 +294,8 @@ def _restored(search: Search, rung: Rung, key: str) -> RungResult | None:
     verdict = search.recall(reached.candidate)
     if verdict is None or not verdict.complete:
         return None
-    put_back = {name: frozenset(layers) for name, layers in reached.put_back.items()}
-    snapshot = Snapshot(search.model, put_back, search.checkpoints.network(saved))
+    precision = LayerPrecision.of_dict(reached.put_back)
+    snapshot = Snapshot(search.model, precision, search.checkpoints.network(saved))
     if fingerprint(snapshot.restore()) != reached.candidate:
         return None
     known = [candidate for candidate in search.reached.values() if candidate.key == reached.candidate]
@@ -323,93 +309,3 @@ def _restored(search: Search, rung: Rung, key: str) -> RungResult | None:
     search.best = search.reached[rung.name] = best
     search.replay(rung.name, [Decision.of(e) for e in journal.entries[:place] if e.kind == "decision"])
     return reached
-
-
-#: The rungs that have short forms, from the bottom.
-RUNGS: dict[str, type[PTQ | Partial | QAT]] = {kind.name: kind for kind in (PTQ, Partial, QAT)}
-
-
-def find_rungs(
-    rungs: Sequence[str | Rung],
-    training: Training | None = None,
-    partial: Partial | None = None,
-    max_float: float | None = None,
-) -> list[Rung]:
-    """The rungs to climb, from the bottom: those given by name with the options given beside them.
-
-    The first one is always post-training quantization: it gives the ranges that every other one starts from.
-
-    Raises:
-        ArgumentError: for an unknown name, with the nearest known one, if there are none, the first is missing, they
-            come in another order or twice, or options are given for a rung that has its own.
-    """
-    short: dict[str, Rung] = {
-        "ptq": PTQ(),
-        "partial": partial or Partial(),
-        "qat": QAT(training),
-        "mixed_bits": MixedBits(),
-    }
-    if max_float is not None:
-        short["partial"] = replace(partial or Partial(), max_float=max_float)
-    wanted = f"needed some of {', '.join(map(repr, short))}, or a hs.Rung"
-    found: list[Rung] = []
-    for rung in rungs:
-        if not isinstance(rung, Rung) and rung not in short:
-            near = difflib.get_close_matches(str(rung).lower(), short, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ArgumentError(f"rungs: got {rung!r}, {wanted}{hint}")
-        found.append(rung if isinstance(rung, Rung) else short[rung])
-    if not found:
-        raise ArgumentError(f"rungs: got none, {wanted}")
-    own = ((QAT, "training", training), (Partial, "partial", partial), (Partial, "max_float", max_float))
-    for kind, option, given in own:
-        if given is not None and any(isinstance(rung, kind) for rung in rungs):
-            raise ArgumentError(
-                f"{option}: given beside a rung that has its own, hs.{kind.__name__}(...): give one"
-            )
-    names = [rung.name for rung in found]
-    asked, lowest = ", ".join(map(repr, names)), next(iter(RUNGS))
-    ordered = [name for name in RUNGS if name in names or name == lowest]
-    give = f"give rungs={ordered} (--rungs {','.join(ordered)})"
-    if lowest not in names:
-        raise ArgumentError(
-            f"rungs: got {asked}, needed {lowest!r} first: the others start from the ranges that it finds; {give}"
-        )
-    known = [name for name in names if name in RUNGS]
-    if names[0] != lowest or known != ordered or len({*names}) < len(names):
-        raise ArgumentError(f"rungs: got {asked}, needed each once and from the bottom up; {give}")
-    return found
-
-
-#: The entry of the journal that says how a recipe's ``portable`` was settled where the recipe leaves it open.
-PORTABLE = "portable"
-
-
-def settle(recipe: Recipe, target: Target, entries: Iterable[Entry] = ()) -> Recipe:
-    """The recipe with ``portable`` said: as the run with these entries has it, else as this processor needs it."""
-    if recipe.portable is not None:
-        return recipe
-    known = [entry.data["portable"] for entry in entries if entry.kind == PORTABLE]
-    return replace(recipe, portable=known[-1] if known else target.pair_sums and saturates_here())
-
-
-def narrower_weights(search: Search) -> str:
-    """What a portable recipe that nobody asked for keeps from 8 bits, and why, in a sentence; empty if nothing."""
-    model = search.model
-    if not (search.journal.of(PORTABLE) and model.recipe.portable):
-        return ""
-    asked = place(model.graph, model.target, replace(model.recipe, portable=False), model.choices)
-    formats = {site.name: site.format for site in asked.sites if site.is_weight}
-    narrower = [
-        site for site in model.placement.sites if site.is_weight and site.format != formats[site.name]
-    ]
-    if not narrower:
-        return ""
-    floats = sum(bool(a.reason) > bool(b.reason) for a, b in zip(model.layers, asked.layers, strict=True))
-    products = f", and {floats} products of two activations are left in float" if floats else ""
-    return (
-        f"{len(narrower)} of {len(formats)} weights have {narrower[0].format.bits} bits instead of "
-        f"{formats[narrower[0].name].bits}{products}: where this run began, integer kernels add products in "
-        "16 bits, which would saturate (an x86 processor without VNNI). portable=True asks for this on every "
-        "processor, so that the file answers alike on all of them; portable=False keeps the bits"
-    )

@@ -17,7 +17,7 @@ import shutil
 import statistics
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import torch
 
 from halfstep.errors import ArgumentError, NotObservedError
 from halfstep.export.onnx import export_onnx
-from halfstep.graph.placement import Choices
+from halfstep.graph.layer_precision import LayerPrecision
 from halfstep.ladder.identity import free_memory, machine
 from halfstep.ladder.search import Search
 from halfstep.model import QuantizedModel
@@ -97,18 +97,16 @@ def microseconds(
         ArgumentError: if ``batch`` is less than 1.
         ExportError: if the runtime cannot run a file.
     """
-    now = model.choices
-    states = [replace(now, float_layers=now.float_layers | set(group.layers)) for group in groups]
+    now = model.precision
+    states = [now.with_layers("float", group.layers) for group in groups]
     raced = heats(model, now, states, threads, rounds, batch)
     return [file.longer if abs(file.longer) > max(file.noise, least * file.base) else 0.0 for file in raced]
 
 
 def race_choices(
     model: QuantizedModel,
-    choices: Sequence[Choices],
+    choices: Sequence[LayerPrecision],
     threads: int | None = None,
-    rounds: int = ROUNDS,
-    batch: int | None = None,
 ) -> list[float]:
     """Microseconds that a batch takes under each of ``choices``, raced as files against the first of them.
 
@@ -116,23 +114,20 @@ def race_choices(
         model: calibrated; it is the same afterwards.
         choices: the layers at the steps towards float, for each file; two at least.
         threads: of the runtime, for one operator; None for all cores.
-        rounds: interleaved runs, at least 3; more of them where a run takes a fraction of a millisecond.
-        batch: how many examples a run takes, repeated if need be; None for the first calibration batch as it is.
 
     Raises:
         NotObservedError: if no example was kept.
-        ArgumentError: if ``batch`` is less than 1.
         ExportError: if the runtime cannot run a file.
     """
-    raced = heats(model, choices[0], choices[1:], threads, rounds, batch)
+    raced = heats(model, choices[0], choices[1:], threads)
     first = statistics.median(file.base for file in raced)
     return [first, *(first + file.longer for file in raced)]
 
 
 def heats(
     model: QuantizedModel,
-    base: Choices,
-    others: Sequence[Choices],
+    base: LayerPrecision,
+    others: Sequence[LayerPrecision],
     threads: int | None = None,
     rounds: int = ROUNDS,
     batch: int | None = None,
@@ -159,7 +154,7 @@ def heats(
         ArgumentError: if ``batch`` is less than 1.
         ExportError: if the runtime cannot run a file.
     """
-    inputs, before, found = _inputs(model, batch), model.choices, list[Raced]()
+    inputs, before, found = _inputs(model, batch), model.precision, list[Raced]()
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
         try:
@@ -201,14 +196,16 @@ def _room(folder: Path) -> int:
     return min(memory // IN_MEMORY, shutil.disk_usage(folder).free // 2)
 
 
-def _written(model: QuantizedModel, choices: Sequence[Choices], folder: Path) -> Iterator[tuple[Path, int]]:
+def _written(
+    model: QuantizedModel, choices: Sequence[LayerPrecision], folder: Path
+) -> Iterator[tuple[Path, int]]:
     """A file for each of ``choices``, written when it is asked for, and its bytes."""
     for index, chosen in enumerate(track(choices, "files to race")):
         file = _write(model, chosen, folder / f"{index}.onnx")
         yield file, file_size(file)
 
 
-def _write(model: QuantizedModel, chosen: Choices, path: Path) -> Path:
+def _write(model: QuantizedModel, chosen: LayerPrecision, path: Path) -> Path:
     model.choose(chosen)
     return export_onnx(model, path, check=False)
 
@@ -300,7 +297,7 @@ def tune(
         if cost >= 0:
             break
         floats = model.float_layers | set(best.layers)
-        model.choose(replace(model.choices, float_layers=floats))
+        model.choose(model.precision.but(float=floats))
         found += best.layers
         saved -= cost
     model.fit_anew()
@@ -333,7 +330,7 @@ def group_times(search: Search, groups: Sequence[Group], threads: int | None) ->
     return times
 
 
-def file_times(search: Search, choices: Sequence[Choices], threads: int | None) -> list[float]:
+def file_times(search: Search, choices: Sequence[LayerPrecision], threads: int | None) -> list[float]:
     """:func:`.race_choices` of the search's model."""
     asked = {"choices": [chosen.to_dict() for chosen in choices], "rounds": ROUNDS}
     times: list[float] = _measured(
@@ -353,7 +350,7 @@ def tuned(search: Search, threads: int | None, among: Collection[str] | None = N
 
     known = _measured(search, "tuning", asked, threads, measure)
     floats = model.float_layers | set(known["float_layers"])
-    search.choose(replace(model.choices, float_layers=floats))
+    search.choose(model.precision.but(float=floats))
     return Tuning(tuple(known["float_layers"]), known["saved"], known["tried"])
 
 

@@ -308,7 +308,7 @@ def _write_down(search: Search, outcome: Outcome, files: list[dict[str, Any]]) -
         **record,
         what=best.what,
         key=best.key,
-        put_back={name: sorted(layers) for name, layers in best.snapshot.put_back.items()},
+        put_back=best.snapshot.precision.to_dict(),
         call=len(search.journal.of("settings")),
         measured=measured,
     )

@@ -14,7 +14,7 @@ from halfstep.errors import ArgumentError
 from halfstep.evaluate import Score
 from halfstep.export.sizes import nominal_bytes, stored_bytes
 from halfstep.fake_quantize import Mode
-from halfstep.graph.placement import Choices
+from halfstep.graph.layer_precision import WIDTHS, LayerPrecision, weight_widths
 from halfstep.ladder.gallop import QUESTIONS
 from halfstep.ladder.methods import Method, find_method
 from halfstep.ladder.partial import pruning
@@ -23,7 +23,7 @@ from halfstep.ladder.search import Evaluated, Search
 from halfstep.ladder.sensitivity import kept_ranking, ranking_examples
 from halfstep.ladder.widths import Levels, Move, after, further, most_moves, moves_of, steps_from
 from halfstep.model import QuantizedModel
-from halfstep.precision import STEPS, WIDTHS, Group, groups_of, matching, weight_widths
+from halfstep.precision import Group, groups_of, matching
 
 Counted = Literal["stored", "nominal"]
 
@@ -171,7 +171,7 @@ def movable(model: QuantizedModel, keep: Sequence[str] = ()) -> tuple[Group, ...
         RecipeError: if a pattern matches no layer.
     """
     pinned = matching(keep, model)
-    widths = {layer.name: weight_widths(model, layer) for layer in model.layers}
+    widths = {layer.name: weight_widths(model.placement, layer) for layer in model.layers}
     return tuple(
         group
         for group in groups_of(model)
@@ -215,7 +215,7 @@ def climb_mixed_bits(search: Search, options: MixedBits | None = None) -> Score:
         RecipeError: if a pattern matches no layer.
     """
     options, model, early = options or MixedBits(), search.model, search.early
-    as_found = model.choices
+    as_found = model.precision
     model.forget_widths()
     model.set_mode(Mode.QUANTIZE)
     groups = movable(model, options.keep)
@@ -248,11 +248,8 @@ class _Lowering:
         self.search, self.options, self.groups = search, options, groups
         self.widest: Levels = (0,) * len(groups)
         free = {name for group in groups for name in group.layers}
-        self.base = {
-            step.attribute: frozenset(getattr(search.model, step.attribute))
-            - (free if step.bits is not None else set())
-            for step in STEPS.values()
-        }
+        precision = search.model.precision
+        self.base = precision.but(**{width.name: precision[width.name] - free for width in WIDTHS.values()})
         self.steps = [WIDTHS[bits] for bits in options.bits]
         #: Where a group has a width anyway, by the recipe: groups by level.
         self.usual: dict[int, set[Group]] = {}
@@ -267,7 +264,7 @@ class _Lowering:
         )
         kept, found = journal.load("widths", key), dict[str, torch.Tensor]()
         for level, step in enumerate(self.steps):
-            model.choose(self.choices((level,) * len(self.groups)))
+            model.choose(self.precision((level,) * len(self.groups)))
             on_request = {site.name for site in model.placement.sites if site.usual is not None}
             self.usual[level] = {group for group in self.groups if not self.weights(group) & on_request}
             for name in on_request & set().union(*map(self.weights, self.groups)):
@@ -288,13 +285,13 @@ class _Lowering:
 
     # candidates
 
-    def choices(self, levels: Levels) -> Choices:
+    def precision(self, levels: Levels) -> LayerPrecision:
         """The groups at their levels; what the recipe has anyway is not asked for."""
-        put = {attribute: set(layers) for attribute, layers in self.base.items()}
+        put = self.base
         for group, level in zip(self.groups, levels, strict=True):
             if group not in self.usual.get(level, ()):
-                put[self.steps[level].attribute].update(group.layers)
-        return Choices(**{attribute: frozenset(layers) for attribute, layers in put.items()})
+                put = put.with_layers(self.steps[level].name, group.layers)
+        return put
 
     def choose(self, levels: Levels) -> None:
         """Put the model to them, roundings and shifts fitted to that."""
@@ -302,7 +299,7 @@ class _Lowering:
         lowered = [group for group, level in zip(self.groups, levels, strict=True) if level]
         if self.options.repair:
             model.compensations.asked = frozenset(name for group in lowered for name in group.layers)
-        self.search.choose(self.choices(levels))
+        self.search.choose(self.precision(levels))
 
     def holds(self, levels: Levels, what: str) -> bool:
         """Whether the goal is met so."""
@@ -318,7 +315,7 @@ class _Lowering:
         losses: list[list[float]] = []
         seconds = 0.0
         for level in range(len(self.steps)):
-            model.choose(self.choices((level,) * len(self.groups)))
+            model.choose(self.precision((level,) * len(self.groups)))
             counted = COUNTS[self.options.bytes](model)
             counts.append([sum(counted[name] for name in self.weights(group)) for group in self.groups])
             ranking = kept_ranking(search, self.groups, self.options.method)
@@ -457,5 +454,5 @@ def _listed(widths: Sequence[int]) -> str:
 
 def widths_found(model: QuantizedModel) -> Mapping[str, int]:
     """The bits of each layer's integer weights as they stand, by the layer's name; the widest of several."""
-    widths = {layer.name: weight_widths(model, layer) for layer in model.layers if not layer.reason}
+    widths = {layer.name: weight_widths(model.placement, layer) for layer in model.layers if not layer.reason}
     return {name: max(bits) for name, bits in widths.items() if bits}

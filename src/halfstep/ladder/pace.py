@@ -132,7 +132,7 @@ class Pace:
 
     def spare(self, search: Search, candidate: Evaluated) -> str:
         """Why a candidate is only kept in case nothing better comes: layers in float, and too slow; empty if not."""
-        share = len(candidate.snapshot.put_back["float_layers"]) / max(1, len(search.model.layers))
+        share = len(candidate.snapshot.precision["float"]) / max(1, len(search.model.layers))
         return (
             f"{share:.0%} of the layers in float, and is too slow so"
             if share and not self.enough(search, candidate)

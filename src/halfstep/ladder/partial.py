@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -12,6 +11,7 @@ from halfstep.calibration.calibrate import kept_examples
 from halfstep.errors import ArgumentError
 from halfstep.evaluate import Score
 from halfstep.fake_quantize import Mode
+from halfstep.graph.layer_precision import STEPS, LayerPrecision, Step, find_steps
 from halfstep.ladder.costs import group_times
 from halfstep.ladder.gallop import QUESTIONS, WALKS, without_needless
 from halfstep.ladder.methods import Method, find_method
@@ -26,17 +26,7 @@ from halfstep.ladder.sensitivity import (
 )
 from halfstep.ladder.speed import Assigned, fastest_assignment
 from halfstep.model import QuantizedModel
-from halfstep.precision import (
-    STEPS,
-    Assignment,
-    Group,
-    Step,
-    choices,
-    find_steps,
-    groups_of,
-    names_of,
-    pinned_layers,
-)
+from halfstep.precision import Assignment, Group, assigned, fits, groups_of, names_of, pinned_layers
 
 
 @dataclass(frozen=True)
@@ -45,7 +35,7 @@ class Partial(Rung):
 
     Attributes:
         method: of sensitivity; see :func:`halfstep.sensitivity`.
-        steps: what layers may be put to, by names of :data:`~halfstep.precision.STEPS`.
+        steps: what layers may be put to, by names of :data:`~halfstep.graph.layer_precision.STEPS`.
         order: which layers come first: the most sensitive (``"accuracy"``), or those that regain most for each
             microsecond that leaving them in float costs, measured on the target's runtime (``"latency"``). Then
             both orders are tried and their files raced, and float layers are joined where conversions between them
@@ -146,7 +136,7 @@ def climb_partial(search: Search, options: Partial | None = None) -> Score:
 def _climb(search: Search, options: Partial) -> Score:
     model, goal, early = search.model, search.goal, search.early
     base, groups = pinned_layers(model, options.keep_float, options.keep_quantized)
-    search.choose(choices(base, {}))
+    search.choose(base)
     model.set_mode(Mode.QUANTIZE)
     start = search.evaluate("the pinned layers in float" if options.keep_float else "all layers quantized")
     if goal.met(start) or not groups:
@@ -209,7 +199,7 @@ class _Walk:
         self,
         search: Search,
         options: Partial,
-        base: Mapping[str, frozenset[str]],
+        base: LayerPrecision,
         groups: tuple[Group, ...],
     ) -> None:
         self.search, self.options, self.base = search, options, base
@@ -219,12 +209,12 @@ class _Walk:
         if (halves := where_is_the_loss(search)) is not None:
             search.found["halves"] = halves
             search.decide(str(halves))
-        search.choose(choices(base, {}))
+        search.choose(base)
         free = names_of(groups)
         self.all_free = all(layer.reason or layer.name in free for layer in model.layers)
         #: What early verdicts refused, in words.
         self.refused: dict[frozenset[tuple[Group, Step]], str] = {}
-        self.fitting = {step: {group for group in groups if step.fits(model, group)} for step in self.steps}
+        self.fitting = {step: {group for group in groups if fits(step, model, group)} for step in self.steps}
         for step in self.steps:
             if not self.fitting[step]:
                 search.decide(
@@ -263,7 +253,7 @@ class _Walk:
             for search.early in dict.fromkeys((early, False)):
                 seen = "More"
                 if (assignment := self.find()) is not None:
-                    search.choose(choices(self.base, assignment))
+                    search.choose(assigned(self.base, assignment))
                     wrong = f"{_many(len(assignment))} put back"
                     seen, score = "All", search.evaluate(f"{wrong}, on all examples")
                     if search.goal.met(score):
@@ -288,7 +278,7 @@ class _Walk:
 
     def holds(self, assignment: Assignment, what: str, final: bool = False) -> bool:
         """Whether the goal is met with groups put to their steps; ``final`` as for :meth:`.Search.judge`."""
-        self.search.choose(choices(self.base, assignment))
+        self.search.choose(assigned(self.base, assignment))
         verdict = self.search.judge(what, final)
         if not (verdict.met or verdict.complete):
             self.refused[frozenset(assignment.items())] = what
@@ -310,7 +300,7 @@ class _Walk:
         The most that may be put back is evaluated on all examples, which its score is needed for anyway.
         """
         if self.refused and (able := self.able[self.steps[-1]]):
-            self.search.choose(choices(self.base, dict.fromkeys(able, self.steps[-1])))
+            self.search.choose(assigned(self.base, dict.fromkeys(able, self.steps[-1])))
             if self.search.goal.met(self.search.evaluate(self._everything(able))):
                 return self._everything(able)
         refused, self.refused = self.refused, {}
@@ -370,12 +360,9 @@ class _Walk:
             f"{layers} of {total} layers put back ({_listed(assignment)}): {search.goal.words(score)}. "
             f"{search.goal.evidence(score)}"
         )
-        if search.model.int16_layers and 16 not in search.model.target.activation_bits:
-            search.decide(
-                f"{search.model.target.name} has no kernels for 16-bit activations: the file holds their codes, and "
-                "answers as hardware with such kernels would, but there these layers and those that write for them run "
-                "in float."
-            )
+        for step in STEPS.values():
+            if search.model.precision[step.name] and (caution := step.caution(search.model.target)):
+                search.decide(caution)
         if 2 * len(search.model.float_layers) > len(search.model.layers):
             search.decide(
                 "More than half of the layers are in float, which leaves little of what integers save: more bits, "
@@ -396,13 +383,13 @@ class _Walk:
         missed = "Partial quantization does not meet the target."
         if able:
             everything = self._everything(able)
-            search.choose(choices(self.base, dict.fromkeys(able, step)))
+            search.choose(assigned(self.base, dict.fromkeys(able, step)))
             score = search.evaluate(everything)
             missed += (
                 f" With {everything} it scores {search.goal.words(score)}. {search.goal.evidence(score)}"
             )
         if search.goal.loss(score) >= search.goal.loss(start):
-            search.choose(choices(self.base, {}))
+            search.choose(self.base)
             score = start
         cure = "Unpin layers, or train"
         if self.all_free and not step.quantizes:

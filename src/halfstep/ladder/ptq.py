@@ -47,7 +47,7 @@ class PTQ(Rung):
         finalists = FINALISTS if self.options is None else self.options.finalists
         left = search.seconds_left()
         seconds = REPAIR_SECONDS if left is None else min(REPAIR_SECONDS, max(0.0, left))
-        return Cost(finalists + 2, passes_at_most() * kept_examples(search.model), seconds)
+        return Cost(finalists + 2, passes_at_most(self.options) * kept_examples(search.model), seconds)
 
     def identity(self) -> str:
         """The options, where they are not the usual ones."""

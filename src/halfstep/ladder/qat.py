@@ -26,8 +26,9 @@ from halfstep.model import QuantizedModel
 from halfstep.progress import protected
 from halfstep.training.check import check_trainable
 from halfstep.training.checkpoint import FILE, OtherTraining, before
-from halfstep.training.fit import Judge, Judgement, Trained, fit
+from halfstep.training.fit import fit
 from halfstep.training.options import Training, check_training
+from halfstep.training.trained import Judge, Judgement, Trained
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,7 @@ from __future__ import annotations
 import functools
 import tempfile
 import time
-import warnings
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,50 +13,35 @@ from typing import Any
 import torch
 from torch import nn
 
-from halfstep.calibration.calibrate import observe
-from halfstep.calibration.diagnostics import (
-    Seen,
-    SiteConcern,
-    halving,
-    look,
-    lost_parts,
-    sentences,
-    tails,
-    unlike_sites,
-    watching,
-)
-from halfstep.distributed import Crew, crew, share, together
+from halfstep.distributed import Crew, crew
 from halfstep.errors import ArgumentError, CaptureError
-from halfstep.evaluate import Scorer, as_scorers, labelled_data, parts
+from halfstep.evaluate import as_scorers, parts
 from halfstep.export.onnx import export_float
 from halfstep.fidelity.reference import knowing_float
-from halfstep.graph.capture import Captured, capture
-from halfstep.graph.float32 import check_observed_in
-from halfstep.graph.fold import decompose, fold
+from halfstep.files import are_one
 from halfstep.graph.inputs import ModelInputs
-from halfstep.graph.padding import Mask, find_padding
-from halfstep.graph.pipeline import Pipeline, joined_example
+from halfstep.graph.padding import Mask
 from halfstep.graph.shapes import Dynamic
-from halfstep.graph.states import States, mark_states
-from halfstep.graph.tails import mark_tails
+from halfstep.graph.states import States
 from halfstep.journal import Journal
-from halfstep.ladder.climb import PORTABLE, RUNGS, ascend, find_rungs, settle
+from halfstep.ladder.beginning import begin
+from halfstep.ladder.climb import ascend
 from halfstep.ladder.deploy import deploy, file_score
-from halfstep.ladder.float_score import float_evaluation
 from halfstep.ladder.goal import Asked, GoalSpec
-from halfstep.ladder.identity import Claimed, Examples, claim_run, data_warnings
+from halfstep.ladder.identity import claim_run
 from halfstep.ladder.outcome import Outcome
 from halfstep.ladder.pace import CHECKED, FLOAT, UNCHECKED, Exports, Pace, check_latency
 from halfstep.ladder.partial import Partial
+from halfstep.ladder.prepare import PORTABLE, prepare, settle
 from halfstep.ladder.qat import QAT
 from halfstep.ladder.ranks import agree, follow
-from halfstep.ladder.repairs import refit
 from halfstep.ladder.rung import Rung
+from halfstep.ladder.rungs import RUNGS, find_rungs
 from halfstep.ladder.search import Search
 from halfstep.ladder.speed import tune_for_speed
 from halfstep.live import shown
 from halfstep.model import QuantizedModel
-from halfstep.onnx_in.from_file import declared_axes, opened, origin_of
+from halfstep.onnx_in.from_file import origin_of
 from halfstep.onnx_in.origin import QUANTIZED
 from halfstep.progress import Budget, steps
 from halfstep.recipe import Recipe
@@ -68,106 +50,6 @@ from halfstep.training.options import Training, check_training
 
 #: Networks that a run writes.
 FILES = (CHECKED, UNCHECKED, FLOAT)
-
-
-def prepare(
-    model: nn.Module | str | Path | Mapping[str, nn.Module],
-    example_inputs: ModelInputs | None,
-    recipe: Recipe | None = None,
-    target: str | Target = "onnxruntime",
-    *,
-    dynamic: Dynamic | None = None,
-    padding: Mask | None = None,
-    float_from: str | Sequence[str] | None = None,
-    states: States = None,
-    autocast: torch.dtype | None = None,
-) -> QuantizedModel:
-    """Capture ``model``, fold its batch norms, and place its sites; it passes floats until observed and calibrated.
-
-    Args:
-        model: left untouched; or the path of an ONNX file, which :func:`.from_onnx` reads; or several modules by name,
-            which are one network from here on: called with the inputs of each by its name, it returns a dict of what
-            each returns, and its layers are called ``"encoder.layer"``.
-        example_inputs: a tensor, a tuple or a dict, with a batch of at least 2; None makes some up for a file. Of
-            several modules a dict of them.
-        recipe: what to quantize, and how; :meth:`Recipe.int8` if None.
-        target: where it will run.
-        dynamic: dimensions that may vary beside the batch: names by input and dimension, such as
-            ``{"ids": {1: "tokens"}, "mask": {1: "tokens"}}``; or another example, whose sizes differ where they may.
-            The batch is the first dimension, or the one that is named ``"batch"``: ``{"x": {0: "time", 1: "batch"},
-            "h": {1: "batch"}}`` is time first, with a state of (layers, batch, hidden).
-            None for those that an ONNX file names, ``{}`` for none of them.
-        padding: the name of an input (batch, length) that is 0 where a batch is only filled up, such as
-            ``"attention_mask"``, or a function of the model's arguments that answers one: what is observed there is
-            left out. The length must be one that varies.
-        float_from: names of modules, such as ``"head.decode"``, from whose first value on everything is left in float;
-            or of single operators.
-        states: outputs that are given back as inputs of the next call, by the input's name, ``{"h_in": "h_out"}``; True
-            finds them by their names (``past_k`` and ``present_k``, a key of both ...). Both have one quantizer.
-        autocast: ``torch.bfloat16`` lets :func:`.observe` run the network in torch's automatic mixed precision, which
-            halves its memory and on accelerators much of its time; what is seen is counted in float32 all the same.
-            Scores, comparisons of outputs and repairs compute in float32, as the file does; trainings have an option of
-            their own. None for float32.
-
-    Warns of a model in half precision or float64 that it is computed in float32 from here on. It may then be given
-    inputs of either type, and returns float32, as the files do; scores are compared with the model as it was handed
-    over.
-
-    Raises:
-        CaptureError: if the model cannot be captured.
-        RecipeError: if a pattern of the recipe matches no layer.
-        ArgumentError: if ``dynamic``, ``padding``, ``float_from`` or ``states`` names what is not there, or
-            ``autocast`` is another type.
-    """
-    check_observed_in(autocast)
-    found = find_target(target)
-    settled = settle(recipe or Recipe.int8(), found)
-    if isinstance(model, Mapping):
-        model = Pipeline(model)
-        example_inputs = joined_example(dict(model.named_children()), example_inputs)
-    with steps("capturing"):
-        model, example_inputs = opened(model, example_inputs)
-        traced = (
-            capture(model, example_inputs, dynamic)
-            if dynamic is not None
-            else _capture(model, example_inputs)
-        )
-        captured = decompose(fold(traced), found.decomposed)
-        if (origin := origin_of(model)) is not None:
-            captured.origin = origin
-            captured.notes += origin.source.notes
-            captured.read_in = origin.source.types
-            if captured.handed_over is not None:
-                captured.notes += (
-                    "Files are new graphs in torch.float32, not the one that the network was read from",
-                )
-            origin.keep_whole(captured.graph, found)
-        mark_tails(captured, float_from)
-        mark_states(captured, states)
-        known = None if padding is None else find_padding(captured, padding)
-        prepared = QuantizedModel(captured, found, settled, known, autocast)
-    prepared.refit = refit
-    for note in captured.notes:
-        warnings.warn(note, stacklevel=2)
-    return prepared
-
-
-def _capture(model: nn.Module, example_inputs: ModelInputs) -> Captured:
-    """The captured network; of one that was read from a file with the dimensions varying that the file names."""
-    alternatives, reason = declared_axes(model, example_inputs), ""
-    for dynamic in alternatives:
-        try:
-            return capture(model, example_inputs, dynamic)
-        except CaptureError as error:
-            reason = reason or str(error)
-    captured = capture(model, example_inputs)
-    if alternatives:
-        names = sorted({name for sizes in alternatives[0].values() for name in sizes.values()})
-        captured.notes += (
-            f"The file lets {', '.join(map(repr, names))} vary, but its network is captured with the sizes of the "
-            f"example alone, and calibration data must have them: {reason}",
-        )
-    return captured
 
 
 def quantize(
@@ -315,7 +197,7 @@ def quantize(
             journal.write(PORTABLE, portable=settled.portable)
         scorer = knowing_float(scorer, prepared)
         agree(ranks, prepared, scorer, calibration, training, claimed.judged)
-        search = _begin(journal, prepared, scorer, aim, calibration, budget or Budget(), claimed)
+        search = begin(journal, prepared, scorer, aim, calibration, budget or Budget(), claimed)
         search.started, search.threads = started, threads
         _write_settings(search, ladder, aim, command, latency)
         exports = Exports(temporary)
@@ -341,7 +223,7 @@ def _checked_directory(
         else:
             source = Path(network)
         for taken in (Path(directory) / name for name in FILES):
-            if source is not None and source.exists() and taken.exists() and taken.samefile(source):
+            if source is not None and are_one(taken, source):
                 raise ArgumentError(
                     f"directory: {directory} holds {taken.name}, which the network is read from and which the run "
                     "would write over; needed another directory"
@@ -372,104 +254,6 @@ def _check_sites(prepared: QuantizedModel) -> None:
     )
 
 
-def _begin(
-    journal: Journal,
-    prepared: QuantizedModel,
-    scorer: Scorer,
-    aim: GoalSpec,
-    calibration: Iterable[ModelInputs],
-    budget: Budget,
-    claimed: Claimed,
-) -> Search:
-    """The float baseline and the statistics, with what is to be said of the data: what every rung starts from."""
-    data = labelled_data(scorer)
-    seen = Seen(prepared)
-    with nullcontext() if data else watching(prepared, seen):
-        baseline, _ = float_evaluation(scorer, prepared, journal, claimed.unseen)
-    scores = (baseline, *baseline.others.values())
-    journal.write("paired", paired=any(score.paired for score in scores))
-    search = Search(prepared, scorer, aim.goal(baseline, scorer), journal=journal, budget=budget, rung="data")
-    for note in prepared.captured.notes:
-        search.decide(note, aloud=False)  # a warning has said it
-    for sentence in tails(prepared):
-        search.decide(sentence)
-    if claimed.unseen and journal.folder is not None:
-        search.decide(
-            f"What cannot be compared when this run goes on: {', '.join(claimed.unseen)}. The float model is scored "
-            "again then, to see that it scores the same; fresh=True (--fresh) begins anew"
-        )
-    if claimed.unseen_in_training and journal.folder is not None:
-        search.decide(
-            f"What cannot be compared of the training: {', '.join(claimed.unseen_in_training)}. Where it changes and "
-            "this run goes on, what was trained before stays; fresh=True (--fresh) begins anew"
-        )
-    kept = search.checkpoints.statistics()
-    if kept is None:
-        if data:
-            spread = all(isinstance(batches, (list, tuple)) for batches in data)
-            seen = Seen(prepared, len(claimed.judged.seen) if spread else 0)
-            look(prepared, (item[0] for batches in data for item in batches), seen)
-        said = _observe(search, calibration, claimed.judged, seen)
-        for sentence in said:
-            warnings.warn(sentence, stacklevel=3)
-    else:
-        said, examples = kept
-        search.calibrated = len(examples)
-        said = [*said, *_compare(calibration, examples, search)]
-    for sentence in said:
-        search.decide(sentence, aloud=False)  # a warning is heard anyway
-    for sentence in sentences(lost_parts(prepared)):
-        search.decide(sentence)
-    search.rung = ""
-    return search
-
-
-def _observe(search: Search, calibration: Iterable[ModelInputs], judged: Examples, seen: Seen) -> list[str]:
-    """Observe the calibration data and keep the statistics; what is to be said of the data, in sentences."""
-    model = search.model
-    calibrated, unsteady = together(_observed, model, calibration)
-    said = [*data_warnings(calibrated, judged), *sentences([*unlike_sites(model, seen), *unsteady])]
-    if isinstance(calibration, (list, tuple)):
-        search.journal.claim("calibration data", calibrated.contents())
-    search.calibrated = len(calibrated.seen)
-    search.checkpoints.keep_statistics(said, calibrated.seen)
-    return said
-
-
-def _observed(
-    model: QuantizedModel, calibration: Iterable[ModelInputs]
-) -> tuple[Examples, list[SiteConcern]]:
-    """Observe the calibration data; their digests, and where their halves differ."""
-    calibrated = Examples(model.captured)
-    with halving(model) as unsteady:
-        observe(model, _watched(calibration, calibrated))
-        share().same(
-            "calibration data", calibrated.digest()[:8], "give every rank the same data in the same order"
-        )
-    return calibrated, unsteady
-
-
-def _compare(calibration: Iterable[ModelInputs], known: Sequence[bytes], search: Search) -> list[str]:
-    """See whether the calibration data are those that the kept statistics come from; what is to be said, in sentences.
-
-    Raises:
-        RunError: if they are others, in a list or tuple, which is the same each time.
-    """
-    calibrated = Examples(search.model.captured)
-    for inputs in calibration:
-        calibrated.add(inputs)
-    if isinstance(calibration, (list, tuple)):
-        search.journal.claim("calibration data", calibrated.contents())
-    both = (Counter(calibrated.seen) & Counter(known)).total()
-    if both == len(known) == len(calibrated.seen):
-        return []
-    return [
-        f"The calibration data come otherwise than before ({both:,} of {len(known):,} examples are the same), as in "
-        "random order or with augmentation: ranges rest on the examples that were seen first; with other data on "
-        "purpose, begin anew with fresh=True (--fresh)"
-    ]
-
-
 def _write_settings(
     search: Search, ladder: Sequence[Rung], aim: GoalSpec, command: str, latency: float | None
 ) -> None:
@@ -495,9 +279,3 @@ def _write_settings(
         command=command,
         **timed,
     )
-
-
-def _watched(batches: Iterable[ModelInputs], examples: Examples) -> Iterator[ModelInputs]:
-    for inputs in batches:
-        yield inputs
-        examples.add(inputs)  # after the model has accepted it

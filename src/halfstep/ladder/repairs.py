@@ -22,7 +22,7 @@ from halfstep.fake_quantize import Mode
 from halfstep.fidelity.compare import Fidelity, Measure, Reference, halves
 from halfstep.fidelity.reference import knowing_float
 from halfstep.graph.inputs import ModelInputs
-from halfstep.graph.placement import Choices
+from halfstep.graph.layer_precision import LayerPrecision
 from halfstep.journal import exact
 from halfstep.ladder.checkpoints import Checkpoints
 from halfstep.model import QuantizedModel
@@ -338,7 +338,7 @@ class Refits:
     def __init__(self, model: QuantizedModel, checkpoints: Checkpoints) -> None:
         self.model, self.checkpoints = model, checkpoints
         self.seconds = 0.0
-        self._done: dict[Choices, Refit] = {}
+        self._done: dict[LayerPrecision, Refit] = {}
 
     def __call__(self) -> None:
         """Fit anew what is to be, or take what was fitted to the very same network; :data:`REFIT_SECONDS` for all."""
@@ -348,7 +348,7 @@ class Refits:
             return
         key = self.checkpoints.key_of("refit", wanted)
         if (saved := self.checkpoints.journal.load("refit", key)) is not None:
-            self._done[model.choices] = Refit.of(saved.data)
+            self._done[model.precision] = Refit.of(saved.data)
             self._put(wanted, saved.tensors)
             return
         start = time.perf_counter()
@@ -368,7 +368,7 @@ class Refits:
             self.seconds += time.perf_counter() - start
         if done is None:
             return
-        self._done[model.choices] = done
+        self._done[model.precision] = done
         tensors = self._fitted(wanted)
         self._put(wanted, tensors)
         if done.whole:
@@ -376,7 +376,7 @@ class Refits:
 
     def sentence(self) -> str:
         """What was done for the layers that are put back now; empty if nothing was."""
-        done = self._done.get(self.model.choices)
+        done = self._done.get(self.model.precision)
         return "" if done is None else f"{str(done)[:1].upper()}{str(done)[1:]}."
 
     def _fitted(self, layers: Iterable[str]) -> dict[str, torch.Tensor]:

@@ -87,7 +87,7 @@ class RungResult:
         metrics: how every metric stands, the leading one (whose figures these are) first.
         what: the candidate, in words.
         float_layers: its layers in float.
-        put_back: its layers at each step towards float, by the step's attribute.
+        put_back: the layers that are not as the recipe has them, as :meth:`.LayerPrecision.to_dict` gives them.
         cost: of the rung in full evaluations; parts of one count as parts.
         note: why it ended early; empty if it did not.
         file_score: of its file on its runtime, where that decided whether to climb on.

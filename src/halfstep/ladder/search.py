@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import InitVar, dataclass, field, replace
 from typing import Any
 
@@ -11,16 +11,16 @@ from halfstep.batches import scored
 from halfstep.evaluate import EarlyStopping, Score, Scorer, early_stopping, share_of_error
 from halfstep.fake_quantize import Mode
 from halfstep.granularity import PerTensor
-from halfstep.graph.placement import Choices
+from halfstep.graph.layer_precision import STEPS, LayerPrecision
 from halfstep.journal import Journal
 from halfstep.ladder.checkpoints import Checkpoints
 from halfstep.ladder.evaluation import Decision, Evaluation, Evaluations, Verdict
 from halfstep.ladder.goal import Goal
 from halfstep.ladder.repairs import Refits
 from halfstep.model import QuantizedModel
-from halfstep.precision import STEPS, bits_on_request
+from halfstep.precision import bits_on_request
 from halfstep.progress import Budget, BudgetSpent, protected, say, steps
-from halfstep.snapshot import Snapshot, fingerprint, put_back_in
+from halfstep.snapshot import Snapshot, fingerprint
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,9 @@ class Search:
         """Hold simulations to another goal; what is remembered is judged by the one that holds."""
         self.goal = goal
 
-    def choose(self, choices: Choices) -> None:
+    def choose(self, precision: LayerPrecision) -> None:
         """Let other layers be put back, and what repairs had learned be fitted anew for them."""
-        self.model.choose(choices)
+        self.model.choose(precision)
         self.refits()
 
     @property
@@ -202,7 +202,7 @@ class Search:
                 self._scored, goal.max_drop, level, accept=not goal.strict, progress=advance, seen=before
             )
         if known is not None and before is not None and len(scores) == len(before):
-            return known
+            return known  # not one example more was needed to say it at this level
         complete = len(scores) == self._stopper.total
         score = self._stopper.finish(self._scored, scores) if complete else Score.mean(scores)
         score = score.numbered(examined or 1)
@@ -284,21 +284,21 @@ class Search:
         if not (verdict.complete and self._acceptable):
             return
         score, best = verdict.score, self.best
-        now = self._rank(score, put_back_in(self.model), bits_on_request(self.model))
+        now = self._rank(score, self.model.precision, bits_on_request(self.model))
         if best is None or now < self.rank(best):
             self.best = Evaluated.of(self.model, what, score, key)
             say(f"best so far {self.goal.words(score)}: {what}")
 
     def rank(self, candidate: Evaluated) -> tuple[float, ...]:
         """Less is better: meets the goal, few layers in float, few at the steps before, few bits, a small drop."""
-        return self._rank(candidate.score, candidate.snapshot.put_back, candidate.bits)
+        return self._rank(candidate.score, candidate.snapshot.precision, candidate.bits)
 
-    def _rank(self, score: Score, put_back: Mapping[str, frozenset[str]], bits: int) -> tuple[float, ...]:
+    def _rank(self, score: Score, precision: LayerPrecision, bits: int) -> tuple[float, ...]:
         met = self.goal.met(score)
         steps = [step for step in reversed(STEPS.values()) if step.bits is None]
         return (
             not met,
-            *(len(put_back[step.attribute]) if met else 0 for step in steps),
+            *(len(precision[step.name]) if met else 0 for step in steps),
             bits if met else 0,
             self.goal.loss(score),
         )

@@ -5,14 +5,14 @@ Which of several sets of float layers is fastest as a file, and what else in flo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from halfstep.errors import RefusedError
 from halfstep.evaluate import Score
-from halfstep.graph.placement import Choices
+from halfstep.graph.layer_precision import STEPS, LayerPrecision
 from halfstep.ladder.costs import file_times, tuned
 from halfstep.ladder.search import Evaluated, Search
-from halfstep.precision import STEPS, Assignment, Group, choices, names_of
+from halfstep.precision import Assignment, Group, assigned, names_of
 from halfstep.progress import BudgetSpent, interruptible
 
 #: An assignment that meets the goal, and its score.
@@ -21,7 +21,7 @@ Assigned = tuple[Assignment, Score]
 
 def fastest_assignment(
     search: Search,
-    base: Mapping[str, frozenset[str]],
+    base: LayerPrecision,
     found: Sequence[Assigned],
     free: Sequence[Group],
     threads: int | None = None,
@@ -41,13 +41,13 @@ def fastest_assignment(
         threads: of the runtime, for one operator; None for all cores.
     """
     model = search.model
-    states = [choices(base, assignment) for assignment, _ in found]
+    states = [assigned(base, assignment) for assignment, _ in found]
     times = file_times(search, states, threads) if len(states) > 1 else [0.0]
     assignment, score = found[times.index(min(times))]
-    search.choose(choices(base, assignment))
+    search.choose(assigned(base, assignment))
     assignment, score = _joined(search, base, (assignment, score), free, threads)
-    everything = Choices(float_layers=frozenset(model.layer_names))
-    ours, integers, floats = file_times(search, [model.choices, choices(base, {}), everything], threads)
+    everything = LayerPrecision.of(float=model.layer_names)
+    ours, integers, floats = file_times(search, [model.precision, base, everything], threads)
     verdict = (
         f"A batch takes {ours:.0f} us so, {integers:.0f} us quantized throughout, {floats:.0f} us in float."
     )
@@ -61,7 +61,7 @@ def fastest_assignment(
 
 def _joined(
     search: Search,
-    base: Mapping[str, frozenset[str]],
+    base: LayerPrecision,
     settled: Assigned,
     free: Sequence[Group],
     threads: int | None,
@@ -74,14 +74,14 @@ def _joined(
         return settled
     joined = [group for group in rest if set(group.layers) <= search.model.float_layers]
     wider = {**assignment, **dict.fromkeys(joined, to_float)}
-    search.choose(choices(base, wider))
+    search.choose(assigned(base, wider))
     names = ", ".join(tuning.float_layers)
     joint = search.evaluate(f"with {names} in float too")
     if search.goal.met(joint):
         search.decide(f"{tuning}: beside other float layers they need no conversion.")
         return wider, joint
     search.decide(f"With {names} in float too the file would be faster and miss the target.")
-    search.choose(choices(base, assignment))
+    search.choose(assigned(base, assignment))
     return settled
 
 

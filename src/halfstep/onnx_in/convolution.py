@@ -42,12 +42,12 @@ def _window(
     return strides, dilations, before, after
 
 
-def _padded(x: Tensor, before: list[int], after: list[int], value: float = 0.0) -> tuple[Tensor, list[int]]:
+def _padded(x: Tensor, before: list[int], after: list[int]) -> tuple[Tensor, list[int]]:
     """The input, padded by what the two ends differ in, and the padding that both have."""
     if before == after:
         return x, before
     flat = [amount for pair in reversed(list(zip(before, after, strict=True))) for amount in pair]
-    return F.pad(x, flat, value=value), [0] * len(before)
+    return F.pad(x, flat), [0] * len(before)
 
 
 @operator("Conv")

@@ -187,14 +187,14 @@ def widened(ends: Point) -> Point:
     return low - margin, high + margin
 
 
-def ticks(ends: Point, count: int = 5) -> list[float]:
-    """About ``count`` round numbers between the ends.
+def ticks(ends: Point) -> list[float]:
+    """About five round numbers between the ends.
 
     >>> ticks((0.0, 10.0))
     [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]
     """
     low, high = ends
-    rough = (high - low) / count
+    rough = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.9999)
     first = math.ceil(low / step - 1e-9)

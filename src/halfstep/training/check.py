@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
-from halfstep.errors import DataError, TrainingError, named
+from halfstep.errors import DataError, NotObservedError, TrainingError, named
 from halfstep.fake_quantize import Mode
 from halfstep.graph.inputs import move
 from halfstep.model import QuantizedModel
@@ -16,8 +17,40 @@ from halfstep.training.batches import check_dependence, check_iterable, outputs_
 from halfstep.training.checkpoint import own_randomness, seed_everything
 from halfstep.training.distillation import check_gradient, compared
 from halfstep.training.entry import entered
-from halfstep.training.fit import trainable
 from halfstep.training.options import Training
+
+
+def trainable(model: QuantizedModel) -> list[nn.Parameter]:
+    """The float weights that train, after a look at whether the model can.
+
+    Raises:
+        TrainingError: if there are none, nothing is quantized, or a node without gradient is in the way.
+        NotObservedError: if a site has no range.
+    """
+    if model.mode is Mode.QUANTIZE:
+        missing = [name for name, site in model.sites.items() if not site.calibrated]
+        if missing:
+            raise NotObservedError(
+                f"{len(missing)} of {len(model.sites)} sites have no range ({', '.join(missing[:3])} ...): run "
+                "observe() and calibrate() before training"
+            )
+        if not model.sites:
+            raise TrainingError(
+                "nothing is quantized: every layer is in float; there is nothing to train for"
+            )
+    weights = [
+        p for name, p in model.named_parameters() if not name.startswith("quantizers.") and p.requires_grad
+    ]
+    if not weights:
+        raise TrainingError(
+            "the model has no trainable parameter: every one has requires_grad=False; call model.requires_grad_() "
+            "before hs.prepare, or q.requires_grad_() after it"
+        )
+    if model.captured.origin is not None:
+        from halfstep.onnx_in.islands import check_no_island  # onnx loads when it is needed
+
+        check_no_island(model.graph, {name for name, p in model.named_parameters() if p.requires_grad})
+    return weights
 
 
 def check_trainable(model: QuantizedModel, training: Training) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from halfstep.distributed import share, together
-from halfstep.errors import DivergedError, FormatError, NotObservedError, TrainingError, named
+from halfstep.errors import DivergedError, FormatError, named
 from halfstep.fake_quantize import Mode
 from halfstep.graph.inputs import ModelInputs, move
 from halfstep.identity import Identity
@@ -29,6 +29,7 @@ from halfstep.training.batches import (
     first_bad_value,
     outputs_loss,
 )
+from halfstep.training.check import trainable
 from halfstep.training.checkpoint import (
     FILE,
     Checkpoint,
@@ -44,76 +45,7 @@ from halfstep.training.distillation import Teacher
 from halfstep.training.entry import entered
 from halfstep.training.options import OPTIMIZERS, Training, default_rate
 from halfstep.training.ranges import MovingRanges
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """What a judge says of the model as it stands.
-
-    Attributes:
-        score: in the metric's unit.
-        drop: how much worse than float, in the metric's unit; of several metrics, the most that one uses of its
-            allowance.
-        enough: whether training may stop.
-    """
-
-    score: float
-    drop: float
-    enough: bool
-
-
-Judge = Callable[[int], Judgement]
-
-#: Points of a training's loss as plain data.
-CURVE = 400
-
-
-@dataclass(frozen=True)
-class Mark:
-    """A score taken in training: after ``step`` steps and ``seconds`` of training (evaluations not counted)."""
-
-    step: int
-    seconds: float
-    score: float
-    drop: float
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What a training did.
-
-    Attributes:
-        steps: made; fewer than ``planned`` after an early stop.
-        planned: epochs times batches.
-        losses: of every step.
-        marks: the scores taken, the one before the first step included; empty without a metric.
-        best_step: the step whose state was kept: the best mark's, the last one without a metric.
-        seconds: of training, evaluations not counted, over all runs that it took.
-        resumed_at: the step that this run went on from; 0 from the start.
-        learning_rate: at the start, as given or by the model's fewest bits.
-        skipped: how many of the steps changed nothing, since their gradients were beyond float16.
-        distilled: what distillation compared, and how that was known; empty without it.
-        control: the float control's score; None if none was asked for.
-    """
-
-    steps: int
-    planned: int
-    losses: tuple[float, ...]
-    marks: tuple[Mark, ...]
-    best_step: int
-    seconds: float
-    learning_rate: float
-    resumed_at: int = 0
-    skipped: int = 0
-    distilled: str = ""
-    control: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as plain data; of the losses at most :data:`CURVE` means over equally many steps."""
-        every = max(1, -(-len(self.losses) // CURVE))
-        parts = [self.losses[start : start + every] for start in range(0, len(self.losses), every)]
-        losses = [math.fsum(part) / len(part) for part in parts]
-        return {**asdict(self), "losses": losses, "every": every}
+from halfstep.training.trained import Judge, Judgement, Mark, Trained
 
 
 def fit(
@@ -466,36 +398,3 @@ def learning_rate(training: Training, model: QuantizedModel) -> float:
         return training.learning_rate
     bits = min((site.format.bits for site in model.sites.values()), default=8)
     return default_rate(bits, training.optimizer)
-
-
-def trainable(model: QuantizedModel) -> list[nn.Parameter]:
-    """The float weights that train, after a look at whether the model can.
-
-    Raises:
-        TrainingError: if there are none, nothing is quantized, or a node without gradient is in the way.
-        NotObservedError: if a site has no range.
-    """
-    if model.mode is Mode.QUANTIZE:
-        missing = [name for name, site in model.sites.items() if not site.calibrated]
-        if missing:
-            raise NotObservedError(
-                f"{len(missing)} of {len(model.sites)} sites have no range ({', '.join(missing[:3])} ...): run "
-                "observe() and calibrate() before training"
-            )
-        if not model.sites:
-            raise TrainingError(
-                "nothing is quantized: every layer is in float; there is nothing to train for"
-            )
-    weights = [
-        p for name, p in model.named_parameters() if not name.startswith("quantizers.") and p.requires_grad
-    ]
-    if not weights:
-        raise TrainingError(
-            "the model has no trainable parameter: every one has requires_grad=False; call model.requires_grad_() "
-            "before hs.prepare, or q.requires_grad_() after it"
-        )
-    if model.captured.origin is not None:
-        from halfstep.onnx_in.islands import check_no_island  # onnx loads when it is needed
-
-        check_no_island(model.graph, {name for name, p in model.named_parameters() if p.requires_grad})
-    return weights
