@@ -8,7 +8,8 @@ from torch import nn
 
 import halfstep as hs
 from halfstep import batches
-from halfstep.batches import InPieces, scored
+from halfstep.batches import InPieces, parameters_once, scored
+from halfstep.fake_quantize import FakeQuantize, Mode
 
 #: Quarters, so that no order of summation makes a difference.
 X = torch.randn(200, 4, generator=torch.Generator().manual_seed(0)).mul(4).round() / 4
@@ -114,6 +115,59 @@ def test_other_shapes_and_other_layers_in_float_are_tried_anew(took):
         sizes.clear()
         model(X)
         assert 200 in sizes
+
+
+def test_what_was_shown_of_layers_holds_for_all_that_they_do_together(took):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    q = hs.prepare(net, X[:2])
+    hs.observe(q, [X])
+    hs.calibrate(q)
+    sizes = watched(q)
+    with torch.no_grad(), q.using(Mode.FLOAT):
+        for _ in range(2):
+            InPieces(q)(X)
+    with torch.no_grad():
+        sizes.clear()
+        assert torch.equal(
+            InPieces(q)(X), q(X)
+        )  # the first that quantizes: in pieces of the size that is known, and whole
+        assert sorted(sizes) == [8, 64, 64, 64, 200, 200]
+        q.float_layers = ["1"]  # in float as in the first, the other as in the second
+        sizes.clear()
+        InPieces(q)(X)
+    assert sorted(sizes) == [8, 64, 64, 64]
+
+
+def test_weights_are_quantized_once_a_batch(took, monkeypatch):
+    q = hs.prepare(Net(), X[:2])
+    hs.observe(q, [X])
+    hs.calibrate(q)
+    model, seen = InPieces(q), []
+    rounded = FakeQuantize.rounded
+    monkeypatch.setattr(FakeQuantize, "rounded", lambda self, x: seen.append(self.name) or rounded(self, x))
+    with torch.no_grad():
+        whole = model(X)
+        model(X)
+        seen.clear()
+        assert torch.equal(model(X), whole)
+        assert seen.count("layer.weight") == 1 and seen.count("x") == 4
+        q.weight("layer.weight").mul_(2)
+        assert torch.equal(model(X), q(X)) and not torch.equal(model(X), whole)
+    model(X).sum().backward()
+    assert q.weight("layer.weight").grad is not None
+
+
+def test_weights_that_take_too_much_memory_are_not_held(monkeypatch):
+    q = hs.prepare(Net(), X[:2])
+    hs.observe(q, [X])
+    hs.calibrate(q)
+    with torch.no_grad(), parameters_once(q):
+        assert q.sites["layer.weight"].held is not None
+    assert q.sites["layer.weight"].held is None
+    monkeypatch.setattr(batches, "HELD_WEIGHTS", 59)  # 12 weights and 3 biases take 60 bytes
+    with torch.no_grad(), parameters_once(q):
+        assert q.sites["layer.weight"].held is None
 
 
 def test_a_score_sees_whole_batches_and_the_same_answers_as_without(took):

@@ -16,14 +16,19 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from halfstep.bias_shift import BiasShift
 from halfstep.cores import side_by_side
 from halfstep.evaluate import DataMetric, Scorer, parts
+from halfstep.fake_quantize import FakeQuantize, Mode
 from halfstep.graph.inputs import ModelInputs, tensors_of
 from halfstep.graph.shapes import Axes, hint, varies
 from halfstep.model import QuantizedModel, run
@@ -43,6 +48,38 @@ class _Cut(NamedTuple):
     workers: int | None = 1
 
 
+@dataclass
+class _Shown:
+    """A cut that gave the whole answer to batches of some shapes, and what sites and layers did then.
+
+    Attributes:
+        cut: the fastest that was found.
+        doing: names of sites and what they did, and of layers that read floats: each was seen to make no difference.
+    """
+
+    cut: _Cut
+    doing: set[tuple[str, Mode]]
+
+
+@dataclass
+class _Findings:
+    """How a model is cut.
+
+    Attributes:
+        cuts: by what runs, shapes, modes and layers in float.
+        tried: one that gave the whole answer, and seconds without it.
+        shown: by shapes alone.
+    """
+
+    cuts: dict[object, _Cut] = field(default_factory=dict)
+    tried: dict[object, tuple[_Cut, float]] = field(default_factory=dict)
+    shown: dict[object, _Shown] = field(default_factory=dict)
+
+
+#: What was found out about each model: its float network runs first, then what it is simulated as.
+_findings: WeakKeyDictionary[QuantizedModel, _Findings] = WeakKeyDictionary()
+
+
 class InPieces(nn.Module):
     """A model that takes batches as they are, runs them in pieces where that is faster, and returns whole answers.
 
@@ -50,7 +87,11 @@ class InPieces(nn.Module):
     faster; else the second batch runs in pieces of other sizes too. A size is used only if its answer is equal to the
     last bit, side by side or, where that makes a difference, one after the other. A batch runs whole once: where
     another process keeps a core busy, that may take as long as a hundred in pieces. What was found holds for the same
-    shapes, mode and layers in float: kernels, and with them the order of sums, are chosen by these and not by values.
+    shapes and the same model, whatever its layers in float, as long as each site and layer does what it did then:
+    kernels, and with them the order of sums, are chosen by what a layer reads and not by values. Where one does not
+    (the first candidate quantizes), a single batch shows whether the size that is known gives the whole answer.
+
+    Weights and biases are quantized once a batch, not once a piece.
 
     Args:
         model: what runs.
@@ -62,10 +103,7 @@ class InPieces(nn.Module):
     def __init__(self, model: QuantizedModel) -> None:
         super().__init__()
         self.model = model
-        self._cuts: dict[object, _Cut] = {}  # by what runs
-        self._tried: dict[
-            object, tuple[_Cut, float]
-        ] = {}  # one that gave the whole answer, and seconds without it
+        self._found = _findings.setdefault(model, _Findings())
 
     def __reduce__(self) -> tuple[Any, ...]:
         """As on another rank: the one that goes on finding out there how its model is fastest."""
@@ -80,25 +118,59 @@ class InPieces(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns for the same arguments."""
-        inputs = kwargs or args
-        kind, sizes = self._kind(inputs), _sizes(self._size(inputs))
-        if kind in self._cuts:
-            return self._in_pieces(inputs, self._cuts[kind])
+        inputs, found = kwargs or args, self._found
+        sizes = _sizes(self._size(inputs))
         if not sizes:
             return run(self.model, inputs)
-        if kind not in self._tried:
-            return self._compare(kind, inputs, sizes)
-        answer, self._cuts[kind] = self._find(inputs, sizes, *self._tried.pop(kind))
+        shapes, doing = self._shapes(inputs), self._doing()
+        kind = repr((shapes, sorted((name, mode.value) for name, mode in doing), self.model.precision))
+        shown = found.shown.get(shapes)
+        if kind not in found.cuts and shown is not None and doing <= shown.doing:
+            found.cuts[kind] = shown.cut
+        if kind in found.cuts:
+            return self._in_pieces(inputs, found.cuts[kind])
+        cut: _Cut | None
+        if kind in found.tried:
+            answer, cut = self._find(inputs, sizes, *found.tried.pop(kind))
+        else:
+            known = None if shown is None or shown.cut.size >= self._size(inputs) else shown.cut
+            answer, cut = self._compare(kind, inputs, sizes, known)
+        if cut is not None:
+            found.cuts[kind] = cut
+            # What runs whole has shown nothing: it may be for the time, or for the answer.
+            if cut.size < self._size(inputs):
+                if shown is None:
+                    found.shown[shapes] = _Shown(cut, doing)
+                elif cut == shown.cut:
+                    shown.doing |= doing
         return answer
 
-    def _kind(self, inputs: Any) -> object:
+    def _shapes(self, inputs: Any) -> object:
         shapes = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors_of(inputs)]
-        modes = [site.mode for site in self.model.sites.values()]
-        return repr((shapes, modes, self.model.precision))
+        return repr((shapes, torch.get_num_threads()))
 
-    def _compare(self, kind: object, inputs: Any, sizes: Sequence[int]) -> Any:
-        """The whole answer to the first batch, after the same in the smallest pieces."""
-        whole, cut = _Cut(self._size(inputs)), _Cut(sizes[-1], self._workers())
+    def _doing(self) -> set[tuple[str, Mode]]:
+        """What sites do now, and which layers read floats, be it that they have no sites."""
+        modes = {name: site.mode for name, site in self.model.sites.items()}
+        floating = [
+            layer.name for layer in self.model.layers if {modes[n] for n in layer.sites} <= {Mode.FLOAT}
+        ]
+        return {(name, mode) for name, mode in modes.items() if mode is not Mode.FLOAT} | {
+            (name, Mode.FLOAT) for name in floating
+        }
+
+    def _compare(
+        self, kind: object, inputs: Any, sizes: Sequence[int], known: _Cut | None
+    ) -> tuple[Any, _Cut | None]:
+        """The whole answer to the first batch, after the same in pieces; with the cut where that is clear by then.
+
+        Args:
+            kind: of what runs.
+            inputs: the batch.
+            sizes: to be tried, descending; now the last of them.
+            known: tried instead, and not compared with other sizes, where it was the best before.
+        """
+        whole, cut = _Cut(self._size(inputs)), known or _Cut(sizes[-1], self._workers())
         pieces, least = _timed(lambda: self._in_pieces(inputs, cut))
         answer, seconds = _timed(lambda: run(self.model, inputs))
         if cut.workers != 1 and pieces is not None and not _equal(answer, pieces):
@@ -106,12 +178,13 @@ class InPieces(nn.Module):
             cut = _Cut(cut.size)
             pieces, least = _timed(lambda: self._in_pieces(inputs, cut))
         if pieces is None or not _equal(answer, pieces):
-            self._cuts[kind] = whole
-        elif least < CLEARLY * seconds or len(sizes) == 1:
-            self._cuts[kind] = cut if least <= seconds else whole
-        else:
-            self._tried[kind] = cut, seconds
-        return answer
+            return answer, whole
+        if known is not None:
+            return answer, cut
+        if least < CLEARLY * seconds or len(sizes) == 1:
+            return answer, cut if least <= seconds else whole
+        self._found.tried[kind] = cut, seconds
+        return answer, None
 
     def _find(self, inputs: Any, sizes: Sequence[int], cut: _Cut, seconds: float) -> tuple[Any, _Cut]:
         """The answer to the second batch, and the cut that gives it in the least time.
@@ -150,7 +223,8 @@ class InPieces(nn.Module):
             return run(self.model, inputs)
         starts = range(0, count, size)
         parts = (self.model.captured.examples(inputs, start, min(count, start + size)) for start in starts)
-        each = list(side_by_side(lambda part: run(self.model, part), parts, workers))
+        with parameters_once(self.model):
+            each = list(side_by_side(lambda part: run(self.model, part), parts, workers))
         leaves = [pytree.tree_leaves(answer) for answer in each]
         axes = [axis or 0 for axis in self.model.captured.output_axes]
         for start, some in zip(starts, leaves, strict=True):
@@ -164,6 +238,35 @@ class InPieces(nn.Module):
             torch.cat(column, axis) for column, axis in zip(zip(*leaves, strict=True), axes, strict=True)
         ]
         return pytree.tree_unflatten(joined, pytree.tree_structure(each[0]))
+
+
+#: Quantized weights that are held while a batch runs in pieces; of a network with larger ones each piece makes its own.
+HELD_WEIGHTS = 256 * 2**20
+
+
+@contextmanager
+def parameters_once(model: QuantizedModel) -> Iterator[None]:
+    """Quantize weights and biases once for all that ``model`` runs in the block, which must not change them.
+
+    With gradients each run does so by itself, since they lead back through it.
+    """
+    holders: list[tuple[FakeQuantize | BiasShift, torch.Tensor]] = [
+        (model.sites[site.name], model.weight(site.name)) for site in model.placement.sites if site.is_weight
+    ]
+    for layer in model.layers:
+        shift, bias = model.shifts.get(layer.name), layer.operator.bias
+        if shift is not None and bias is not None:
+            holders.append((shift, model.weight(str(bias.target))))
+    if torch.is_grad_enabled() or sum(parameter.nbytes for _, parameter in holders) > HELD_WEIGHTS:
+        yield
+        return
+    try:
+        for holder, parameter in holders:
+            holder.hold(parameter)
+        yield
+    finally:
+        for holder, _ in holders:
+            holder.held = None
 
 
 def _sizes(count: int) -> list[int]:

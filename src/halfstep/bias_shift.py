@@ -88,15 +88,24 @@ class BiasShift(nn.Module):
         super().__init__()
         self.active, self.steps = False, steps
         self.register_buffer("shift", shift)
+        #: A bias and what it becomes, for as long as neither it nor the steps change; see :meth:`hold`.
+        self.held: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def forward(self, bias: torch.Tensor) -> torch.Tensor:
         """Shape, dtype and device of ``bias`` are kept."""
         if not self.active:
             return bias
+        if (held := self.held) is not None and held[0] is bias:
+            return held[1]
         corrected = self.corrected(bias)
         if self.steps is None or not self.steps.taken:
             return corrected
         return self.steps.rounded(corrected)
+
+    def hold(self, bias: torch.Tensor) -> None:
+        """Keep what ``bias`` becomes, as :meth:`.FakeQuantize.hold` does."""
+        self.held = None
+        self.held = bias, self(bias)
 
     def widen(self, bias: torch.Tensor) -> None:
         """Widen the weight's range in channels whose bias, shift included, would not fit 32 bits.

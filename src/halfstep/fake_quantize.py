@@ -83,6 +83,8 @@ class FakeQuantize(nn.Module):
         # What a learned rounding adds to the weight before it is quantized. The float weight stays what it was, for
         # layers put back to float, and training goes on from there.
         self.register_buffer("offset", None)
+        #: A tensor and what it becomes, for as long as neither it nor the range changes; see :meth:`hold`.
+        self.held: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def scale(self) -> torch.Tensor:
@@ -120,10 +122,19 @@ class FakeQuantize(nn.Module):
         if self.mode is Mode.QUANTIZE:
             if not self.calibrated:
                 raise NotObservedError(f"site {self.name!r}: has no range yet; run observe() and calibrate()")
-            return self.rounded(x)
+            held = self.held
+            return held[1] if held is not None and held[0] is x else self.rounded(x)
         if self.mode is Mode.OBSERVE:
             self._observe(x)
         return x
+
+    def hold(self, x: torch.Tensor) -> None:
+        """Keep what ``x`` becomes, so that it need not be computed for each part of a batch; ``held = None`` ends it.
+
+        Whoever asks for it sees to it that meanwhile neither ``x`` nor the range changes.
+        """
+        self.held = None
+        self.held = x, self(x)
 
     def _observe(self, x: torch.Tensor) -> None:
         select = OBSERVED.get()

@@ -92,3 +92,43 @@ class Branching(nn.Module):
 def test_branches_keep_their_bodies(tmp_path):
     q = hs.prepare(Branching().eval(), torch.randn(2, 4))
     assert [kind for kind, _ in nodes(hs.export_float(q, tmp_path / "float.onnx"))][-1] == "If"
+
+
+class Floats(nn.Module):
+    """Nothing but float32, and a number that is a float."""
+
+    def __init__(self, number=0.5):
+        super().__init__()
+        self.conv, self.linear, self.number = nn.Conv2d(3, 4, 3), nn.Linear(4, 5), number
+
+    def forward(self, x):
+        x = F.adaptive_avg_pool2d(F.hardswish(self.conv(x)) * self.number, 1)
+        return self.linear(x.flatten(1)).softmax(-1) + self.linear(x.mean((2, 3)))
+
+
+def exported(model, path):
+    torch.manual_seed(0)
+    q = hs.prepare(model.eval(), torch.randn(2, 3, 8, 8))
+    hs.observe(q, [torch.randn(4, 3, 8, 8)])
+    hs.calibrate(q)
+    return hs.export_float(q, path / "float.onnx").read_bytes(), hs.export_onnx(
+        q, path / "q.onnx"
+    ).read_bytes()
+
+
+def test_where_all_is_float32_no_types_are_looked_for_and_the_files_are_the_same(tmp_path, monkeypatch):
+    from torch.onnx._internal.exporter import _fx_passes
+
+    torch.manual_seed(0)
+    model = Floats()
+    with monkeypatch.context() as patch:
+        patch.setattr(_fx_passes, "insert_type_promotion_nodes", None)
+        files = exported(model, tmp_path)
+    monkeypatch.setattr(program, "_at_once", lambda *_: None)
+    assert exported(model, tmp_path) == files
+
+
+def test_a_whole_number_beside_floats_is_given_their_type(tmp_path, monkeypatch):
+    monkeypatch.setattr(program, "_at_once", None)
+    torch.manual_seed(0)
+    exported(Floats(3), tmp_path)  # also where its simulation is compared with the file

@@ -278,3 +278,22 @@ def test_the_ends_of_a_first_block_are_those_of_its_sorted_samples(kind: str) ->
     for rank in (1, 2, 1023, 1024):
         assert histogram.nth(rank) == float(finite[rank - 1])
         assert histogram.nth(finite.numel() + 1 - rank) == float(finite[-rank])
+
+
+def test_blocks_with_zeros_and_without_take_turns():
+    generator = torch.Generator().manual_seed(0)
+    dense = torch.randn(5000, generator=generator)
+    odd = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-40, -1e-40, 3e38, -3e38])
+    x = torch.cat(
+        [dense, torch.relu(dense), dense, odd, dense, torch.zeros(3000), dense[:100], odd[2:], dense]
+    )
+    whole, parts = Histogram(), Histogram()
+    whole.update(x)
+    for piece in x.split(97):
+        parts.update(piece)
+    one, other = whole.state_dict(), parts.state_dict()
+    for part in ("keys", "counts", "offsets", "specials"):
+        assert torch.equal(one[part], other[part]), part
+    for part in ("upper", "lower"):
+        assert torch.equal(one[part].sort().values, other[part].sort().values), part
+    assert whole.zero_count == int((x == 0).sum())

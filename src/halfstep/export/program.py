@@ -3,7 +3,8 @@
 ``torch.export`` has traced the network once, at capture. Handed a module, the exporter would trace it a second time,
 and a third time to decompose operators that it has no translation for; and it would parse the source of its
 translations of all operators. That is most of an export. It is handed an exported program, with the translations of the
-operators that are in it.
+operators that are in it. Before it translates it runs the graph once more over stand-ins, to find operands of several
+types; where all is float32 there are none.
 """
 
 from __future__ import annotations
@@ -50,6 +51,23 @@ class Program(ExportedProgram):
             node.target for module in modules for node in module.graph.nodes if node.op == "call_function"
         }
 
+    def of_one_type(self) -> bool:
+        """Whether no operator reads values of several types: all tensors are float32, and numbers beside them floats.
+
+        False too where there is something to take out before a translation: assertions, bodies of branches.
+        """
+        if sum(isinstance(module, fx.GraphModule) for module in self.graph_module.modules()) > 1:
+            return False
+        nodes = self.graph_module.graph.nodes
+        values = (value for node in nodes for value in pytree.tree_leaves(node.meta.get("val")))
+        if any(isinstance(value, torch.Tensor) and value.dtype != torch.float32 for value in values):
+            return False
+        return not any(map(_promotes, nodes))
+
+
+#: What operators take a number or a tensor as.
+_PROMOTED = ("Tensor", "Optional[Tensor]", "number", "Optional[number]")
+
 
 def to_onnx(program: Program, opset: int, own: Mapping[Any, Callable[..., Any]]) -> torch.onnx.ONNXProgram:
     """``program`` as ONNX, optimized.
@@ -62,6 +80,8 @@ def to_onnx(program: Program, opset: int, own: Mapping[Any, Callable[..., Any]])
     if (registry := _registry(program, opset, own)) is not None:
         from torch.onnx._internal.exporter import _core
 
+        if program.of_one_type() and (found := _at_once(program, opset, registry)) is not None:
+            return found
         translated: torch.onnx.ONNXProgram = _core.export(
             program, registry=registry, opset_version=opset, optimize=True, verbose=False
         )
@@ -76,6 +96,43 @@ def to_onnx(program: Program, opset: int, own: Mapping[Any, Callable[..., Any]])
     )
     assert exported is not None
     return exported
+
+
+def _at_once(program: Program, opset: int, registry: Any) -> torch.onnx.ONNXProgram | None:
+    """``program`` translated as it is: what torch's exporter does once operators are decomposed and types promoted.
+
+    That is not part of torch's interface either; None with a version that does it otherwise.
+    """
+    try:
+        from torch.onnx._internal._lazy_import import onnxscript_apis  # type: ignore[attr-defined]
+        from torch.onnx._internal.exporter._core import _exported_program_to_onnx_program as translate
+
+        convert = onnxscript_apis.convert_version
+    except (ImportError, AttributeError):
+        return None
+    found: torch.onnx.ONNXProgram = translate(program, registry=registry)
+    found.model = convert(found.model, opset)
+    found.optimize()
+    return found
+
+
+def _promotes(node: fx.Node) -> bool:
+    """Whether a node may read a whole number where it computes with floats, or is an assertion."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    schema = node.target._schema
+    if "assert" in schema.name or "constrain" in schema.name:
+        return True
+    named = {argument.name: str(argument.type) for argument in schema.arguments}
+    given = [
+        *zip(node.args, named.values(), strict=False),
+        *((x, named[name]) for name, x in node.kwargs.items()),
+    ]
+    return any(
+        isinstance(x.meta.get("val") if isinstance(x, fx.Node) else x, (int, torch.SymInt, torch.SymFloat))
+        for x, kind in given
+        if kind in _PROMOTED
+    )
 
 
 def _registry(program: Program, opset: int, own: Mapping[Any, Callable[..., Any]]) -> Any:

@@ -241,7 +241,7 @@ def capture(model: nn.Module, example_inputs: ModelInputs, dynamic: Dynamic | No
             ) from error
         own, (args, kwargs) = model_in_float32(own, types), in_float32((args, kwargs), types)
     flat = pytree.tree_leaves((args, kwargs))
-    program = export_program(own, args, kwargs, in_spec, given, types)
+    program, traced, tensors_read = export_program(own, args, kwargs, in_spec, given, types)
     if program.graph_signature.buffers_to_mutate:
         changed = (name.removeprefix(PREFIX) for name in program.graph_signature.buffers_to_mutate.values())
         names = ", ".join(map(repr, changed))
@@ -249,10 +249,9 @@ def capture(model: nn.Module, example_inputs: ModelInputs, dynamic: Dynamic | No
             f"model {type(model).__name__} changes its buffers {names} in evaluation mode; a quantized graph keeps "
             "no state between calls: return the state as an output and pass it as an input"
         )
-    traced = program.module(check_guards=False)
     out_spec = program.call_spec.out_spec
-    assert isinstance(traced, fx.GraphModule) and out_spec is not None
-    graph, module, fixed = unrooted(traced)
+    assert out_spec is not None
+    graph, module, fixed = unrooted(traced, tensors_read)
     originals, graph_names = _not_read(own, graph)
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     axes = axes_of(program, inputs, given)

@@ -32,6 +32,7 @@ from torch.utils import _pytree as pytree
 
 from halfstep.errors import CaptureError
 from halfstep.graph.inputs import move
+from halfstep.graph.out_of_place import out_of_place
 from halfstep.graph.recurrences import recurrences_whole
 from halfstep.graph.shapes import BATCH, Axes, Names, batch_of, by_name, varies
 from halfstep.graph.unfold import tensors
@@ -44,7 +45,7 @@ def export_program(
     in_spec: pytree.TreeSpec,
     given: Sequence[Names],
     types: tuple[torch.dtype, ...],
-) -> torch.export.ExportedProgram:
+) -> tuple[torch.export.ExportedProgram, fx.Graph, fx.GraphModule]:
     """What torch traces, functional, with dimensions that vary.
 
     Args:
@@ -54,6 +55,9 @@ def export_program(
         in_spec: how both flatten.
         given: the dimensions that the user lets vary, one dict an input.
         types: that the model was converted from.
+
+    Returns:
+        The program, its graph, and what holds the tensors that this reads.
 
     Raises:
         CaptureError: naming the module and line that cannot be traced, or that fix a size which must vary.
@@ -77,11 +81,16 @@ def export_program(
 
     try:
         with quiet():
-            traced = trace()
-            with recurrences_whole():
-                # An empty table functionalises and keeps conv, linear, softmax ... whole.
-                functional: torch.export.ExportedProgram = traced.run_decompositions({})
-            return functional
+            program = trace()
+            module = _module_of(program)
+            graph = out_of_place(module.graph)
+            if graph is None:
+                with recurrences_whole():
+                    # An empty table functionalises and keeps conv, linear, softmax ... whole.
+                    program = program.run_decompositions({})
+                module = _module_of(program)
+                graph = module.graph
+            return program, graph, module
     except Exception as error:
         fixed = re.search(
             r"L\['(\w+)'\]\S*\.size\(\)\[(\d+)\] as dynamic but your code specialized it .*\((\d+)\)",
@@ -100,6 +109,12 @@ def export_program(
             f"the model's code fixes {what} at the example's {number}{f': {place}' if place else ''}; take it from "
             f"{name}.shape[{dimension}] there" + ("" if dimension == "0" else ", or leave it out of dynamic")
         ) from error
+
+
+def _module_of(program: torch.export.ExportedProgram) -> fx.GraphModule:
+    module = program.module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    return module
 
 
 @contextmanager
@@ -177,8 +192,14 @@ class Rooted(nn.Module):
         self.forward = forward
 
 
-def unrooted(module: fx.GraphModule) -> tuple[fx.Graph, nn.Module, dict[int, Any]]:
+def unrooted(traced: fx.Graph, module: nn.Module) -> tuple[fx.Graph, nn.Module, dict[int, Any]]:
     """What was traced from a :class:`Rooted`, with names of tensors and module paths that are the network's own.
+
+    Nodes are named anew, by what they call and in their order: torch numbers them by what it had tried meanwhile.
+
+    Args:
+        traced: the graph.
+        module: the tensors that it reads.
 
     Returns:
         The graph, which returns only what it computes; the tensors that it reads, in plain modules; and what the
@@ -187,7 +208,7 @@ def unrooted(module: fx.GraphModule) -> tuple[fx.Graph, nn.Module, dict[int, Any
     graph, root = fx.Graph(), nn.Module()
     fixed: dict[int, Any] = {}
     copies: dict[fx.Node, fx.Node] = {}
-    for node in module.graph.nodes:
+    for node in traced.nodes:
         if node.op == "output":
             fixed = {place: x for place, x in enumerate(node.args[0]) if not isinstance(x, fx.Node)}
             graph.output(tuple(copies[x] for x in node.args[0] if isinstance(x, fx.Node)))
@@ -198,11 +219,20 @@ def unrooted(module: fx.GraphModule) -> tuple[fx.Graph, nn.Module, dict[int, Any
             copies[node] = graph.get_attr(name)
             copies[node].meta = dict(node.meta)
         else:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
+            args, kwargs = fx.map_arg((node.args, node.kwargs), copies.__getitem__)
+            copies[node] = graph.create_node(node.op, node.target, args, kwargs, _called(node), node.type)
+            copies[node].meta = dict(node.meta)
             stack = copies[node].meta.get("nn_module_stack")
             if stack is not None:
                 copies[node].meta["nn_module_stack"] = _own_stack(stack)
     return graph, root, fixed
+
+
+def _called(node: fx.Node) -> str:
+    """What a node is called, but for a number: an input as it is, a call by its operator."""
+    if node.op == "placeholder" or not isinstance(node.target, torch._ops.OpOverload):
+        return node.name if node.op == "placeholder" else str(getattr(node.target, "__name__", node.target))
+    return str(node.target.overloadpacket.__name__)
 
 
 def _own_stack(stack: dict[str, tuple[str, Any]]) -> dict[str, tuple[str, Any]]:

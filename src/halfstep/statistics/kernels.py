@@ -163,15 +163,22 @@ def kernels() -> CompiledLoops:
     def tally(words: Any, table: Any, span: Any, specials: Any, least: Any, offered: Any, filled: Any) -> int:
         """Count until the end or until no more can be offered; return how many were counted."""
         size: int = words.size
-        start = 0
+        start, sparse = 0, True
         kept = np.empty(_BLOCK + WIDTH, np.int32)
         while start < size:
             if max(filled[0], filled[1]) + _BLOCK > OFFERED:
                 return start
             # Views that start at zero: numba then knows that their indices are not negative.
             block = words[start : start + _BLOCK]
-            samples = kept[: compact(block, kept)]
-            high, low, small = survey(samples)
+            samples = block
+            # Where the block before had zeros this one has, too, and is compacted at once. Else a look tells, which is
+            # needed anyway and costs a fraction of compacting.
+            if not sparse:
+                high, low, small = survey(samples)
+            if sparse or small == 0:
+                samples = kept[: compact(block, kept)]
+                high, low, small = survey(samples)
+            sparse = samples.size < block.size
             top = max(np.int64(high), ~np.int64(low))  # the largest magnitude's bits
             if top >= first_special or small < 0x10000:
                 high, low, small = scatter_any(samples, table, specials)
