@@ -94,6 +94,7 @@ class QuantizedModel(nn.Module):
     padding: Padding | None  # what is left out of what is observed
     autocast: torch.dtype | None  # what passes that observe compute in, where it is not float32
     sample: list[ModelInputs]  # a bounded part of the calibration data, kept for scoring
+    reserve: list[ModelInputs]  # more of it, for repairs that learn from many
     compensations: Compensations  # what repairs learned for other choices of layers
     refit: Callable[[QuantizedModel], object] | None  # fits it anew for these; repairs bring it along
     _shelf: dict[str, nn.Module]  # the quantizers of other choices of layers too, with what they saw
@@ -141,7 +142,7 @@ class QuantizedModel(nn.Module):
         self._modules["quantizers"] = nn.ModuleDict()
         self._shelf, self._keys, self._in_use = {}, {}, {}
         self.mode, self.padding, self.autocast = Mode.FLOAT, padding, autocast
-        self.sample = []
+        self.sample, self.reserve = [], []
         self.compensations, self.refit = Compensations(self._places), None
         self._names = readable_names(self.graph)
         self.choices = Choices()
@@ -518,7 +519,7 @@ class QuantizedModel(nn.Module):
         twin = QuantizedModel(captured, self.target, self.recipe, autocast=self.autocast)
         twin._shelf = {key: copy.deepcopy(module, memo) for key, module in self._shelf.items()}
         twin.quantizers.clear()
-        twin.sample = self.sample
+        twin.sample, twin.reserve = self.sample, self.reserve
         twin.compensations, twin.refit = self.compensations.copy(twin._places), self.refit
         twin._keys, twin.mode, twin.choices = dict(self._keys), self.mode, self.choices
         twin._build()
