@@ -29,8 +29,9 @@ from halfstep.progress import Budget
 from halfstep.recipe import LayerSpec, Recipe, TensorSpec
 from halfstep.repair.bias import correct_bias
 from halfstep.repair.equalize import equalize
+from halfstep.repair.learner import Reconstruction
 from halfstep.repair.ranges import weigh_ranges
-from halfstep.repair.reconstruct import Reconstruction, reconstruct
+from halfstep.repair.reconstruct import reconstruct
 from halfstep.repair.record import Repair
 from halfstep.repair.rounding import gptq, learn_rounding
 from halfstep.repair.smooth_quant import migrate

@@ -73,6 +73,7 @@ class QuantizedModel(LayerLists, nn.Module):
     padding: Padding | None  # what is left out of what is observed
     autocast: torch.dtype | None  # what passes that observe compute in, where it is not float32
     sample: list[ModelInputs]  # a bounded part of the calibration data, kept for scoring
+    reserve: list[ModelInputs]  # more of it, for repairs that learn from many
     compensations: Compensations  # what repairs learned for other choices of layers
     refit: Callable[[QuantizedModel], object] | None  # fits it anew for these; repairs bring it along
     _known: KnownQuantizers  # those of other precisions of layers too
@@ -102,7 +103,7 @@ class QuantizedModel(LayerLists, nn.Module):
         self._modules["quantizers"] = nn.ModuleDict()
         self._known, self._in_use = KnownQuantizers(captured.graph, target, self.weight), {}
         self.mode, self.padding, self.autocast = Mode.FLOAT, padding, autocast
-        self.sample = []
+        self.sample, self.reserve = [], []
         self.compensations, self.refit = Compensations(self._places), None
         self.precision = LayerPrecision()
         self._build()
@@ -401,7 +402,7 @@ class QuantizedModel(LayerLists, nn.Module):
         }
         twin._known.keys = dict(self._known.keys)
         twin.quantizers.clear()
-        twin.sample = self.sample
+        twin.sample, twin.reserve = self.sample, self.reserve
         twin.compensations, twin.refit = self.compensations.copy(twin._places), self.refit
         twin.mode, twin.precision = self.mode, self.precision
         twin._build()

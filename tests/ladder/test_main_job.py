@@ -79,6 +79,22 @@ def test_calibration_keeps_a_bounded_sample(digits, network):
     assert histograms["x"].count == 1197 * 64
 
 
+def test_few_bits_keep_more_for_what_learns_from_many(monkeypatch):
+    x = torch.randn(1100, 4)
+
+    def reserve(recipe, expected):
+        q = hs.prepare(LINEAR, x[:2], recipe)
+        hs.observe(q, x.split(100))
+        assert torch.equal(torch.cat([*q.sample, *q.reserve]), x[: 256 + expected])
+
+    reserve(hs.Recipe.int8(), 0)
+    reserve(hs.Recipe.uniform(4, 8), 1024 - 256)
+    monkeypatch.setattr(calibrate, "LEARNED_BYTES", 50 * 4 * 4 + 7)
+    reserve(hs.Recipe.uniform(8, 4), 50)
+    monkeypatch.setattr(calibrate, "LEARNED_EXAMPLES", 260)
+    reserve(hs.Recipe.uniform(4, 8), 4)
+
+
 def test_large_inputs_are_kept_too_up_to_a_bound_that_is_said(monkeypatch):
     """Examples of 4 KiB, where 16 KiB are kept as a rule."""
     monkeypatch.setattr(calibrate, "SAMPLE_BYTES", 2**14)

@@ -213,10 +213,25 @@ def test_the_rung_reconstructs_what_quick_repairs_leave_short_of_the_goal(q, mon
     search, score = climbed(q, [0.6, 0.7, 0.8], monkeypatch, quick=(hs.weigh_ranges,), thorough=THOROUGH)
     assert score.value == 0.8
     assert search.best.what == "PTQ, repaired by weight ranges, reconstruction"
-    assert [each for each in search.decisions if each.startswith("reconstruction on 3: KL ")]
+    assert [each for each in search.decisions if each.startswith("reconstruction on 4: KL ")]
     assert search.decisions[-1] == (
         "PTQ, repaired by weight ranges, reconstruction: 0.8000, +0.1000 below float (allowed 0.01), 0.7000 before"
     )
+
+
+def test_only_thorough_repairs_see_what_is_kept_in_reserve(q, monkeypatch):
+    def seen(name):
+        def spy(model, batches):
+            numbers[name] = torch.cat(list(batches))
+            return hs.weigh_ranges(model, batches)
+
+        return spy
+
+    numbers, q.reserve = {}, [images(5, seed=8), images(7, seed=9)]
+    climbed(q, [0.6, 0.7, 0.8], monkeypatch, quick=(seen("quick"),), thorough=(seen("thorough"),))
+    first, _ = halves(q, q.sample)
+    assert torch.equal(numbers["quick"], torch.cat(first))
+    assert torch.equal(numbers["thorough"], torch.cat([*first, *q.reserve]))
 
 
 def test_the_rung_reconstructs_nothing_where_quick_repairs_are_enough(q, monkeypatch):

@@ -1,11 +1,13 @@
 """Reconstruction: nearer than layer by layer, to the same bits again, cut short, and kept through export."""
 
 import copy
+from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import halfstep as hs
 from halfstep.errors import ArgumentError, DataError
@@ -15,7 +17,7 @@ from halfstep.formats import Codebook
 from halfstep.progress import BudgetSpent, interruptible
 from halfstep.repair import walk as walk_file
 from halfstep.repair.blocks import find_blocks
-from tests.repair.networks import Net, built, images, labelled, residual, trained
+from tests.repair.networks import Net, built, conv, images, labelled, residual, trained
 from tests.repair.test_blocks import pre_norm
 
 FEW = hs.Reconstruction(steps=128, batch=16)
@@ -113,7 +115,7 @@ def test_without_learned_ranges_all_scales_stay():
     assert not torch.equal(learned.sites["b.weight"].scale, before["b.weight"])
 
 
-@pytest.mark.parametrize("options", [{"drop": 0.0}, {"fisher": False}])
+@pytest.mark.parametrize("options", [{"drop": 0.0}, {"fisher": False}, {"whole": False}])
 def test_each_part_can_be_left_out(options):
     q, whole = ready(), ready()
     hs.reconstruct(q, options=hs.Reconstruction(steps=32, batch=16, **options))
@@ -125,9 +127,53 @@ def test_each_part_can_be_left_out(options):
 def test_only_the_blocks_that_are_given_and_what_is_outside_of_them():
     q = ready(pre_norm, 3)
     record = hs.reconstruct(q, blocks=["blocks"], options=hs.Reconstruction(steps=8))
-    assert {"embed", "blocks", "fc"} >= {done.name for done in record.treated} >= {"blocks"}
+    whole = "the whole network"
+    assert {"embed", "blocks", "fc", whole} >= {done.name for done in record.treated} >= {"blocks", whole}
     with pytest.raises(ArgumentError, match=r"blocks: 'block' matches no module"):
         hs.reconstruct(q, blocks=["block"])
+
+
+def test_behind_the_blocks_all_are_learned_together_for_the_outputs():
+    q, blocks = ready(), ready()
+    record = hs.reconstruct(q, options=FEW)
+    hs.reconstruct(blocks, options=replace(FEW, whole=False))
+    last = record.treated[-1]
+    assert last.name == "the whole network" and last.after < last.before
+    sample = list(q.sample)
+    assert Reference(blocks, batches=sample).compare(blocks).kl == pytest.approx(last.before, rel=1e-4)
+    assert Reference(q, batches=sample).compare(q).kl == pytest.approx(last.after, rel=1e-4)
+    assert divergence(q) < divergence(blocks)
+    for name in ("b.weight", "c.weight"):  # each code is what it was, its scale another
+        site, weight = q.sites[name], q.weight(name).detach()
+        assert torch.equal(site.codes(weight), blocks.sites[name].codes(weight))
+        assert not torch.equal(site.scale, blocks.sites[name].scale)
+
+
+def test_outputs_that_are_no_logits_are_learned_by_their_squared_errors():
+    def two():
+        return Net(
+            lambda m, x: (y := m.b(F.relu(m.a(x))), m.c(y.mean((2, 3)))),
+            a=conv(3, 8),
+            b=conv(8, 8),
+            c=nn.Linear(8, 5),
+        )
+
+    q = hs.prepare(built(two), images(2), hs.Recipe.uniform(2, 8, ends=None))
+    hs.observe(q, images(64).split(16))
+    hs.calibrate(q, hs.MSE(), hs.MSE())
+    last = hs.reconstruct(q, options=FEW).treated[-1]
+    assert last.name == "the whole network" and last.after < last.before
+
+    def error(wanted, got):
+        return float((got - wanted).square().mean() / wanted.square().mean())
+
+    x = torch.cat(q.sample)
+    with torch.no_grad(), q.using(Mode.FLOAT):
+        wanted = q(x)
+    with torch.no_grad():
+        assert sum(map(error, wanted, q(x))) / 2 == pytest.approx(
+            last.after, rel=0.01
+        )  # but for what is quantized last
 
 
 def test_shared_weights_are_left_alone_and_said():
@@ -169,9 +215,9 @@ def test_batches_of_several_lengths():
     hs.observe(q, batches)
     hs.calibrate(q, hs.MSE(), hs.MSE())
     record = hs.reconstruct(q, options=FEW)
-    assert [done.name for done in record.treated] == ["a", "b"]
+    assert [done.name for done in record.treated] == ["a", "b", "the whole network"]
     assert all(done.after <= done.before for done in record.treated)
-    assert record.treated[-1].after < record.treated[-1].before
+    assert record.treated[1].after < record.treated[1].before
 
 
 def test_time_that_is_up_leaves_the_blocks_behind_as_they_were():
@@ -194,6 +240,28 @@ def test_time_that_is_up_leaves_the_blocks_behind_as_they_were():
     assert q.sites["fc.weight"].gradient == untouched.sites["fc.weight"].gradient
     with interruptible(ask), pytest.raises(BudgetSpent):
         hs.reconstruct(ready(), options=FEW)
+
+
+def test_time_that_is_up_behind_the_blocks_leaves_what_they_learned():
+    q, blocks = ready(), ready()
+    hs.reconstruct(blocks, options=replace(FEW, whole=False))
+
+    asked, last = 0, None
+
+    def ask():
+        nonlocal asked
+        asked += 1
+        if last is not None and asked > last:
+            raise BudgetSpent("the blocks")
+
+    with interruptible(ask):
+        hs.reconstruct(ready(), options=FEW)
+        asked, last = 0, asked - FEW.steps // 4  # the blocks together take a half
+        record = hs.reconstruct(q, options=FEW)
+    assert record.cut_short
+    assert record.notes[-1].endswith(f"{record.treated[-1].name}: the blocks were not learned together")
+    states = [each.state_dict() for each in (q, blocks)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 def test_memory_bounds_the_examples(monkeypatch):

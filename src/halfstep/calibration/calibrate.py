@@ -26,6 +26,7 @@ from halfstep.graph.inputs import ModelInputs, call_arguments, tensors_of
 from halfstep.model import QuantizedModel, run
 from halfstep.progress import track
 from halfstep.ranges import activation_answers, activation_sites, own_answers, set_ranges, weight_answers
+from halfstep.recipe import FEW_BITS
 from halfstep.repair.ranges import observe_sites
 from halfstep.statistics import Histogram
 
@@ -43,6 +44,13 @@ SAMPLE_LEAST = 16
 
 SAMPLE_MOST_BYTES = 512 * 2**20
 
+#: What learns from examples (:func:`~halfstep.reconstruct`) wants so many in all, up to so many bytes beyond the
+#: sample. They are kept where a site has few bits: with more of them nothing is left to learn.
+LEARNED_EXAMPLES = 1024
+
+
+LEARNED_BYTES = 256 * 2**20
+
 #: Calibrators that were chosen before stay unless others leave less than a part of this of the error: the
 #: order of nearly equal ones is a matter of the examples.
 GIVES_WAY = 2.0
@@ -59,7 +67,8 @@ def observe(
     Batches run side by side where memory has room, so a few are taken before the first is done.
     Observing again adds to what is there. The first examples are kept in ``model.sample`` for scoring without labels
     and for repairs: at most :data:`SAMPLE_EXAMPLES` and :data:`SAMPLE_BYTES`, but :data:`SAMPLE_LEAST` of them even so,
-    if :data:`SAMPLE_MOST_BYTES` have room. Warns where they have not.
+    if :data:`SAMPLE_MOST_BYTES` have room. Warns where they have not. Where a site has fewer than :data:`.FEW_BITS`
+    bits, those behind them are kept in ``model.reserve`` for what learns from many, :data:`LEARNED_EXAMPLES` in all.
 
     Args:
         model: its mode is the same afterwards.
@@ -161,8 +170,21 @@ def _keep(model: QuantizedModel, inputs: ModelInputs) -> None:
     least = min(SAMPLE_LEAST - kept, int((SAMPLE_MOST_BYTES - used) // each))
     count = min(size, SAMPLE_EXAMPLES - kept, max(fitting, least, not model.sample))
     if count > 0:
-        part = model.captured.examples(inputs, 0, count)
-        model.sample.append(pytree.tree_map_only(torch.Tensor, torch.clone, part))
+        model.sample.append(_copied(model, inputs, 0, count))
+    if share().leads and any(site.format.bits < FEW_BITS for site in model.sites.values()):
+        wanted = LEARNED_EXAMPLES - kept_examples(model) - sum(map(model.captured.batch_size, model.reserve))
+        used = sum(tensor.nbytes for batch in model.reserve for tensor in tensors_of(batch))
+        start = max(count, 0)
+        more = min(size - start, wanted, int((LEARNED_BYTES - used) // each))
+        if more > 0:
+            model.reserve.append(_copied(model, inputs, start, start + more))
+
+
+def _copied(model: QuantizedModel, inputs: ModelInputs, start: int, stop: int) -> ModelInputs:
+    """Some examples of a batch in memory of their own."""
+    part = model.captured.examples(inputs, start, stop)
+    copied: ModelInputs = pytree.tree_map_only(torch.Tensor, torch.clone, part)
+    return copied
 
 
 def kept_examples(model: QuantizedModel) -> int:

@@ -74,9 +74,9 @@ def gather_statistics(model: QuantizedModel) -> None:
         )
     states: list[dict[str, Tensor]] = [{} for _ in range(distributed.get_world_size())]
     distributed.all_gather_object(states, _state(model))
-    sample = [model.sample]
-    distributed.broadcast_object_list(sample, src=0)
-    model.sample = sample[0]
+    kept = [model.sample, model.reserve]
+    distributed.broadcast_object_list(kept, src=0)
+    model.sample, model.reserve = kept
     for module in activation_sites(model).values():
         module.forget()
     for state in states:

@@ -27,6 +27,10 @@ Tensors = dict[str, torch.Tensor]
 _SEPARATOR = "|"
 
 
+#: The model's lists of calibration inputs.
+_KEPT = ("sample", "reserve")
+
+
 class Checkpoints:
     """The checkpoints of a run.
 
@@ -48,16 +52,20 @@ class Checkpoints:
 
     def keep_statistics(self, said: Sequence[str], examples: Sequence[bytes]) -> None:
         """Keep what was observed and the sample of inputs, with what was said of them, and the examples' digests."""
-        leaves = [self._leaves(inputs) for inputs in self.model.sample]
-        tensors = _histograms(self.model, {}) | {
-            _joined("sample", batch, place): leaf
-            for batch, some in enumerate(leaves)
-            for place, leaf in enumerate(some)
-            if isinstance(leaf, torch.Tensor)
-        }
+        tensors, plain = _histograms(self.model, {}), dict[str, Any]()
+        for kind in _KEPT:
+            leaves = [self._leaves(inputs) for inputs in getattr(self.model, kind)]
+            tensors |= {
+                _joined(kind, batch, place): leaf
+                for batch, some in enumerate(leaves)
+                for place, leaf in enumerate(some)
+                if isinstance(leaf, torch.Tensor)
+            }
+            plain[kind] = [
+                [None if isinstance(leaf, torch.Tensor) else leaf for leaf in some] for some in leaves
+            ]
         tensors["examples"] = torch.tensor([list(digest) for digest in examples], dtype=torch.uint8)
-        plain = [[None if isinstance(leaf, torch.Tensor) else leaf for leaf in some] for some in leaves]
-        self.journal.save("statistics", tensors, data={"said": list(said), "sample": plain})
+        self.journal.save("statistics", tensors, data={"said": list(said), **plain})
         self._begin()
 
     def statistics(self) -> tuple[list[str], list[bytes]] | None:
@@ -66,12 +74,14 @@ class Checkpoints:
         if kept is None:
             return None
         _load_histograms(self.model, kept.tensors)
-        self.model.sample = [
-            self._inputs(
-                [kept.tensors.get(_joined("sample", batch, place), leaf) for place, leaf in enumerate(some)]
-            )
-            for batch, some in enumerate(kept.data["sample"])
-        ]
+        for kind in _KEPT:
+            batches = [
+                self._inputs(
+                    [kept.tensors.get(_joined(kind, batch, place), leaf) for place, leaf in enumerate(some)]
+                )
+                for batch, some in enumerate(kept.data.get(kind, ()))
+            ]
+            setattr(self.model, kind, batches)
         self._begin()
         return list(kept.data["said"]), [bytes(row) for row in kept.tensors["examples"].tolist()]
 

@@ -182,8 +182,11 @@ def _tried(
     """
     before = Snapshot.of(search.model)
     try:
+        further = search.model.reserve if passes is THOROUGH else ()
         keeper = functools.partial(_kept, search, options)
-        found = repair(search.model, passes, budget=seconds, keeper=keeper, calibrators=options)
+        found = repair(
+            search.model, passes, budget=seconds, keeper=keeper, calibrators=options, further=further
+        )
         for sentence in dict.fromkeys(found.sentences()):  # two repairs may say the same of a layer
             search.decide(sentence)
         if not found.kept:

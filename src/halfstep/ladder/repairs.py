@@ -148,6 +148,7 @@ def repair(
     budget: float | None = None,
     keeper: Keeper | None = None,
     calibrators: BestOf | None = None,
+    further: Sequence[ModelInputs] = (),
 ) -> Repairs:
     """Repair a calibrated network for few bits before any training, keeping only what measures better.
 
@@ -168,6 +169,7 @@ def repair(
         keeper: knows what repairs brought in a run that was interrupted; None for nothing.
         calibrators: what to choose among where distributions have changed; all of :func:`best_of` if None. The
             measure alone decides.
+        further: model inputs that repairs work on beside their half of the examples.
 
     Raises:
         DataError: if there are no examples.
@@ -179,6 +181,7 @@ def repair(
     start = time.perf_counter()
     examples = sample_of(model, batches)
     fitted, held = halves(model, examples)
+    learned = [*fitted, *further]
     model.set_mode(Mode.QUANTIZE)
     reference = Reference(model, sum(map(model.captured.batch_size, held)), held)
     by = reference.by
@@ -198,7 +201,9 @@ def repair(
         try:
             with interruptible(look_at_the_clock):
                 may_go_on()
-                compute = functools.partial(_try, model, each, examples, fitted, reference, now, calibrators)
+                compute = functools.partial(
+                    _try, model, each, examples, fitted, learned, reference, now, calibrators
+                )
                 trial = compute() if keeper is None else keeper(each, compute)
         except BudgetSpent:
             left_out.append(getattr(each, "__name__", repr(each)))
@@ -215,7 +220,7 @@ def repair(
     return Repairs(
         tuple(trials),
         by,
-        sum(map(model.captured.batch_size, fitted)),
+        sum(map(model.captured.batch_size, learned)),
         reference.examples,
         time.perf_counter() - start,
         tuple(left_out),
@@ -230,6 +235,7 @@ def _try(
     each: Pass,
     examples: Sequence[ModelInputs],
     fitted: Sequence[ModelInputs],
+    learned: Sequence[ModelInputs],
     reference: Reference,
     before: Fidelity,
     calibrators: BestOf,
@@ -237,7 +243,7 @@ def _try(
     """Run one repair, choose calibrators again where it changed distributions, and keep it if it measures better."""
     snapshot = Snapshot.of(model)
     try:
-        done = each(model, fitted)
+        done = each(model, learned)
         if not done.treated:
             return Trial(done, before, before, kept=False)
         if moved := activation_sites(model).keys() & set(done.moved):

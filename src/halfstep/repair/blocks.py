@@ -65,6 +65,12 @@ def find_blocks(model: QuantizedModel, given: Iterable[str] | None = None) -> li
     return finder.blocks(chosen)
 
 
+def whole_network(model: QuantizedModel) -> Block:
+    """All of a network as one block, whose outputs are the network's; it has none where they are all integers."""
+    nodes = frozenset(node for node in model.graph.nodes if node.op == "call_function")
+    return _Finder(model).block(nodes, "the whole network")
+
+
 def in_order(graph: fx.Graph, blocks: Sequence[Block]) -> Iterator[Block | fx.Node]:
     """Blocks, and the calls in none of them, so that each comes behind all that it reads."""
     home = {node: block for block in blocks for node in block.nodes}
@@ -179,11 +185,12 @@ class _Finder:
         for node in self.layers:
             if node not in taken:
                 sets[self._activated({node}, taken)] = ""
-        found = [self._block(nodes, name) for nodes, name in sets.items()]
+        found = [self.block(nodes, name) for nodes, name in sets.items()]
         found = [block for block in found if block.outputs]  # floats that somebody reads
         return sorted(found, key=lambda block: self.order[block.nodes[0]])
 
-    def _block(self, nodes: frozenset[fx.Node], name: str) -> Block:
+    def block(self, nodes: frozenset[fx.Node], name: str) -> Block:
+        """The record of some nodes that are a block."""
         inside = tuple(sorted(nodes, key=self.order.__getitem__))
         layers = tuple(self.layers[node] for node in inside if node in self.layers)
         entries: dict[fx.Node, None] = {}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
+from torch.nn.functional import kl_div
 
 from halfstep.fidelity.replay import Values
 from halfstep.graph.shapes import varies
@@ -41,9 +42,20 @@ class BlockExamples:
         model: its graph says which dimension of a value is the batch.
         run: the block's.
         weights: of errors of the outputs, for each batch, by node; empty for none. Their mean is made 1.
+        together: examples that are run at once at most.
+        logits: the output that holds logits of classes, (..., classes): the loss is then its divergence; None where
+            errors are squared.
     """
 
-    def __init__(self, model: QuantizedModel, run: BlockRun, weights: Sequence[Values]) -> None:
+    def __init__(
+        self,
+        model: QuantizedModel,
+        run: BlockRun,
+        weights: Sequence[Values],
+        together: int = TOGETHER,
+        logits: fx.Node | None = None,
+    ) -> None:
+        self.together, self._logits = together, logits
         self.outputs = run.block.outputs
         nodes = (*run.block.entries, *self.outputs)
         self._axes = {node: model.captured.batch_axis(node) for node in nodes}
@@ -76,13 +88,20 @@ class BlockExamples:
         """Every example once, some at a time."""
         for part, size in zip(self._parts, self._sizes.tolist(), strict=True):
             if self._divisible:
-                for index in torch.arange(size).split(TOGETHER):
+                for index in torch.arange(size).split(self.together):
                     yield self._taken(part, index)
             else:
                 yield part
 
     def loss(self, shown: Shown, values: Values) -> Tensor:
-        """The squared error of the outputs over their mean square, weighted, in the mean over the outputs."""
+        """The squared error of the outputs over their mean square, weighted, in the mean over the outputs.
+
+        Of logits the divergence of the classes' probabilities from the float network's, in nats.
+        """
+        if self._logits is not None:
+            wanted, got = (each[self._logits].log_softmax(-1) for each in (shown.targets, values))
+            total: Tensor = kl_div(got, wanted, reduction="sum", log_target=True)
+            return total / max(1, got[..., 0].numel())
         errors = []
         for node in self.outputs:
             error = (values[node] - shown.targets[node]).square()

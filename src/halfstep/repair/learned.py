@@ -91,6 +91,12 @@ class SoftRounding(nn.Module):
             self.settled.view(-1)[chosen] = True
             self.up.view(-1)[chosen] = (share.flatten()[chosen] >= 0.5).to(self.up.dtype)
 
+    @torch.no_grad()
+    def hold(self) -> None:
+        """Set every weight for the number that it has; the scale alone is learned then."""
+        self.settled.fill_(True)
+        self.v.requires_grad_(False)
+
     def codes(self) -> Tensor:
         """The codes that were decided for, once all are settled."""
         return torch.where(self.up > 0, self._neighbours, self._codes)

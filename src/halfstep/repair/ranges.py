@@ -20,13 +20,16 @@ from halfstep.repair.record import OUTPUT_ERROR, Repair, Treated
 from halfstep.repair.walk import walk, while_time_lasts
 
 
-def sample_of(model: QuantizedModel, batches: Iterable[ModelInputs] | None) -> list[ModelInputs]:
-    """The inputs that a repair works on: ``batches``, or the sample that the model kept.
+def sample_of(
+    model: QuantizedModel, batches: Iterable[ModelInputs] | None, many: bool = False
+) -> list[ModelInputs]:
+    """The inputs that a repair works on: ``batches``, or the sample that the model kept; ``many``: all that it kept.
 
     Raises:
         DataError: if there are none.
     """
-    found = list(model.sample if batches is None else batches)
+    kept = [*model.sample, *(model.reserve if many else ())]
+    found = kept if batches is None else list(batches)
     if not found:
         raise DataError(
             "repair: the model keeps no calibration sample; run hs.observe(model, batches) first, or pass batches"
