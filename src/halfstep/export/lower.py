@@ -385,8 +385,11 @@ def add_biases(graph: ir.Graph) -> None:
         name = f"{node.name}/bias"
         shaped = initializer(graph, name, bias.reshape(1, -1, *(1,) * (len(weight.shape) - 2)))
         total = ir.node("Add", [shaped, shaped], name=f"{name}/Add")
-        total.outputs[0].shape, total.outputs[0].dtype = result.shape, result.dtype
-        total.outputs[0].name = total.name
+        total.outputs[0].shape, total.outputs[0].type, total.outputs[0].name = (
+            result.shape,
+            result.type,
+            total.name,
+        )
         graph.insert_after(node, total)
         replace(graph, result, total.outputs[0])
         total.replace_input_with(0, result)

@@ -100,8 +100,9 @@ class BlockExamples:
         """
         if self._logits is not None:
             wanted, got = (each[self._logits].log_softmax(-1) for each in (shown.targets, values))
-            total: Tensor = kl_div(got, wanted, reduction="sum", log_target=True)
-            return total / max(1, got[..., 0].numel())
+            sum_ = kl_div(got, wanted, reduction="sum", log_target=True)
+            divergence: Tensor = sum_ / max(1, got[..., 0].numel())
+            return divergence
         errors = []
         for node in self.outputs:
             error = (values[node] - shown.targets[node]).square()
