@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -11,8 +10,8 @@ from torch import Tensor
 from halfstep.graph.inputs import ModelInputs
 from halfstep.model import QuantizedModel
 from halfstep.repair.ranges import sample_of
-from halfstep.repair.record import Repair, Treated
-from halfstep.repair.walk import LayerRun, walk, while_time_lasts
+from halfstep.repair.record import Repair
+from halfstep.repair.walk import LayerRun, layer_by_layer
 
 
 def correct_bias(model: QuantizedModel, batches: Iterable[ModelInputs] | None = None) -> Repair:
@@ -31,24 +30,14 @@ def correct_bias(model: QuantizedModel, batches: Iterable[ModelInputs] | None = 
     Source: Nagel, van Baalen, Blankevoort, Welling, "Data-Free Quantization Through Weight Equalization and Bias
     Correction", 2019, section 4.2 (empirical form).
     """
-    start = time.perf_counter()
-    treated, skipped = [], []
-    notes: list[str] = []
-    for step in while_time_lasts(walk(model, sample_of(model, batches), "bias correction"), notes):
-        name, clock = step.layer.name, time.perf_counter()
-        if name not in model.shifts:
-            skipped.append((name, "it has no bias; give it one (of zeros) to have it corrected"))
-            continue
-        error = shift_bias(model, step)
-        treated.append(Treated(name, _rms(error), _rms(mean_error(step)), time.perf_counter() - clock))
-    return Repair(
-        "bias correction",
-        "root mean square of the channels' mean errors",
-        tuple(treated),
-        tuple(skipped),
-        tuple(notes),
-        time.perf_counter() - start,
-    )
+
+    def correct(step: LayerRun, notes: list[str]) -> tuple[float, float] | str:
+        if step.layer.name not in model.shifts:
+            return "it has no bias; give it one (of zeros) to have it corrected"
+        return _rms(shift_bias(model, step)), _rms(mean_error(step))
+
+    measure = "root mean square of the channels' mean errors"
+    return layer_by_layer(model, sample_of(model, batches), "bias correction", measure, correct)
 
 
 def shift_bias(model: QuantizedModel, step: LayerRun) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -16,8 +15,8 @@ from halfstep.graph.placement import Site
 from halfstep.model import QuantizedModel
 from halfstep.ranges import widen_for_bias
 from halfstep.repair.moments import LayerWeight, gather, too_large, why_not_rounded
-from halfstep.repair.record import OUTPUT_ERROR, Repair, Treated
-from halfstep.repair.walk import walk, while_time_lasts
+from halfstep.repair.record import OUTPUT_ERROR, Repair
+from halfstep.repair.walk import LayerRun, layer_by_layer
 
 
 def sample_of(
@@ -82,14 +81,10 @@ def weigh_ranges(model: QuantizedModel, batches: Iterable[ModelInputs] | None = 
     Raises:
         DataError: if there are no inputs.
     """
-    start = time.perf_counter()
-    treated, skipped = [], []
-    notes: list[str] = []
-    for step in while_time_lasts(walk(model, sample_of(model, batches), "weight ranges"), notes):
+
+    def weigh(step: LayerRun, notes: list[str]) -> tuple[float, float] | str:
         if reason := why_not_rounded(model, step.layer) or too_large(step.layer.operator):
-            skipped.append((step.layer.name, reason))
-            continue
-        clock = time.perf_counter()
+            return reason
         weight = LayerWeight.of(model, step.layer)
         moments = gather(weight.op, weight.rows(), step.inputs, step.float_inputs)
         before = float(moments.error(weight.rounded_rows()).sum())
@@ -100,16 +95,11 @@ def weigh_ranges(model: QuantizedModel, batches: Iterable[ModelInputs] | None = 
         site.set_range(*MSE().weight_range(weight.tensor, site.format, site.granularity, importance))
         widen_for_bias(model, step.layer)
         after = float(moments.error(weight.rounded_rows()).sum())
-        if after >= before:
-            site.scale.copy_(old[0])
-            site.zero_point.copy_(old[1])
-            site.offset, after = old[2], before
-        treated.append(Treated(step.layer.name, before, after, time.perf_counter() - clock))
-    return Repair(
-        "weight ranges",
-        OUTPUT_ERROR,
-        tuple(treated),
-        tuple(skipped),
-        tuple(notes),
-        time.perf_counter() - start,
-    )
+        if after < before:
+            return before, after
+        site.scale.copy_(old[0])
+        site.zero_point.copy_(old[1])
+        site.offset = old[2]
+        return before, before
+
+    return layer_by_layer(model, sample_of(model, batches), "weight ranges", OUTPUT_ERROR, weigh)

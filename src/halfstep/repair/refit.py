@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 
 from halfstep.graph.inputs import ModelInputs
@@ -10,9 +9,9 @@ from halfstep.model import QuantizedModel
 from halfstep.repair.bias import shift_bias
 from halfstep.repair.moments import too_large, why_not_rounded
 from halfstep.repair.ranges import sample_of
-from halfstep.repair.record import OUTPUT_ERROR, Repair, Treated
+from halfstep.repair.record import OUTPUT_ERROR, Repair
 from halfstep.repair.rounding import gptq_rows, round_layer
-from halfstep.repair.walk import walk, while_time_lasts
+from halfstep.repair.walk import LayerRun, layer_by_layer
 
 
 def refit_layers(model: QuantizedModel, batches: Iterable[ModelInputs] | None = None) -> Repair:
@@ -29,18 +28,18 @@ def refit_layers(model: QuantizedModel, batches: Iterable[ModelInputs] | None = 
     Raises:
         DataError: if there are no inputs.
     """
-    start = time.perf_counter()
-    treated, notes, wanted = [], list[str](), model.compensations.missing
-    for step in while_time_lasts(walk(model, sample_of(model, batches), "fitting anew"), notes):
-        name, clock = step.layer.name, time.perf_counter()
-        if name not in wanted:
-            continue
-        rounded, shifted = model.compensations.kinds(name)
-        was = now = 0.0
-        if rounded and not (why_not_rounded(model, step.layer) or too_large(step.layer.operator)):
-            was, now, note = round_layer(model, step, gptq_rows)
-            notes += [note] * bool(note)
+    wanted = model.compensations.missing
+
+    def fit(step: LayerRun, notes: list[str]) -> tuple[float, float] | str:
+        layer = step.layer
+        if layer.name not in wanted:
+            return ""
+        rounded, shifted = model.compensations.kinds(layer.name)
+        error = 0.0, 0.0
+        if rounded and not (why_not_rounded(model, layer) or too_large(layer.operator)):
+            error = round_layer(model, step, gptq_rows, notes)
         if shifted:
             shift_bias(model, step)
-        treated.append(Treated(name, was, now, time.perf_counter() - clock))
-    return Repair("refit", OUTPUT_ERROR, tuple(treated), (), tuple(notes), time.perf_counter() - start)
+        return error
+
+    return layer_by_layer(model, sample_of(model, batches), "refit", OUTPUT_ERROR, fit)

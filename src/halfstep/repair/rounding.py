@@ -7,7 +7,6 @@ GPTQ: weights are rounded one input after another, and the inputs that are left 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -21,8 +20,8 @@ from halfstep.graph.inputs import ModelInputs
 from halfstep.model import QuantizedModel
 from halfstep.repair.moments import LayerWeight, Moments, as_rows, gather, too_large, why_not_rounded
 from halfstep.repair.ranges import sample_of
-from halfstep.repair.record import OUTPUT_ERROR, Repair, Treated
-from halfstep.repair.walk import LayerRun, walk, while_time_lasts
+from halfstep.repair.record import OUTPUT_ERROR, Repair
+from halfstep.repair.walk import LayerRun, layer_by_layer
 
 #: The part of the mean square of the inputs that is added to every input's own: what a sample does not tell should
 #: not be fitted.
@@ -167,24 +166,16 @@ def round_layers(
     model: QuantizedModel, batches: Iterable[ModelInputs] | None, name: str, find: Round
 ) -> Repair:
     """Round every layer's rows by ``find``, in order; each row only where the layer's output error falls."""
-    start = time.perf_counter()
-    treated, skipped = [], []
-    notes: list[str] = []
-    for step in while_time_lasts(walk(model, sample_of(model, batches), name), notes):
-        if reason := why_not_rounded(model, step.layer) or too_large(step.layer.operator):
-            skipped.append((step.layer.name, reason))
-            continue
-        clock = time.perf_counter()
-        was, now, note = round_layer(model, step, find)
-        notes += [note] * bool(note)
-        treated.append(Treated(step.layer.name, was, now, time.perf_counter() - clock))
-    return Repair(
-        name, OUTPUT_ERROR, tuple(treated), tuple(skipped), tuple(notes), time.perf_counter() - start
-    )
+
+    def round_one(step: LayerRun, notes: list[str]) -> tuple[float, float] | str:
+        reason = why_not_rounded(model, step.layer) or too_large(step.layer.operator)
+        return reason or round_layer(model, step, find, notes)
+
+    return layer_by_layer(model, sample_of(model, batches), name, OUTPUT_ERROR, round_one)
 
 
-def round_layer(model: QuantizedModel, step: LayerRun, find: Round) -> tuple[float, float, str]:
-    """Round the rows of a layer that is not unfit; its output error before and after, and a note if there is one."""
+def round_layer(model: QuantizedModel, step: LayerRun, find: Round, notes: list[str]) -> tuple[float, float]:
+    """Round the rows of a layer that is not unfit; its output error before and after."""
     weight = LayerWeight.of(model, step.layer)
     moments = gather(weight.op, weight.rows(), step.inputs, step.float_inputs)
     form = Quadratic.of(moments, weight.rows())
@@ -194,13 +185,12 @@ def round_layer(model: QuantizedModel, step: LayerRun, find: Round) -> tuple[flo
     better = now < was
     if bool(better.any()):
         weight.round_to(torch.where(better[..., None], new, old))
-    note = ""
     if form.singular:
-        note = (
+        notes.append(
             f"{step.layer.name}: its inputs do not span all directions on the sample (singular second moments); "
             f"damped by {DAMPING:.0%} of their mean square"
         )
-    return float(was.sum()), float(torch.where(better, now, was).sum()), note
+    return float(was.sum()), float(torch.where(better, now, was).sum())
 
 
 #: Inputs after which the error is handed on to all that are left at once.

@@ -7,6 +7,7 @@ Values are dropped after their last reader; weights are read, and quantized, whe
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from halfstep.graph.placement import Layer
 from halfstep.model import QuantizedModel
 from halfstep.progress import Interrupted, steps
 from halfstep.repair.blocks import Block, in_order
-from halfstep.repair.record import TIME_UP
+from halfstep.repair.record import TIME_UP, Repair, Treated
 
 #: Bytes of values that may be alive at once; where a network needs more, fewer examples are used.
 MEMORY = 2**30
@@ -73,7 +74,7 @@ def walk(model: QuantizedModel, batches: Sequence[ModelInputs], what: str) -> It
             both.run_quantized(stop)
 
 
-def while_time_lasts(walked: Iterator[LayerRun], notes: list[str]) -> Iterator[LayerRun]:
+def _while_time_lasts(walked: Iterator[LayerRun], notes: list[str]) -> Iterator[LayerRun]:
     """The steps of a walk up to where time is up; a note says so.
 
     For passes whose layers do not depend on what later layers become: what was done is worth as much without the rest.
@@ -87,6 +88,36 @@ def while_time_lasts(walked: Iterator[LayerRun], notes: list[str]) -> Iterator[L
         if not last:  # nothing was done
             raise
         notes.append(f"{TIME_UP} {last}: the layers behind it are as they were")
+
+
+#: Repairs a layer that is about to run, given the notes that it may add to: what it minimises, before and after; or why
+#: the layer is left alone, empty where that need not be said.
+Treat = Callable[[LayerRun, list[str]], tuple[float, float] | str]
+
+
+def layer_by_layer(
+    model: QuantizedModel, batches: Sequence[ModelInputs], name: str, measure: str, treat: Treat
+) -> Repair:
+    """Treat every quantized layer with a weight, each on what the layers before it make, until time is up.
+
+    Args:
+        model: calibrated.
+        batches: inputs.
+        name: of the repair.
+        measure: what it minimises.
+        treat: changes a layer.
+    """
+    start = time.perf_counter()
+    treated, skipped, notes = [], [], list[str]()
+    for step in _while_time_lasts(walk(model, batches, name), notes):
+        clock = time.perf_counter()
+        done = treat(step, notes)
+        if not isinstance(done, str):
+            treated.append(Treated(step.layer.name, *done, time.perf_counter() - clock))
+        elif done:
+            skipped.append((step.layer.name, done))
+    took = time.perf_counter() - start
+    return Repair(name, measure, tuple(treated), tuple(skipped), tuple(notes), took)
 
 
 @dataclass(frozen=True)
