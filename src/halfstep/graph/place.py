@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import fx
 
-from halfstep.formats import Format, Integer
+from halfstep.formats import Format
 from halfstep.granularity import Granularity, PerGroup
 from halfstep.graph.biases import stored_biases
 from halfstep.graph.layer_precision import LayerPrecision
@@ -18,10 +18,10 @@ from halfstep.graph.operators import (
     constant_operands,
     describe,
     ends,
-    is_depthwise,
     nonnegative,
     readable_names,
 )
+from halfstep.graph.pair_sums import PairSums
 from halfstep.graph.placement import (
     FloatOperator,
     Follower,
@@ -82,6 +82,7 @@ class _Placer:
             node: precision.spec(recipe, self.names[node], node in outermost) for node in layers
         }
         self._moving = target.passes | target.absorbed | target.fused
+        self.portable = PairSums(target, self.operators, self.asked, self._moves) if recipe.portable else None
         self.reasons: dict[fx.Node, str] = {}
         self.integer: set[fx.Node] = set()  # operators whose activations are quantized
         self.kernels: set[fx.Node] = set()  # those of them that the target executes as integers
@@ -123,7 +124,7 @@ class _Placer:
                 self.reasons[node] = "has no weight to quantize"
             elif spec.activations is None:
                 continue
-            elif op.weight is None and self._products_saturate(spec.activations):
+            elif op.weight is None and self.portable and self.portable.saturates(spec.activations):
                 self.reasons[node] = (
                     "multiplies two activations, which sums of 16 bits in processors without VNNI have no room for; a "
                     "portable recipe leaves it in float"
@@ -216,17 +217,6 @@ class _Placer:
     def _moves(self, node: fx.Node) -> bool:
         op = self.operators.get(node)
         return op is not None and op.kind in self._moving
-
-    def _products_saturate(self, spec: TensorSpec) -> bool:
-        """Whether the recipe must answer alike everywhere, and products of two activations in this spec would not.
-
-        In 7 bits one of them would be safe as a weight is; but ONNX has no 7 bits for what is computed, and a clip in
-        front of each makes OpenVINO slower than float products (0.57 against 0.74 of a float encoder's speed on AVX2).
-        """
-        factor = self.target.activation_format(spec, negative=True)
-        if not (self.recipe.portable and isinstance(factor, Integer) and factor.signed):
-            return False  # products of unsigned codes are added in 32 bits
-        return self.target.portable_format(factor, self.target.activation_format(spec)) != factor
 
     # 3 and 4: which values
 
@@ -456,35 +446,9 @@ class _Placer:
     def _weight_format(self, specs: Mapping[fx.Node, LayerSpec | None], users: list[fx.Node]) -> Format:
         """The format of a weight, by these specs of the layers that read it."""
         fmt = self.target.weight_format(self._widest(specs, users))
-        if not self.recipe.portable:
+        if self.portable is None:
             return fmt
-        return min((self._portable(fmt, user) for user in users), key=_bits)
-
-    def _portable(self, weight: Format, node: fx.Node) -> Format:
-        """A weight's format for a layer whose integer kernels may add pairs of products in 16 bits.
-
-        By the recipe alone: a weight keeps its format, and what was learned for it, whatever layers go to float.
-        Depthwise kernels add each product in 32 bits.
-        """
-        op = self.operators[node]
-        if op.kind not in self.target.layers or is_depthwise(op):
-            return weight
-        specs = [spec for value in op.inputs for spec in self._asked_of(value)]
-        integer = [spec for spec in specs if not isinstance(spec.granularity, PerGroup) and spec.bits <= 8]
-        formats = (
-            self.target.activation_format(spec, negative) for spec in integer for negative in (False, True)
-        )
-        return min((self.target.portable_format(weight, each) for each in formats), key=_bits, default=weight)
-
-    def _asked_of(self, value: fx.Node) -> Iterator[TensorSpec]:
-        """What the recipe asks of ``value`` for every layer that reads it, directly or moved."""
-        for user in value.users:
-            if user in self.asked:
-                spec = self.asked[user]
-                if spec is not None and spec.activations is not None:
-                    yield spec.activations
-            elif self._moves(user):
-                yield from self._asked_of(user)
+        return min((self.portable.weight_format(fmt, user) for user in users), key=lambda each: each.bits)
 
     def _layers(self) -> tuple[Layer, ...]:
         layers = []
@@ -519,10 +483,6 @@ class _Placer:
             )
             found.append(FloatOperator(self.names[node], op, reason))
         return tuple(found)
-
-
-def _bits(format: Format) -> int:
-    return format.bits
 
 
 def _run_time_suffix(granularity: Granularity) -> str:
