@@ -58,7 +58,10 @@ def in_parts(rank):
         found[learn] = hs.whole_state_dict(q)
         with torch.no_grad():
             found["answer", learn] = q(INPUTS[:4])
-    words = []
+    q = made()
+    trained(torch.nn.parallel.DistributedDataParallel(q), INPUTS[mine], LABELS[mine], False)
+    found["replicated"] = q.state_dict()
+    words, q = [], hs.shard(made())
     for attempt in (
         lambda: hs.shard(q),
         lambda: hs.train(q, hs.Training([(INPUTS[:4], LABELS[:4])], cross_entropy)),
@@ -99,6 +102,13 @@ def test_steps_are_those_of_one_process(both):
             name.endswith("growth") and bool(tensor.any()) for name, tensor in wanted[learn].items()
         )
         assert learn or not moved
+
+
+def test_data_parallel_takes_the_model_as_it_is(both):
+    wanted, ranks = both
+    for found, _ in ranks:
+        for name, tensor in wanted[False].items():
+            torch.testing.assert_close(found["replicated"][name], tensor, rtol=1e-3, atol=1e-5)
 
 
 def test_what_was_trained_is_a_whole_model_again(both):
