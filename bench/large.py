@@ -1,12 +1,13 @@
 """A transformer of more than a billion parameters, weights alone in 4 bits: seconds and memory on a CPU.
 
-``python -m bench.large [--billions 1.2] [--group 128] [--folder F]``
+``python -m bench.large [--billions 1.2] [--group 128 | --static] [--folder F]``
 
 Random weights, seed 0, in safetensors, a file a block; the module is made without memory (device ``meta``) and given
-the tensors of those files, which are mapped and read where they are first used. A process of its own prepares,
-calibrates and exports it. Said are the seconds of each step and the largest resident memory after it, mapped files
-included (what is only mapped the system may take back); at last the file is run on ONNX Runtime and held to the
-simulation.
+the tensors of those files, which are mapped and read where they are used (``hs.prepare(..., weights=files)``). A
+process of its own prepares, calibrates and exports it; with ``--static`` activations are quantized too, in 8 bits,
+and observed stage by stage (``hs.observe(..., device="cpu")``). Said are, after each step, the seconds, the most
+memory so far that is the process's own, sampled 50 times a second, and the most that was resident, mapped files
+included, which the system may take back; at last the file is run on ONNX Runtime and held to the simulation.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 import halfstep as hs
@@ -57,38 +59,51 @@ def generate(folder: Path, depth: int) -> None:
     )
 
 
-def load(folder: Path) -> nn.Module:
-    """The module with its parameters mapped from the files."""
-    files = list(folder.glob("*.safetensors"))
-    with torch.device("meta"):
-        model = Transformer(len(files) - 1)
-    for file in files:
-        model.load_state_dict(load_file(file), strict=False, assign=True)
-    return model.eval()
+class OwnMemory(threading.Thread):
+    """The most memory, in GB, that was the process's own and no file's."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.most = 0.0
+        self.start()
+
+    def run(self) -> None:
+        while True:
+            lines = Path("/proc/self/status").read_text().splitlines()
+            own = next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+            self.most = max(self.most, own * 1024 / 1e9)
+            time.sleep(0.02)
 
 
-def measure(folder: Path, group: int) -> None:
+def measure(folder: Path, group: int, static: bool) -> None:
     torch.manual_seed(0)
-    x = torch.randn(2, TOKENS, WIDTH)
-    start = time.perf_counter()
+    batches = torch.randn(8, 2, TOKENS, WIDTH)
+    x, memory, start = batches[0], OwnMemory(), time.perf_counter()
 
     def row(step: str) -> None:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-        print(f"| {step} | {time.perf_counter() - start:.0f} | {peak:.1f} |", flush=True)
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        seconds = time.perf_counter() - start
+        print(f"| {step} | {seconds:.0f} | {memory.most:.1f} | {resident:.1f} |", flush=True)
 
-    model = load(folder)
+    files = list(folder.glob("*.safetensors"))
+    with torch.device("meta"):
+        model = Transformer(len(files) - 1).eval()
     count = sum(parameter.numel() for parameter in model.parameters())
-    row(f"load {count / 1e9:.2f} billion parameters, {count * 4 / 1e9:.1f} GB")
-    q = hs.prepare(model, x, hs.Recipe.weight_only(4, group))
+    row(f"{count / 1e9:.2f} billion parameters, {count * 4 / 1e9:.1f} GB, in files")
+    recipe = hs.Recipe.int8() if static else hs.Recipe.weight_only(4, group)
+    q = hs.prepare(model, x, recipe, weights=files)
     row("prepare")
-    hs.calibrate(q, hs.MSE())
+    if static:
+        hs.observe(q, batches, device="cpu")
+        row(f"observe {len(batches)} batches, stage by stage")
+    hs.calibrate(q, weights=None if static else hs.MSE())
     row("calibrate")
     path = hs.export_onnx(q, folder / "model.onnx", check=False)
     row(f"export, {file_size(path) / 1e9:.2f} GB")
     with torch.no_grad():
         wanted = q(x)
     row("simulate")
-    del q, model
+    del q
     noise = signal_to_noise(wanted, DeployedModel(path)(x))
     row(f"run on ONNX Runtime, {noise:.0f} dB to the simulation")
 
@@ -97,20 +112,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--billions", type=float, default=1.2)
     parser.add_argument("--group", type=int, default=128)
+    parser.add_argument("--static", action="store_true", help="weights and activations in 8 bits")
     parser.add_argument(
         "--folder", type=Path, help="where files are put for a while; a temporary one by default"
     )
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)  # in a process of its own
     options = parser.parse_args()
     if options.measure is not None:
-        measure(options.measure, options.group)
+        measure(options.measure, options.group, options.static)
         return
     depth = max(1, round(options.billions * 1e9 / (12 * WIDTH**2)))
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         generate(Path(folder), depth)
-        print("| after | seconds | peak GB |\n|---|---|---|", flush=True)
+        print("| after | seconds | own memory, GB | resident, GB |\n|---|---|---|---|", flush=True)
         command = [sys.executable, "-m", "bench.large", "--measure", folder, "--group", str(options.group)]
-        subprocess.run(command, check=True)
+        subprocess.run(command + ["--static"] * options.static, check=True)
 
 
 if __name__ == "__main__":

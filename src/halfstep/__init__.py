@@ -40,6 +40,7 @@ from halfstep.training.distillation import Distillation
 from halfstep.training.options import Training
 from halfstep.training.oscillation import Damping, Freezing
 from halfstep.training.ranges import Ranges
+from halfstep.training.sharding import shard, whole_state_dict
 from halfstep.training.trained import Trained
 
 __all__ = [
@@ -118,8 +119,10 @@ __all__ = [
     "repair",
     "save_statistics",
     "sensitivity",
+    "shard",
     "train",
     "tune",
     "verify",
     "weigh_ranges",
+    "whole_state_dict",
 ]

@@ -5,7 +5,7 @@ RunTimeQuantize: the module at a site whose range is computed from each tensor t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import replace
 from enum import Enum
@@ -40,6 +40,10 @@ LEARNABLE = ("growth", "zero", "values")
 OBSERVED: ContextVar[Callable[[str, torch.Tensor], torch.Tensor | None] | None] = ContextVar(
     "observed", default=None
 )
+
+
+#: What to do about NaN.
+NAN_CURE = "look for NaN in the calibration data, or for a layer that overflows on it"
 
 
 class FakeQuantize(nn.Module):
@@ -140,12 +144,25 @@ class FakeQuantize(nn.Module):
         select = OBSERVED.get()
         kept = None if select is None else select(self.name, x)
         if nans := self.histogram.update(x if kept is None else x.masked_select(kept)):
-            raise DataError(
-                f"site {self.name!r}: {nans} of {x.numel()} values are NaN; look for NaN in the calibration data, or "
-                "for a layer that overflows on it"
-            )
+            raise DataError(f"site {self.name!r}: {nans} of {x.numel()} values are NaN; {NAN_CURE}")
         if self.channels is not None:
             self.channels.update(x if kept is None else x.masked_fill(~kept, torch.inf))
+
+    @staticmethod
+    def check_observed(sites: Iterable[FakeQuantize]) -> None:
+        """Raise where an accelerator has counted NaN; it is waited for once, for all sites.
+
+        On the CPU each site raises by itself, as it sees them.
+
+        Raises:
+            DataError: naming the first site.
+        """
+        waiting = [(site.name, seen.nans_there) for site in sites for seen in site.histogram.parts]
+        there = [(name, count) for name, count in waiting if count is not None]
+        counts = torch.stack([count for _, count in there]).tolist() if there else []
+        for (name, _), count in zip(there, counts, strict=True):
+            if count:
+                raise DataError(f"site {name!r}: {count} values are NaN; {NAN_CURE}")
 
     def statistics(self) -> dict[str, torch.Tensor]:
         """What was seen, as tensors that :meth:`add_statistics` of another process takes."""

@@ -228,6 +228,17 @@ class QuantizedModel(LayerLists, nn.Module):
         """Where the parameters are."""
         return next((tensor.device for tensor in self.parameters()), torch.device("cpu"))
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedModel:
+        """What ``to``, ``cuda`` and their like do; tensors that the graph makes anew come along."""
+        before = self.device
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.device != before:
+            for node in self.graph.nodes:
+                if node.kwargs.get("device") == before:
+                    node.kwargs = {**node.kwargs, "device": self.device}
+            self._build()
+        return self
+
     # what the sites do
 
     def set_mode(self, mode: Mode, weights: bool = True, activations: bool = True) -> None:
@@ -285,7 +296,7 @@ class QuantizedModel(LayerLists, nn.Module):
             yield
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        """The values of the graph's placeholders for the arguments of a call, in float32 and checked.
+        """The values of the graph's placeholders for a call's arguments: in float32, checked, where the model is.
 
         Raises:
             DataError: as :meth:`forward`.
@@ -296,6 +307,7 @@ class QuantizedModel(LayerLists, nn.Module):
         flat = in_float32(flat, self.captured.types)
         if not torch.compiler.is_compiling():
             self.captured.check_inputs(flat)
+            flat = move(flat, self.device)
         return flat
 
     def modules_alone(self) -> dict[str, Callable[..., Any]]:

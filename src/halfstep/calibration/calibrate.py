@@ -20,7 +20,7 @@ from halfstep.calibration.sweep import sweep, sweep_activations
 from halfstep.calibrators import Calibrator, Max, WeightCalibrator
 from halfstep.distributed import share
 from halfstep.errors import ArgumentError, DataError, named
-from halfstep.fake_quantize import Mode
+from halfstep.fake_quantize import FakeQuantize, Mode
 from halfstep.fidelity.compare import Fidelity, Measure, Reference
 from halfstep.graph.inputs import ModelInputs, call_arguments, tensors_of
 from halfstep.model import QuantizedModel, run
@@ -95,6 +95,7 @@ def observe(
     ordered = any(module.histogram.keeps_batch_ranges for module in activation_sites(model).values())
 
     mine, count = share(), 0
+    observing = list(activation_sites(model).values())
     fed = _own(model, track(model.captured.batches(batches), "observing"))
 
     def work(index: int, inputs: ModelInputs) -> ModelInputs:
@@ -102,6 +103,7 @@ def observe(
             BATCH.set(index)
             with named(f"calibration batch {index}"):
                 run(model, inputs)
+                FakeQuantize.check_observed(observing)
         return inputs
 
     with model.using(Mode.OBSERVE), torch.no_grad():
@@ -231,6 +233,7 @@ def calibrate(
     if isinstance(calibrator, BestOf):
         return sweep(model, calibrator if weights is None else replace(calibrator, weights=(weights,)))
     chosen = calibrator or Max()
+    FakeQuantize.check_observed(activation_sites(model).values())  # of a loop of one's own
     answers = activation_answers(model, chosen) | weight_answers(model, weights or Max())
     set_ranges(model, answers)
     # What a concat loses is a matter of the layer that reads it, whatever the calibrator: a run decides on that.

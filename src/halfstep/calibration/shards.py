@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from halfstep.fake_quantize import FakeQuantize
 from halfstep.files import write_whole
 from halfstep.model import QuantizedModel
 from halfstep.ranges import activation_sites
-from halfstep.statistics import ChannelRange, Histogram
+from halfstep.statistics import ChannelRange, Histogram, Sparse
 
 _KIND = {"halfstep": "statistics, version 1"}
 
@@ -103,39 +102,35 @@ def gather_shares(model: QuantizedModel) -> None:
 class _Part:
     """What a site has seen, as it is sent: the parts of its histogram, and the ranges of its channels."""
 
-    histograms: tuple[dict[str, Tensor], ...]
+    histograms: tuple[Sparse, ...]
     channels: dict[str, Tensor] | None
     axis: int = 0
 
     @classmethod
     def of(cls, module: FakeQuantize) -> _Part:
-        states = tuple(histogram.state_dict() for histogram in module.histogram.parts)
+        seen = tuple(map(Sparse.of, module.histogram.parts))
         if module.channels is None:
-            return cls(states, None)
-        return cls(states, module.channels.state_dict(), module.channels.axis)
+            return cls(seen, None)
+        return cls(seen, module.channels.state_dict(), module.channels.axis)
 
     def merged(self, other: _Part) -> _Part:
-        states = []
-        for one, two in zip(self.histograms, other.histograms, strict=True):
-            both = _loaded(Histogram(), one)
-            both.merge(_loaded(Histogram(), two))
-            states.append(both.state_dict())
+        seen = tuple(one.merged(two) for one, two in zip(self.histograms, other.histograms, strict=True))
         if self.channels is None or other.channels is None:
-            return _Part(tuple(states), None)
+            return _Part(seen, None)
         channels = _loaded(ChannelRange(self.axis), self.channels)
         channels.merge(_loaded(ChannelRange(self.axis), other.channels))
-        return _Part(tuple(states), channels.state_dict(), self.axis)
+        return _Part(seen, channels.state_dict(), self.axis)
 
     def emptied(self) -> _Part:
         """The same parts, which have seen nothing."""
-        nothing = tuple(Histogram().state_dict() for _ in self.histograms)
+        nothing = (Sparse.of(Histogram()),) * len(self.histograms)
         return _Part(
             nothing, None if self.channels is None else ChannelRange(self.axis).state_dict(), self.axis
         )
 
     def put(self, module: FakeQuantize) -> None:
-        for histogram, state in zip(module.histogram.parts, self.histograms, strict=True):
-            histogram.load_state_dict(state)
+        for histogram, seen in zip(module.histogram.parts, self.histograms, strict=True):
+            seen.put(histogram)
         if module.channels is not None and self.channels is not None:
             module.channels.load_state_dict(self.channels)
 
@@ -144,10 +139,7 @@ def _merged(one: list[_Part], two: list[_Part]) -> list[_Part]:
     return [part.merged(other) for part, other in zip(one, two, strict=True)]
 
 
-Seen = TypeVar("Seen", Histogram, ChannelRange)
-
-
-def _loaded(seen: Seen, state: dict[str, Tensor]) -> Seen:
+def _loaded(seen: ChannelRange, state: dict[str, Tensor]) -> ChannelRange:
     seen.load_state_dict(state)
     return seen
 

@@ -130,6 +130,7 @@ class _Run:
         self.model, self.device, self.replay = model, device, Replay(model)
         self.plan = stages(model)
         self.home = model.device
+        self.seen: list[FakeQuantize] = []  # by a batch in a stage
         self.read = [{s for node in stage.nodes for s in node.all_input_nodes} for stage in self.plan]
         self.ends = _last_readers(node for stage in self.plan for node in stage.nodes)
         # What is fixed is seen once for each batch, where it is read first.
@@ -163,8 +164,9 @@ class _Run:
         parameters = {node: move(self.replay.parameter(node), self.device) for node in stage.parameters}
         for batch in batches:
             self._at(batch, lambda batch=batch: self._through(number, stage, parameters, batch))  # type: ignore[misc]
-        for quantizer in {id(q): q for node in stage.nodes for q in self.seen_by.get(node, ())}.values():
-            quantizer.histogram.settle()  # what a device has counted lies in its memory until then
+        for quantizer in (q for node in stage.nodes for q in self.seen_by.get(node, ())):
+            for histogram in quantizer.histogram.parts:
+                histogram.settle()  # what a device has counted lies in its memory until then
 
     def _through(self, number: int, stage: Stage, parameters: Values, batch: _Waiting) -> None:
         read = self.read[number]
@@ -186,12 +188,15 @@ class _Run:
         for node, value in values.items():
             for quantizer in self.seen_by.get(node, ()):
                 quantizer(value)
+                self.seen.append(quantizer)
 
     def _at(self, batch: _Waiting, work: Callable[[], None]) -> None:
         """Work on a batch, as the model's own pass would be in the midst of it."""
         BATCH.set(batch.index)
         with named(f"calibration batch {batch.index}"), self.model.observing(batch.flat, self.device):
             work()
+            FakeQuantize.check_observed(self.seen)
+        self.seen.clear()
 
 
 def _last_readers(nodes: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:

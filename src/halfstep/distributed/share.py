@@ -42,9 +42,17 @@ class Share:
         """Whether this is rank 0, which decides and writes."""
         return self.rank == 0
 
+    def owner(self, index: int) -> int:
+        """The rank whose the item of that number is.
+
+        They take items there and back, 0 1 1 0 0 1 ..., so that items that cost ever less are shared evenly.
+        """
+        turn, place = divmod(index, self.size)
+        return self.size - 1 - place if turn % 2 else place
+
     def has(self, index: int) -> bool:
-        """Whether the item of that number is this rank's: every ``size``-th one."""
-        return index % self.size == self.rank
+        """Whether the item of that number is this rank's."""
+        return self.owner(index) == self.rank
 
     def gather(self, value: Any, what: str) -> list[Any]:
         """On rank 0 the values of all ranks, in their order; elsewhere the own one, the others being None.

@@ -318,7 +318,7 @@ class Reference:
         with torch.no_grad():
             found = list(abreast(model, work, track(self.batches, what)))
         parts = mine.gather(found, "outputs compared")
-        return [parts[index % mine.size][index] for index in range(len(found))] if mine.leads else []
+        return [parts[mine.owner(index)][index] for index in range(len(found))] if mine.leads else []
 
     @property
     def has_classes(self) -> bool:

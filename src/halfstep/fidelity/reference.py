@@ -199,7 +199,7 @@ class Probe:
             size = self.model.captured.batch_size(inputs)
             self.passes += size * (2 if base else 1)
             for index in range(len(candidates)):
-                loss, redone = parts[index % mine.size][place][index]
+                loss, redone = parts[mine.owner(index)][place][index]
                 totals[index] += loss
                 self.passes += size * redone / max(len(self._weighted), 1)
         return [math.inf if math.isnan(loss) else loss for loss in (totals / weight).tolist()]

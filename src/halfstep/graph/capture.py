@@ -188,13 +188,15 @@ class Captured:
         return self.out_spec.restore(bind(self.graph, self.module)(*in_float32(flat, self.types)))
 
 
-def capture(model: nn.Module, example_inputs: ModelInputs, dynamic: Dynamic | None = None) -> Captured:
+def capture(
+    model: nn.Module, example_inputs: ModelInputs, dynamic: Dynamic | None = None, taken_over: bool = False
+) -> Captured:
     """Capture ``model`` in evaluation mode with a dynamic batch dimension, and others that may vary.
 
-    The model is copied first and never mutated. The graph's outputs are compared with the model's on the example
-    inputs, on a batch one larger, and on inputs that are shorter in what else varies. A model in half precision or
-    float64 is converted to float32 before it is traced; what was handed over is kept beside it, since that is what its
-    scores are compared with.
+    The model is copied first and never mutated, unless it is taken over. The graph's outputs are compared
+    with the model's on the example inputs, on a batch one larger, and on inputs that are shorter in what else
+    varies. A model in half precision or float64 is converted to float32 before it is traced; what was handed
+    over is kept beside it, since that is what its scores are compared with.
 
     Args:
         model: any module that :func:`torch.export.export` can trace.
@@ -204,6 +206,7 @@ def capture(model: nn.Module, example_inputs: ModelInputs, dynamic: Dynamic | No
             output.
         dynamic: what else may vary: names by input and dimension, ``{"ids": {1: "tokens"}, "mask": {1: "tokens"}}``, or
             another example whose sizes differ where they may. Dimensions of one name have one size.
+        taken_over: whether nobody else has the model, and its parameters become those of what is captured.
 
     Raises:
         ArgumentError: if ``dynamic`` names an input or a dimension that is not there, or one name for two sizes.
@@ -214,7 +217,7 @@ def capture(model: nn.Module, example_inputs: ModelInputs, dynamic: Dynamic | No
     """
     check_parameters(model)
     try:
-        own = copy.deepcopy(model).eval()
+        own = model.eval() if taken_over else copy.deepcopy(model).eval()
     except Exception as error:
         raise CaptureError(
             f"model {type(model).__name__} cannot be copied with copy.deepcopy: {error}; detach stored tensors and "

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from halfstep.errors import ArgumentError
+from halfstep.graph.inputs import move
 
 #: The type that graphs, ranges, training and files compute in.
 COMPUTED = torch.float32
@@ -101,7 +102,7 @@ class HandedOver(nn.Module):
             known = isinstance(value, Tensor) and value.is_floating_point()
             return value.to(self._wanted.get(path, value.dtype)) if known else value
 
-        args, kwargs = pytree.tree_map_with_path(cast, (args, kwargs))
+        args, kwargs = move(pytree.tree_map_with_path(cast, (args, kwargs)), self.device)
         return self.model(*args, **kwargs)
 
     def modules_alone(self) -> dict[str, Callable[..., Any]]:

@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from halfstep.errors import CaptureError
+from halfstep.errors import ArgumentError, CaptureError
 from halfstep.graph.capture import Captured, capture
 from halfstep.graph.float32 import check_observed_in
 from halfstep.graph.fold import decompose, fold
 from halfstep.graph.inputs import ModelInputs
+from halfstep.graph.mapped import mapped, on_meta
 from halfstep.graph.padding import Mask, find_padding
 from halfstep.graph.pipeline import Pipeline, joined_example
 from halfstep.graph.place import place
@@ -46,6 +47,7 @@ def prepare(
     float_from: str | Sequence[str] | None = None,
     states: States = None,
     autocast: torch.dtype | None = None,
+    weights: str | Path | Iterable[str | Path] | None = None,
 ) -> QuantizedModel:
     """Capture ``model``, fold its batch norms, and place its sites; it passes floats until observed and calibrated.
 
@@ -73,6 +75,9 @@ def prepare(
             halves its memory and on accelerators much of its time; what is seen is counted in float32 all the same.
             Scores, comparisons of outputs and repairs compute in float32, as the file does; trainings have an option of
             their own. None for float32.
+        weights: files of safetensors with the model's tensors, of a module that was made without memory, under
+            ``torch.device("meta")``. They are mapped: read where they are used, without a copy in memory. None for a
+            module that has its tensors.
 
     Warns of a model in half precision or float64 that it is computed in float32 from here on. It may then be given
     inputs of either type, and returns float32, as the files do; scores are compared with the model as it was handed
@@ -82,9 +87,10 @@ def prepare(
         CaptureError: if the model cannot be captured.
         RecipeError: if a pattern of the recipe matches no layer.
         ArgumentError: if ``dynamic``, ``padding``, ``float_from`` or ``states`` names what is not there, or
-            ``autocast`` is another type.
+            ``autocast`` is another type; or ``weights`` do not fit, or are missing for a module without memory.
     """
     check_observed_in(autocast)
+    _check_weights(model, weights)
     found = find_target(target)
     settled = settle(recipe or Recipe.int8(), found)
     if isinstance(model, Mapping):
@@ -92,11 +98,12 @@ def prepare(
         example_inputs = joined_example(dict(model.named_children()), example_inputs)
     with steps("capturing"):
         model, example_inputs = opened(model, example_inputs)
-        traced = (
-            capture(model, example_inputs, dynamic)
-            if dynamic is not None
-            else _capture(model, example_inputs)
-        )
+        if weights is not None:
+            traced = capture(mapped(model, weights), example_inputs, dynamic, taken_over=True)
+        elif dynamic is not None:
+            traced = capture(model, example_inputs, dynamic)
+        else:
+            traced = _capture(model, example_inputs)
         captured = decompose(fold(traced), found.decomposed)
         if (origin := origin_of(model)) is not None:
             captured.origin = origin
@@ -115,6 +122,20 @@ def prepare(
     for note in captured.notes:
         warnings.warn(note, stacklevel=2)
     return prepared
+
+
+def _check_weights(model: object, weights: object) -> None:
+    """Raise where a module is without its tensors, or files are given to what holds its own."""
+    if weights is not None and not isinstance(model, nn.Module):
+        raise ArgumentError(
+            f"weights: got files beside {'several modules' if isinstance(model, Mapping) else 'an ONNX file'}, needed "
+            'one module, made under torch.device("meta")'
+        )
+    if weights is None and isinstance(model, nn.Module) and on_meta(model):
+        raise ArgumentError(
+            f"model {type(model).__name__} has parameters or buffers without memory (on the device meta); give their "
+            "files, hs.prepare(model, ..., weights='model.safetensors'), or load them first"
+        )
 
 
 def _capture(model: nn.Module, example_inputs: ModelInputs) -> Captured:

@@ -165,11 +165,10 @@ class Tally:
         self._specials = torch.zeros(5, dtype=torch.int64, device=device)
         self._ends = torch.full((ENDS, TAIL), LOWEST, dtype=torch.int32, device=device)
 
-    def add(self, flat: Tensor) -> int:
-        """Count a 1-D tensor of float32, float16 or bfloat16, and return how many are NaN."""
+    def add(self, flat: Tensor) -> None:
+        """Count a 1-D tensor of float32, float16 or bfloat16; nothing waits for the device."""
         for piece in torch.split(flat, _PIECE):
             self._add_bits(piece.float().view(torch.int32))
-        return int(flat.isnan().sum())
 
     def _add_bits(self, bits: Tensor) -> None:
         magnitude = bits & _MAGNITUDE
@@ -203,9 +202,9 @@ class Tally:
         self._ends = torch.cat([self._ends, largest], dim=1).topk(TAIL).values
 
     @property
-    def nan_count(self) -> int:
-        """NaN counted here; waits for the device."""
-        return int(self._specials[NAN])
+    def nans(self) -> Tensor:
+        """How many NaN were counted here, on the device."""
+        return self._specials[NAN]
 
     def empty_into(self, counts: Int64, offsets: Int64, specials: Int64, tails: Tails) -> None:
         """Wait for the device, and add what it counted to a histogram's arrays."""

@@ -75,8 +75,9 @@ class Histogram:
         self._batch_ranges: list[tuple[float, float]] | None = [] if batch_ranges else None
 
     def update(self, x: Tensor) -> int:
-        """Count every element of ``x``, and return how many are NaN.
+        """Count every element of ``x``, and return how many are NaN; of a tensor on an accelerator 0.
 
+        That is not waited for: what it counted is known from :meth:`nans_there`, or when the histogram is asked.
         An empty tensor changes nothing. A tensor that is dense in memory is read in place, whatever its
         strides. Several threads may count at once.
 
@@ -101,7 +102,8 @@ class Histogram:
                 if self._pending is None or self._pending.device != flat.device:
                     self.settle()
                     self._pending = device.Tally(flat.device)
-                return self._pending.add(flat)
+                self._pending.add(flat)
+            return int(flat.isnan().sum()) if flat.device.type == "cpu" else 0
         threads, nans = torch.get_num_threads(), 0
         # Narrow types are widened piece by piece, to bound the copy.
         for piece in (flat,) if flat.dtype == torch.float32 else flat.split(counting.PIECE):
@@ -143,8 +145,13 @@ class Histogram:
     @property
     def nan_count(self) -> int:
         """NaN seen; cheap enough to be asked after every update."""
-        pending = 0 if self._pending is None else self._pending.nan_count
+        pending = 0 if self._pending is None else int(self._pending.nans)
         return int(self._specials[NAN]) + pending
+
+    @property
+    def nans_there(self) -> Tensor | None:
+        """How many NaN an accelerator has counted and not handed over, as a tensor there; None where nothing waits."""
+        return None if self._pending is None else self._pending.nans
 
     @property
     def inf_count(self) -> int:

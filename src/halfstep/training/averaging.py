@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from halfstep.distributed import Share
 from halfstep.errors import TrainingError
+from halfstep.fake_quantize import FakeQuantize
 from halfstep.graph.inputs import ModelInputs
 from halfstep.model import QuantizedModel
 
@@ -95,7 +96,7 @@ class Averaging:
             return
         # What balances the gradient of an activation's scale counts a rank's elements, not the whole batch's.
         for module in self._of_activations:
-            for parameter in module.parameters(recurse=False):
+            for parameter in balanced(module):
                 if parameter.grad is not None:
                     parameter.grad *= self.weight**0.5
         known = torch.tensor([float(parameter.grad is not None) for parameter in parameters])
@@ -112,6 +113,12 @@ class Averaging:
                 gradient = flat[start : start + parameter.numel()].view_as(parameter)
                 parameter.grad = gradient.to(parameter.dtype)
             start += parameter.numel()
+
+
+def balanced(module: FakeQuantize) -> list[nn.Parameter]:
+    """The learned numbers of a quantizer whose gradients are divided by the root of how many elements share them."""
+    found = (module.growth, module.zero) if module.gradient.balanced else ()
+    return [parameter for parameter in found if parameter is not None]
 
 
 def _rows(labels: Any, start: int, stop: int, count: int, size: int) -> Any:

@@ -27,6 +27,11 @@ def trainable(model: QuantizedModel) -> list[nn.Parameter]:
         TrainingError: if there are none, nothing is quantized, or a node without gradient is in the way.
         NotObservedError: if a site has no range.
     """
+    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+        raise TrainingError(
+            "the model is sharded (hs.shard), which is for a training loop of your own; hs.train and hs.quantize share "
+            "a training among ranks by themselves: give them a whole model"
+        )
     if model.mode is Mode.QUANTIZE:
         missing = [name for name, site in model.sites.items() if not site.calibrated]
         if missing:

@@ -156,11 +156,14 @@ class _Freezer:
             newly = (frozen == self.FREE) & (frequency > self.options.threshold)
             frozen.copy_(torch.where(newly, mean.round().to(frozen.dtype), frozen))
             at = frozen != self.FREE
-            if bool(at.any()):
-                numbers = dequantize(
-                    torch.where(at, frozen, codes), site.scale, site.zero_point, site.format, site.granularity
-                )
-                weight.copy_(torch.where(at, numbers, weight))
+            if at.device.type == "cpu" and not bool(
+                at.any()
+            ):  # elsewhere the question would wait for the device
+                continue
+            numbers = dequantize(
+                torch.where(at, frozen, codes), site.scale, site.zero_point, site.format, site.granularity
+            )
+            weight.copy_(torch.where(at, numbers, weight))
 
     def state(self) -> dict[str, torch.Tensor]:
         return self.tensors
