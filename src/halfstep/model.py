@@ -25,14 +25,7 @@ from halfstep.graph.layer_precision import LayerLists, LayerPrecision
 from halfstep.graph.padding import Padding, Places
 from halfstep.graph.pipeline import ModulePart
 from halfstep.graph.place import place
-from halfstep.graph.placement import (
-    Inserted,
-    Layer,
-    Placement,
-    Position,
-    Site,
-    insert,
-)
+from halfstep.graph.placement import Inserted, Layer, Placement, Position, Site, insert
 from halfstep.graph.tracing import bind
 from halfstep.graph.unfold import unfold
 from halfstep.listing import Listing, describe_site
@@ -409,9 +402,7 @@ class QuantizedModel(LayerLists, nn.Module):
         root._modules.pop("quantizers", None)
         captured = replace(self.captured, graph=copy.deepcopy(self.captured.graph), module=root)
         twin = QuantizedModel(captured, self.target, self.recipe, autocast=self.autocast)
-        twin._known.modules = {
-            key: copy.deepcopy(module, memo) for key, module in self._known.modules.items()
-        }
+        twin._known.modules = {key: copy.deepcopy(each, memo) for key, each in self._known.modules.items()}
         twin._known.keys = dict(self._known.keys)
         twin.quantizers.clear()
         twin.sample, twin.reserve = self.sample, self.reserve

@@ -9,7 +9,7 @@ from torch import nn
 
 import halfstep as hs
 from halfstep.calibration.sweep import passes_at_most
-from halfstep.evaluate import EarlyStopping
+from halfstep.evaluate import EarlyStopping, Score
 from halfstep.ladder.climb import estimate
 from halfstep.ladder.float_score import float_evaluation
 from halfstep.ladder.goal import Goal
@@ -130,3 +130,11 @@ def test_what_it_takes_is_said_in_words(model):
     assert "of repairs" not in late and "about -" not in late
     plain, _ = estimate(Search(model, metric, Goal(0.5, score), made), find_rungs(["ptq"]))
     assert "600 s of repairs" in plain and "not counted" not in plain and "budget" not in plain
+
+
+def test_the_calibrators_that_are_given_are_the_ones_that_count(model):
+    search = Search(model, hs.CallableMetric(lambda _: 1.0), Goal(0.5, Score(1.0)))
+    one = hs.best_of(hs.Max(), weights=[hs.MSE()], mixed=False)
+    passes = 2 + 1 + 1  # the float network's own, the activations alone, a calibrator of each kind
+    few, all_of_them = hs.PTQ(one).cost(search).examples, hs.PTQ().cost(search).examples
+    assert few * passes_at_most() == all_of_them * passes

@@ -200,7 +200,7 @@ def test_an_early_verdict_that_all_examples_overturn_is_not_the_last_word(monkey
         verdict = judge(self, what, final)
         if self.early and not verdict.met and not verdict.complete and not wrong:
             wrong.append(what)
-            known = self.memory[fingerprint(self.model)]
+            known = self.memory.verdicts[fingerprint(self.model)]
             known[:] = [dataclasses.replace(one, met=True) for one in known]
             return dataclasses.replace(verdict, met=True)
         return verdict

@@ -107,10 +107,7 @@ def divergences(values: Float64, counts: Int64, low: Float64, high: Float64, for
 def _divergences(values: Float64, n: Float64, low: Float64, high: Float64, format: Format) -> Float64:
     widths = _widths(values)
     # Bins inside: (C,)
-    first, stop = (
-        np.searchsorted(values, low),
-        np.searchsorted(values, high, side="right"),
-    )
+    first, stop = (np.searchsorted(values, low), np.searchsorted(values, high, side="right"))
     if (first == stop).any():
         raise ArgumentError("divergence: got a range that holds no bin, needed one that holds at least one")
     total, reached = n.sum(), np.append(0.0, np.cumsum(n))

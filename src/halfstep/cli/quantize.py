@@ -90,8 +90,7 @@ def quantize(
         ),
     ] = None,
     tune: Annotated[
-        bool | None,
-        typer.Option("--tune", help="Leave in float what integers slow down on this machine."),
+        bool | None, typer.Option("--tune", help="Leave in float what integers slow down on this machine.")
     ] = None,
     target: Annotated[
         str | None,

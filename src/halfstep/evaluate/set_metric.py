@@ -130,8 +130,7 @@ class SetMetric(DataMetric):
                 return math.nan
 
         return Score(
-            value,
-            resampled=resample(drawn, len(examples), self.resamples, self.seconds, examples.unit),
+            value, resampled=resample(drawn, len(examples), self.resamples, self.seconds, examples.unit)
         )
 
     def _number(self, examples: _Examples, places: torch.Tensor) -> Any:

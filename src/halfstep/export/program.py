@@ -219,10 +219,7 @@ def program_of(module: fx.GraphModule) -> Program:
             )
             if copy.target is aten.adaptive_avg_pool2d.default and list(copy.args[1]) == [1, 1]:  # type: ignore[arg-type]
                 # As torch decomposes it
-                copy.target, copy.args = (
-                    aten.mean.dim,
-                    (copy.args[0], [-1, -2], True),
-                )
+                copy.target, copy.args = (aten.mean.dim, (copy.args[0], [-1, -2], True))
     given = [_argument(node) for node in graph.find_nodes(op="placeholder")[len(lifted) :]]
     (end,) = graph.find_nodes(op="output")
     returned = [_argument(node) for node in end.args[0]]

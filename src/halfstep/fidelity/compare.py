@@ -117,10 +117,7 @@ def compare(
     if not (floats or decisions):
         raise DataError("parity: no batches to compare on; give at least one")
     return Parity(
-        same / decisions if decisions else None,
-        decibels(signal, noise) if floats else None,
-        decisions,
-        equal,
+        same / decisions if decisions else None, decibels(signal, noise) if floats else None, decisions, equal
     )
 
 

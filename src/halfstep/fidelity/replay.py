@@ -57,10 +57,7 @@ class Replay:
         self.nodes = list(model.graph.nodes)
 
     def run(
-        self,
-        inputs: ModelInputs,
-        wires: Wiring = FLOAT,
-        tap: Callable[[fx.Node, Any], Any] | None = None,
+        self, inputs: ModelInputs, wires: Wiring = FLOAT, tap: Callable[[fx.Node, Any], Any] | None = None
     ) -> Values:
         """Compute every node.
 

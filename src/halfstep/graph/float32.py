@@ -82,10 +82,7 @@ class HandedOver(nn.Module):
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        types: tuple[torch.dtype, ...],
-        wanted: Mapping[pytree.KeyPath, torch.dtype],
+        self, model: nn.Module, types: tuple[torch.dtype, ...], wanted: Mapping[pytree.KeyPath, torch.dtype]
     ) -> None:
         super().__init__()
         self.model, self.types, self._wanted = model, types, wanted

@@ -210,10 +210,7 @@ def _is_first_item(user: fx.Node) -> bool:
 
 
 def _fold_one(
-    captured: Captured,
-    source: fx.Node,
-    norm: fx.Node,
-    folded: dict[tuple[str, ...], tuple[fx.Node, fx.Node]],
+    captured: Captured, source: fx.Node, norm: fx.Node, folded: dict[tuple[str, ...], tuple[fx.Node, fx.Node]]
 ) -> FoldedNorm | None:
     """Fold ``norm`` into ``source``; None if the same two were folded before, for another use of them."""
     gain, shift, mean_node, variance = (_node(argument) for argument in norm.args[1:5])

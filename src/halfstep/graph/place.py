@@ -13,14 +13,7 @@ from halfstep.formats import Format
 from halfstep.granularity import Granularity, PerGroup
 from halfstep.graph.biases import stored_biases
 from halfstep.graph.layer_precision import LayerPrecision
-from halfstep.graph.operators import (
-    Operator,
-    constant_operands,
-    describe,
-    ends,
-    nonnegative,
-    readable_names,
-)
+from halfstep.graph.operators import Operator, constant_operands, describe, ends, nonnegative, readable_names
 from halfstep.graph.pair_sums import PairSums
 from halfstep.graph.placement import (
     FloatOperator,

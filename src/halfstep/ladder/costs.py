@@ -104,9 +104,7 @@ def microseconds(
 
 
 def race_choices(
-    model: QuantizedModel,
-    choices: Sequence[LayerPrecision],
-    threads: int | None = None,
+    model: QuantizedModel, choices: Sequence[LayerPrecision], threads: int | None = None
 ) -> list[float]:
     """Microseconds that a batch takes under each of ``choices``, raced as files against the first of them.
 

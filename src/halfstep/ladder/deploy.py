@@ -79,12 +79,7 @@ def advise(search: Search, path: Sequence[RungResult], deployed: Score) -> tuple
 
 
 def measure_files(
-    search: Search,
-    exports: Exports,
-    proof: Verification,
-    final: float,
-    float_file: Path,
-    threads: int | None,
+    search: Search, exports: Exports, proof: Verification, final: float, float_file: Path, threads: int | None
 ) -> list[dict[str, Any]]:
     """The float file, the best of each rung below the last one, and the final file.
 

@@ -196,11 +196,7 @@ class _Walk:
     """The ranked groups, and how to try assignments of steps to them."""
 
     def __init__(
-        self,
-        search: Search,
-        options: Partial,
-        base: LayerPrecision,
-        groups: tuple[Group, ...],
+        self, search: Search, options: Partial, base: LayerPrecision, groups: tuple[Group, ...]
     ) -> None:
         self.search, self.options, self.base = search, options, base
         self.steps = find_steps(options.steps)

@@ -157,10 +157,7 @@ class Search:
         seen = 0
         taken = self.memory.taken(key)
         # What was begun is scored: its verdict is worth the time.
-        with (
-            protected(),
-            steps(f"evaluating {what}"),
-        ):
+        with protected(), steps(f"evaluating {what}"):
             if taken is not None and self._stopper is not None:
                 seen = len(taken) if self.picks else 0
                 score = self._stopper.finish(self._scored, taken)

@@ -60,11 +60,7 @@ def fastest_assignment(
 
 
 def _joined(
-    search: Search,
-    base: LayerPrecision,
-    settled: Assigned,
-    free: Sequence[Group],
-    threads: int | None,
+    search: Search, base: LayerPrecision, settled: Assigned, free: Sequence[Group], threads: int | None
 ) -> Assigned:
     assignment, _ = settled
     to_float = STEPS["float"]

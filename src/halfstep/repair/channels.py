@@ -243,10 +243,7 @@ class _Finder:
     def _merge(self, kept: Channels, gone: Channels) -> None:
         if kept is gone:
             return
-        for ours, theirs in (
-            (kept.writers, gone.writers),
-            (kept.readers, gone.readers),
-        ):
+        for ours, theirs in ((kept.writers, gone.writers), (kept.readers, gone.readers)):
             ours.extend(theirs)
         kept.values.extend(gone.values)
         kept.barrier = kept.barrier or gone.barrier

@@ -60,9 +60,7 @@ def walk(model: QuantizedModel, batches: Sequence[ModelInputs], what: str) -> It
         batches: inputs.
         what: for the progress bar.
     """
-    layers = [
-        _alone(layer) for layer in model.layers if not layer.reason and layer.operator.weight is not None
-    ]
+    layers = [_alone(each) for each in model.layers if not each.reason and each.operator.weight is not None]
     fitting = [move(inputs, model.device) for inputs in batches_that_fit(model, batches)]
     with model.using(Mode.QUANTIZE), steps(what, len(layers)) as advance:
         both = _BothNetworks(model, fitting, layers, at_once=True)

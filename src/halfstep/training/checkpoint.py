@@ -37,10 +37,7 @@ def random_state() -> dict[str, torch.Tensor]:
     """Every random state, as tensors that a checkpoint can hold."""
     name, keys, *rest = np.random.get_state(legacy=True)
     plain = json.dumps([random.getstate(), name, np.asarray(keys).tolist(), rest])
-    state = {
-        "torch": torch.get_rng_state(),
-        "python": torch.tensor(list(plain.encode()), dtype=torch.uint8),
-    }
+    state = {"torch": torch.get_rng_state(), "python": torch.tensor(list(plain.encode()), dtype=torch.uint8)}
     if torch.cuda.is_available():
         state |= {f"cuda{index}": each for index, each in enumerate(torch.cuda.get_rng_state_all())}
     return state

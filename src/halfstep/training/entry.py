@@ -235,10 +235,7 @@ def _numbered(
 
 
 def _moved(
-    site: Site,
-    position: Position,
-    ours: Mapping[fx.Node, fx.Node],
-    back: Mapping[fx.Node, list[fx.Node]],
+    site: Site, position: Position, ours: Mapping[fx.Node, fx.Node], back: Mapping[fx.Node, list[fx.Node]]
 ) -> list[Position]:
     """The edges of a way in that a position of the model's stands for."""
     readers, value = set(position.readers), position.value
