@@ -145,7 +145,7 @@ def test_weights_are_quantized_once_a_batch(took, monkeypatch):
     hs.calibrate(q)
     model, seen = InPieces(q), []
     rounded = FakeQuantize.rounded
-    monkeypatch.setattr(FakeQuantize, "rounded", lambda self, x: seen.append(self.name) or rounded(self, x))
+    monkeypatch.setattr(FakeQuantize, "rounded", lambda self, *x: seen.append(self.name) or rounded(self, *x))
     with torch.no_grad():
         whole = model(X)
         model(X)

@@ -121,13 +121,20 @@ class FakeQuantize(nn.Module):
     def format(self, format: Format) -> None:
         self._format, self.values = format, None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Shape, dtype and device of ``x`` are kept."""
+    def forward(self, x: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
+        """Shape, dtype and device of ``x`` are kept.
+
+        With ``overwrite`` nobody reads ``x`` afterwards, and without gradients the result may be written into it,
+        unless a hook looks at it.
+        """
         if self.mode is Mode.QUANTIZE:
             if not self.calibrated:
                 raise NotObservedError(f"site {self.name!r}: has no range yet; run observe() and calibrate()")
             held = self.held
-            return held[1] if held is not None and held[0] is x else self.rounded(x)
+            if held is not None and held[0] is x:
+                return held[1]
+            watched = self._forward_hooks or self._forward_pre_hooks
+            return self.rounded(x, overwrite and not watched)
         if self.mode is Mode.OBSERVE:
             self._observe(x)
         return x
@@ -269,15 +276,15 @@ class FakeQuantize(nn.Module):
         """Let ``weight`` round to ``values`` from now on: numbers of the format at the present range."""
         self.offset = (values - weight).detach()
 
-    def rounded(self, x: torch.Tensor) -> torch.Tensor:
-        """What ``x`` becomes when it is quantized and dequantized, whatever the mode."""
+    def rounded(self, x: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
+        """What ``x`` becomes when it is quantized and dequantized, whatever the mode; see :meth:`forward`."""
         x = self.shifted(x)
         if self.values is not None:
             scale = self.scale if self._scaled else None
             return functional.fake_quantize_learned(x, self.values, scale, self.granularity, self.gradient)
         zero_point = self.zero_point if self.zero is None else self.zero
         return functional.fake_quantize(
-            x, self.scale, zero_point, self._format, self.granularity, self.gradient
+            x, self.scale, zero_point, self._format, self.granularity, self.gradient, overwrite
         )
 
     def codes(self, x: torch.Tensor) -> torch.Tensor:
@@ -394,8 +401,8 @@ class RunTimeQuantize(FakeQuantize):
         self.scale.fill_(1.0)
         self.calibrated = True
 
-    def rounded(self, x: torch.Tensor) -> torch.Tensor:
-        """What ``x`` becomes when it is quantized and dequantized, whatever the mode."""
+    def rounded(self, x: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
+        """What ``x`` becomes when it is quantized and dequantized, whatever the mode; ``x`` is left as it is."""
         if not x.numel():
             return x
         assert isinstance(self.format, Integer)

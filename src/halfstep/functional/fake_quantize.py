@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from halfstep.errors import FormatError
-from halfstep.formats import Format
+from halfstep.formats import Format, Integer
 from halfstep.formats.codebook import midpoints
-from halfstep.functional import codebook
+from halfstep.functional import codebook, uniform
 from halfstep.functional.checks import check_operands, check_parameters, check_real
 from halfstep.functional.quantize import arithmetic
 from halfstep.functional.uniform import on_host, working_dtype
@@ -205,12 +205,13 @@ def fake_quantize(
     format: Format,
     granularity: Granularity = PerTensor(),  # noqa: B008 - frozen, so sharing it is safe
     gradient: Gradient = CLIPPED_STE,
+    overwrite: bool = False,
 ) -> Tensor:
     """Round ``x`` to the nearest number of a format and return that number.
 
-    Equal bit for bit to ``dequantize(quantize(x))``, except that NaN stays NaN. Infinities saturate. ``x`` is
-    never modified. Without gradients it is a few in-place operations on one fresh buffer; under ``torch.compile``, on
-    a GPU above all, it is one kernel (two for a codebook).
+    Equal bit for bit to ``dequantize(quantize(x))``, except that NaN stays NaN. Infinities saturate. Without gradients
+    it is a few in-place operations on one fresh buffer; under ``torch.compile``, on a GPU above all, it is one kernel
+    (two for a codebook).
 
     Args:
         x: float16, bfloat16, float32 or float64, any shape. Arithmetic is float32 (float64 for float64).
@@ -222,6 +223,8 @@ def fake_quantize(
         granularity: which elements share a scale.
         gradient: the surrogate: ``STE``, ``CLIPPED_STE``, ``LSQ``, ``PACT``, ``XNOR`` or one of your own
             options.
+        overwrite: whether, where there are no gradients, the result may be written into ``x``, which is left as it is
+            otherwise.
 
     Returns:
         A tensor of ``x``'s shape and dtype.
@@ -240,6 +243,8 @@ def fake_quantize(
             x, scale, zero_point, format, granularity, gradient
         )
         return result
+    if overwrite and isinstance(format, Integer):
+        return uniform.fake_quantize(x, scale, zero_point, format, granularity, overwrite)
     return arithmetic(format).fake_quantize(x, scale, zero_point, format, granularity)
 
 

@@ -39,7 +39,7 @@ def serves(x: Tensor, scale: Tensor, format: Integer) -> bool:
     )
 
 
-def fake_quantize(x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
+def fake_quantize(x: Tensor, scale: Tensor, low: float, high: float, overwrite: bool = False) -> Tensor:
     """Round ``x`` to whole steps from ``low`` to ``high``, ties to even, times ``scale``; NaN stays, no -0.0 comes out.
 
     Args:
@@ -47,9 +47,13 @@ def fake_quantize(x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
         scale: float32, one number.
         low: the least step, a whole number.
         high: the greatest one.
+        overwrite: write into ``x`` and return it: no page of memory has to be asked for.
     """
-    result = torch.empty_like(x)
     step = np.float32(scale.item())
+    if overwrite:
+        _loop_in_place()(x.detach().view(-1).numpy(), step, np.float32(low), np.float32(high))
+        return x
+    result = torch.empty_like(x)
     _loop()(x.detach().view(-1).numpy(), result.view(-1).numpy(), step, np.float32(low), np.float32(high))
     return result
 
@@ -74,3 +78,20 @@ def _loop() -> Callable[..., None]:
             result[i] = zero + scale * steps
 
     return compiled(one_pass, "one_pass")
+
+
+@cache
+def _loop_in_place() -> Callable[..., None]:
+    """The same over one array: of two that may be one numba does not know that they are not shifted."""
+    from halfstep.machine_code import compiled
+
+    zero = np.float32(0)
+
+    def in_place(x: Any, scale: Any, low: Any, high: Any) -> None:
+        for i in range(x.size):
+            steps = np.rint(x[i] / scale)
+            steps = low if steps < low else steps
+            steps = high if steps > high else steps
+            x[i] = zero + scale * steps
+
+    return compiled(in_place, "in_place")

@@ -41,12 +41,21 @@ def dequantize(
 
 
 def fake_quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor | None, format: Integer, granularity: Granularity
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    format: Integer,
+    granularity: Granularity,
+    overwrite: bool = False,
 ) -> Tensor:
-    """Return ``dequantize(quantize(x))``, equal bit for bit (NaN stays NaN), without leaving floats."""
+    """Return ``dequantize(quantize(x))``, equal bit for bit (NaN stays NaN), without leaving floats.
+
+    With ``overwrite`` nobody needs ``x`` afterwards, and the result may lie where it was.
+    """
     shift = _shift(x, zero_point, format, granularity)
     if not isinstance(shift, Tensor) and one_pass.serves(x, scale, format):
-        return one_pass.fake_quantize(x, scale, format.quant_min - shift, format.quant_max - shift)
+        least, greatest = format.quant_min - shift, format.quant_max - shift
+        return one_pass.fake_quantize(x, scale, least, greatest, overwrite)
     steps = _rounded_steps(x, scale, shift, format, granularity)
     # Clipping the steps themselves to codes minus zero point saves adding the zero point and taking it off
     # again.

@@ -18,6 +18,7 @@ from torch import fx, nn
 
 from halfstep.graph.capture import Captured, unchanged
 from halfstep.graph.operators import WEIGHTED, describe, is_spatial_mean, parameter, store, trainable
+from halfstep.graph.out_of_place import KEPT
 from halfstep.graph.unfold import FoldedNorm, tensors
 
 aten = torch.ops.aten
@@ -401,12 +402,21 @@ MAKERS = frozenset({"conv", "conv_transpose", "linear", "add"})
 def overwrite(graph: fx.Graph) -> fx.Graph:
     """Let every ReLU work in place that alone reads the result of one of :data:`MAKERS`.
 
+    Quantizers may do so, too, where they alone read what an operator has made anew; they do without gradients.
+
     The graph is changed in place and returned. It computes the same, forwards and backwards.
     """
     for node in graph.nodes:
         if node.target is aten.relu.default and _made_for(node, node.args[0]):
             node.target = aten.relu_.default
+        elif node.op == "call_module" and _made_anew(node.args[0]) and set(node.args[0].users) == {node}:
+            node.kwargs = {"overwrite": True}
     return graph
+
+
+def _made_anew(value: fx.Node) -> bool:
+    """Whether nothing shares the memory of a value, as far as nothing but its readers was told of it."""
+    return value.target in KEPT or value.target is aten.relu_.default
 
 
 def _made_for(reader: fx.Node, value: fx.Node) -> bool:
