@@ -129,14 +129,14 @@ def _whole(
     model, clock, block = learner.model, time.perf_counter(), whole_network(learner.model)
     if not block.outputs:
         return []
-    with closing(walk_blocks(model, examples, [block])) as runs:
+    with closing(walk_blocks(model, examples, [block])) as runs:  # while it is open, the model quantizes
         run = next(runs)
-    first, *more = block.outputs
-    by = default_measure([run.targets[0][first]], bool(model.captured.parts))
-    logits = first if by == "kl" and not more else None
-    shown = BlockExamples(model, run, [{} for _ in examples], min(TOGETHER, held_at_once(model)), logits)
-    was = learner.error(block, shown)
-    now = learner.learn(block, shown, was, count, advance, whole=True)
+        first, *more = block.outputs
+        by = default_measure([run.targets[0][first]], bool(model.captured.parts))
+        logits = first if by == "kl" and not more else None
+        shown = BlockExamples(model, run, [{} for _ in examples], min(TOGETHER, held_at_once(model)), logits)
+        was = learner.error(block, shown)
+        now = learner.learn(block, shown, was, count, advance, whole=True)
     return [Treated(block.name, was, now, time.perf_counter() - clock)]
 
 
