@@ -53,9 +53,9 @@ def reconstruct(
     A block is what a skip spans or the module around it (a residual or transformer block), or a layer by itself; see
     :func:`.find_blocks`. Each is learned on what the reconstructed blocks before it make, mixed with what the float
     network has there, for the output that the float block has in the float network. A block is taken only where that
-    output's error falls on the sample. Behind the last one, the scales and biases of all are learned together for the
-    network's own outputs: logits by their divergence from the float network's, other outputs by their squared errors.
-    The float network stays what it is.
+    output's error falls on the sample. If asked for, the scales and biases of all are learned together behind the last
+    one, for the network's own outputs: logits by their divergence from the float network's, others by their squared
+    errors. The float network stays what it is.
 
     Takes minutes where other repairs take seconds, and pays at 4 bits and fewer. 1,024 examples are a good number.
 
