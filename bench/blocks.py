@@ -53,7 +53,7 @@ ABLATIONS = {
     "without dropping": hs.Reconstruction(drop=0.0),
     "without learned ranges": hs.Reconstruction(ranges=False),
     "without the Fisher weight": hs.Reconstruction(fisher=False),
-    "blocks alone": hs.Reconstruction(whole=False),
+    "all blocks together at the end": hs.Reconstruction(whole=True),
 }
 
 CALIBRATION, QUICK = 1024, 512
@@ -149,7 +149,9 @@ def main() -> None:
     parser.add_argument("--network", choices=list(fashion.NETWORKS), help="only this one")
     parser.add_argument("--bits", choices=list(SETTINGS), help="only these")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the networks' training")
-    parser.add_argument("--ablate", action="store_true", help="reconstruction without each of its parts too")
+    parser.add_argument(
+        "--ablate", action="store_true", help="reconstruction without each of its parts, and with more"
+    )
     parser.add_argument("--qat", action="store_true", help="an epoch of training on all labels too")
     options = parser.parse_args()
     data, cases = fashion.load(), []

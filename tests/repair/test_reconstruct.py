@@ -21,6 +21,7 @@ from tests.repair.networks import Net, built, conv, images, labelled, residual, 
 from tests.repair.test_blocks import pre_norm
 
 FEW = hs.Reconstruction(steps=128, batch=16)
+WHOLE = replace(FEW, whole=True)
 
 
 def observed(make, bits, count=128):
@@ -115,7 +116,7 @@ def test_without_learned_ranges_all_scales_stay():
     assert not torch.equal(learned.sites["b.weight"].scale, before["b.weight"])
 
 
-@pytest.mark.parametrize("options", [{"drop": 0.0}, {"fisher": False}, {"whole": False}])
+@pytest.mark.parametrize("options", [{"drop": 0.0}, {"fisher": False}])
 def test_each_part_can_be_left_out(options):
     q, whole = ready(), ready()
     hs.reconstruct(q, options=hs.Reconstruction(steps=32, batch=16, **options))
@@ -127,16 +128,15 @@ def test_each_part_can_be_left_out(options):
 def test_only_the_blocks_that_are_given_and_what_is_outside_of_them():
     q = ready(pre_norm, 3)
     record = hs.reconstruct(q, blocks=["blocks"], options=hs.Reconstruction(steps=8))
-    whole = "the whole network"
-    assert {"embed", "blocks", "fc", whole} >= {done.name for done in record.treated} >= {"blocks", whole}
+    assert {"embed", "blocks", "fc"} >= {done.name for done in record.treated} >= {"blocks"}
     with pytest.raises(ArgumentError, match=r"blocks: 'block' matches no module"):
         hs.reconstruct(q, blocks=["block"])
 
 
 def test_behind_the_blocks_all_are_learned_together_for_the_outputs():
     q, blocks = ready(), ready()
-    record = hs.reconstruct(q, options=FEW)
-    hs.reconstruct(blocks, options=replace(FEW, whole=False))
+    record = hs.reconstruct(q, options=WHOLE)
+    hs.reconstruct(blocks, options=FEW)
     last = record.treated[-1]
     assert last.name == "the whole network" and last.after < last.before
     sample = list(q.sample)
@@ -161,7 +161,7 @@ def test_outputs_that_are_no_logits_are_learned_by_their_squared_errors():
     q = hs.prepare(built(two), images(2), hs.Recipe.uniform(2, 8, ends=None))
     hs.observe(q, images(64).split(16))
     hs.calibrate(q, hs.MSE(), hs.MSE())
-    last = hs.reconstruct(q, options=FEW).treated[-1]
+    last = hs.reconstruct(q, options=WHOLE).treated[-1]
     assert last.name == "the whole network" and last.after < last.before
 
     def error(wanted, got):
@@ -215,7 +215,7 @@ def test_batches_of_several_lengths():
     hs.observe(q, batches)
     hs.calibrate(q, hs.MSE(), hs.MSE())
     record = hs.reconstruct(q, options=FEW)
-    assert [done.name for done in record.treated] == ["a", "b", "the whole network"]
+    assert [done.name for done in record.treated] == ["a", "b"]
     assert all(done.after <= done.before for done in record.treated)
     assert record.treated[1].after < record.treated[1].before
 
@@ -244,7 +244,7 @@ def test_time_that_is_up_leaves_the_blocks_behind_as_they_were():
 
 def test_time_that_is_up_behind_the_blocks_leaves_what_they_learned():
     q, blocks = ready(), ready()
-    hs.reconstruct(blocks, options=replace(FEW, whole=False))
+    hs.reconstruct(blocks, options=FEW)
 
     asked, last = 0, None
 
@@ -255,9 +255,9 @@ def test_time_that_is_up_behind_the_blocks_leaves_what_they_learned():
             raise BudgetSpent("the blocks")
 
     with interruptible(ask):
-        hs.reconstruct(ready(), options=FEW)
+        hs.reconstruct(ready(), options=WHOLE)
         asked, last = 0, asked - FEW.steps // 4  # the blocks together take a half
-        record = hs.reconstruct(q, options=FEW)
+        record = hs.reconstruct(q, options=WHOLE)
     assert record.cut_short
     assert record.notes[-1].endswith(f"{record.treated[-1].name}: the blocks were not learned together")
     states = [each.state_dict() for each in (q, blocks)]

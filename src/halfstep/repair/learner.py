@@ -44,7 +44,7 @@ class Reconstruction:
             where it is entered; 0 learns on what the quantized network makes alone.
         ranges: learn the scales of weights and activations, and zero points, as well; or leave them as calibrated.
         fisher: weigh errors of the block's output by how much the network's outputs feel them.
-        whole: behind the last block, learn all of them together for the network's own outputs.
+        whole: behind the last block, learn the scales and biases of all of them together for the network's own outputs.
         seed: of everything that is drawn.
 
     Raises:
@@ -56,7 +56,7 @@ class Reconstruction:
     drop: float = 0.5
     ranges: bool = True
     fisher: bool = True
-    whole: bool = True
+    whole: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
