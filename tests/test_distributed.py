@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from datetime import timedelta
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from torch import nn
 
 import halfstep as hs
 from halfstep.calibration.shards import _state
-from halfstep.distributed import crew, in_turns, keep, share, together
+from halfstep.distributed import Share, crew, in_turns, keep, share, together
 from halfstep.distributed.watch import BROKEN, SEARCH, SILENCE
 from halfstep.errors import TrainingError
 from halfstep.evaluate import as_scorers, early_stopping
@@ -538,6 +539,19 @@ def test_labels_are_divided_by_example():
         match=r"its labels cannot be divided among 2 ranks: got \[\(2, 4\)\] for 4 examples, needed",
     ):
         _rows(torch.zeros(2, 4), 0, 2, 4, 2)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_items_that_cost_ever_less_are_shared_evenly(size):
+    costs = range(12 * size, 0, -1)
+    parts = [Share(SimpleNamespace(rank=rank, size=size)) for rank in range(size)]
+    assert [part.owner(index) for part in parts[:1] for index in range(4)] == [
+        [0, 0, 0, 0],
+        [0, 1, 1, 0],
+        [0, 1, 2, 2],
+    ][size - 1]
+    shares = [sum(cost for index, cost in enumerate(costs) if part.has(index)) for part in parts]
+    assert sum(shares) == sum(costs) and len(set(shares)) == 1
 
 
 def test_a_process_by_itself_has_all_of_the_work():

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from halfstep.fake_quantize import FakeQuantize, Mode
+from halfstep.functional.checks import check_whole
 
 #: The smallest normal float32: a step below it would be no number to divide by.
 SMALLEST = 2.0**-126
@@ -97,6 +98,7 @@ class BiasShift(nn.Module):
             return bias
         if (held := self.held) is not None and held[0] is bias:
             return held[1]
+        check_whole(bias)
         corrected = self.corrected(bias)
         if self.steps is None or not self.steps.taken:
             return corrected

@@ -19,7 +19,7 @@ from halfstep.errors import ArgumentError, DataError, RunError
 from halfstep.fake_quantize import FakeQuantize, Mode
 from halfstep.graph.capture import Captured
 from halfstep.graph.float32 import check_observed_in, in_float32
-from halfstep.graph.fold import overwrite
+from halfstep.graph.fold import overwrite, read_late
 from halfstep.graph.inputs import ModelInputs, call_arguments, move
 from halfstep.graph.layer_precision import LayerLists, LayerPrecision
 from halfstep.graph.padding import Padding, Places
@@ -174,7 +174,7 @@ class QuantizedModel(LayerLists, nn.Module):
         for name, shift in self._shifts.items():
             self.quantizers[shift_key(name)] = shift
         self._padded = {} if self.padding is None else self.padding.places(self.placement.sites)
-        self._run = bind(overwrite(self.simulation().graph), self.captured.module)
+        self._run = bind(overwrite(read_late(self.simulation().graph)), self.captured.module)
         self.set_mode(self.mode)
 
     def simulation(self, graph: fx.Graph | None = None, placement: Placement | None = None) -> Inserted:

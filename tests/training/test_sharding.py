@@ -6,6 +6,9 @@ from torch.nn.functional import cross_entropy
 
 import halfstep as hs
 from halfstep.errors import ArgumentError, FormatError, TrainingError
+from halfstep.fake_quantize import FakeQuantize
+from halfstep.functional import PACT
+from halfstep.training.averaging import balanced
 from tests.test_distributed import BATCHES, INPUTS, network, on_ranks, own_process
 
 LABELS = torch.arange(48) % 4
@@ -119,6 +122,15 @@ def test_what_was_trained_is_a_whole_model_again(both):
         place.learn()
     q.load_state_dict(found[True])
     torch.testing.assert_close(q(INPUTS[:4]).detach(), found["answer", True])
+
+
+def test_only_what_lsq_balances_counts_elements():
+    site = FakeQuantize("here", hs.Codebook.nf4(), hs.PerTensor(), (4,))
+    site.set_range(torch.tensor(-1.0), torch.tensor(1.0))
+    growth, values = site.learn(values=True)
+    assert site.values is values and [id(each) for each in balanced(site)] == [id(growth)]
+    site.gradient = PACT
+    assert balanced(site) == []
 
 
 def test_what_cannot_be_is_said(both):

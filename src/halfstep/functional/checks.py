@@ -24,14 +24,19 @@ def check_operands(x: Tensor, scale: Tensor, zero_point: Tensor | None, granular
 
 def check_real(x: Tensor) -> None:
     """Raise unless ``x`` is a float tensor that can be computed with."""
+    check_whole(x)
+    if x.dtype not in FLOATS:
+        raise FormatError(
+            f"x: got {x.dtype}, needed float16, bfloat16, float32 or float64; convert it with .float()"
+        )
+
+
+def check_whole(x: Tensor) -> None:
+    """Raise if ``x`` is spread over ranks."""
     if type(x) is not Tensor and not torch.compiler.is_compiling() and hasattr(x, "full_tensor"):
         raise FormatError(
             "x: got a part of a tensor that is spread over ranks (DTensor), needed the whole; a quantized model is "
             "sharded as one, hs.shard(model), since its parts are not called by themselves"
-        )
-    if x.dtype not in FLOATS:
-        raise FormatError(
-            f"x: got {x.dtype}, needed float16, bfloat16, float32 or float64; convert it with .float()"
         )
 
 

@@ -419,6 +419,23 @@ def _made_anew(value: fx.Node) -> bool:
     return value.target in KEPT or value.target is aten.relu_.default
 
 
+def read_late(graph: fx.Graph) -> fx.Graph:
+    """Let parameters be read, and what is made of them alone be computed, right before their first reader.
+
+    Else every quantized weight would be alive from the beginning of a pass. The graph is changed in place and returned.
+    """
+    fixed: set[fx.Node] = set()
+    for node in graph.nodes:
+        sources = node.all_input_nodes
+        made = node.op in ("call_function", "call_module") and bool(sources)
+        if node.op == "get_attr" or (made and fixed.issuperset(sources)):
+            fixed.add(node)
+    for node in reversed([node for node in graph.nodes if node in fixed and node.users]):
+        min(node.users).prepend(node)
+    graph.lint()
+    return graph
+
+
 def _made_for(reader: fx.Node, value: fx.Node) -> bool:
     op = describe(value)
     return op is not None and op.kind in MAKERS and set(value.users) == {reader}
