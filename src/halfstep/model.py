@@ -401,7 +401,8 @@ class QuantizedModel(LayerLists, nn.Module):
         root = copy.deepcopy(self.captured.module, memo)
         root._modules.pop("quantizers", None)
         captured = replace(self.captured, graph=copy.deepcopy(self.captured.graph), module=root)
-        twin = QuantizedModel(captured, self.target, self.recipe, autocast=self.autocast)
+        padding = None if self.padding is None else replace(self.padding, captured=captured)
+        twin = QuantizedModel(captured, self.target, self.recipe, padding, self.autocast)
         twin._known.modules = {key: copy.deepcopy(each, memo) for key, each in self._known.modules.items()}
         twin._known.keys = dict(self._known.keys)
         twin.quantizers.clear()

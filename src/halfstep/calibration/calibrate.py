@@ -99,7 +99,7 @@ def observe(
     fed = _own(model, track(model.captured.batches(batches), "observing"))
 
     def work(index: int, inputs: ModelInputs) -> ModelInputs:
-        if mine.has(index):
+        if mine.has_in_turn(index):
             BATCH.set(index)
             with named(f"calibration batch {index}"):
                 run(model, inputs)
@@ -111,7 +111,7 @@ def observe(
         held = []
         for inputs in passed:
             _keep(model, inputs)
-            if device is not None and mine.has(count):
+            if device is not None and mine.has_in_turn(count):
                 held.append((count, inputs))
             seen, count = seen + model.captured.batch_size(inputs), count + 1
         if device is not None:

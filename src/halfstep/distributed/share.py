@@ -54,6 +54,13 @@ class Share:
         """Whether the item of that number is this rank's."""
         return self.owner(index) == self.rank
 
+    def has_in_turn(self, index: int) -> bool:
+        """Whether an item is this rank's where all cost alike: 0 1 0 1 ..., so that two ranks have a half each.
+
+        What is kept by halves of the data, as histograms are, is then sent by one rank alone.
+        """
+        return index % self.size == self.rank
+
     def gather(self, value: Any, what: str) -> list[Any]:
         """On rank 0 the values of all ranks, in their order; elsewhere the own one, the others being None.
 
