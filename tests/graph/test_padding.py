@@ -1,5 +1,6 @@
 """What only fills a batch up, and constants that stand for nothing, enter no range."""
 
+import copy
 import math
 
 import pytest
@@ -76,6 +77,16 @@ def test_padding_enters_no_range(reader, padding):
         name: site.histogram.count for name, site in quiet.sites.items() if name in ("softmax", "reshape:3")
     }
     assert set(counts.values()) <= {rows * 8, squares * 2}, counts
+
+
+def test_a_copy_leaves_out_the_same(reader):
+    q = hs.prepare(reader, BATCHES[0], dynamic=TOKENS, padding="mask")
+    twin = copy.deepcopy(q)
+    hs.observe(twin, BATCHES)
+    hs.observe(q, BATCHES)
+    counts = {name: site.histogram.count for name, site in twin.sites.items()}
+    assert counts == {name: site.histogram.count for name, site in q.sites.items()}
+    assert twin.sites["words"].observed_range(hs.Max())[1] < LOUD
 
 
 def error(model, quantized):
