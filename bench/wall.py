@@ -170,13 +170,21 @@ def measured(name: str, options: argparse.Namespace) -> dict[str, str]:
             parts, transformer = list(work.calibration.split(64)), name == "vit"
             peer_nncf.quantize(Path(folder) / "float.onnx", parts, Path(folder) / "nncf.xml", transformer)
             middle = time.perf_counter()
-            share = peer_nncf.quantize_to_target(
-                Path(folder) / "float.onnx", parts, work.batches(options.batch), options.max_drop, transformer
-            )
             rows["NNCF, without an evaluation"] = f"{(middle - begin) / unit:.1f}"
-            rows["NNCF, with accuracy control"] = f"{(time.perf_counter() - middle) / unit:.1f}"
+            try:
+                share = peer_nncf.quantize_to_target(
+                    Path(folder) / "float.onnx",
+                    parts,
+                    work.batches(options.batch),
+                    options.max_drop,
+                    transformer,
+                )
+                its, passed = f"{share:.4f}", f"{(time.perf_counter() - middle) / unit:.1f}"
+            except Exception as error:  # a peer that fails on a network is part of what is shown
+                its, passed = "none", type(error).__name__
+            rows["NNCF, with accuracy control"] = passed
             rows["accuracy: float, ours, NNCF's"] = (
-                f"{outcome.float_score:.4f}, {outcome.deployed_score:.4f}, {share:.4f}"
+                f"{outcome.float_score:.4f}, {outcome.deployed_score:.4f}, {its}"
             )
     return rows
 
