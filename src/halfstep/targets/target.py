@@ -42,7 +42,7 @@ class Lowering:
         weight_bits: codes of weights of fewer bits are stored times a power of two, so that they fill so many, and
             the scale divided by it: the same numbers, but finer steps for biases. 0: as they are.
         full_rank_bias: a bias added to a product of matrices is stored with the product's rank.
-        added_bias: a conv's bias is written as an Add behind it.
+        added_bias: beside recurrent layers a conv's bias is written as an Add between it and its quantizer.
         guarded_floats: a float layer between quantizers needs a bias that is no constant, or the runtime quantizes
             its weight by itself.
         saturated_gates: a HardSigmoid between quantizers is written as an Add, whose saturation clips.
