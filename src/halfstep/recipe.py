@@ -88,7 +88,8 @@ class Recipe:
         """Weights and activations in 8 bits.
 
         On x86 processors without VNNI, kernels add two products of 8 by 8 bits in 16 bits and saturate: the same file
-        then gives other answers, often much worse ones. Weights of 7 bits cannot overflow there.
+        then gives other answers, often much worse ones. Weights of 7 bits cannot overflow there; products of two signed
+        activations, which OpenVINO's kernels take, stay in float then.
 
         Args:
             portable: True gives weights 7 bits wherever a sum can saturate, so that the file answers alike on every

@@ -192,7 +192,7 @@ def _cure(model: QuantizedModel, path: Path) -> str:
         return (
             "this processor has no instructions for 8-bit dot products (VNNI), and its kernels add products of weights "
             f"of 8 bits in 16 bits, which saturate ({', '.join(map(repr, saturable[:3]))}): use "
-            "hs.Recipe.int8(portable=True), which gives them 7 bits"
+            "hs.Recipe.int8(portable=True), which gives them 7 bits, and leaves products of two activations in float"
         )
     return (
         "leave the layer before that site in float, and report it: the runtime's kernel computes something else than "
