@@ -74,7 +74,60 @@ def tokens():
     )
 
 
-HOMOGENEOUS = [chain, depthwise, grouped, residual, flattened, tokens]
+def heads(x):
+    """(batch, tokens, width) as (batch, 4 heads, tokens, part)."""
+    return x.unflatten(2, (4, -1)).transpose(1, 2)
+
+
+def joined(x):
+    return x.transpose(1, 2).flatten(2)
+
+
+def attention():
+    """Queries, keys and values each from a layer of its own; attention in one operator."""
+    return Net(
+        lambda m, x: m.out(
+            joined(F.scaled_dot_product_attention(*(heads(part(x.flatten(2))) for part in (m.q, m.k, m.v))))
+        ),
+        q=nn.Linear(64, 16),
+        k=nn.Linear(64, 16),
+        v=nn.Linear(64, 16),
+        out=nn.Linear(16, 5),
+    )
+
+
+def _packed(m, x):
+    q, k, v = m.qkv(x.flatten(2)).unflatten(2, (3, 4, -1)).permute(2, 0, 3, 1, 4)
+    return m.out(joined((q @ k.transpose(-2, -1)).softmax(-1) @ v))
+
+
+def packed_attention():
+    """Queries, keys and values from one layer; attention by matrix products."""
+    return Net(_packed, qkv=nn.Linear(64, 48), out=nn.Linear(16, 5))
+
+
+def split():
+    """Half of a layer's channels gate what another half, read twice, becomes."""
+
+    def forward(m, x):
+        gate, value = m.a(x).chunk(2, 1)
+        value = F.relu(value)
+        return m.b(torch.sigmoid(gate) * value) + m.c(value)
+
+    return Net(forward, a=conv(3, 16), b=conv(8, 4), c=conv(8, 4))
+
+
+HOMOGENEOUS = [
+    chain,
+    depthwise,
+    grouped,
+    residual,
+    flattened,
+    tokens,
+    attention,
+    packed_attention,
+    split,
+]
 
 
 def images(count=16, seed=0):

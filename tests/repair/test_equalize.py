@@ -16,7 +16,20 @@ from halfstep.fake_quantize import Mode
 from halfstep.repair import equalize
 from halfstep.repair.channels import find_channels
 from halfstep.snapshot import Snapshot
-from tests.repair.networks import HOMOGENEOUS, Net, built, calibrated, chain, conv, images, ready, residual
+from tests.repair.networks import (
+    HOMOGENEOUS,
+    Net,
+    attention,
+    built,
+    calibrated,
+    chain,
+    conv,
+    images,
+    packed_attention,
+    ready,
+    residual,
+    split,
+)
 
 equalization = importlib.import_module("halfstep.repair.equalize")  # the package has a function of that name
 
@@ -65,6 +78,25 @@ def test_a_residual_sum_is_scaled_as_one():
     assert classes == ["c, a -> b, fc", "b -> c"]
 
 
+PARTS = {attention: "v -> out", packed_attention: "qkv -> out", split: "a -> b, c"}
+
+
+@pytest.mark.parametrize("make", PARTS)
+def test_channels_that_attention_weighs_and_parts_of_a_layer_are_classes(make):
+    (found,) = [c for c in find_channels(ready(make).graph) if c.scalable]
+    assert str(found) == PARTS[make]
+    assert found.writers[0].start == {attention: 0, packed_attention: 32, split: 8}[make]
+    q = ready(make)
+    before = {name: q.weight(name).clone() for name in (found.writers[0].weight, found.readers[0].weight)}
+    equalize.scale(q, found, torch.full((found.size,), 4.0))
+    ours = slice(found.writers[0].start, found.writers[0].start + found.size)
+    for name, was in before.items():
+        ratio = q.weight(name) / was
+        reads = name == found.readers[0].weight
+        assert torch.all(ratio == 4.0) if reads else torch.all(ratio[ours] == 0.25), name
+        assert reads or torch.all(ratio[: ours.start] == 1.0), name
+
+
 LEFT = {
     "gelu": (
         lambda m, x: m.b(F.gelu(m.a(x))),
@@ -81,6 +113,23 @@ LEFT = {
         lambda m, x: m.b(F.relu(m.a(F.relu(m.a(x))))),
         r"which shares its weight|shares its weight",
     ),
+    "overlapping parts": (
+        lambda m, x: m.b(F.gelu(m.c((y := F.relu(m.a(x)))[:, :2]) + m.d(y[:, 1:]))),
+        r"'a' is read in parts and as a whole",
+    ),
+    "parts and the whole": (
+        lambda m, x: m.c((y := F.relu(m.a(x)))[:, :2]) + m.b(y),
+        r"'a' is read in parts and as a whole",
+    ),
+    "every other channel": (lambda m, x: m.b(F.gelu(m.c(m.a(x)[:, ::2]))), r"'a' is read by slice"),
+    "queries": (
+        lambda m, x: m.b(F.scaled_dot_product_attention(m.a(x), x, x)),
+        r"'a' is read by attention",
+    ),
+    "values along what is summed": (
+        lambda m, x: m.b((x[:, :1, :3, :3].softmax(3) @ m.a(x).transpose(1, 2)).transpose(1, 2)),
+        r"is read by matmul",
+    ),
     "an output": (lambda m, x: (m.b(y := m.a(x)), y), r"'a' is an output of the network"),
 }
 
@@ -88,7 +137,7 @@ LEFT = {
 @pytest.mark.parametrize("what", LEFT)
 def test_what_cannot_be_equalized_is_left_alone_and_said(what):
     forward, why = LEFT[what]
-    model = built(lambda: Net(forward, a=conv(3, 3), b=conv(3, 3)))
+    model = built(lambda: Net(forward, a=conv(3, 3), b=conv(3, 3), c=conv(2, 3), d=conv(2, 3)))
     q = calibrated(model)
     record = hs.equalize(q)
     assert record.treated == ()

@@ -2,13 +2,16 @@
 
 If every weight that writes a channel is divided by a positive factor and every weight that reads it multiplied by it,
 the function stays the same, provided that whatever lies between is positively homogeneous: f(s x) = s f(x). A ReLU is,
-a ReLU6 or a GELU is not. A residual sum ties all that is added together.
+a ReLU6 or a GELU is not. A residual sum ties all that is added together. Attention weighs values and leaves their
+channels what they are, so the layer that makes values and the one behind attention are neighbours.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from math import inf, prod
 from typing import Any
 
@@ -41,6 +44,12 @@ HOMOGENEOUS = frozenset(
     }
 )
 
+#: Kinds that weigh values and sum them, and which argument the values are.
+_WEIGHING = {"attention": 2, "matmul": 1}
+
+#: What makes pieces along an axis.
+_SPLITS = (aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
+
 _WHY = "which is not positively homogeneous in each channel alone"
 
 
@@ -55,6 +64,7 @@ class Port:
         axis: the weight's axis that the channels lie on.
         groups: of a grouped conv that reads the channels: group k of its rows meets the k-th part of them.
         repeat: neighbouring entries of the axis that belong to one channel (after a flatten).
+        start: the entry of the axis that the first channel is; more than 0 where a layer writes several classes.
         norm: whether it is a layer norm's weight.
         node: the layer or norm itself.
         source: the value that a reader reads; None for writers.
@@ -66,6 +76,7 @@ class Port:
     axis: int
     groups: int = 1
     repeat: int = 1
+    start: int = 0
     norm: bool = False
     node: fx.Node | None = None
     source: fx.Node | None = None
@@ -81,6 +92,7 @@ class Channels:
         readers: parameters that multiply them.
         values: the nodes that hold them.
         barrier: why they cannot be scaled; empty if they can.
+        parts: classes of some of the channels, where all that reads them takes such a part, by first and last + 1.
     """
 
     size: int
@@ -88,6 +100,7 @@ class Channels:
     readers: list[Port] = field(default_factory=list)
     values: list[fx.Node] = field(default_factory=list)
     barrier: str = ""
+    parts: dict[tuple[int, int], Channels] = field(default_factory=dict)
 
     @property
     def scalable(self) -> bool:
@@ -106,10 +119,10 @@ def find_channels(graph: fx.Graph) -> list[Channels]:
 
 @dataclass(frozen=True)
 class _Member:
-    """A value's place in a class: the axis of its channels and the entries that belong to each."""
+    """A value's place in a class: the axes that count its channels, the last one fastest, and the entries of each."""
 
     channels: Channels
-    axis: int
+    axes: tuple[int, ...]
     repeat: int = 1
 
 
@@ -130,12 +143,13 @@ class _Finder:
             op = describe(node)
             if op is not None:
                 self._visit(op)
-            elif node.op != "get_attr":
+            elif node.op != "get_attr" and node.target is not aten.sym_size.int:
                 for source in node.all_input_nodes:
-                    if node.target is not aten.sym_size.int:
-                        self._bar(source, f"is read by {node.name!r}, {_WHY}")
+                    self._bar(source, f"is read by {node.name!r}, {_WHY}")
         unique = {id(member.channels): member.channels for member in self.members.values()}
-        return [channels for channels in unique.values() if channels.writers]
+        for channels in unique.values():
+            _bar_parts(channels)
+        return [channels for channels in unique.values() if channels.writers and not channels.parts]
 
     def _visit(self, op: Operator) -> None:
         if op.weight is not None and self._layer(op):
@@ -143,7 +157,9 @@ class _Finder:
         if op.kind == "layer_norm":
             self._norm(op)
             return
-        member = self._carried(op)
+        if op.node.target in _SPLITS:
+            return  # what becomes of its pieces is told by each of them
+        member = self._item(op) if op.kind == "item" else self._carried(op)
         if member is not None:
             self.members[op.node] = member
             member.channels.values.append(op.node)
@@ -165,7 +181,7 @@ class _Finder:
         channels = Channels(size, [writer], [], [node])
         if self.reads[writer.weight] > 1 or (writer.bias is not None and self.reads[writer.bias] > 1):
             channels.barrier = f"{writer.name!r} shares its weight or bias with another layer"
-        self.members[node] = _Member(channels, axis)
+        self.members[node] = _Member(channels, (axis,))
 
     def _layer(self, op: Operator) -> bool:
         """A layer reads one class and writes another; False if its channels cannot be told."""
@@ -183,7 +199,7 @@ class _Finder:
         weight, bias = str(op.weight.target), None if op.bias is None else str(op.bias.target)
         member = self.members.get(source)
         if member is not None:
-            if member.axis != axis or source.meta["val"].dim() != rank:
+            if member.axes != (axis,) or source.meta["val"].dim() != rank:
                 self._bar(source, f"is read by {self._called(op)} along another axis")
             elif self.reads[weight] > 1:
                 self._bar(source, f"is read by {self._called(op)}, which shares its weight")
@@ -207,31 +223,53 @@ class _Finder:
 
     def _carried(self, op: Operator) -> _Member | None:
         """The place of an operator's result, if it carries its input's channels on; None if it does not."""
+        if op.kind in _WEIGHING:
+            return self._weighed(op)
+        if op.kind == "mul" and not constant_operands(op.node) and len(op.inputs) == 2:
+            return self._gated(op)
         sources = [self.members.get(source) for source in op.inputs]
         if not sources or sources[0] is None or not isinstance(op.node.meta["val"], torch.Tensor):
             return None
         first, shape = sources[0], op.node.meta["val"].shape
         if op.kind == "add" and not constant_operands(op.node):
             return self._sum(op, sources)
-        if op.kind == "mul" and not constant_operands(op.node) and len(sources) == 2:
-            return self._gated(op)
         if len(sources) != 1:
             return None
         before = op.inputs[0].meta["val"].shape
         if op.kind in ("reshape", "transpose", "slice"):
-            return _moved(op.node, first)
+            return self._moved(op.node, first)
         scaling = op.kind in ("mul", "div") and constant_operands(op.node) and op.node.args[0] is op.inputs[0]
         clipping = op.kind == "clip" and _only_at_zero(op.node)
         padding = op.kind == "pad" and _pads_zeros(op.node)
         if op.kind not in HOMOGENEOUS and not (scaling or clipping or padding):
             return None
-        kept = len(shape) == len(before) and shape[first.axis] == before[first.axis]
+        kept = len(shape) == len(before) and all(shape[axis] == before[axis] for axis in first.axes)
         return first if kept else None
+
+    def _weighed(self, op: Operator) -> _Member | None:
+        """The place of sums over values (..., values, channels): attention's, or of a product with weights."""
+        args: Any = op.node.args
+        result = op.node.meta["val"]
+        value = args[_WEIGHING[op.kind]]
+        member = self.members.get(value) if isinstance(value, fx.Node) else None
+        if member is None or args[:3].count(value) > 1:
+            return None
+        before, rank = value.meta["val"].shape, result.dim()
+        if (
+            len(before) != rank
+            or rank - 2 in member.axes
+            or any(result.shape[a] != before[a] for a in member.axes)
+        ):
+            return None
+        for factor in op.inputs:
+            if factor is not value:
+                self._bar(factor, f"is a factor of {self._called(op)}")
+        return None if member.channels.barrier else member
 
     def _sum(self, op: Operator, sources: list[_Member | None]) -> _Member | None:
         """A sum ties all of its terms' channels together."""
         shapes = {tuple(map(str, source.meta["val"].shape)) for source in op.inputs}
-        places = {(member.axis, member.repeat) for member in sources if member is not None}
+        places = {(member.axes, member.repeat) for member in sources if member is not None}
         known = [member for member in sources if member is not None]
         if len(known) < len(sources) or len(shapes) > 1 or len(places) > 1:
             return None
@@ -247,6 +285,9 @@ class _Finder:
             ours.extend(theirs)
         kept.values.extend(gone.values)
         kept.barrier = kept.barrier or gone.barrier
+        kept.parts |= gone.parts
+        if kept.parts and not kept.barrier:
+            kept.barrier = f"{kept.writers[0].name!r} is added to other channels, and cut into parts"
         for value, member in self.members.items():
             if member.channels is gone:
                 self.members[value] = replace(member, channels=kept)
@@ -261,6 +302,89 @@ class _Finder:
                 self._bar(gate, f"is a factor of {self._called(op)}")
                 return None if member.channels.barrier else member
         return None
+
+    def _moved(self, node: fx.Node, member: _Member) -> _Member | None:
+        """Where the channels lie after a reshape, transpose, slice or select; None if they are torn apart."""
+        arguments: list[Any] = list(node.args)
+        before, after = arguments[0].meta["val"].shape, node.meta["val"].shape
+        axes, rank = member.axes, len(before)
+        if node.target is aten.permute.default:
+            order = [d % rank for d in arguments[1]]
+            return replace(member, axes=tuple(order.index(axis) for axis in axes))
+        if node.target in (aten.transpose.int, aten.t.default):
+            a, b = (d % rank for d in (arguments[1:3] or (0, 1)))
+            return replace(member, axes=tuple({a: b, b: a}.get(axis, axis) for axis in axes))
+        if node.target in (aten.slice.Tensor, aten.select.int):
+            dim = arguments[1] % rank if len(arguments) > 1 else 0
+            if node.target is aten.select.int:
+                return self._picked(member, dim, arguments[2], before)
+            if dim not in axes:
+                return member
+            start, stop, step = slice(*arguments[2:]).indices(before[dim])
+            return self._cut(member, dim, start, stop, before) if step == 1 else None
+        if node.target is aten.unsqueeze.default:
+            place = arguments[1] % (rank + 1)
+            return replace(member, axes=tuple(axis + (axis >= place) for axis in axes))
+        return _reshaped(member, before, after)
+
+    def _item(self, op: Operator) -> _Member | None:
+        """The place of one of the pieces that a split makes."""
+        split: Any = op.node.args[0]
+        index: Any = op.node.args[1]
+        if split.target not in _SPLITS or (member := self.members.get(split.args[0])) is None:
+            return None
+        source, *arguments = split.args
+        before, pieces = source.meta["val"].shape, split.meta["val"]
+        if split.target is aten.unbind.int:
+            dim = arguments[0] if arguments else 0
+            member = self._picked(member, dim % len(before), index, before)
+        else:
+            dim = (arguments[1] if len(arguments) > 1 else 0) % len(before)
+            if dim in member.axes:
+                sizes = [piece.shape[dim] for piece in pieces]
+                start = sum(sizes[:index])
+                member = self._cut(member, dim, start, start + sizes[index], before)
+        if member is None:
+            self._bar(source, f"is torn apart by {self._called(op)}")
+        return member
+
+    def _picked(self, member: _Member, dim: int, index: int, shape: Sequence[Any]) -> _Member | None:
+        """The place of one entry along an axis, which is gone then."""
+        if dim in member.axes:
+            index %= shape[dim]
+            cut = self._cut(member, dim, index, index + 1, shape)
+            if cut is None or len(cut.axes) == 1:
+                return None
+            member = replace(cut, axes=tuple(axis for axis in cut.axes if axis != dim))
+        return replace(member, axes=tuple(axis - (axis > dim) for axis in member.axes))
+
+    def _cut(self, member: _Member, dim: int, start: int, stop: int, shape: Sequence[Any]) -> _Member | None:
+        """The place of entries ``start`` to ``stop`` of an axis: all channels, or a part that is a class by itself."""
+        if (start, stop) == (0, shape[dim]):
+            return member
+        if dim != member.axes[0] or member.repeat > 1:  # channels in between go elsewhere
+            return None
+        whole, inner = member.channels, member.channels.size // shape[dim]
+        first, end = start * inner, stop * inner
+        part = whole.parts.get((first, end))
+        if part is None:
+            writers = [replace(port, start=port.start + first) for port in whole.writers]
+            part = Channels(end - first, writers, [], [*whole.values], whole.barrier)
+            whole.parts[first, end] = part
+        return replace(member, channels=part)
+
+
+def _bar_parts(whole: Channels) -> None:
+    """Bar the parts of channels that something reads as a whole too, or that lie in two parts."""
+    ranges = sorted(whole.parts)
+    overlapping = any(a[1] > b[0] for a, b in pairwise(ranges))
+    name = whole.writers[0].name
+    why = whole.barrier or (
+        f"{name!r} is read in parts and as a whole" if whole.readers or overlapping else ""
+    )
+    for part in whole.parts.values():
+        part.barrier = part.barrier or why
+        _bar_parts(part)
 
 
 def _groups(op: Operator) -> int:
@@ -288,33 +412,39 @@ def _pads_zeros(node: fx.Node) -> bool:
     return value is None or isinstance(value, str) or (isinstance(value, (int, float)) and value == 0)
 
 
-def _moved(node: fx.Node, member: _Member) -> _Member | None:
-    """Where the channels lie after a reshape, transpose, slice or select; None if they are torn apart."""
-    arguments: list[Any] = list(node.args)
-    before, after = arguments[0].meta["val"].shape, node.meta["val"].shape
-    axis, rank = member.axis, len(before)
-    if node.target is aten.permute.default:
-        return replace(member, axis=[d % rank for d in arguments[1]].index(axis))
-    if node.target in (aten.transpose.int, aten.t.default):
-        a, b = (d % rank for d in (arguments[1:3] or (0, 1)))
-        return replace(member, axis={a: b, b: a}.get(axis, axis))
-    if node.target in (aten.slice.Tensor, aten.select.int):
-        cut = arguments[1] % rank if len(arguments) > 1 else 0
-        if cut == axis:
+def _reshaped(member: _Member, before: Sequence[Any], after: Sequence[Any]) -> _Member | None:
+    """Where channels lie in another shape: each run of neighbouring axes is one again, or flattened at the end."""
+    runs: list[list[int]] = []
+    for axis in member.axes:
+        if runs and axis == runs[-1][-1] + 1:
+            runs[-1].append(axis)
+        else:
+            runs.append([axis])
+    axes: list[int] = []
+    repeat = member.repeat
+    for run in runs:
+        count, behind = _count(before[run[0] : run[-1] + 1]), _count(before[run[-1] + 1 :])
+        if count is None or behind is None:
             return None
-        return replace(member, axis=axis - (node.target is aten.select.int and cut < axis))
-    inner = before[axis + 1 :]
-    if not all(isinstance(size, int) for size in inner):
-        return None
-    behind = prod(inner)
-    for place in range(len(after) - 1, -1, -1):
-        rest = after[place + 1 :]
-        if not all(isinstance(size, int) for size in rest):
+        if found := _run(after, count, behind):
+            axes += found
+        elif run is runs[-1] and (found := _run(after, count * behind, 1)) and len(found) == 1:
+            axes, repeat = [*axes, *found], repeat * behind
+        else:
             return None
-        if not isinstance(after[place], int):
-            return None
-        if after[place] == before[axis] and prod(rest) == behind:
-            return replace(member, axis=place)
-        if after[place] == before[axis] * behind and prod(rest) == 1:
-            return replace(member, axis=place, repeat=member.repeat * behind)
-    return None
+    return replace(member, axes=tuple(axes), repeat=repeat)
+
+
+def _run(shape: Sequence[Any], count: int, behind: int) -> list[int]:
+    """The neighbouring axes that have so many entries together, and so many behind them; none if there are no such."""
+    for last in reversed(range(len(shape))):
+        if _count(shape[last + 1 :]) == behind:
+            for first in range(last, -1, -1):
+                if _count(shape[first : last + 1]) == count:
+                    return [axis for axis in range(first, last + 1) if shape[axis] != 1] or [last]
+    return []
+
+
+def _count(sizes: Sequence[Any]) -> int | None:
+    """Entries of a shape; None where a size is not fixed."""
+    return prod(sizes) if all(isinstance(size, int) for size in sizes) else None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -41,7 +42,8 @@ def rows_of(weight: Tensor, port: Port, size: int) -> Tensor:
     if port.groups > 1:  # (groups * out, in, ...) -> (groups * in, out, ...)
         weight = weight.unflatten(0, (port.groups, -1)).transpose(1, 2).flatten(0, 1)
         return weight.reshape(size, -1)
-    return weight.movedim(port.axis, 0).reshape(size, -1)
+    entries = weight.narrow(port.axis, port.start, size * port.repeat)
+    return entries.movedim(port.axis, 0).reshape(size, -1)
 
 
 @torch.no_grad()
@@ -52,7 +54,8 @@ def scale_port(weight: Tensor, port: Port, factors: Tensor) -> None:
         parts = weight.unflatten(0, (port.groups, -1))  # (groups, out, in, ...), a view
         parts.mul_(factors.view(port.groups, 1, -1, *[1] * (weight.dim() - 2)))
     else:
-        weight.mul_(factors.view(-1, *[1] * (weight.dim() - 1 - port.axis)))
+        entries = weight.narrow(port.axis, port.start, len(factors))
+        entries.mul_(factors.view(-1, *[1] * (weight.dim() - 1 - port.axis)))
 
 
 @torch.no_grad()
@@ -62,9 +65,9 @@ def scale(model: QuantizedModel, channels: Channels, factors: Tensor) -> None:
     for port in channels.writers:
         scale_port(model.weight(port.weight).data, port, 1 / factors)
         if port.bias is not None:
-            model.weight(port.bias).data.div_(factors)
+            scale_port(model.weight(port.bias).data, replace(port, axis=0), 1 / factors)
         if port.name in shifts:
-            shifts[port.name].shift.div_(factors)
+            scale_port(shifts[port.name].shift, replace(port, axis=0), 1 / factors)
     for port in channels.readers:
         scale_port(model.weight(port.weight).data, port, factors)
 
@@ -234,5 +237,6 @@ def _reach(model: QuantizedModel, ports: list[Port], size: int) -> Tensor:
         rows = rows_of(model.weight(port.weight).detach(), port, size).double().abs().cpu()
         reach = torch.maximum(reach, rows.amax(1))
         if port.bias is not None:
-            reach = torch.maximum(reach, model.weight(port.bias).detach().double().abs().cpu())
+            bias = model.weight(port.bias).detach().narrow(0, port.start, size)
+            reach = torch.maximum(reach, bias.double().abs().cpu())
     return reach
