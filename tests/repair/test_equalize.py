@@ -121,7 +121,7 @@ LEFT = {
         lambda m, x: m.c((y := F.relu(m.a(x)))[:, :2]) + m.b(y),
         r"'a' is read in parts and as a whole",
     ),
-    "every other channel": (lambda m, x: m.b(F.gelu(m.c(m.a(x)[:, ::2]))), r"'a' is read by slice"),
+    "every other channel": (lambda m, x: m.b(F.gelu(m.c(m.a(x)[:, ::2]))), r"'slice' is read by slice"),
     "queries": (
         lambda m, x: m.b(F.scaled_dot_product_attention(m.a(x), x, x)),
         r"'a' is read by attention",
