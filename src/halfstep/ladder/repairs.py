@@ -162,7 +162,7 @@ def repair(
     Args:
         model: calibrated; left with what was kept, quantizing.
         passes: what to try, in order.
-        batches: model inputs; the sample that :func:`~halfstep.observe` kept if None.
+        batches: model inputs; all that :func:`~halfstep.observe` kept if None, without ``further`` if that is given.
         metric: has the last word: where it falls, everything is put back. None for none.
         budget: seconds after which repairs end, within a layer's time: what was done of one by then is measured and
             kept or put back like the others; None for no bound.
@@ -179,7 +179,7 @@ def repair(
     if budget is not None and not (math.isfinite(budget) and budget > 0):
         raise ArgumentError(f"budget: got {budget}, needed seconds above 0, or None for no bound")
     start = time.perf_counter()
-    examples = sample_of(model, batches)
+    examples = sample_of(model, batches, many=not further)
     fitted, held = halves(model, examples)
     learned = [*fitted, *further]
     model.set_mode(Mode.QUANTIZE)
