@@ -65,11 +65,13 @@ def partly(model: SentenceEncoder, batches: Batches, field: str) -> QuantizedMod
     return q
 
 
-def migrated(model: SentenceEncoder, batches: Batches, floating: bool = False) -> QuantizedModel:
-    """Channels of the layer norms evened out, then ranges at run time; the six layers in float or not."""
+def migrated(
+    model: SentenceEncoder, batches: Batches, layers: tuple[str, ...] = (), floating: bool = False
+) -> QuantizedModel:
+    """Channels of layer norms and values evened out; then ranges at run time in some layers, the six perhaps in float."""
     q = static(model, batches)
     hs.migrate(q)
-    q.dynamic_layers = ["*"]
+    q.dynamic_layers = layers
     q.float_layers = [BEHIND_GELU] if floating else []
     hs.calibrate(q, hs.MSE())
     return q
@@ -89,8 +91,9 @@ CANDIDATES: dict[str, Callable[[SentenceEncoder, Batches], QuantizedModel]] = {
     "static, 6 layers float": lambda m, b: partly(m, b, "float_layers"),
     "dynamic": dynamic,
     "dynamic, 6 layers float": but_six,
-    "migrated, dynamic": migrated,
-    "migrated, dynamic, 6 layers float": lambda m, b: migrated(m, b, floating=True),
+    "migrated": migrated,
+    "migrated, 6 layers float": lambda m, b: migrated(m, b, floating=True),
+    "migrated, dynamic": lambda m, b: migrated(m, b, ("*",)),
     "dynamic, W4": lambda m, b: dynamic(m, b, hs.Recipe.dynamic(4)),
     "dynamic, groups of 32": lambda m, b: dynamic(m, b, hs.Recipe.dynamic(8, 32)),
     "dynamic, W4 in groups of 32": lambda m, b: dynamic(m, b, hs.Recipe.dynamic(4, 32)),
