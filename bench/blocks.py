@@ -6,8 +6,8 @@ python -m bench.blocks --qat                                a training epoch on 
 python -m bench.blocks                                      every network and setting
 
 1,024 calibration images are observed, ranges are MSE's, first and last layers have 8 bits. The quick repairs are fitted
-on half of them and judged on the other half, reconstruction learns on all. All 10,000 test images are scored; KL is the divergence
-from the float network's answers on them, in nats, which tells more than the accuracy, whose standard error is 0.3.
+on half of them and judged on the other half, reconstruction learns on all. All 10,000 test images are scored; KL is the
+divergence from the float network's answers on them, in nats, which tells more than the accuracy, whose error is 0.3.
 Seconds are those of the processor, its cores added up, for the repair alone; two quiet cores take half as many. Seeds
 of networks: --seeds.
 """

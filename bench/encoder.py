@@ -68,7 +68,7 @@ def partly(model: SentenceEncoder, batches: Batches, field: str) -> QuantizedMod
 def migrated(
     model: SentenceEncoder, batches: Batches, layers: tuple[str, ...] = (), floating: bool = False
 ) -> QuantizedModel:
-    """Channels of layer norms and values evened out; then ranges at run time in some layers, the six perhaps in float."""
+    """Channels of layer norms and values evened out; then ranges at run time in some layers, perhaps six in float."""
     q = static(model, batches)
     hs.migrate(q)
     q.dynamic_layers = layers
