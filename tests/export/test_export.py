@@ -149,6 +149,48 @@ def test_linear_on_sequences_multiplies_integers(tmp_path):
     assert "has no integer kernel on onnxruntime" in reasons["gelu"]
 
 
+class Rectified(nn.Module):
+    """A product without a bias, rectified, and nothing integer behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.norm = nn.Linear(16, 32, bias=False), nn.LayerNorm(32)
+
+    def forward(self, x):
+        return self.norm(F.relu(self.up(x)))
+
+
+def test_a_product_in_front_of_a_relu_that_stays_float_multiplies_integers(tmp_path):
+    x = torch.randn(4, 7, 16)
+    q = quantized(Rectified(), x)
+    kernels = inspect_kernels(hs.export_onnx(q, tmp_path / "rectified.onnx"))
+    assert kernels.counts["MatMulIntegerToFloat"] == 1
+    assert kernels.floating == ()
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x, mask):
+        query, key, value = self.qkv(x).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        return self.out(
+            F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
+        )
+
+
+def test_a_query_whose_mask_leaves_nothing_answers_as_in_torch(tmp_path):
+    x, mask = torch.randn(4, 6, 16), torch.rand(4, 1, 6, 6) > 0.5
+    mask[0, 0, 1] = mask[2] = False
+    q = quantized(Masked(), (x, mask))
+    path = hs.export_onnx(q, tmp_path / "masked.onnx")
+    assert compare(q, DeployedModel(path), [(x, mask)]).sqnr > 100
+    assert torch.allclose(
+        DeployedModel(hs.export_float(q, tmp_path / "float.onnx"))(x, mask), q.captured(x, mask), atol=1e-5
+    )
+
+
 def test_a_channel_that_batch_norm_switched_off_does_not_overflow_its_bias(tmp_path):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     model[1].weight.data[1] = 1e-12

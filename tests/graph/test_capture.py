@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune, spectral_norm
 
 import halfstep as hs
-from halfstep.errors import CaptureError, DataError
+from halfstep.errors import ArgumentError, CaptureError, DataError
 from halfstep.graph.capture import capture, relative_error
 
 
@@ -72,6 +73,55 @@ def test_the_users_model_is_left_untouched():
     assert model.training
     assert model.dropout.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Normalising(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        x -= 0.5
+        return self.fc(x.mul_(2.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_inputs_that_the_model_writes_into_stay_as_they_are(dtype):
+    model, x = Normalising().eval().to(dtype), torch.randn(3, 4, dtype=dtype)
+    before = x.clone()
+    captured = capture(model, x)
+    theirs = captured.handed_over or model
+    for network in (captured, captured.handed_over or captured):
+        assert torch.equal(network(x), network(x))
+        assert torch.equal(x, before)
+    assert relative_error(captured(x), theirs(x.clone()).float()) < 1e-2
+
+
+def pruned():
+    layer = nn.Linear(4, 4)
+    return prune.l1_unstructured(layer, "weight", 0.5)
+
+
+@pytest.mark.parametrize(
+    "layer", [pruned, lambda: spectral_norm(nn.Linear(4, 4))], ids=["pruned", "spectral"]
+)
+def test_weights_that_are_computed_at_each_call_are_captured(layer):
+    model, x = nn.Sequential(layer(), nn.ReLU(), nn.Linear(4, 2)).eval(), torch.randn(3, 4)
+    wanted = model(x)
+    assert model[0].weight.grad_fn is not None  # torch copies no tensor with a history
+    captured = capture(model, x)
+    assert relative_error(captured(x), wanted) < 1e-6
+    assert model[0].weight.grad_fn is not None
+
+
+def test_what_is_no_float_network_in_python_is_refused():
+    x, network = torch.randn(3, 4), nn.Sequential(nn.Linear(4, 4)).eval()
+    with pytest.warns(), pytest.raises(CaptureError, match=r"is TorchScript, .*hand over the module"):
+        capture(torch.jit.trace(network, x), x)
+    with pytest.warns(), pytest.raises(CaptureError, match=r"is quantized already: '0' is a .*dynamic"):
+        capture(torch.ao.quantization.quantize_dynamic(network, {nn.Linear}), x)
+    with pytest.raises(ArgumentError, match=r"is a QuantizedModel already; .*the float model"):
+        hs.prepare(hs.prepare(network, x), x)
 
 
 def test_parameters_keep_their_names():

@@ -229,13 +229,15 @@ def absorb_clips(graph: ir.Graph) -> None:
 
 
 def detach_clips(graph: ir.Graph) -> None:
-    """A Relu or Clip behind a quantized Gemm that no QuantizeLinear absorbed becomes a Max and a Min.
+    """A Relu or Clip behind a quantized Gemm or MatMul that no QuantizeLinear absorbed becomes a Max and a Min.
 
     ONNX Runtime takes a Relu into the Gemm before it looks for integer kernels, and waits for a QuantizeLinear behind a
-    Clip: the Gemm in front of either would stay float.
+    Clip, behind a MatMul also behind a Relu: what is in front of either would stay float.
     """
     for node in list(graph):
-        if node.op_type != "Gemm" or any(scale_of(value) is None for value in node.inputs[:2]):
+        if node.op_type not in ("Gemm", "MatMul") or any(
+            scale_of(value) is None for value in node.inputs[:2]
+        ):
             continue
         for clip, _ in list(node.outputs[0].uses()):
             bounds = _clip_bounds(clip)

@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
@@ -148,12 +149,40 @@ def _translated(model: QuantizedModel, corrected: bool) -> torch.onnx.ONNXProgra
         with quiet(), recurrences_whole():
             module.cpu()
             program = to_onnx(program_of(module), OPSET, {torch.ops.halfstep.site.default: _marker()})
+            _mask_wholly(program.model.graph)
     except Exception as error:
         raise ExportError(f"torch cannot translate the network to ONNX: {_cause(error, model)}") from error
     finally:
         module.to(device)
     _known[model] = key, program
     return program
+
+
+def _mask_wholly(graph: ir.Graph) -> None:
+    """Let attention answer 0 to a query whose mask leaves it nothing to look at, as torch's does.
+
+    To that end torch's translation replaces NaN behind the softmax by 0; but it masks with the least finite number, and
+    the softmax of nothing else is no NaN but the mean over all keys. Here it masks with minus infinity.
+    """
+    for node in graph:
+        softmax = _made_by(node, 0, "Softmax") if node.op_type == "IsNaN" else None
+        scores = None if softmax is None else _made_by(softmax, 0, "Add")
+        mask = None if scores is None else _made_by(scores, 1, "Where")
+        least = None if mask is None else ir.convenience.get_const_tensor(mask.inputs[2])
+        if mask is None or least is None or least.size != 1:
+            continue
+        array = least.numpy()
+        if array.item() == np.finfo(array.dtype).min:
+            tensor = ir.tensor(np.full_like(array, -np.inf), name=f"{mask.name}_masked")
+            mask.replace_input_with(2, ir.val(tensor.name, const_value=tensor))
+            graph.register_initializer(mask.inputs[2])
+
+
+def _made_by(node: ir.Node, index: int, op_type: str) -> ir.Node | None:
+    """What made an input of a node, if that is an operator of this type."""
+    value = node.inputs[index]
+    maker = None if value is None else value.producer()
+    return maker if maker is not None and maker.op_type == op_type else None
 
 
 def _name(graph: ir.Graph, inputs: Sequence[str], outputs: Sequence[str]) -> None:

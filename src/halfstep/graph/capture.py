@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -215,15 +216,9 @@ def capture(
             precision that it has or traced (the message names the module and line at fault), keeps state between
             calls, or answers differently from its own graph.
     """
+    _check_kind(model)
     check_parameters(model)
-    try:
-        own = model.eval() if taken_over else copy.deepcopy(model).eval()
-    except Exception as error:
-        raise CaptureError(
-            f"model {type(model).__name__} cannot be copied with copy.deepcopy: {error}; detach stored tensors and "
-            "drop hooks or handles that cannot be copied"
-        ) from error
-
+    own = (model if taken_over else copied(model)).eval()
     args, kwargs = call_arguments(example_inputs)
     flat, in_spec = pytree.tree_flatten((args, kwargs))
     given = named(dynamic, input_names(own, args, kwargs), flat, in_spec)
@@ -282,6 +277,43 @@ def capture(
     if handed_over is not None:
         captured.notes = (_said_of(handed_over, captured),)
     return captured
+
+
+def _check_kind(model: nn.Module) -> None:
+    """Raise for modules that are no float network written in Python."""
+    name = type(model).__name__
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError(
+            f"model {name} is TorchScript, which torch.export does not trace; hand over the module that it was made "
+            "from, or the path of an ONNX file, which torch.onnx.export(model, ..., dynamo=False) writes"
+        )
+    for path, module in model.named_modules():
+        if re.match(r"torch\.ao\.nn\.(\w+\.)*quantized\.", f"{type(module).__module__}."):
+            raise CaptureError(
+                f"model {name} is quantized already: {path!r} is a {type(module).__module__}.{type(module).__name__}; "
+                "hand over the float model that it was made from"
+            )
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A copy of a module that shares nothing with it.
+
+    Tensors that a module computed and keeps, as the weights of :mod:`torch.nn.utils.prune` and of the older
+    ``weight_norm`` and ``spectral_norm``, which are made anew at each call, are copied without the history of their
+    gradients, with which torch refuses to.
+
+    Raises:
+        CaptureError: if it cannot be copied, with the reason.
+    """
+    kept = (value for module in model.modules() for value in (*vars(module).values(), *module.buffers(False)))
+    computed = [value for value in kept if isinstance(value, torch.Tensor) and not value.is_leaf]
+    try:
+        return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
+    except Exception as error:
+        raise CaptureError(
+            f"model {type(model).__name__} cannot be copied with copy.deepcopy: {error}; detach stored tensors and "
+            "drop hooks or handles that cannot be copied"
+        ) from error
 
 
 def _said_of(handed_over: HandedOver, captured: Captured) -> str:
@@ -356,7 +388,9 @@ def _check_shorter(captured: Captured, model: nn.Module) -> None:
 
 
 def _answers(model: Any, leaves: Sequence[Any], spec: pytree.TreeSpec) -> list[torch.Tensor]:
-    args, kwargs = pytree.tree_unflatten(leaves, spec)
+    """What a model answers to inputs, which stay as they are even where it writes into its own."""
+    own = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+    args, kwargs = pytree.tree_unflatten(own, spec)
     with torch.no_grad():
         return _float_outputs(model(*args, **kwargs))
 

@@ -73,7 +73,8 @@ def model_in_float32(model: nn.Module, types: Collection[torch.dtype]) -> nn.Mod
 class HandedOver(nn.Module):
     """A user's model as it was handed over: what the scores of its quantized version are compared with.
 
-    Floating-point inputs are cast to what it takes; outputs come in the types that it gives them.
+    Floating-point inputs are cast to what it takes, copies where they have that type already, since it may write into
+    them; outputs come in the types that it gives them.
 
     Args:
         model: in evaluation mode.
@@ -97,7 +98,7 @@ class HandedOver(nn.Module):
 
         def cast(path: pytree.KeyPath, value: Any) -> Any:
             known = isinstance(value, Tensor) and value.is_floating_point()
-            return value.to(self._wanted.get(path, value.dtype)) if known else value
+            return value.to(self._wanted.get(path, value.dtype), copy=True) if known else value
 
         args, kwargs = move(pytree.tree_map_with_path(cast, (args, kwargs)), self.device)
         return self.model(*args, **kwargs)

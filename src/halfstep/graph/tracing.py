@@ -195,7 +195,8 @@ class Rooted(nn.Module):
 def unrooted(traced: fx.Graph, module: nn.Module) -> tuple[fx.Graph, nn.Module, dict[int, Any]]:
     """What was traced from a :class:`Rooted`, with names of tensors and module paths that are the network's own.
 
-    Nodes are named anew, by what they call and in their order: torch numbers them by what it had tried meanwhile.
+    Nodes are named anew, by what they call and in their order: torch numbers them by what it had tried meanwhile. What
+    the network's code writes into its inputs the graph computes, but the inputs stay as they are.
 
     Args:
         traced: the graph.
@@ -212,6 +213,8 @@ def unrooted(traced: fx.Graph, module: nn.Module) -> tuple[fx.Graph, nn.Module, 
         if node.op == "output":
             fixed = {place: x for place, x in enumerate(node.args[0]) if not isinstance(x, fx.Node)}
             graph.output(tuple(copies[x] for x in node.args[0] if isinstance(x, fx.Node)))
+        elif node.target is torch.ops.aten.copy_.default and node.args[0].op == "placeholder":
+            continue
         elif node.op == "get_attr":
             target = str(node.target)
             name = target.removeprefix(PREFIX)  # constants of the code lie beside the network

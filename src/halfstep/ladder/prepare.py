@@ -90,7 +90,7 @@ def prepare(
             ``autocast`` is another type; or ``weights`` do not fit, or are missing for a module without memory.
     """
     check_observed_in(autocast)
-    _check_weights(model, weights)
+    _check_model(model, weights)
     found = find_target(target)
     settled = settle(recipe or Recipe.int8(), found)
     if isinstance(model, Mapping):
@@ -124,8 +124,13 @@ def prepare(
     return prepared
 
 
-def _check_weights(model: object, weights: object) -> None:
-    """Raise where a module is without its tensors, or files are given to what holds its own."""
+def _check_model(model: object, weights: object) -> None:
+    """Raise for what is quantized already, a module without its tensors, or files given to what holds its own."""
+    if isinstance(model, QuantizedModel):
+        raise ArgumentError(
+            "model is a QuantizedModel already; set its float_layers or calibrate it as it is, or hand over the float "
+            "model that it was made from"
+        )
     if weights is not None and not isinstance(model, nn.Module):
         raise ArgumentError(
             f"weights: got files beside {'several modules' if isinstance(model, Mapping) else 'an ONNX file'}, needed "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import types
 from collections.abc import Callable, Mapping
@@ -12,7 +11,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from halfstep.errors import CaptureError, TrainingError
-from halfstep.graph.capture import Captured, capture
+from halfstep.graph.capture import Captured, capture, copied
 from halfstep.graph.fold import decompose, fold, overwrite
 from halfstep.graph.inputs import ModelInputs, call_arguments, move
 from halfstep.graph.operators import Operator, describe, readable_names
@@ -57,7 +56,7 @@ def _traced(model: QuantizedModel, forward: Forward) -> Captured:
         raise TrainingError(
             "Training: forward needs the module that the model was made from; use hs.prepare(module, ...)"
         )
-    twin = copy.deepcopy(source).eval()
+    twin = copied(source).eval()
     if isinstance(forward, str):
         method = getattr(twin, forward, None)
         if not callable(method):
