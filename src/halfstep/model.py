@@ -347,9 +347,11 @@ class QuantizedModel(LayerLists, nn.Module):
             flat, spec = pytree.tree_flatten((args, ordered))
             if spec == self.captured.in_spec:
                 return flat
+        labels = len(args) > len(example_args) and not kwargs
         raise DataError(
             f"model inputs: got {len(args)} positional and keywords {sorted(kwargs)}, needed {len(example_args)} "
             f"positional and keywords {sorted(example_kwargs)}, as in example_inputs"
+            + ("; where labels are among them, leave these out: [inputs for inputs, _ in batches]" * labels)
         )
 
     # what is kept of it

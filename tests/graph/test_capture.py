@@ -154,6 +154,18 @@ def test_parameters_that_are_not_finite_are_named():
         capture(model, torch.randn(2, 4))
 
 
+def test_averages_that_are_no_numbers_are_named():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    model[1].running_var[2] = float("nan")
+    with pytest.raises(CaptureError, match=r"buffer '1.running_var': 1 of 4 values are NaN"):
+        capture(model, torch.randn(3, 4))
+
+
+def test_inputs_that_the_model_itself_does_not_take_are_told_from_what_cannot_be_traced():
+    with pytest.raises(CaptureError, match=r"the model itself fails on example_inputs: give what model\("):
+        capture(nn.Linear(4, 4), torch.randn(3, 5))
+
+
 def test_a_fixed_batch_size_is_explained():
     class Fixed(nn.Module):
         def forward(self, x):

@@ -9,7 +9,7 @@ from torch import nn
 import halfstep as hs
 from halfstep.calibration import calibrate
 from halfstep.demo import load_digits, train_digits
-from halfstep.errors import ArgumentError, DataError, MetricError, RunError
+from halfstep.errors import ArgumentError, CaptureError, DataError, MetricError, RunError
 from halfstep.runtime.deployed import DeployedModel
 
 
@@ -141,6 +141,10 @@ def small(calibration=GOOD, metric=None, **options):
         ),
         ([3], r"calibration batch 0: model inputs: got int, needed a tensor"),
         ([(torch.randn(8, 4), torch.randn(8, 4))], r"calibration batch 0: model inputs: got 2 positional"),
+        (
+            [(torch.randn(8, 4), torch.zeros(8))],
+            r"where labels are among them, leave these out: \[inputs for",
+        ),
     ],
 )
 def test_calibration_data_that_cannot_be_used(calibration, message):
@@ -175,6 +179,28 @@ def test_other_arguments_that_cannot_be():
         small(target="tpu")
     with pytest.raises(ArgumentError, match=r"max_drop: got -1"):
         small(max_drop=-1)
+    with pytest.raises(ArgumentError, match=r"max_drop: got '1%', needed a number, such as 0.01"):
+        small(max_drop="1%")
+    with pytest.raises(ArgumentError, match=r"floor of 'sure': got None, needed a number"):
+        small(floor={"sure": None})
+    with pytest.raises(ArgumentError, match=r"recipe: got 'int8', needed a Recipe, such as hs.Recipe.int8"):
+        small(recipe="int8")
+    for model, got in ((None, "NoneType"), (nn.Linear, "Linear"), (len, "builtin_function_or_method")):
+        with pytest.raises(ArgumentError, match=f"model: got {got}, needed a torch.nn.Module, the path"):
+            hs.quantize(model, torch.randn(2, 4), GOOD, hs.Accuracy(LABELLED), directory="unused")
+
+
+def test_a_name_is_one_rung_and_not_its_letters():
+    with pytest.raises(ArgumentError, match=r"rungs: got 'partial', needed 'ptq' first"):
+        small(rungs="partial")
+
+
+def test_what_has_nothing_to_quantize_is_told_what_there_is():
+    recurrent = nn.GRU(4, 3, batch_first=True)
+    with pytest.raises(CaptureError, match=r"nothing of the network is to be quantized: '.*' .*onnxruntime"):
+        hs.quantize(
+            recurrent, torch.randn(2, 5, 4), [torch.randn(8, 5, 4)], hs.Cosine([torch.randn(8, 5, 4)])
+        )
 
 
 def test_a_directory_that_cannot_be_written_is_found_before_any_work(tmp_path):

@@ -34,6 +34,8 @@ aten = torch.ops.aten
 NARROW = 21
 #: The version of the file format that has them.
 NARROW_FORMAT = 10
+#: The format from which on stored tensors need not be inputs too, whose values a caller might replace.
+OWN_VALUES_FORMAT = 4
 #: Activations, which make of a tensor one of the same shape.
 _SAME_SHAPE = frozenset({"Relu", "Clip", "LeakyRelu", "Sigmoid", "HardSigmoid", "Tanh"})
 #: Types in ONNX's words.
@@ -101,7 +103,10 @@ class Original:
         return self.onnx
 
     def finish(self) -> None:
-        """Give the nodes their own names back, after the lowering, and drop what nothing reads any more."""
+        """Give the nodes their own names back, after the lowering, and drop what nothing reads any more.
+
+        Those without one keep what they are read as: by it the runtime's kernels are known as theirs.
+        """
         for node, name in self.renamed.items():
             node.name = name
         self._ask_codes_for_shapes()
@@ -148,14 +153,15 @@ class Original:
         if narrow and max((e.version for e in message.opset_import if not e.domain), default=1) < NARROW:
             message = convert(message, source.path, source.opset)
         self.onnx = graph_of(message, source.path)
-        if narrow:
-            self.onnx.ir_version = max(self.onnx.ir_version, NARROW_FORMAT)
+        self.onnx.ir_version = max(self.onnx.ir_version, NARROW_FORMAT if narrow else OWN_VALUES_FORMAT)
         self.graph = self.onnx.graph
+        self.graph.inputs[:] = [value for value in self.graph.inputs if not value.is_initializer()]
         self.renamed = {node: node.name for node in self.graph}
         self.calls = Calls(self.onnx, message)
         self.written: dict[tuple[str, bool], ir.Value] = {}
         self.nodes = self._find_nodes(source.nodes)
         for name, node in self.nodes.items():  # as in traced graphs, while it is lowered
+            self.renamed[node] = self.renamed[node] or name
             node.name = f"{name}/{node.op_type}"
         self.step_of = {node: step for node in self.fx_nodes if (step := self.origin.step(node)) is not None}
         self.pieces: dict[fx.Node, tuple[ir.Node, ...]] = {}

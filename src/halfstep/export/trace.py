@@ -168,14 +168,16 @@ def _mask_wholly(graph: ir.Graph) -> None:
         softmax = _made_by(node, 0, "Softmax") if node.op_type == "IsNaN" else None
         scores = None if softmax is None else _made_by(softmax, 0, "Add")
         mask = None if scores is None else _made_by(scores, 1, "Where")
-        least = None if mask is None else ir.convenience.get_const_tensor(mask.inputs[2])
+        value = None if mask is None else mask.inputs[2]
+        least = None if value is None else ir.convenience.get_const_tensor(value)
         if mask is None or least is None or least.size != 1:
             continue
         array = least.numpy()
         if array.item() == np.finfo(array.dtype).min:
             tensor = ir.tensor(np.full_like(array, -np.inf), name=f"{mask.name}_masked")
-            mask.replace_input_with(2, ir.val(tensor.name, const_value=tensor))
-            graph.register_initializer(mask.inputs[2])
+            masked = ir.val(tensor.name, const_value=tensor)
+            graph.register_initializer(masked)
+            mask.replace_input_with(2, masked)
 
 
 def _made_by(node: ir.Node, index: int, op_type: str) -> ir.Node | None:

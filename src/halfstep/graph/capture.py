@@ -453,7 +453,7 @@ def _float_outputs(outputs: Any) -> list[torch.Tensor]:
 
 
 def check_parameters(model: nn.Module) -> None:
-    """See that every parameter is finite and, of floats, float32.
+    """See that every parameter is finite, and what norms have averaged is a number.
 
     Raises:
         CaptureError: naming the first that is not.
@@ -464,4 +464,10 @@ def check_parameters(model: nn.Module) -> None:
             raise CaptureError(
                 f"parameter {name!r}: {bad} of {tensor.numel()} values are NaN or infinite; load a checkpoint whose "
                 "weights are finite"
+            )
+    for name, buffer in model.named_buffers():
+        if name.rpartition(".")[2] in ("running_mean", "running_var") and buffer.isnan().any():
+            raise CaptureError(
+                f"buffer {name!r}: {int(buffer.isnan().sum())} of {buffer.numel()} values are NaN, as NaN in the "
+                "training data leave them; load a checkpoint from before, or pass clean data in train mode"
             )

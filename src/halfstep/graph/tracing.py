@@ -97,7 +97,8 @@ def export_program(
             str(error),
         )
         if fixed is None:
-            raise CaptureError(explain(model, error, leaves, types)) from error
+            runs = _runs(model, args, kwargs)
+            raise CaptureError(explain(model, error, leaves, types, runs)) from error
         name, dimension, number = fixed.groups()
         place = fixed_at(trace, model, int(number))
         what = (
@@ -354,8 +355,23 @@ def _places(model: nn.Module, frames: Iterable[tuple[FrameType, int]]) -> list[s
     return found
 
 
+def _runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a model takes inputs at all."""
+    args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    except Exception:
+        return False
+    return True
+
+
 def explain(
-    model: nn.Module, error: Exception, inputs: Sequence[Any], converted: Sequence[torch.dtype] = ()
+    model: nn.Module,
+    error: Exception,
+    inputs: Sequence[Any],
+    converted: Sequence[torch.dtype] = (),
+    runs: bool = True,
 ) -> str:
     """Which module and line stopped the tracing, in one sentence, and what to try.
 
@@ -364,6 +380,7 @@ def explain(
         error: that ended it.
         inputs: that it was traced with.
         converted: the types that were converted to float32 before.
+        runs: whether the model takes these inputs where it is not traced.
     """
     kind = type(error).__name__
     odd = [x.dtype for x in inputs if isinstance(x, torch.Tensor) and x.is_floating_point()]
@@ -375,6 +392,10 @@ def explain(
         )
     elif odd and "dtype" in str(error):
         advice = f"example_inputs hold a {odd[0]}, the model's parameters are torch.float32: convert it with x.float()"
+    elif not runs:
+        advice = (
+            "the model itself fails on example_inputs: give what model(...) takes, in its sizes and types"
+        )
     elif "DataDependent" in kind or "data-dependent" in str(error):
         advice = (
             "the path taken depends on the values of a tensor, which a fixed graph cannot express: replace the "

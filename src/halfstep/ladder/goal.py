@@ -51,7 +51,10 @@ class GoalSpec:
     def __post_init__(self) -> None:
         names = {name for asked in self._given().values() if isinstance(asked, Mapping) for name in asked}
         for name in ("", *names):
-            self._target(name)
+            target, asked = self._target(name)
+            if isinstance(asked, str) or not hasattr(asked, "__float__"):
+                of = f" of {name!r}" if name else ""
+                raise ArgumentError(f"{target}{of}: got {asked!r}, needed a number, such as 0.01")
 
     def check(self, scorer: Scorer) -> None:
         """See that every name is a metric's, and that a metric with bounds can miss what is asked of it.

@@ -90,7 +90,7 @@ def prepare(
             ``autocast`` is another type; or ``weights`` do not fit, or are missing for a module without memory.
     """
     check_observed_in(autocast)
-    _check_model(model, weights)
+    check_model(model, weights)
     found = find_target(target)
     settled = settle(recipe or Recipe.int8(), found)
     if isinstance(model, Mapping):
@@ -124,8 +124,13 @@ def prepare(
     return prepared
 
 
-def _check_model(model: object, weights: object) -> None:
-    """Raise for what is quantized already, a module without its tensors, or files given to what holds its own."""
+def check_model(model: object, weights: object = None) -> None:
+    """Raise for what is no model, or quantized already, or has no tensors, or is given files beside its own."""
+    if not isinstance(model, (nn.Module, str, Path, Mapping)):
+        raise ArgumentError(
+            f"model: got {model.__name__ if isinstance(model, type) else type(model).__name__}, needed a "
+            "torch.nn.Module, the path of an ONNX file, or a dict of them"
+        )
     if isinstance(model, QuantizedModel):
         raise ArgumentError(
             "model is a QuantizedModel already; set its float_layers or calibrate it as it is, or hand over the float "
@@ -166,7 +171,13 @@ PORTABLE = "portable"
 
 
 def settle(recipe: Recipe, target: Target, entries: Iterable[Entry] = ()) -> Recipe:
-    """The recipe with ``portable`` said: as the run with these entries has it, else as this processor needs it."""
+    """The recipe with ``portable`` said: as the run with these entries has it, else as this processor needs it.
+
+    Raises:
+        ArgumentError: for what is no recipe.
+    """
+    if not isinstance(recipe, Recipe):
+        raise ArgumentError(f"recipe: got {recipe!r}, needed a Recipe, such as hs.Recipe.int8()")
     if recipe.portable is not None:
         return recipe
     known = [entry.data["portable"] for entry in entries if entry.kind == PORTABLE]

@@ -32,7 +32,7 @@ from halfstep.ladder.identity import claim_run
 from halfstep.ladder.outcome import Outcome
 from halfstep.ladder.pace import CHECKED, FLOAT, UNCHECKED, Exports, Pace, check_latency
 from halfstep.ladder.partial import Partial
-from halfstep.ladder.prepare import PORTABLE, prepare, settle
+from halfstep.ladder.prepare import PORTABLE, check_model, prepare, settle
 from halfstep.ladder.qat import QAT
 from halfstep.ladder.ranks import agree, follow
 from halfstep.ladder.rung import Rung
@@ -68,7 +68,7 @@ def quantize(
     floor: Asked = None,
     confidence: float = 0.95,
     strict: bool = False,
-    rungs: Iterable[str | Rung] = tuple(RUNGS),
+    rungs: str | Rung | Iterable[str | Rung] = tuple(RUNGS),
     budget: Budget | None = None,
     partial: Partial | None = None,
     max_float: float | None = None,
@@ -127,8 +127,9 @@ def quantize(
             :class:`.Goal`; docs/confidence.md says how many examples that takes. Not strict, nothing of the kind is
             promised: of many candidates the first that passes is likely to be worse than it looks.
         rungs: which to climb, from the bottom up: ``"ptq"``, ``"partial"``, ``"qat"``, or with options
-            :class:`PTQ`, :class:`Partial`, :class:`QAT`, or a :class:`Rung` of your own; PTQ always. ``"mixed_bits"``
-            (:class:`MixedBits`) among them is climbed from what meets the target, and makes it cheaper.
+            :class:`PTQ`, :class:`Partial`, :class:`QAT`, or a :class:`Rung` of your own; PTQ always; one may be given
+            alone. ``"mixed_bits"`` (:class:`MixedBits`) among them is climbed from what meets the target, and makes it
+            cheaper.
         budget: what the search may cost; None for no bound.
         partial: how to look for layers to put back to float; short for ``Partial(...)`` among the rungs.
         max_float: short for ``Partial(max_float=...)``: the share of layers that partial quantization may leave in
@@ -156,7 +157,9 @@ def quantize(
     started = time.perf_counter()
     if training is not None:
         check_training(training)
-    ladder = find_rungs(tuple(rungs), training, partial, max_float)
+    check_model(model)
+    asked = (rungs,) if isinstance(rungs, (str, Rung)) else tuple(rungs)
+    ladder = find_rungs(asked, training, partial, max_float)
     training = next((rung.training for rung in ladder if isinstance(rung, QAT)), training)
     aim = GoalSpec(max_drop, relative_drop, floor, confidence, strict)
     found, recipe = find_target(target), recipe or Recipe.int8()
@@ -246,7 +249,9 @@ def _check_sites(prepared: QuantizedModel) -> None:
     if prepared.placement.sites:
         return
     kinds = {each.operator.kind for each in prepared.placement.float_operators}
-    reasons = "; ".join(f"{layer.name!r} {layer.reason}" for layer in prepared.layers[:3])
+    others = [each for each in prepared.placement.float_operators if each.reason and QUANTIZED not in kinds]
+    floats = prepared.layers or others
+    reasons = "; ".join(f"{each.name!r} {each.reason}" for each in floats[:3])
     raise CaptureError(
         "nothing of the network is to be quantized: "
         + (reasons or "it has no layers" + (" that are not quantized already" if QUANTIZED in kinds else ""))

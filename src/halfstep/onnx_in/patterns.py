@@ -87,7 +87,7 @@ class _Fusion:
             plain = all(node.get(factor, 1.0) == 1.0 for factor in ("alpha", "beta")) and not node.get(
                 "transA", 0
             )
-            if not plain or (bias and not self._vector(bias)):
+            if not plain or (bias and not self._vector(bias) and not self._row(bias)):
                 return False
             turned = not node.get("transB", 0)
         else:
@@ -99,6 +99,8 @@ class _Fusion:
             return False
         if turned:
             self.transposed[node.inputs[1]] = ""
+        if bias:
+            self.stored[bias] = self.stored[bias].reshape(-1)
         inputs = (node.inputs[0], node.inputs[1], *([bias] if bias else []))
         self._join(parts, LINEAR, inputs, {"turned": turned}, node.name)
         return True
@@ -258,6 +260,12 @@ class _Fusion:
     def _vector(self, name: str) -> bool:
         found = self.stored.get(name)
         return found is not None and found.ndim == 1 and found.size > 1 and found.dtype.kind == "f"
+
+    def _row(self, name: str) -> bool:
+        """Whether a stored tensor is a vector but for an axis of 1, and read once."""
+        found = self.stored.get(name)
+        row = found is not None and found.ndim == 2 and found.shape[0] == 1 and found.dtype.kind == "f"
+        return row and len(self.readers[name]) == 1
 
     def _number(self, name: str) -> float | None:
         found = self.stored.get(name)

@@ -296,6 +296,7 @@ def _declared(value: ir.Value) -> Tensor:
 def _nodes(model: ir.Model) -> Iterator[Node]:
     stored = set(model.graph.initializers)
     taken: set[str] = set()
+    given = {node.name for node in model.graph}
     for index, node in enumerate(model.graph):
         domain = "" if node.domain == "ai.onnx" else node.domain
         known = (domain, node.op_type) in TABLE
@@ -305,7 +306,7 @@ def _nodes(model: ir.Model) -> Iterator[Node]:
             node.name or next((str(v.name) for v in node.outputs if v.name), "") or f"{node.op_type}_{index}"
         )
         first, count = name, 1
-        while name in taken:
+        while name in taken or (not node.name and name in given):
             count += 1
             name = f"{first}:{count}"
         taken.add(name)
