@@ -1,15 +1,18 @@
 """Capture: what goes in comes out, the user's model stays as it was, and errors name the place."""
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune, spectral_norm
+from torch.utils import _pytree as pytree
 
 import halfstep as hs
 from halfstep.errors import ArgumentError, CaptureError, DataError
 from halfstep.graph.capture import capture, relative_error
+from halfstep.graph.inputs import path_name
 
 
 class Branching(nn.Module):
@@ -287,6 +290,26 @@ def test_what_is_computed_in_float64_stays_so():
     hs.calibrate(q)
     assert q(x)[1].dtype is torch.float64
     assert {layer.name: bool(layer.sites) for layer in q.layers} == {"a": True, "b": True}
+
+
+@dataclass
+class Record:
+    logits: torch.Tensor
+
+
+class Recorded(nn.Module):
+    def forward(self, x):
+        return Record(x * 2)
+
+
+def test_a_record_that_torch_does_not_know_is_explained():
+    with pytest.raises(CaptureError, match=r"return a tuple or dict instead.*register_dataclass"):
+        capture(Recorded(), torch.randn(2, 4))
+
+
+def test_values_are_called_as_the_fields_of_records():
+    path = (pytree.MappingKey("heads"), pytree.SequenceKey(1), pytree.GetAttrKey("logits"))
+    assert path_name(path) == "heads_1_logits"
 
 
 class Extras(nn.Module):

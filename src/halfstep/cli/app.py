@@ -1,7 +1,4 @@
-"""Keeping freed memory, in processes that are our own.
-
-The commands together, and how they end.
-"""
+"""The commands together, and how they end."""
 
 from __future__ import annotations
 

@@ -44,8 +44,12 @@ def call_arguments(inputs: ModelInputs) -> tuple[tuple[Any, ...], dict[str, Any]
 
 
 def path_name(path: Iterable[Any]) -> str:
-    """What a value in a nest of tuples and dicts is called: its keys, from the outside in."""
-    return "_".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
+    """What a value in a nest of tuples, dicts and records is called: its keys, from the outside in."""
+
+    def name(key: Any) -> Any:
+        return next((getattr(key, kind) for kind in ("key", "idx", "name") if hasattr(key, kind)), key)
+
+    return "_".join(str(name(key)) for key in path)
 
 
 def tensors_of(inputs: ModelInputs) -> list[torch.Tensor]:

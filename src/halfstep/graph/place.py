@@ -103,7 +103,7 @@ class _Placer:
             if TAIL in node.meta:
                 self.reasons[node] = node.meta[TAIL]
             elif name in self.precision["float"]:
-                self.reasons[node] = "left in float on request"
+                self.reasons[node] = "left in float on request, or by a search"
             elif spec is None:
                 self.reasons[node] = "left in float by the recipe"
             elif op.kind in self.target.tables:

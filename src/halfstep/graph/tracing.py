@@ -396,6 +396,11 @@ def explain(
         advice = (
             "the model itself fails on example_inputs: give what model(...) takes, in its sizes and types"
         )
+    elif "not a known type" in str(error):
+        advice = (
+            "return a tuple or dict instead, leave it out (use_cache=False of transformers), or let torch know the "
+            "class: torch.export.register_dataclass(cls) of a dataclass"
+        )
     elif "DataDependent" in kind or "data-dependent" in str(error):
         advice = (
             "the path taken depends on the values of a tensor, which a fixed graph cannot express: replace the "

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from halfstep.errors import ArgumentError, DataError
+from halfstep.errors import ArgumentError, DataError, RefusedError
 from halfstep.graph.inputs import Outputs
 from halfstep.graph.pipeline import ModulePart
 from halfstep.runtime import lint
@@ -181,6 +181,7 @@ class DeployedModel(nn.Module):
 
         Raises:
             DataError: if there are more or fewer tensors than the file has inputs.
+            RefusedError: if the runtime fails on them, with its words.
         """
         leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         if len(leaves) != len(self.inputs):
@@ -188,7 +189,13 @@ class DeployedModel(nn.Module):
                 f"{self.path.name}: got {len(leaves)} tensors, needed {len(self.inputs)}: {', '.join(self.inputs)}"
             )
         given = zip(leaves, self.session.types, strict=True)
-        arrays = self.session.run([to_numpy(leaf, dtype) for leaf, dtype in given])
+        try:
+            arrays = self.session.run([to_numpy(leaf, dtype) for leaf, dtype in given])
+        except Exception as error:  # the runtimes' own errors share no base
+            sizes = ", ".join(
+                f"{name} {tuple(leaf.shape)}" for name, leaf in zip(self.inputs, leaves, strict=True)
+            )
+            raise RefusedError(f"{self.path.name}: the runtime cannot run it on {sizes}: {error}") from error
         outputs = [torch.from_numpy(array).to(self.device) for array in arrays]
         if self.out_spec is not None:
             return self.out_spec.restore(outputs)
