@@ -219,7 +219,9 @@ def test_the_rung_reconstructs_what_quick_repairs_leave_short_of_the_goal(q, mon
     )
 
 
-def test_quick_repairs_are_judged_on_half_of_all_that_is_kept_and_thorough_ones_learn_on_the_reserve(q, monkeypatch):
+def test_quick_repairs_are_judged_on_half_of_all_that_is_kept_and_thorough_ones_learn_on_the_reserve(
+    q, monkeypatch
+):
     def seen(name):
         def spy(model, batches):
             numbers[name] = torch.cat(list(batches))

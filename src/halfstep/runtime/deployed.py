@@ -195,7 +195,8 @@ class DeployedModel(nn.Module):
             sizes = ", ".join(
                 f"{name} {tuple(leaf.shape)}" for name, leaf in zip(self.inputs, leaves, strict=True)
             )
-            raise RefusedError(f"{self.path.name}: the runtime cannot run it on {sizes}: {error}") from error
+            words = " ".join(str(error).split())
+            raise RefusedError(f"{self.path.name}: the runtime cannot run it on {sizes}: {words}") from error
         outputs = [torch.from_numpy(array).to(self.device) for array in arrays]
         if self.out_spec is not None:
             return self.out_spec.restore(outputs)
