@@ -287,6 +287,15 @@ class FakeQuantize(nn.Module):
             x, self.scale, zero_point, self._format, self.granularity, self.gradient, overwrite
         )
 
+    def some_rounded(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """:meth:`rounded` where the mask is 1, and ``x`` where it is 0."""
+        if self.dynamic or self.values is not None or self.offset is not None:
+            return torch.lerp(x, self.rounded(x), mask)
+        zero_point = self.zero_point if self.zero is None else self.zero
+        return functional.quantize_some(
+            x, mask, self.scale, zero_point, self._format, self.granularity, self.gradient
+        )
+
     def codes(self, x: torch.Tensor) -> torch.Tensor:
         """The codes of :meth:`rounded`, in the format's dtype."""
         return functional.quantize(

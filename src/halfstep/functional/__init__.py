@@ -1,5 +1,6 @@
 """Quantization as pure functions of tensors: codes, their real numbers, gradients to train through."""
 
+from halfstep.functional.dropping import quantize_some
 from halfstep.functional.fake_quantize import (
     CLIPPED_STE,
     LSQ,
@@ -32,6 +33,7 @@ __all__ = [
     "kmeans_codebook",
     "lloyd_max_codebook",
     "quantize",
+    "quantize_some",
     "run_time_parameters",
     "ternary_scale",
 ]

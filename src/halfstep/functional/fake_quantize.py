@@ -126,8 +126,7 @@ def grad_inside(
         return grad
     x = x.to(working_dtype(x.dtype))  # in bfloat16 the bounds would be rounded too
     if on_host(low):
-        bounds = low.item() * _EDGE - _TINY, high.item() * _EDGE + _TINY
-        return _within(grad, x, *bounds)
+        return _within(grad, x, *(end.item() for end in widened(low, high)))
     centre = granularity.expand((low + high) / 2, x.shape)
     half_width = granularity.expand((high - low) / 2, x.shape)
     position = (x - centre) / half_width
@@ -135,6 +134,11 @@ def grad_inside(
         room = _EDGE - position.abs()  # a multiple of eps / 2 next to the edge
         return (grad * (room * (2 / torch.finfo(x.dtype).eps)).clamp(0, 1)).to(grad.dtype)
     return _within(grad, position, -_EDGE, _EDGE)
+
+
+def widened(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a range with room for the element that set it."""
+    return low.double() * _EDGE - _TINY, high.double() * _EDGE + _TINY
 
 
 def _within(grad: Tensor, x: Tensor, low: float, high: float) -> Tensor:

@@ -21,7 +21,12 @@ WORTHWHILE = 2**12
 
 
 def serves(x: Tensor, scale: Tensor, format: Integer) -> bool:
-    """Whether this arithmetic can be used: one scale, float32 in the host's memory, one thread, not being compiled.
+    """Whether this arithmetic can be used, and one thread computes."""
+    return serves_dense(x, scale, format) and torch.get_num_threads() == 1
+
+
+def serves_dense(x: Tensor, scale: Tensor, format: Integer) -> bool:
+    """Whether this arithmetic can be used: one scale, float32 in the host's memory, not being compiled.
 
     And numba compiles: with NUMBA_DISABLE_JIT the loops would take a thousand times as long.
     """
@@ -30,10 +35,9 @@ def serves(x: Tensor, scale: Tensor, format: Integer) -> bool:
         and x.dtype == scale.dtype == torch.float32
         and x.device.type == scale.device.type == "cpu"
         and x.numel() >= WORTHWHILE
-        and x.is_contiguous()
+        and (x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)))
         and type(x) in (Tensor, torch.nn.Parameter)  # no stand-in for what is only traced
         and not (format.mid_rise or format.round_shifted)
-        and torch.get_num_threads() == 1
         and not torch.compiler.is_compiling()
         and _compiles()
     )
@@ -43,7 +47,7 @@ def fake_quantize(x: Tensor, scale: Tensor, low: float, high: float, overwrite: 
     """Round ``x`` to whole steps from ``low`` to ``high``, ties to even, times ``scale``; NaN stays, no -0.0 comes out.
 
     Args:
-        x: float32, contiguous.
+        x: float32, contiguous or channels last; the result is as well.
         scale: float32, one number.
         low: the least step, a whole number.
         high: the greatest one.
@@ -51,11 +55,16 @@ def fake_quantize(x: Tensor, scale: Tensor, low: float, high: float, overwrite: 
     """
     step = np.float32(scale.item())
     if overwrite:
-        _loop_in_place()(x.detach().view(-1).numpy(), step, np.float32(low), np.float32(high))
+        _loop_in_place()(flat(x), step, np.float32(low), np.float32(high))
         return x
     result = torch.empty_like(x)
-    _loop()(x.detach().view(-1).numpy(), result.view(-1).numpy(), step, np.float32(low), np.float32(high))
+    _loop()(flat(x), flat(result), step, np.float32(low), np.float32(high))
     return result
+
+
+def flat(x: Tensor) -> Any:
+    """The elements as they lie in memory."""
+    return x.detach().as_strided((x.numel(),), (1,)).numpy()
 
 
 def _compiles() -> bool:

@@ -66,7 +66,10 @@ class BlockExamples:
         )
         own = [{node: each[node] for node in self.outputs if node in each} for each in weights]
         parts = [Shown(*each) for each in zip(run.float_inputs, run.inputs, run.targets, own, strict=True)]
-        self._parts = [self._joined(parts)] if self._divisible and self._alike(parts) else parts
+        parts = [self._joined(parts)] if self._divisible and self._alike(parts) else parts
+        if any(layer.operator.kind == "conv" for layer in run.block.layers):
+            parts = [_channels_last(part) for part in parts]
+        self._parts = parts
         self._sizes = torch.tensor([self._size(part) for part in self._parts])
         self._level(run.block.outputs)
         #: What reads otherwise in the quantized network: only that can be mixed with the float one's.
@@ -149,9 +152,7 @@ class BlockExamples:
     def _taken(self, shown: Shown, index: Tensor) -> Shown:
         def take(values: Values) -> Values:
             return {
-                node: value
-                if (axis := self._axes[node]) is None
-                else value.index_select(axis, index.to(value.device))
+                node: value if (axis := self._axes[node]) is None else _picked(value, axis, index)
                 for node, value in values.items()
             }
 
@@ -183,6 +184,27 @@ class BlockExamples:
                     else:  # nothing feels it
                         part.weights.pop(node)
             self._power[node] = power / max(total, 1e-300) or 1.0
+
+
+def _channels_last(shown: Shown) -> Shown:
+    """The same with images in the order of memory in which convs, depthwise ones above all, take less time."""
+
+    def laid_out(values: Values) -> Values:
+        return {
+            node: value.contiguous(memory_format=torch.channels_last)
+            if isinstance(value, Tensor) and value.dim() == 4
+            else value
+            for node, value in values.items()
+        }
+
+    return Shown(*map(laid_out, (shown.float_inputs, shown.inputs, shown.targets, shown.weights)))
+
+
+def _picked(value: Tensor, axis: int, index: Tensor) -> Tensor:
+    """``value.index_select(axis, index)`` in the same order of memory, which torch gives up at four times the cost."""
+    order = sorted(range(value.dim()), key=value.stride, reverse=True)
+    picked = value.permute(order).index_select(order.index(axis), index.to(value.device))
+    return picked.permute([order.index(each) for each in range(value.dim())])
 
 
 def _differ(a: object, b: object) -> bool:

@@ -151,12 +151,16 @@ class Drops:
 
     def mix(self, kept: Tensor, quantized: Tensor) -> Tensor:
         """Each element of either, ``kept`` with the probability."""
-        size = kept.numel()
+        return torch.lerp(kept, quantized, self.mask(kept))
+
+    def mask(self, like: Tensor) -> Tensor:
+        """Zeros with the probability, else ones, of the shape, dtype and order of memory of ``like``."""
+        size = like.numel()
         if 2 * size > len(self._pool):
             self._pool = self._more(2 * size, self._pool.device)
         start = int(torch.randint(len(self._pool) - size, (), generator=self._generator))
-        mask = self._pool[start : start + size].view(kept.shape)
-        return torch.lerp(kept, quantized, mask.to(kept.dtype))
+        strides = torch.empty_like(like, device="meta").stride()
+        return self._pool.as_strided(like.shape, strides, start).to(like.dtype)
 
     def _more(self, size: int, device: torch.device) -> Tensor:
         return (torch.rand(size, generator=self._generator) >= self.share).float().to(device)
@@ -173,10 +177,10 @@ class Dropping(nn.Module):
     Quantization", 2022, section 3.3.
     """
 
-    def __init__(self, quantizer: nn.Module, drops: Drops) -> None:
+    def __init__(self, quantizer: FakeQuantize, drops: Drops) -> None:
         super().__init__()
         self._quantizer, self._drops = (quantizer,), drops
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape, dtype and device of ``x`` are kept."""
-        return self._drops.mix(x, self._quantizer[0](x))
+        return self._quantizer[0].some_rounded(x, self._drops.mask(x))

@@ -218,7 +218,7 @@ class _Parts:
     def learn(self, count: int, advance: Callable[[int], None]) -> bool:
         """Take so many steps; False if the loss became no number, or nothing that is learned has a part in it."""
         learner = self.learner
-        optimizer = torch.optim.Adam(self._groups())
+        optimizer = torch.optim.Adam(self._groups(), fused=True)
         for step in range(count):
             done = step / count
             if step % EVERY == 0 and not self.whole:
