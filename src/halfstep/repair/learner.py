@@ -26,7 +26,10 @@ from halfstep.repair.learned import Dropping, Drops, LearnedShift, SoftRounding
 
 #: Learning rates of Adam: of the roundings' parameters; of log2 of the weights' and of the activations' scales; of zero
 #: points in codes; of biases in deviations of the layer's output. All but the first fall with the cosine to 0.
-ROUNDINGS, WEIGHT_SCALES, ACTIVATION_SCALES, ZERO_POINTS, SHIFTS = 0.02, 0.001, 0.002, 0.01, 0.0005
+ROUNDINGS, WEIGHT_SCALES, ACTIVATION_SCALES, ZERO_POINTS, SHIFTS = 0.06, 0.003, 0.006, 0.03, 0.0015
+
+#: All blocks together learn so many times more slowly: errors of all layers add up in a step.
+TOGETHER_SLOWER = 3
 
 #: The parts of the steps between which roundings are settled; every so many steps.
 SETTLING = (0.1, 0.95)
@@ -253,10 +256,11 @@ class _Parts:
             (SHIFTS, True, [shift.delta for shift in self.shifts]),
         ]
         found = []
+        slower = TOGETHER_SLOWER if self.whole else 1
         for rate, falls, parameters in groups:
             learned = [parameter for parameter in parameters if parameter is not None]
             if learned:
-                found.append({"params": learned, "rate": rate, "falls": falls})
+                found.append({"params": learned, "rate": rate / slower, "falls": falls})
         return found
 
     def _settle(self, done: float) -> None:
