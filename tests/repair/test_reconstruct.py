@@ -17,6 +17,8 @@ from halfstep.formats import Codebook
 from halfstep.progress import BudgetSpent, interruptible
 from halfstep.repair import walk as walk_file
 from halfstep.repair.blocks import find_blocks
+from halfstep.repair.examples import _picked as picked_examples
+from halfstep.repair.learned import Drops
 from tests.repair.networks import Net, built, conv, images, labelled, residual, trained
 from tests.repair.test_blocks import pre_norm
 
@@ -280,6 +282,19 @@ def test_memory_bounds_the_examples(monkeypatch):
     assert (
         few.treated[0].before != hs.reconstruct(whole, options=hs.Reconstruction(steps=8)).treated[0].before
     )
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_examples_and_masks_keep_the_order_of_memory(layout):
+    x = images(6).contiguous(memory_format=layout)
+    index = torch.tensor([4, 0, 0, 5])
+    for axis in (0, 2):
+        picked = picked_examples(x, axis, index)
+        assert torch.equal(picked, x.index_select(axis, index))
+        assert sorted(range(4), key=picked.stride) == sorted(range(4), key=x.stride)
+    mask = Drops(0.25, 0, x.device).mask(x)
+    assert mask.stride() == x.stride() and set(mask.unique().tolist()) == {0.0, 1.0}
+    assert abs(float(mask.mean()) - 0.75) < 3 * (0.25 * 0.75 / x.numel()) ** 0.5
 
 
 def test_bad_input():
