@@ -189,7 +189,7 @@ class QuantizedModel(LayerLists, nn.Module):
         def make(graph: fx.Graph, value: fx.Node, site: Site, _: Position) -> fx.Node:
             return graph.call_module(f"quantizers.{self._known.keys[site.name]}", (value,))
 
-        inserted = insert(graph, placement, make, tied=False)
+        inserted = insert(graph, placement, make)
         for layer in placement.layers:
             if layer.name in self._shifts:
                 node = inserted.copies[layer.operator.node]

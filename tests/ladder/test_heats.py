@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 import halfstep as hs
-from halfstep.ladder import costs
-from halfstep.ladder.costs import heats, microseconds, race_choices
+from halfstep.ladder import heats as races
+from halfstep.ladder.costs import microseconds, race_choices
+from halfstep.ladder.heats import heats
 from halfstep.ladder.identity import free_memory
 from halfstep.precision import groups_of
 from halfstep.runtime.deployed import DeployedModel
-from halfstep.runtime.latency import Latency
 
 NAMES = ("0", "2", "4", "6", "8", "10", "12")
 
@@ -62,7 +62,7 @@ class Course:
             planned[path.name] = milliseconds(chosen["float"])
             return shutil.copy(file, path)
 
-        def race(contestants, rounds):
+        def in_turns(contestants, rounds, warmup, leave):
             sessions = [run.func for run in contestants.values()]
             self.heats.append([session.path.name for session in sessions])
             self.alive = max(self.alive, len(self._sessions))
@@ -70,12 +70,12 @@ class Course:
             late = drift * len(self.heats)
             times = [session.chosen + late for session in sessions]
             times[1] += dict(enumerate(twins)).get(len(self.heats) - 1, 0.0)
-            return {n: Latency(t, 0.1, 1.0, t) for n, t in zip(contestants, times, strict=True)}
+            return {name: [time] * rounds for name, time in zip(contestants, times, strict=True)}
 
-        monkeypatch.setattr(costs, "DeployedModel", Counted)
-        monkeypatch.setattr(costs, "_write", written)
-        monkeypatch.setattr(costs, "race", race)
-        monkeypatch.setattr(costs, "enough_rounds", lambda run, least: least)
+        monkeypatch.setattr(races, "DeployedModel", Counted)
+        monkeypatch.setattr(races, "_write", written)
+        monkeypatch.setattr(races, "in_turns", in_turns)
+        monkeypatch.setattr(races, "enough_rounds", lambda run, least: least)
 
     @property
     def left(self):
@@ -92,7 +92,7 @@ def by_name(floats):
 @pytest.mark.parametrize("size", [1, 2, 3, 16])
 def test_no_more_sessions_and_files_live_than_a_heat_has(model, file, monkeypatch, size):
     course = Course(monkeypatch, file, by_name)
-    monkeypatch.setattr(costs, "HEAT", size)
+    monkeypatch.setattr(races, "HEAT", size)
     before = model.precision
     assert len(microseconds(model, groups_of(model))) == len(NAMES)
     assert all(heat[:2] == ["base.onnx", "base.onnx"] and len(heat) <= size + 2 for heat in course.heats)
@@ -105,15 +105,15 @@ def test_no_more_sessions_and_files_live_than_a_heat_has(model, file, monkeypatc
 @pytest.mark.parametrize("bound", ["MEMORY", "free_memory"])
 def test_heats_are_as_large_as_memory_has_room_for(model, file, monkeypatch, bound):
     course = Course(monkeypatch, file, by_name)
-    room = 4 * file.stat().st_size * costs.IN_MEMORY  # the base, its twin, and two files
+    room = 4 * file.stat().st_size * races.IN_MEMORY  # the base, its twin, and two files
     if bound == "MEMORY":
-        monkeypatch.setattr(costs, "MEMORY", room)
+        monkeypatch.setattr(races, "MEMORY", room)
     else:
-        monkeypatch.setattr(costs, "free_memory", lambda: 2 * room)
+        monkeypatch.setattr(races, "free_memory", lambda: 2 * room)
     microseconds(model, groups_of(model))
     assert [len(heat) for heat in course.heats] == [4, 4, 4, 3]
     course.heats.clear()
-    monkeypatch.setattr(costs, "MEMORY", 0)
+    monkeypatch.setattr(races, "MEMORY", 0)
     microseconds(model, groups_of(model))
     assert [len(heat) for heat in course.heats] == [3] * len(NAMES)  # one races whatever it takes
 
@@ -121,7 +121,7 @@ def test_heats_are_as_large_as_memory_has_room_for(model, file, monkeypatch, bou
 @pytest.mark.parametrize("size", [1, 3, 16])
 def test_a_machine_that_slows_down_from_heat_to_heat_changes_no_difference(model, file, monkeypatch, size):
     Course(monkeypatch, file, by_name, drift=5.0)
-    monkeypatch.setattr(costs, "HEAT", size)
+    monkeypatch.setattr(races, "HEAT", size)
     assert microseconds(model, groups_of(model)) == pytest.approx([-300, -200, -100, 0, 100, 200, 300])
     choices = [model.precision, *[model.precision.but(float={n}) for n in NAMES]]
     times = race_choices(model, choices)
@@ -136,7 +136,7 @@ def test_tuning_finds_the_same_in_heats_as_in_one_race(model, file, monkeypatch,
         return 10.0 + 0.4 * borders + sum(-2.0 if name in ("0", "2", "12") else 1.0 for name in floats)
 
     Course(monkeypatch, file, slow_ends, drift=3.0)
-    monkeypatch.setattr(costs, "HEAT", size)
+    monkeypatch.setattr(races, "HEAT", size)
     try:
         assert hs.tune(model).float_layers == ("0", "2", "12")
     finally:
@@ -145,7 +145,7 @@ def test_tuning_finds_the_same_in_heats_as_in_one_race(model, file, monkeypatch,
 
 def test_noise_is_that_of_the_heat(model, file, monkeypatch):
     Course(monkeypatch, file, by_name, twins=(0.0, 0.3))  # the second heat's base and twin differ by 300 us
-    monkeypatch.setattr(costs, "HEAT", 3)
+    monkeypatch.setattr(races, "HEAT", 3)
     raced = heats(model, model.precision, [model.precision.but(float={n}) for n in NAMES])
     assert [file.noise for file in raced] == pytest.approx([0, 0, 0, 300, 300, 300, 0], abs=1e-6)
     found = microseconds(model, groups_of(model))
@@ -153,7 +153,7 @@ def test_noise_is_that_of_the_heat(model, file, monkeypatch):
 
 
 def test_real_heats_on_the_runtime(model, monkeypatch):
-    monkeypatch.setattr(costs, "HEAT", 3)
+    monkeypatch.setattr(races, "HEAT", 3)
     raced = heats(model, model.precision, [model.precision] * 4, threads=1, rounds=3)
     assert len(raced) == 4 and all(file.base > 0 and file.noise >= 0 for file in raced)
 

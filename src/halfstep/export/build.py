@@ -14,8 +14,9 @@ import torch
 from halfstep.errors import RefusedError
 from halfstep.export.editing import drop_unused, share_equal, unique_names
 from halfstep.export.lower import lower, pool_globally, rename
+from halfstep.export.marks import DOMAIN
 from halfstep.export.original import Original
-from halfstep.export.trace import DOMAIN, trace
+from halfstep.export.trace import trace
 from halfstep.model import QuantizedModel
 from halfstep.runtime.file_graph import LARGEST_MESSAGE, OURS
 

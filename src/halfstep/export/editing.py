@@ -8,8 +8,6 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from halfstep.export.trace import DOMAIN, MARKER
-
 #: ONNX Runtime's own operators.
 MICROSOFT = "com.microsoft"
 
@@ -41,21 +39,6 @@ def add(
 def existing(graph: ir.Graph, name: str) -> ir.Value | None:
     """The result called ``name`` of a node that is there already."""
     return next((value for node in graph for value in node.outputs if value.name == name), None)
-
-
-def markers(graph: ir.Graph) -> list[ir.Node]:
-    """Every marker, in order."""
-    return [node for node in graph if is_marker(node)]
-
-
-def is_marker(node: ir.Node | None) -> bool:
-    """Whether a node stands for a site."""
-    return node is not None and node.domain == DOMAIN and node.op_type == MARKER
-
-
-def marker_name(node: ir.Node) -> str:
-    """The site that a marker stands for."""
-    return node.attributes.get_string("name")
 
 
 def constant(value: ir.Value | None) -> np.ndarray | None:

@@ -21,15 +21,13 @@ from halfstep.export.editing import (
     drop_unused,
     initializer,
     is_constant,
-    marker_name,
-    markers,
     producer,
     replace,
     scale_of,
 )
+from halfstep.export.marks import MARKER, SCOPES, bias_marker, marker_name, markers
 from halfstep.export.products import lower_products
 from halfstep.export.storage import container
-from halfstep.export.trace import MARKER, bias_marker
 from halfstep.fake_quantize import FakeQuantize
 from halfstep.granularity import PerChannel
 from halfstep.model import QuantizedModel
@@ -124,7 +122,7 @@ def rename(graph: ir.Graph) -> None:
     used: dict[str, int] = {}
     outputs = {id(value) for value in graph.outputs}
     for node in graph:
-        scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]")
+        scopes = node.metadata_props.get(SCOPES, "[]")
         node.metadata_props.clear()
         parts = [part.strip(" '\"") for part in scopes.strip("[]").split(",")]
         stem = parts[0] if parts and parts[0] else "constant"

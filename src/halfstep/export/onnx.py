@@ -14,6 +14,7 @@ from halfstep.fake_quantize import Mode
 from halfstep.fidelity.compare import MINIMUM_EQUAL, Parity, compare
 from halfstep.files import are_one
 from halfstep.graph.inputs import tensors_of
+from halfstep.graph.layer_precision import LayerPrecision
 from halfstep.model import QuantizedModel
 from halfstep.onnx_in.origin import Origin
 from halfstep.runtime.deployed import RULES, DeployedModel
@@ -88,6 +89,22 @@ def export_float(model: QuantizedModel, path: str | Path, check: bool = True) ->
         if check:
             _check_float(model, temporary)
     return Path(path)
+
+
+def foresee(model: QuantizedModel, choices: Iterable[LayerPrecision]) -> None:
+    """See to it that files with the layers at ``choices`` are written from one translation of the network.
+
+    Each is written in a fraction of the time, then, and is the same file. A network that was read from a file needs no
+    translation.
+
+    Raises:
+        ExportError: if an operator cannot be translated.
+    """
+    from halfstep.export.original import Original
+    from halfstep.export.trace import foresee as translate
+
+    if Original.of(model) is None:
+        translate(model, choices)
 
 
 def _spare_source(model: QuantizedModel, path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import fx
 from halfstep.errors import ExportError
 from halfstep.export.calls import Calls
 from halfstep.export.editing import drop_unused, replace
-from halfstep.export.trace import DOMAIN, MARKER, bias_marker
+from halfstep.export.marks import DOMAIN, MARKER, bias_marker
 from halfstep.formats import Integer
 from halfstep.granularity import PerGroup
 from halfstep.graph.operators import WEIGHTED, describe, readable_names

@@ -32,14 +32,11 @@ from halfstep.export.editing import (
     drop_unused,
     existing,
     initializer,
-    is_marker,
-    marker_name,
-    markers,
     replace,
 )
+from halfstep.export.marks import MARKER, is_marker, marker_name, markers
 from halfstep.export.product import Product
 from halfstep.export.storage import container, pack, packed_initializer, stored_codes, unpack_at_load
-from halfstep.export.trace import MARKER
 from halfstep.formats import Integer
 from halfstep.granularity import PerChannel, PerGroup, PerTensor
 from halfstep.model import QuantizedModel

@@ -6,23 +6,26 @@ is the only one that speaks to torch's exporter.
 
 from __future__ import annotations
 
-import operator
 import re
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import torch
 from torch import fx
 
 from halfstep.errors import ExportError
+from halfstep.export.editing import initializer
+from halfstep.export.marks import Marks, marker_translation
 from halfstep.export.program import program_of, to_onnx
+from halfstep.graph.layer_precision import LayerPrecision
 from halfstep.graph.operators import readable_names
-from halfstep.graph.placement import Position, Site, insert
+from halfstep.graph.place import place
+from halfstep.graph.placement import Placement, copied
 from halfstep.graph.recurrences import recurrences_whole
 from halfstep.graph.shapes import Axes
 from halfstep.graph.tracing import PREFIX, quiet, rooted
@@ -30,49 +33,30 @@ from halfstep.identity import Identity
 from halfstep.model import QuantizedModel
 
 OPSET = 21
-DOMAIN = "halfstep"
-MARKER = "Site"
 
 
-@torch.library.custom_op("halfstep::site", mutates_args=())
-def _site(x: torch.Tensor, name: str) -> torch.Tensor:
-    return x.clone()
+@dataclass(frozen=True)
+class _Translation:
+    """A network with markers as torch translates it, and the digest of what it was made from."""
+
+    network: str
+    marks: Marks
+    program: torch.onnx.ONNXProgram
 
 
-@_site.register_fake
-def _(x: torch.Tensor, name: str) -> torch.Tensor:
-    return torch.empty_like(x)
+#: The last translation of each model.
+_known: WeakKeyDictionary[QuantizedModel, _Translation] = WeakKeyDictionary()
 
 
-@cache
-def _marker() -> Any:
-    """The marker as an onnxscript operator; its schema is registered once a process, in our own domain."""
-    from onnxscript import values
+def foresee(model: QuantizedModel, choices: Iterable[LayerPrecision]) -> None:
+    """Translate the network so that no further translation is needed with its layers at any of ``choices``.
 
-    schema = onnx.defs.OpSchema
-    onnx.defs.register_schema(
-        schema(
-            MARKER,
-            DOMAIN,
-            1,
-            inputs=[schema.FormalParameter("x", "T")],
-            outputs=[schema.FormalParameter("y", "T")],
-            type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(double)"], "any float")],
-            attributes=[
-                schema.Attribute("name", onnx.defs.OpSchema.AttrType.STRING, "the site", required=True)
-            ],
-        )
-    )
-    domain = values.Opset(DOMAIN, 1)
-
-    def translate(x: Any, name: str) -> Any:
-        return domain.Site(x, name=name)
-
-    return translate
-
-
-#: The last translation of each model, with markers, and what it was made from.
-_known: WeakKeyDictionary[QuantizedModel, tuple[str, torch.onnx.ONNXProgram]] = WeakKeyDictionary()
+    Raises:
+        ExportError: if an operator has no translation to ONNX, with torch's words.
+    """
+    placements = [place(model.graph, model.target, model.recipe, choice) for choice in choices]
+    stored = {bias.layer for placement in placements for bias in placement.biases}
+    _translated(model, placements, stored.union(_biases(model)))
 
 
 def trace(model: QuantizedModel, quantized: bool) -> ir.Model:
@@ -89,15 +73,12 @@ def trace(model: QuantizedModel, quantized: bool) -> ir.Model:
     Raises:
         ExportError: if an operator has no translation to ONNX, with torch's words.
     """
-    program = _translated(model, quantized)
+    biases = _biases(model)
+    translation = _translated(model, [model.placement], set(biases), quantized)
+    program = translation.program
     found = program.model.clone()
-    if not quantized:
-        for node in [node for node in found.graph.all_nodes() if node.domain == DOMAIN]:
-            (source,) = node.inputs
-            assert source is not None
-            ir.convenience.replace_all_uses_with(node.outputs[0], source, replace_graph_outputs=True)
-            assert node.graph is not None
-            node.graph.remove(node, safe=True)
+    values = {layer: _shifted(found.graph, model, layer) for layer in biases if quantized}
+    if translation.marks.settle(found.graph, model.placement.sites if quantized else (), values):
         program = torch.onnx.ONNXProgram(found, program.exported_program)
         with quiet():
             program.optimize()
@@ -114,48 +95,64 @@ def _inputs(model: QuantizedModel) -> list[fx.Node]:
     return [node for node in nodes if isinstance(node.meta.get("val"), torch.Tensor)]
 
 
-def _translated(model: QuantizedModel, corrected: bool) -> torch.onnx.ONNXProgram:
-    """The network with markers, as torch translates it.
+def _biases(model: QuantizedModel) -> list[str]:
+    """The layers that read another bias than the float one: in steps, or shifted."""
+    return [layer for layer, bias in model.shifts.items() if bias.steps is not None or bool(bias.shift.any())]
+
+
+def _shifted(graph: ir.Graph, model: QuantizedModel, layer: str) -> ir.Value | None:
+    """A layer's shifted bias as a constant of its own; None where it is stored in steps, as the lowering writes it."""
+    if model.shifts[layer].steps is not None:
+        return None
+    (bias,) = (found.operator.bias for found in model.layers if found.name == layer)
+    assert bias is not None
+    name = f"{bias.target}_of_{layer.replace('.', '_').replace(':', '_')}"
+    shifted = model.shifts[layer].corrected(model.weight(str(bias.target)).detach())
+    return initializer(graph, name, shifted.cpu().numpy())
+
+
+def _translated(
+    model: QuantizedModel, placements: Sequence[Placement], biases: Collection[str], marked: bool = True
+) -> _Translation:
+    """The network with markers, as torch translates it: the one that is known if it serves.
 
     Args:
         model: the network.
-        corrected: whether biases have their shifts; those that are stored in steps have a marker in either case.
+        placements: that it is to serve.
+        biases: the layers whose biases need a marker.
+        marked: whether the markers matter.
 
     Raises:
         ExportError: if an operator has no translation to ONNX, with torch's words.
     """
-
-    def mark(graph: fx.Graph, value: fx.Node, site: Site, _: Position) -> fx.Node:
-        node = graph.call_function(torch.ops.halfstep.site.default, (value, site.name))
-        node.meta = {**value.meta, "nn_module_stack": {"": (site.name, "halfstep.Site")}}
-        return node
-
-    inserted = insert(model.graph, model.placement, mark, tied=True)
+    tensors = {str(node.target) for node in model.graph.find_nodes(op="get_attr")}
+    read = [(name, attrgetter(name)(model.captured.module)) for name in sorted(tensors)]
+    network = Identity(model.graph.python_code("self").src, read, OPSET).digest
+    known = _known.get(model)
+    serves = known is not None and (not marked or all(known.marks.cover(p, biases) for p in placements))
+    if known is not None and known.network == network and serves:
+        return known
+    marks = Marks.of(placements, biases)
+    copy = copied(model.graph)
     for original, name in readable_names(model.graph).items():
         # The exporter writes this stack into the metadata of every node that it makes.
-        inserted.copies[original].meta["nn_module_stack"] = {"": (name, "halfstep.Layer")}
-    module = rooted(inserted.graph, model.captured.module).eval()
-    _mark_biases(module, model, inserted.copies, corrected)
-    read = [
-        (node.target, operator.attrgetter(node.target)(module))
-        for node in module.graph.find_nodes(op="get_attr")
-    ]
-    key = Identity(module.code, read, OPSET).digest
-    known, translated = _known.get(model, ("", None))
-    if translated is not None and known == key:
-        return translated
+        copy.copies[original].meta["nn_module_stack"] = {"": (name, "halfstep.Layer")}
+    marks.insert(copy, model.layers)
+    module = rooted(copy.graph, model.captured.module).eval()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     try:
         with quiet(), recurrences_whole():
             module.cpu()
-            program = to_onnx(program_of(module), OPSET, {torch.ops.halfstep.site.default: _marker()})
+            program = to_onnx(
+                program_of(module), OPSET, {torch.ops.halfstep.site.default: marker_translation()}
+            )
             _mask_wholly(program.model.graph)
     except Exception as error:
         raise ExportError(f"torch cannot translate the network to ONNX: {_cause(error, model)}") from error
     finally:
         module.to(device)
-    _known[model] = key, program
-    return program
+    _known[model] = translation = _Translation(network, marks, program)
+    return translation
 
 
 def _mask_wholly(graph: ir.Graph) -> None:
@@ -214,46 +211,6 @@ def _name_sizes(graph: ir.Graph, traced: Sequence[Sequence[Any]], axes: Axes) ->
     for value in [*graph.inputs, *(value for node in graph.all_nodes() for value in node.outputs)]:
         if value.shape:
             value.shape = ir.Shape(map(renamed, value.shape))
-
-
-def _mark_biases(
-    module: fx.GraphModule, model: QuantizedModel, copies: dict[fx.Node, fx.Node], corrected: bool
-) -> None:
-    """Let quantized layers read their biases as they are simulated.
-
-    Those that are stored in steps get a marker that carries their layer's name; those that are only shifted become
-    constants of their own.
-    """
-    for layer in model.layers:
-        shift = model.shifts.get(layer.name)
-        if shift is None or (shift.steps is None and not (corrected and bool(shift.shift.any()))):
-            continue
-        node = copies[layer.operator.node]
-        old = node.args[2]
-        assert isinstance(old, fx.Node)
-        with module.graph.inserting_before(node):
-            if shift.steps is not None:
-                marker = torch.ops.halfstep.site.default
-                new = module.graph.call_function(marker, (old, bias_marker(layer.name)))
-                stack = {"": (bias_marker(layer.name), "halfstep.Site")}
-                new.meta = {**old.meta, "nn_module_stack": stack}
-            else:
-                owner, _, leaf = str(old.target).rpartition(".")
-                name = f"{leaf}_of_{layer.name.replace('.', '_').replace(':', '_')}"
-                bias = layer.operator.bias
-                assert bias is not None
-                shifted = shift.corrected(model.weight(str(bias.target)).detach())
-                module.get_submodule(owner).register_buffer(name, shifted)
-                new = module.graph.get_attr(f"{owner}.{name}" if owner else name)
-                new.meta = dict(old.meta)
-        node.update_arg(2, new)
-    module.graph.eliminate_dead_code()
-    module.recompile()
-
-
-def bias_marker(layer: str) -> str:
-    """What the marker on a layer's bias is called; no site's name ends so."""
-    return f"{layer}:bias"
 
 
 def _cause(error: BaseException, model: QuantizedModel) -> str:

@@ -215,16 +215,8 @@ class Inserted:
     copies: dict[fx.Node, fx.Node]
 
 
-def insert(graph: fx.Graph, placement: Placement, make: Maker, tied: bool) -> Inserted:
-    """Copy ``graph`` and let the readers of every position see ``make``'s node instead of the value.
-
-    Args:
-        graph: the float graph that ``placement`` speaks of; left as it is.
-        placement: the sites.
-        make: adds the node, for instance a call of a fake quantizer.
-        tied: whether tied positions get a node too. They change nothing in a simulation, but an exported file
-            needs them around operators that move codes.
-    """
+def copied(graph: fx.Graph) -> Inserted:
+    """A copy of ``graph`` with nothing in it yet."""
     result = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     output = result.graph_copy(graph, copies)
@@ -233,9 +225,24 @@ def insert(graph: fx.Graph, placement: Placement, make: Maker, tied: bool) -> In
     for node in graph.nodes:
         if node.op == "output":
             copies[node] = end
+    return Inserted(result, copies)
+
+
+def insert(graph: fx.Graph, placement: Placement, make: Maker) -> Inserted:
+    """Copy ``graph`` and let the readers of every position see ``make``'s node instead of the value.
+
+    Tied positions of activations get none: quantizing again changes nothing in a simulation.
+
+    Args:
+        graph: the float graph that ``placement`` speaks of; left as it is.
+        placement: the sites.
+        make: adds the node, for instance a call of a fake quantizer.
+    """
+    inserted = copied(graph)
+    result, copies = inserted.graph, inserted.copies
     for site in placement.sites:
         for position in site.positions:
-            if position.tied and not (tied or site.is_weight):
+            if position.tied and not site.is_weight:
                 continue
             value = copies[position.value]
             with result.inserting_after(value):
@@ -243,4 +250,4 @@ def insert(graph: fx.Graph, placement: Placement, make: Maker, tied: bool) -> In
             for reader in position.readers:
                 copies[reader].replace_input_with(value, quantized)
     result.lint()
-    return Inserted(result, copies)
+    return inserted

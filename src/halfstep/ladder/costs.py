@@ -13,58 +13,22 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import shutil
 import statistics
-import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from halfstep.errors import ArgumentError, NotObservedError
-from halfstep.export.onnx import export_onnx
 from halfstep.graph.layer_precision import LayerPrecision
-from halfstep.ladder.identity import free_memory, machine
+from halfstep.ladder.alike import labels_of
+from halfstep.ladder.heats import ROUNDS, heats, not_fastest, slower_or_faster
+from halfstep.ladder.identity import machine
 from halfstep.ladder.search import Search
 from halfstep.model import QuantizedModel
 from halfstep.precision import Group, groups_of
-from halfstep.progress import track
 from halfstep.runtime.deployed import DeployedModel
-from halfstep.runtime.file import file_size
 from halfstep.runtime.latency import enough_rounds, race
 from halfstep.snapshot import fingerprint
-
-#: Interleaved runs of every file.
-ROUNDS = 31
-
-#: Files that race at a time beside the base and its twin, at most. Fewer where they are large.
-HEAT = 16
-
-
-#: Bytes that the sessions of a heat take at most, and no more than half of what is free; one file beside the base and
-#: its twin races whatever it takes.
-MEMORY = 4 * 2**30
-
-
-#: Bytes of a session for each byte of its file: the weights as they are stored, and as the kernels want them.
-IN_MEMORY = 3
-
-
-@dataclass(frozen=True)
-class Raced:
-    """How a file did in its heat, in microseconds of a batch.
-
-    Attributes:
-        base: what the base took, the mean of its two sessions.
-        longer: what the file took more.
-        noise: what the base's two sessions differed by.
-    """
-
-    base: float
-    longer: float
-    noise: float
 
 
 def microseconds(
@@ -87,7 +51,8 @@ def microseconds(
         threads: of the runtime, for one operator; None for all cores.
         rounds: interleaved runs, at least 3; more of them where a run takes a fraction of a millisecond.
         batch: how many examples a run takes, repeated if need be; None for the first calibration batch as it is.
-        least: a share of the fully quantized file's time; differences within it are 0 too.
+        least: a share of the fully quantized file's time; differences within it are 0 too. Where it is above 0 only the
+            fastest file is looked for, and what is clearly slower has fewer rounds.
 
     Returns:
         Microseconds for each group.
@@ -99,7 +64,7 @@ def microseconds(
     """
     now = model.precision
     states = [now.with_layers("float", group.layers) for group in groups]
-    raced = heats(model, now, states, threads, rounds, batch)
+    raced = heats(model, now, states, threads, rounds, batch, not_fastest if least else slower_or_faster)
     return [file.longer if abs(file.longer) > max(file.noise, least * file.base) else 0.0 for file in raced]
 
 
@@ -117,110 +82,9 @@ def race_choices(
         NotObservedError: if no example was kept.
         ExportError: if the runtime cannot run a file.
     """
-    raced = heats(model, choices[0], choices[1:], threads)
+    raced = heats(model, choices[0], choices[1:], threads, asked=not_fastest)
     first = statistics.median(file.base for file in raced)
     return [first, *(first + file.longer for file in raced)]
-
-
-def heats(
-    model: QuantizedModel,
-    base: LayerPrecision,
-    others: Sequence[LayerPrecision],
-    threads: int | None = None,
-    rounds: int = ROUNDS,
-    batch: int | None = None,
-) -> list[Raced]:
-    """Race a file for each of ``others`` against the base's, in heats whose sessions fit into memory.
-
-    A heat has at most :data:`HEAT` files, and no more than :data:`MEMORY` has room for; they are written, run and
-    deleted before the next one. The base and a twin of it run in each, and a file is compared with them alone: so a
-    slow phase of the machine hits both sides of a difference, and each heat has its own measure of noise.
-
-    Args:
-        model: calibrated; it is the same afterwards.
-        base: the layers at the steps towards float that the others are compared with.
-        others: the same, for each file.
-        threads: of the runtime, for one operator; None for all cores.
-        rounds: interleaved runs, at least 3; more of them where a run takes a fraction of a millisecond.
-        batch: how many examples a run takes, repeated if need be; None for the first calibration batch as it is.
-
-    Returns:
-        A figure for each of ``others``.
-
-    Raises:
-        NotObservedError: if no example was kept.
-        ArgumentError: if ``batch`` is less than 1.
-        ExportError: if the runtime cannot run a file.
-    """
-    inputs, before, found = _inputs(model, batch), model.precision, list[Raced]()
-    with tempfile.TemporaryDirectory() as directory:
-        folder = Path(directory)
-        try:
-            first = _write(model, base, folder / "base.onnx")
-            room, size = _room(folder), 2 * file_size(first)
-            files = _written(model, others, folder)
-            waiting = next(files, None)
-            while waiting is not None:
-                heat, used = list[Path](), size
-                while waiting is not None and (not heat or (len(heat) < HEAT and used + waiting[1] <= room)):
-                    heat.append(waiting[0])
-                    used += waiting[1]
-                    waiting = next(files, None)
-                times = _race([first, first, *heat], model.target.runtime, inputs, threads, rounds)
-                found += _compared(*times)
-                for done in heat:
-                    for part in folder.glob(f"{done.name}*"):  # weights may lie beside the file
-                        part.unlink()
-        finally:
-            model.choose(before)
-    return found
-
-
-def _inputs(model: QuantizedModel, batch: int | None) -> list[torch.Tensor]:
-    """What a run takes."""
-    if not model.sample:
-        raise NotObservedError("latency: no example was kept to time; run observe() first")
-    if batch is not None and batch < 1:
-        raise ArgumentError(f"batch: got {batch}, needed at least 1")
-    inputs = model.sample[0]
-    if batch is not None:
-        inputs = model.captured.select(inputs, torch.arange(batch) % model.captured.batch_size(inputs))
-    return model.file_inputs(inputs)
-
-
-def _room(folder: Path) -> int:
-    """Bytes of files that may be there at a time."""
-    memory = min(MEMORY, free_memory() // 2)
-    return min(memory // IN_MEMORY, shutil.disk_usage(folder).free // 2)
-
-
-def _written(
-    model: QuantizedModel, choices: Sequence[LayerPrecision], folder: Path
-) -> Iterator[tuple[Path, int]]:
-    """A file for each of ``choices``, written when it is asked for, and its bytes."""
-    for index, chosen in enumerate(track(choices, "files to race")):
-        file = _write(model, chosen, folder / f"{index}.onnx")
-        yield file, file_size(file)
-
-
-def _write(model: QuantizedModel, chosen: LayerPrecision, path: Path) -> Path:
-    model.choose(chosen)
-    return export_onnx(model, path, check=False)
-
-
-def _race(
-    files: Sequence[Path], runtime: str, inputs: Sequence[torch.Tensor], threads: int | None, rounds: int
-) -> list[float]:
-    """Microseconds of each file; their sessions live as long as this call."""
-    sessions = [DeployedModel(file, threads=threads, runtime=runtime) for file in files]
-    contestants = {str(index): functools.partial(file, *inputs) for index, file in enumerate(sessions)}
-    raced = race(contestants, enough_rounds(contestants["0"], rounds))
-    return [1e3 * file.undisturbed for file in raced.values()]
-
-
-def _compared(base: float, twin: float, *others: float) -> list[Raced]:
-    mean = (base + twin) / 2
-    return [Raced(mean, other - mean, abs(twin - base)) for other in others]
 
 
 #: What was put to float changes what its neighbours cost: they are timed again, this often at most.
@@ -268,6 +132,9 @@ def tune(
     Which layers lose depends on the batch: a conversion costs a batch of one as much as a layer, and a large one
     next to nothing.
 
+    Groups with the same surroundings (see :func:`.labels_of`) are timed once, and again only once their surroundings
+    have changed.
+
     Args:
         model: calibrated; afterwards ``float_layers`` holds what was found too.
         threads: of the runtime, for one operator; None for all cores.
@@ -280,13 +147,19 @@ def tune(
         ArgumentError: if ``batch`` is less than 1.
         ExportError: if the runtime cannot run a file.
     """
-    found: list[str] = []
+    found, known = list[str](), dict[str, float]()
     saved, tried = 0.0, 0
     for _ in range(PASSES):
         groups = [group for group in groups_of(model) if among is None or set(group.layers) <= set(among)]
         if not groups:
             break
-        costs = microseconds(model, groups, threads, rounds, batch)
+        labels = labels_of(model, groups)
+        new = dict[str, Group]()
+        for label, group in zip(labels, groups, strict=True):
+            if label not in known:
+                new.setdefault(label, group)
+        known.update(zip(new, microseconds(model, list(new.values()), threads, rounds, batch), strict=True))
+        costs = [known[label] for label in labels]
         tried = tried or len(groups)
         slow = sorted((i for i, cost in enumerate(costs) if cost < 0), key=costs.__getitem__)
         candidates = [_union(groups, chosen) for chosen in _choices(slow, len(groups))]

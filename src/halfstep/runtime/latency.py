@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from halfstep.errors import ArgumentError
@@ -72,24 +72,8 @@ def race(
     Raises:
         ArgumentError: if the rounds are too few for a spread.
     """
-    if rounds < FEWEST:
-        raise ArgumentError(f"rounds: got {rounds}, needed at least {FEWEST}, or there is no spread to state")
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    names, begun = list(contestants), time.perf_counter()
-    for index in range(warmup + rounds):
-        may_go_on()
-        if index == warmup:
-            begun = time.perf_counter()
-        if index >= warmup + STATED and time.perf_counter() - begun > seconds:
-            break
-        # Alternate the order: running right behind another contestant must not always hit the same one.
-        for name in names if index % 2 else reversed(names):
-            contestants[name]()  # untimed: the caches hold what the contestant before left there
-            start = time.perf_counter()
-            contestants[name]()
-            if index >= warmup:
-                times[name].append((time.perf_counter() - start) * 1e3)
-    first = times[names[0]]
+    times = in_turns(contestants, rounds, warmup, seconds)
+    first = next(iter(times.values()))
     result = {}
     for name, series in times.items():
         quartiles = statistics.quantiles(series, n=4)
@@ -98,6 +82,57 @@ def race(
         spread = (quartiles[2] - quartiles[0]) / median
         result[name] = Latency(median, spread, statistics.median(ratios), quartiles[0])
     return result
+
+
+def in_turns(
+    contestants: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 3,
+    seconds: float = math.inf,
+    leave: Callable[[Mapping[str, Sequence[float]]], Collection[str]] = lambda times: (),
+) -> dict[str, list[float]]:
+    """Milliseconds of each contestant's counted runs, as :func:`race` has them run.
+
+    Args:
+        contestants: what to run, by name.
+        rounds: counted rounds, at least :data:`FEWEST`.
+        warmup: rounds that do not count.
+        seconds: once the counted rounds have taken so long, no more are run behind round :data:`STATED`.
+        leave: says after every quarter of the rounds, but not before :data:`STATED`, whose figures suffice, given the
+            milliseconds so far; those are run no more. Once all but two have left, none is.
+
+    Raises:
+        ArgumentError: if the rounds are too few for a spread.
+    """
+    if rounds < FEWEST:
+        raise ArgumentError(f"rounds: got {rounds}, needed at least {FEWEST}, or there is no spread to state")
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    stage = max(STATED, rounds // 4)
+    names, begun = list(contestants), time.perf_counter()
+    for index in range(warmup + rounds):
+        may_go_on()
+        counted = index - warmup
+        if counted == 0:
+            begun = time.perf_counter()
+        if counted >= STATED and time.perf_counter() - begun > seconds:
+            break
+        if counted > 0 and counted % stage == 0 and (gone := leave(times)):
+            names = [name for name in names if name not in gone]
+            if len(names) <= 2:
+                break
+        # Alternate the order: running right behind another contestant must not always hit the same one.
+        for name in names if index % 2 else reversed(names):
+            contestants[name]()  # untimed: the caches hold what the contestant before left there
+            start = time.perf_counter()
+            contestants[name]()
+            if counted >= 0:
+                times[name].append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def lower_quartile(series: Sequence[float]) -> float:
+    """What a run takes while other programs leave it the processor; two times at least."""
+    return statistics.quantiles(series, n=4)[0]
 
 
 def per_run(times: Mapping[str, Sequence[float]], runs: int) -> dict[str, float]:
