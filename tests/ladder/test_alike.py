@@ -42,11 +42,12 @@ def test_another_size_is_another_label():
             super().__init__()
             self.a, self.b, self.c = (nn.Linear(8, n) for n in (8, 8, 4))
 
-        def forward(self, x, y, z):
-            return self.a(x.sin()).cos(), self.b(y.sin()).cos(), self.c(z.sin()).cos()
+        def forward(self, x):
+            layers = self.a, self.b, self.c
+            return [f(y.sin().cos().sin()).cos() for f, y in zip(layers, x.unbind(1), strict=True)]
 
-    q = hs.prepare(Three().eval(), tuple(torch.randn(3, 2, 8)))
-    hs.observe(q, [tuple(torch.randn(3, 4, 8))])
+    q = hs.prepare(Three().eval(), torch.randn(2, 3, 8))
+    hs.observe(q, [torch.randn(4, 3, 8)])
     hs.calibrate(q)
     groups = groups_of(q)
     a, b, c = labels_of(q, groups)
