@@ -18,7 +18,6 @@ from halfstep.ladder.search import Search
 from halfstep.ladder.sensitivity import ADVICE, Halves
 from halfstep.precision import groups_of
 from halfstep.runtime.deployed import DeployedModel, inspect_kernels
-from halfstep.runtime.latency import Latency
 from tests.ladder.networks import FAULTS, INPUTS, Attention, calibrated, faulty, labelled, weights_per_tensor
 
 
@@ -315,12 +314,12 @@ def test_a_resumed_search_goes_by_the_times_that_were_measured_first(accuracy, c
 def test_time_in_float_is_measured_on_the_runtime(monkeypatch):
     outputs = {}
 
-    def raced(contestants, rounds):
+    def raced(contestants, rounds, warmup, leave):
         outputs.update({name: run() for name, run in contestants.items()})
         times = [2.0, 2.04, 4.0, 2.02]  # quantized, its twin, and one file for each group
-        return {name: Latency(9.0, 0.1, 1.0, time) for name, time in zip(contestants, times, strict=True)}
+        return {name: [time] * 7 for name, time in zip(contestants, times, strict=True)}
 
-    monkeypatch.setattr("halfstep.ladder.costs.race", raced)
+    monkeypatch.setattr("halfstep.ladder.heats.in_turns", raced)
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 3))
     model = calibrated(network)
