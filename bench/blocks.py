@@ -7,7 +7,8 @@ python -m bench.blocks                                      every network and se
 
 1,024 calibration images are observed, ranges are MSE's, first and last layers have 8 bits. The quick repairs are fitted
 on half of them and judged on the other half, reconstruction learns on all. All 10,000 test images are scored; KL is the
-divergence from the float network's answers on them, in nats, which tells more than the accuracy, whose error is 0.3.
+divergence from the float network's answers on them, in nats, which tells more than the accuracy. What is lost has its
+standard error beside it, of pairs of answers.
 Seconds are those of the processor, its cores added up, for the repair alone; two quiet cores take half as many. Seeds
 of networks: --seeds.
 """
@@ -61,10 +62,15 @@ CALIBRATION = 1024
 
 @dataclass(frozen=True)
 class Row:
-    """What was made of a network: accuracy in %, divergence from the float one in nats, seconds of the processor."""
+    """What was made of a network: accuracy in %, divergence from the float one in nats, seconds of the processor.
+
+    ``error`` is the standard error of the accuracy lost, in points: images that float and quantized network judge alike
+    add nothing to it.
+    """
 
     what: str
     score: float
+    error: float
     divergence: float
     seconds: float
 
@@ -107,14 +113,19 @@ class Case:
     def _row(self, what: str, q: hs.QuantizedModel, seconds: float) -> Row:
         logits = self._logits(q)
         divergence = float(divergences(self.float_logits, logits).mean())
-        return Row(what, self._accuracy(logits), divergence, seconds)
+        lost = self._hits(self.float_logits) - self._hits(logits)
+        error = 100 * float(lost.std()) / len(lost) ** 0.5
+        return Row(what, self._accuracy(logits), error, divergence, seconds)
 
     def _logits(self, q: hs.QuantizedModel) -> torch.Tensor:
         with torch.no_grad():
             return torch.cat([q(images) for images, _ in self.data.test()])
 
     def _accuracy(self, logits: torch.Tensor) -> float:
-        return 100 * float((logits.argmax(1) == self.data.test_labels).double().mean())
+        return 100 * float(self._hits(logits).mean())
+
+    def _hits(self, logits: torch.Tensor) -> torch.Tensor:
+        return (logits.argmax(1) == self.data.test_labels).double()
 
 
 def table(cases: list[Case]) -> Table:
@@ -126,7 +137,7 @@ def table(cases: list[Case]) -> Table:
             first = index == 0
             head = [case.network, case.bits, str(case.seed), f"{case.float_score:.2f}"] if first else [""] * 4
             goal = GOALS.get((case.network, case.bits)) if row.what == "reconstructed" else None
-            below = f"{case.float_score - row.score:.2f}"
+            below = f"{case.float_score - row.score:.2f} ± {row.error:.2f}"
             asked = "" if goal is None else f"{goal:.1f}"
             printed.add_row(
                 *head,
