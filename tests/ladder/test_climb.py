@@ -11,6 +11,7 @@ import halfstep as hs
 from halfstep.errors import ArgumentError, ExportError, RunError, TrainingError
 from halfstep.evaluate import Score
 from halfstep.fake_quantize import Mode
+from halfstep.ladder.float_score import guesses
 from halfstep.ladder.goal import GoalSpec
 from halfstep.ladder.identity import Examples, data_warnings
 
@@ -189,3 +190,41 @@ def test_a_quantizer_that_moves_to_the_other_side_of_a_reshape_stays_the_same():
     assert all(site.calibrated for site in model.sites.values())
     with warnings.catch_warnings(), torch.no_grad():
         assert model(images).shape == (64, 3)
+
+
+def test_a_float_model_that_guesses_is_asked_about():
+    inputs, labels = data()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    lost = [(inputs, labels[order])]  # as if the weights were others
+    with pytest.warns(
+        UserWarning, match=r"no better than by guessing: always giving one class is right on 0\.\d+"
+    ):
+        outcome = climb(
+            None, metric=hs.Accuracy(lost), rungs=("ptq",), training=None, recipe=hs.Recipe.int8()
+        )
+    (said,) = (sentence for sentence in outcome.decisions if "guessing" in sentence)
+    share = float(labels.bincount().max()) / len(labels)
+    assert (
+        f"accuracy is {outcome.float_score:.4g}" in said
+        and f"right on {share:.4g} of the 128 examples" in said
+    )
+
+
+def test_what_guessing_scores_is_what_the_most_frequent_labels_give():
+    inputs = torch.zeros(100, 1)
+    labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 20)
+    first, two = (
+        hs.Accuracy([(inputs[:60], labels[:60]), (inputs[60:], labels[60:])], top=n) for n in (1, 2)
+    )
+    assert first.of_one_answer() == (0.5, 100) and two.of_one_answer() == (0.8, 100)
+    # Two standard deviations of 100 draws: 0.1 at one half, 0.08 at 0.8.
+    for metric, limit in ((first, 0.6), (two, 0.88)):
+        assert len(guesses(metric, Score(limit - 0.01))) == 1 and not guesses(metric, Score(limit + 0.01))
+        assert not guesses(metric, Score(1.0))
+    both = hs.evaluate.Several(
+        {"first": first, "loss": hs.Metric([(inputs, labels)], lambda x, y: y.double())}
+    )
+    (said,) = guesses(both, Score(0.3, others={"loss": Score(0.1)}))
+    assert said.startswith("The float model's accuracy 'first' is 0.3, no better")
+    one = hs.Accuracy([(inputs, torch.zeros(100))])
+    assert not guesses(one, Score(0.2))  # of one label nothing is known

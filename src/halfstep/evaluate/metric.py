@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -110,6 +111,17 @@ class Accuracy(Metric):
             raise MetricError(f"Accuracy: top is {top}, needed at least 1")
         self.top = top
         super().__init__(labelled, self._hits, bounds=(0.0, 1.0), shuffled=shuffled)
+
+    def of_one_answer(self) -> tuple[float, int]:
+        """What a model scores that gives every example the same answer, the best there is; and of how many examples.
+
+        That is the share of the most frequent label, or of the ``top`` most frequent ones. One pass over the data,
+        without a model.
+        """
+        counts: Counter[int] = Counter()
+        for _, labels in self.labelled:
+            counts.update(torch.as_tensor(labels).tolist())
+        return sum(count for _, count in counts.most_common(self.top)) / counts.total(), counts.total()
 
     def _hits(self, outputs: Any, labels: Any) -> torch.Tensor:
         logits = logits_of(outputs)

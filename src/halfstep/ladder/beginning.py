@@ -23,7 +23,7 @@ from halfstep.distributed import share, together
 from halfstep.evaluate import Scorer, labelled_data
 from halfstep.graph.inputs import ModelInputs
 from halfstep.journal import Journal
-from halfstep.ladder.float_score import float_evaluation
+from halfstep.ladder.float_score import float_evaluation, guesses
 from halfstep.ladder.goal import GoalSpec
 from halfstep.ladder.identity import Claimed, Examples, data_warnings
 from halfstep.ladder.search import Search
@@ -68,7 +68,7 @@ def begin(
             spread = all(isinstance(batches, (list, tuple)) for batches in data)
             seen = Seen(prepared, len(claimed.judged.seen) if spread else 0)
             look(prepared, (item[0] for batches in data for item in batches), seen)
-        said = _observe(search, calibration, claimed.judged, seen)
+        said = _observe(search, calibration, claimed.judged, seen, guesses(scorer, baseline))
         for sentence in said:
             warnings.warn(sentence, stacklevel=3)
     else:
@@ -83,11 +83,13 @@ def begin(
     return search
 
 
-def _observe(search: Search, calibration: Iterable[ModelInputs], judged: Examples, seen: Seen) -> list[str]:
-    """Observe the calibration data and keep the statistics; what is to be said of the data, in sentences."""
+def _observe(
+    search: Search, calibration: Iterable[ModelInputs], judged: Examples, seen: Seen, known: Sequence[str]
+) -> list[str]:
+    """Observe the calibration data and keep the statistics; what is known and to be said of the data, in sentences."""
     model = search.model
     calibrated, unsteady = together(_observed, model, calibration)
-    said = [*data_warnings(calibrated, judged), *sentences([*unlike_sites(model, seen), *unsteady])]
+    said = [*known, *data_warnings(calibrated, judged), *sentences([*unlike_sites(model, seen), *unsteady])]
     if isinstance(calibration, (list, tuple)):
         search.journal.claim("calibration data", calibrated.contents())
     search.calibrated = len(calibrated.seen)

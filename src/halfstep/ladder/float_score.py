@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ import torch
 
 from halfstep.batches import scored
 from halfstep.errors import RunError
-from halfstep.evaluate import Metric, Score, Scorer, parts
+from halfstep.evaluate import Accuracy, Metric, Score, Scorer, parts
 from halfstep.fake_quantize import Mode
 from halfstep.journal import Journal
 from halfstep.ladder.evaluation import Evaluation, Verdict, keep, kept
@@ -99,6 +100,33 @@ def float_evaluation(
         second = once(AGAIN, "float again, whole", whole)
     others = {name: _compared(score, second.others[name], name) for name, score in first.others.items()}
     return replace(_compared(first, second, next(iter(parts(scorer)))), others=others), made
+
+
+def guesses(scorer: Scorer, score: Score) -> list[str]:
+    """A sentence for each accuracy of the float model that is no better than that of one answer to all examples.
+
+    Such a model loses nothing by being quantized, and meets every goal. "No better" is within two standard deviations
+    of as many draws as there are examples: a model that guesses stays below that in 98 of 100 cases, or more where the
+    labels are not equally frequent. Nothing is said of a model that is right on all examples.
+
+    Args:
+        scorer: the metric; of others than :class:`halfstep.Accuracy` it is not known what guessing scores.
+        score: of the float model.
+    """
+    found = []
+    for name, part in parts(scorer).items():
+        value = score.others.get(name, score).value
+        if not isinstance(part, Accuracy) or value == 1:
+            continue
+        share, count = part.of_one_answer()
+        if share < 1 and value <= share + 2 * math.sqrt(share * (1 - share) / count):
+            answer = "one class" if part.top == 1 else f"the same {part.top} classes"
+            found.append(
+                f"The float model's accuracy{f' {name!r}' * bool(name)} is {value:.4g}, no better than by guessing: "
+                f"always giving {answer} is right on {share:.4g} of the {count:,} examples. Were the weights loaded? "
+                "And are the inputs prepared, and the classes numbered, as in its training?"
+            )
+    return found
 
 
 def _see_that_it_is(known: Score, now: Score, journal: Journal) -> None:
