@@ -11,6 +11,7 @@ from onnx import TensorProto, helper
 import halfstep as hs
 from halfstep.errors import CaptureError, DataError, HalfstepError
 from halfstep.onnx_in import elementwise
+from halfstep.onnx_in.from_file import layers_of
 from halfstep.onnx_in.table import TABLE
 from tests.onnx_in.files import write
 
@@ -215,3 +216,21 @@ def test_damaged_files_end_in_an_error(tmp_path):
         path.write_bytes(damaged)
         with suppress(HalfstepError):
             hs.from_onnx(path, torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("operator", "name", "said"),
+    [
+        ("QLinearConv", "features/conv", "(QLinearConv at node 'features/conv')"),
+        ("MatMulInteger", "", "(MatMulInteger at node 'y')"),
+        ("QGemm", "fc", "(QGemm at node 'fc')"),
+    ],
+)
+def test_a_file_whose_layers_compute_in_integers(operator, name, said, tmp_path):
+    """Only what it was made from has the float weights; `init` lists no layers of it either."""
+    domain = "com.microsoft" if operator == "QGemm" else ""
+    node = helper.make_node(operator, ["x"], ["y"], name=name, domain=domain)
+    path = simple(tmp_path / "m.onnx", [node], domains=("com.microsoft",))
+    refused(path, f"is quantized already {said}; give the float file that it was made from")
+    with pytest.raises(CaptureError, match="is quantized already"):
+        layers_of(path)

@@ -27,6 +27,11 @@ CONVERTED = 21
 #: Where an inlined node says which node of the file has called for it.
 CALL = "halfstep.call"
 
+#: What layers become in files that a quantizer has been through, beside all that begin with ``QLinear``.
+_QUANTIZED = frozenset(
+    ["QGemm", "QAttention", "ConvInteger", "MatMulInteger", "DynamicQuantizeMatMul", "MatMulIntegerToFloat"]
+)
+
 
 @dataclass(frozen=True)
 class Tensor:
@@ -84,7 +89,7 @@ def read(path: str | Path) -> OnnxGraph:
 
     Raises:
         CaptureError: if there is no such file, it is damaged or breaks ONNX's rules, tensors beside it are missing or
-            lie outside its folder, it is of a version that onnx does not know, or for training.
+            lie outside its folder, it is of a version that onnx does not know, for training, or computes in integers.
     """
     path = Path(path)
     model = load(path)
@@ -93,6 +98,7 @@ def read(path: str | Path) -> OnnxGraph:
     if model.training_info:
         raise CaptureError(f"{path}: holds a graph for training; export the network for inference")
     _check(model, path)
+    _check_float(model, path)
     return understood(model, path)
 
 
@@ -258,6 +264,17 @@ def _check(model: onnx.ModelProto, path: Path) -> None:
     for output in model.graph.output:
         if output.name not in known:
             raise CaptureError(f"{path}: its output {output.name!r} is made by no node")
+
+
+def _check_float(model: onnx.ModelProto, path: Path) -> None:
+    """See that no layer computes in integers, whose float weights are gone."""
+    for node in model.graph.node:
+        if node.op_type.startswith("QLinear") or node.op_type in _QUANTIZED:
+            name = node.name or next(filter(None, node.output), "")
+            raise CaptureError(
+                f"{path}: is quantized already ({node.op_type} at node {name!r}); give the float file that it was made "
+                "from"
+            )
 
 
 def convert(model: onnx.ModelProto, path: Path, opset: int) -> onnx.ModelProto:
