@@ -178,6 +178,18 @@ def test_a_fixed_batch_size_is_explained():
         capture(Fixed(), torch.randn(2, 4))
 
 
+def test_a_batch_size_that_an_exported_module_fixes_is_explained():
+    x = torch.randn(2, 4)
+    exported = torch.export.export(nn.Sequential(nn.Unflatten(1, (2, 2)), nn.Flatten()).eval(), (x,)).module()
+    with pytest.raises(CaptureError, match=r"fixes the batch size at the example's 2: ") as caught:
+        capture(nn.Sequential(exported, nn.Linear(4, 3)), x)
+    _, advice = str(caught.value).split("; ")
+    assert advice == (
+        "that code was generated when the module was exported, for this size: export it anew with "
+        "dynamic_shapes={'input': {0: torch.export.Dim.DYNAMIC}}, or hand over the module that it was made from"
+    )
+
+
 def test_a_random_model_is_told_from_a_wrong_capture():
     class Noisy(nn.Module):
         def forward(self, x):

@@ -6,6 +6,7 @@ from torch import nn
 from torch._decomp import decomposition_table
 
 import halfstep as hs
+from halfstep.errors import CaptureError
 from halfstep.fidelity.compare import compare
 from halfstep.graph.capture import capture
 from halfstep.graph.recurrences import recurrences_whole
@@ -45,9 +46,14 @@ def test_a_file_with_a_recurrent_layer_takes_sequences_of_any_length(kind, optio
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections")
-@pytest.mark.parametrize("options", [{"bidirectional": True, "num_layers": 2}, {"proj_size": 3}])
-def test_shapes_are_those_that_the_layer_answers_with(options):
-    model, x = Reader(nn.LSTM, **options), torch.randn(2, 5, 6)
+def test_an_lstm_with_projections_is_refused_by_name():
+    words = r"module 'layer' is an LSTM with projections \(proj_size=3\), which ONNX has no operator for; train it"
+    with pytest.raises(CaptureError, match=words):
+        capture(Reader(nn.LSTM, proj_size=3), torch.randn(2, 5, 6))
+
+
+def test_shapes_are_those_that_the_layer_answers_with():
+    model, x = Reader(nn.LSTM, bidirectional=True, num_layers=2), torch.randn(2, 5, 6)
     captured = capture(model, x, TIME)
     (node,) = (node for node in captured.graph.nodes if "lstm" in str(node.target))
     with torch.no_grad():

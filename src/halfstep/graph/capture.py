@@ -26,6 +26,7 @@ from halfstep.graph.tracing import (
     bind,
     explain,
     export_program,
+    quiet,
     unrooted,
     where,
     words,
@@ -280,7 +281,7 @@ def capture(
 
 
 def _check_kind(model: nn.Module) -> None:
-    """Raise for modules that are no float network written in Python."""
+    """Raise for modules that are no float network written in Python, or have layers that no file can hold."""
     name = type(model).__name__
     if isinstance(model, torch.jit.ScriptModule):
         raise CaptureError(
@@ -288,6 +289,11 @@ def _check_kind(model: nn.Module) -> None:
             "from, or the path of an ONNX file, which torch.onnx.export(model, ..., dynamo=False) writes"
         )
     for path, module in model.named_modules():
+        if isinstance(module, nn.LSTM) and module.proj_size:
+            raise CaptureError(
+                f"module {path!r} is an LSTM with projections (proj_size={module.proj_size}), which ONNX has no "
+                "operator for; train it with proj_size=0, or hand over the part of the network without it"
+            )
         if re.match(r"torch\.ao\.nn\.(\w+\.)*quantized\.", f"{type(module).__module__}."):
             raise CaptureError(
                 f"model {name} is quantized already: {path!r} is a {type(module).__module__}.{type(module).__name__}; "
@@ -308,7 +314,8 @@ def copied(model: nn.Module) -> nn.Module:
     kept = (value for module in model.modules() for value in (*vars(module).values(), *module.buffers(False)))
     computed = [value for value in kept if isinstance(value, torch.Tensor) and not value.is_leaf]
     try:
-        return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
+        with quiet():  # graphs that torch exported warn of torch's own code
+            return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
     except Exception as error:
         raise CaptureError(
             f"model {type(model).__name__} cannot be copied with copy.deepcopy: {error}; detach stored tensors and "

@@ -106,10 +106,21 @@ def export_program(
             if dimension == "0"
             else f"dimension {dimension} of input {name!r}, which is to vary,"
         )
+        advice = f"take it from {name}.shape[{dimension}] there"
+        if GENERATED in place:
+            advice = (
+                "that code was generated when the module was exported, for this size: export it anew with "
+                f"dynamic_shapes={{{name!r}: {{{dimension}: torch.export.Dim.DYNAMIC}}}}, or hand over the module that "
+                "it was made from"
+            )
         raise CaptureError(
-            f"the model's code fixes {what} at the example's {number}{f': {place}' if place else ''}; take it from "
-            f"{name}.shape[{dimension}] there" + ("" if dimension == "0" else ", or leave it out of dynamic")
+            f"the model's code fixes {what} at the example's {number}{f': {place}' if place else ''}; {advice}"
+            + ("" if dimension == "0" else ", or leave it out of dynamic")
         ) from error
+
+
+#: The file, in words, of the code of a :class:`torch.fx.GraphModule`.
+GENERATED = "<eval_with_key>"
 
 
 def _module_of(program: torch.export.ExportedProgram) -> fx.GraphModule:
