@@ -323,3 +323,18 @@ def test_stored_tensors_that_are_inputs_too_are_inputs_no_longer(tmp_path):
     for write_file in (hs.export_onnx, hs.export_float):
         graph = onnx.load(write_file(q, tmp_path / "new.onnx")).graph
         assert [value.name for value in graph.input] == ["x"]
+
+
+@pytest.mark.parametrize(("name", "known"), [(None, "batch"), ("n", "n")])
+def test_sizes_that_vary_have_plain_names(name, known, tmp_path):
+    """Those that the file's inputs have, or else one that says what it is."""
+    stored = {"w": np.ones((4, 6), np.float32), "v": np.ones((6, 3), np.float32)}
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("MatMul", ["h", "v"], ["y"])]
+    path = write(tmp_path / "m.onnx", nodes, {"x": [name, 4]}, {"y": None}, stored)
+    out = onnx.load(hs.export_onnx(calibrated(path, torch.randn(8, 4)), tmp_path / "q.onnx"))
+    sizes = {
+        value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+        for value in (*out.graph.output, *out.graph.value_info)
+    }
+    assert sizes["y"] == [known, 3]
+    assert {size for shape in sizes.values() for size in shape if isinstance(size, str)} == {known}

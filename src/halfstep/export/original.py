@@ -17,10 +17,12 @@ from halfstep.errors import ExportError
 from halfstep.export.calls import Calls
 from halfstep.export.editing import drop_unused, replace
 from halfstep.export.marks import DOMAIN, MARKER, bias_marker
+from halfstep.export.trace import known_as
 from halfstep.formats import Integer
 from halfstep.granularity import PerGroup
 from halfstep.graph.operators import WEIGHTED, describe, readable_names
 from halfstep.graph.placement import Layer, Site
+from halfstep.graph.shapes import varies
 from halfstep.model import QuantizedModel
 from halfstep.onnx_in.linear import LINEAR
 from halfstep.onnx_in.network import arguments
@@ -212,6 +214,9 @@ class Original:
             if len(own) == 2 and step.op_type in SPLIT:
                 made.update(self._split(step, *own))
         known = {value.name: value for node in self.graph for value in node.outputs}  # a split made others
+        axes = known_as(
+            self.model.captured.axes, self.graph.inputs, [made[str(v.name)] for v in self.graph.inputs]
+        )
         for name, node in made.items():
             value, shape = known.get(name), node.meta.get("val")
             if value is not None and isinstance(shape, torch.Tensor):
@@ -220,9 +225,7 @@ class Original:
                 if value.type is None and shape.dtype in _TYPES:
                     value.type = ir.TensorType(_TYPES[shape.dtype])
                 if value.type is not None:
-                    value.shape = ir.Shape(
-                        [size if isinstance(size, int) else str(size) for size in shape.shape]
-                    )
+                    value.shape = ir.Shape([axes.name(s) if varies(s) else int(s) for s in shape.shape])
         return made
 
     def _input_names(self) -> list[str]:

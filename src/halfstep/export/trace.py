@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -211,6 +211,23 @@ def _name_sizes(graph: ir.Graph, traced: Sequence[Sequence[Any]], axes: Axes) ->
     for value in [*graph.inputs, *(value for node in graph.all_nodes() for value in node.outputs)]:
         if value.shape:
             value.shape = ir.Shape(map(renamed, value.shape))
+
+
+def known_as(axes: Axes, inputs: Sequence[ir.Value], traced: Sequence[fx.Node]) -> Axes:
+    """``axes`` with the names that a file's inputs have for sizes, where they have any.
+
+    Args:
+        axes: of the captured graph.
+        inputs: of the file.
+        traced: the placeholders for them, in their order.
+    """
+    own = {
+        str(size): declared.value
+        for value, node in zip(inputs, traced, strict=True)
+        for declared, size in zip(value.shape or (), node.meta["val"].shape, strict=True)
+        if isinstance(declared, ir.SymbolicDim) and declared.value is not None
+    }
+    return replace(axes, names={**axes.names, **own})
 
 
 def _cause(error: BaseException, model: QuantizedModel) -> str:
