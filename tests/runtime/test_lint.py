@@ -224,6 +224,18 @@ def test_values_beside_the_file_are_read_there(tmp_path, monkeypatch):
         broken(path)
 
 
+def test_layers_of_nodes_without_names_are_known_by_what_they_make(tmp_path):
+    model = onnx.load(hs.export_onnx(calibrated("onnxruntime"), tmp_path / "m.onnx"))
+    named = {site.tensor: site.layer for site in read_sites(tmp_path / "m.onnx")[0]}
+    made = {node.name: node.output[0] for node in model.graph.node}
+    for node in model.graph.node:
+        node.name = ""
+    onnx.save(model, tmp_path / "unnamed.onnx")
+    found = {site.tensor: site.layer for site in read_sites(tmp_path / "unnamed.onnx")[0]}
+    assert found == {tensor: made.get(layer, "output") for tensor, layer in named.items()}
+    assert all(found.values())
+
+
 def test_codes_of_8_bit_floats_are_read(tmp_path):
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in "xy"]
     nodes = [
@@ -236,6 +248,7 @@ def test_codes_of_8_bit_floats_are_read(tmp_path):
     path = tmp_path / "fp8.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)]), path)
     (site,), _ = read_sites(path)
+    assert site.layer == "output"
     assert (site.format, site.low, site.high) == ("float8e4m3fn", -224.0, 224.0)
     assert broken(path) == {}
 

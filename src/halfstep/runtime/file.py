@@ -129,7 +129,7 @@ class FileSite:
 
     Attributes:
         tensor: the name of the tensor that it makes.
-        layer: the node that reads it first.
+        layer: the node that reads it first, one without a name by what it makes.
         format: ONNX's type of the codes.
         granularity: per tensor, per channel or per group.
         low, high: what the smallest and largest code stand for.
@@ -166,7 +166,7 @@ def read_sites(path: str | Path) -> tuple[list[FileSite], dict[str, str]]:
             found.append(
                 FileSite(
                     tensor=node.input[0] if constant or source is None else source.input[0],
-                    layer=readers[0].name if readers else "output",
+                    layer=readers[0].name or readers[0].output[0] if readers else "output",
                     format=graph.code_type(node),
                     granularity=("per tensor", "per channel", "per group")[min(scale.ndim, 2)],
                     low=float(((low - shift) * scale).min()),
