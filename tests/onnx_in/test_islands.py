@@ -159,6 +159,17 @@ def test_an_island_of_an_unknown_shape_is_refused(tmp_path):
         hs.from_onnx(path)
 
 
+def test_what_cannot_be_told_of_an_island_leaves_no_file(tmp_path, monkeypatch):
+    """ONNX Runtime's script writes what it has of a file into the working directory where it does not come through."""
+    nodes = [helper.make_node("CDist", ["x", "w"], ["y"], name="far", domain="com.microsoft")]
+    stored = {"w": floats(6, 4)}
+    path = write(tmp_path / "m.onnx", nodes, {"x": ["n", 4]}, {"y": None}, stored, domains=["com.microsoft"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CaptureError, match=r"node 'far'.*the type or shape of 'y' is not known"):
+        hs.from_onnx(path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_file_that_is_quantized_in_part_is_taken(tmp_path):
     """Its quantizers, and what reads them, stay; the layers beside them are quantized."""
     nodes = [

@@ -156,7 +156,16 @@ def types_of(message: onnx.ModelProto, wanted: Collection[str]) -> Types:
         from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
 
         with suppress(Exception):  # of many kinds: what it cannot tell is said of the node
-            found |= _declared(SymbolicShapeInference.infer_shapes(message, auto_merge=True).graph)
+            # What its infer_shapes does, but for a file in the working directory of what it cannot tell.
+            script, complete = (
+                SymbolicShapeInference(2**31 - 1, True, False, 0),
+                False,
+            )  # merging sizes by itself
+            script._preprocess(message)
+            while script.run_:
+                complete = script._infer_impl()
+            script._update_output_from_vi()
+            found |= _declared(script.out_mp_.graph) if complete else {}
     return found
 
 
