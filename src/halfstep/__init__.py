@@ -1,5 +1,10 @@
 """halfstep: quantize a trained network to an accuracy target, proven on the runtime it is deployed to."""
 
+from halfstep.interrupted import end_in_one_line
+
+end_in_one_line()  # before torch loads
+# isort: split
+
 from halfstep.calibration.calibrate import calibrate, observe
 from halfstep.calibration.candidates import Candidate, Sweep, best_of
 from halfstep.calibration.diagnostics import SiteConcern, concerns

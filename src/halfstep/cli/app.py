@@ -11,11 +11,12 @@ import warnings
 import typer
 
 from halfstep.cli.commands import calibrate, compare, export, init, report, sensitivity, verify
-from halfstep.cli.console import BAD_INPUT, DEFECT, INTERRUPTED, TRACEBACK, err
+from halfstep.cli.console import BAD_INPUT, DEFECT, TRACEBACK, err
 from halfstep.cli.demo import demo
 from halfstep.cli.inspect import inspect
 from halfstep.cli.quantize import quantize
 from halfstep.errors import HalfstepError
+from halfstep.interrupted import INTERRUPTED
 
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3

@@ -27,7 +27,7 @@ from halfstep.journal import finite
 from halfstep.ladder.outcome import Outcome
 from halfstep.live import bars, error_stream
 
-MET, DEFECT, BAD_INPUT, NOT_MET, INTERRUPTED = 0, 1, 2, 3, 130
+MET, DEFECT, BAD_INPUT, NOT_MET = 0, 1, 2, 3
 
 
 #: The variable of the environment that lets an unexpected error end in its traceback.

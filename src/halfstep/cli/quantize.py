@@ -11,7 +11,6 @@ import typer
 
 from halfstep.cli.console import (
     FRESH,
-    INTERRUPTED,
     MET,
     NOT_MET,
     Fresh,
@@ -25,6 +24,7 @@ from halfstep.cli.console import (
     progress,
     silence,
 )
+from halfstep.interrupted import INTERRUPTED
 
 
 def quantize(
