@@ -107,7 +107,8 @@ def guesses(scorer: Scorer, score: Score) -> list[str]:
 
     Such a model loses nothing by being quantized, and meets every goal. "No better" is within two standard deviations
     of as many draws as there are examples: a model that guesses stays below that in 98 of 100 cases, or more where the
-    labels are not equally frequent. Nothing is said of a model that is right on all examples.
+    labels are not equally frequent. Nothing is said of a model that is right on all examples, nor of one that is right
+    on most of what a loader makes anew: one more pass over that may take as long as an evaluation.
 
     Args:
         scorer: the metric; of others than :class:`halfstep.Accuracy` it is not known what guessing scores.
@@ -117,6 +118,8 @@ def guesses(scorer: Scorer, score: Score) -> list[str]:
     for name, part in parts(scorer).items():
         value = score.others.get(name, score).value
         if not isinstance(part, Accuracy) or value == 1:
+            continue
+        if value > 0.5 and not isinstance(part.labelled, (list, tuple)):
             continue
         share, count = part.of_one_answer()
         if share < 1 and value <= share + 2 * math.sqrt(share * (1 - share) / count):
