@@ -53,7 +53,7 @@ GOALS = {
 ABLATIONS = {
     "without dropping": hs.Reconstruction(drop=0.0),
     "without learned ranges": hs.Reconstruction(ranges=False),
-    "without the Fisher weight": hs.Reconstruction(fisher=False),
+    "with the Fisher weight": hs.Reconstruction(fisher=True),
     "all blocks together at the end": hs.Reconstruction(whole=True),
 }
 

@@ -46,7 +46,8 @@ class Reconstruction:
         drop: the probability that an activation's element passes as the float network has it, within the block and
             where it is entered; 0 learns on what the quantized network makes alone.
         ranges: learn the scales of weights and activations, and zero points, as well; or leave them as calibrated.
-        fisher: weigh errors of the block's output by how much the network's outputs feel them.
+        fisher: weigh errors of the block's output by how much the network's outputs feel them, example by example, as
+            BRECQ does; off, since one draw of the outputs tells that so roughly that fewer examples count.
         whole: behind the last block, learn the scales and biases of all of them together for the network's own outputs.
         seed: of everything that is drawn.
 
@@ -56,9 +57,9 @@ class Reconstruction:
 
     steps: int | None = None
     batch: int = 32
-    drop: float = 0.5
+    drop: float = 0.25
     ranges: bool = True
-    fisher: bool = True
+    fisher: bool = False
     whole: bool = False
     seed: int = 0
 
