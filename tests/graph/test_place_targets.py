@@ -187,3 +187,39 @@ def test_a_weight_keeps_its_portable_format_whatever_layers_are_elsewhere(step):
     usual = weight_bits(hs.Recipe.int8(portable=True))
     found = weight_bits(hs.Recipe.int8(portable=True), **{step: ["conv", "fc"]})
     assert found == {name: bits for name, bits in usual.items() if name in found}
+
+
+class Attending(nn.Module):
+    """Attention between linear layers, with a mask or without."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x, mask=None):
+        q, k, v = (
+            part(x).unflatten(-1, (2, 4)).transpose(1, 2) for part in (self.query, self.key, self.value)
+        )
+        return self.out(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(("portable", "masked"), [(False, False), (True, False), (False, True)])
+def test_on_openvino_attention_reads_queries_and_keys_in_codes(portable, masked):
+    """Unless it has a mask, which costs the runtime its one kernel, or two signed codes may saturate elsewhere."""
+    example = (torch.randn(2, 5, 8), torch.zeros(5, 5))[: 1 + masked]
+    q = hs.prepare(Attending(), example, hs.Recipe.int8(portable=portable), "openvino")
+    (attention,) = q.graph.find_nodes(
+        op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default
+    )
+    coded = {position.value for site in q.placement.sites for position in site.positions}
+    integer = not (portable or masked)
+    assert [value in coded for value in attention.args[:3]] == [integer, integer, False]
+    assert [follower.operator.kind for follower in q.placement.followers] == ["attention"] * integer
+
+
+@pytest.mark.parametrize("name", ["key", "out"])
+def test_attention_between_float_layers_is_float(name):
+    recipe = hs.Recipe.int8(portable=False).override(name, None)
+    q = hs.prepare(Attending(), torch.randn(2, 5, 8), recipe, "openvino")
+    (reason,) = [op.reason for op in q.placement.float_operators if op.operator.kind == "attention"]
+    assert reason == "is not between integer operators: quantizing for it alone would cost time"

@@ -12,6 +12,7 @@ from halfstep.export.mismatch import agreements
 from halfstep.fidelity.compare import compare
 from halfstep.runtime.deployed import DeployedModel, inspect_kernels, runtime_of
 from halfstep.runtime.openvino import INTEGER
+from halfstep.runtime.saturation import saturable_layers, saturates_here
 
 pytest.importorskip("openvino")
 
@@ -150,3 +151,38 @@ def test_a_bias_is_not_lost_where_the_runtime_also_reads_the_convs_shape(tmp_pat
     assert compare(DeployedModel(path, q.captured.in_spec, q.captured.out_spec), q, [x]).sqnr > 60
     assert "first/Conv/bias/Add" in {node.name for node in onnx.load(path).graph.node}
     assert {"first/Conv", "second/Conv"} <= set(inspect_kernels(path).integer)
+
+
+class Heads(nn.Module):
+    """Self-attention over patches: one linear layer for queries, keys and values."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.skipif(saturates_here(), reason="there these products saturate, and recipes leave them in float")
+def test_attentions_first_product_runs_on_integers_and_its_keys_are_turned_as_floats(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(4, 20, 32)
+    q = hs.prepare(Heads().eval(), x, target="openvino")
+    hs.observe(q, [x])
+    hs.calibrate(q)
+    path = hs.export_onnx(q, tmp_path / "model.onnx")  # refuses a file that answers otherwise
+    graph = onnx.load(path).graph
+    makers = {value: node for node in graph.node for value in node.output}
+    product = next(node for node in graph.node if node.name.endswith("attention/MatMul"))
+    for factor in product.input:
+        scaled = makers[factor]
+        assert (scaled.op_type, makers[scaled.input[0]].op_type) == ("Mul", "DequantizeLinear")
+    for turn in (node for node in graph.node if node.name.endswith("attention/Transpose")):
+        assert makers[makers[turn.input[0]].input[0]].op_type != "DequantizeLinear"
+    assert product.name in inspect_kernels(path).integer
+    proof = hs.verify(path, q, [x], rounds=3)
+    assert [op.kind for op in proof.float_operators if op.kind == "attention"] == []
+    assert compare(DeployedModel(path, q.captured.in_spec, q.captured.out_spec), q, [x]).sqnr > 40
+    assert "attention" in saturable_layers(path)

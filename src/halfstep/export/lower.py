@@ -112,6 +112,8 @@ def lower(onnx_model: ir.Model, model: QuantizedModel) -> None:
         shape_biases(graph)
     if wanted.added_bias:
         add_biases(graph)
+    if wanted.turned_floats:
+        quantize_turned(graph)
     if wanted.guarded_floats:
         protect_float_layers(graph)
     drop_unused(graph)
@@ -397,3 +399,44 @@ def add_biases(graph: ir.Graph) -> None:
         replace(graph, result, total.outputs[0])
         total.replace_input_with(0, result)
         node.resize_inputs(2)
+
+
+def quantize_turned(graph: ir.Graph) -> None:
+    """The quantizer of attention's keys goes behind the Transpose that the exporter puts between two Reshapes.
+
+    Its scale is one for the tensor, so the codes are the same. OpenVINO turns bytes in more time than floats.
+    """
+    for turn in list(graph):
+        before = producer(turn.inputs[0], "Reshape") if turn.op_type == "Transpose" else None
+        readers = turn.outputs[0].consumers()
+        if before is None or len(readers) != 1 or readers[0].op_type != "Reshape":
+            continue
+        marks = _quantizer(before.inputs[0])
+        if marks is None:
+            continue
+        for reader in marks[1].outputs[0].consumers():
+            if reader is before or reader.op_type == "Shape":
+                reader.replace_input_with(0, marks[0].inputs[0])
+        # In front of a further Reshape there are the same codes, and they need be made once.
+        reshape = producer(marks[0].inputs[0], "Reshape")
+        above = None if reshape is None else _quantizer(reshape.inputs[0])
+        if reshape is not None and above is not None and above[1].inputs[1] is marks[1].inputs[1]:
+            reshape.replace_input_with(0, above[0].inputs[0])
+        last, users = readers[0], list(readers[0].outputs[0].uses())
+        for mark in marks:
+            node = ir.node(mark.op_type, [last.outputs[0], *mark.inputs[1:]])
+            node.name = node.outputs[0].name = f"{readers[0].name}/{mark.op_type}"
+            node.outputs[0].shape, node.outputs[0].type = readers[0].outputs[0].shape, mark.outputs[0].type
+            graph.insert_after(last, node)
+            last = node
+        for user, index in users:
+            user.replace_input_with(index, last.outputs[0])
+
+
+def _quantizer(value: ir.Value | None) -> tuple[ir.Node, ir.Node] | None:
+    """The QuantizeLinear and the DequantizeLinear that make ``value``, if they have one scale for the tensor."""
+    dequantize, scale = producer(value, "DequantizeLinear"), scale_of(value)
+    quantize = None if dequantize is None else producer(dequantize.inputs[0], "QuantizeLinear")
+    if dequantize is None or quantize is None or scale is None or scale.ndim:
+        return None
+    return quantize, dequantize

@@ -122,6 +122,12 @@ class Operator:
     bias: fx.Node | None = None
 
 
+def attends_to_all(attention: fx.Node) -> bool:
+    """Whether a scaled dot-product attention is one by itself, not part of a whole, and leaves no keys out."""
+    named = (attention.kwargs.get(name) for name in ("attn_mask", "dropout_p", "is_causal"))
+    return WHOLE not in attention.meta and not any(attention.args[3:]) and not any(named)
+
+
 def describe(node: fx.Node) -> Operator | None:
     """The operator that ``node`` is; None for placeholders, parameters, outputs and integer arithmetic.
 

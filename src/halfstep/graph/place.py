@@ -13,7 +13,15 @@ from halfstep.formats import Format
 from halfstep.granularity import Granularity, PerGroup
 from halfstep.graph.biases import stored_biases
 from halfstep.graph.layer_precision import LayerPrecision
-from halfstep.graph.operators import Operator, constant_operands, describe, ends, nonnegative, readable_names
+from halfstep.graph.operators import (
+    Operator,
+    attends_to_all,
+    constant_operands,
+    describe,
+    ends,
+    nonnegative,
+    readable_names,
+)
 from halfstep.graph.pair_sums import PairSums
 from halfstep.graph.placement import (
     FloatOperator,
@@ -138,6 +146,7 @@ class _Placer:
             if op.kind in self.target.followers
             and TAIL not in node.meta
             and not (op.kind in ("add", "mul") and constant_operands(node))
+            and not (op.kind == "attention" and (self.portable or not attends_to_all(node)))
         }
         # From all of them down to what holds: followers that feed one another would never join one by one.
         self.kernels = {node for node in self.integer | followers if self._executed(node)}
@@ -153,7 +162,7 @@ class _Placer:
         """Whether the target executes the formats of all that an operator reads, and must write."""
         op = self.operators[node]
         written = [self._after_absorbed(node)] if self.target.kernel(op.kind).output else []
-        return all(self._readable(value) for value in (*op.inputs, *written))
+        return all(self._readable(value) for value in (*self._arguments(node), *written))
 
     def _readable(self, value: fx.Node) -> bool:
         """Whether the target executes the widest format that layers read ``value`` in, directly or moved."""
@@ -177,7 +186,15 @@ class _Placer:
         """Whether enough of what a follower reads comes in codes."""
         op = self.operators[node]
         enough = any if self.target.kernel(op.kind).partial else all
-        return enough(map(self._supplied, op.inputs))
+        return enough(map(self._supplied, self._arguments(node)))
+
+    def _arguments(self, node: fx.Node) -> tuple[fx.Node, ...]:
+        """The activations that the kernel of an operator has codes for."""
+        op = self.operators[node]
+        reads = self.target.kernel(op.kind).reads
+        return (
+            op.inputs if reads is None else tuple(value for value in op.inputs if value in node.args[:reads])
+        )
 
     def _supplied(self, value: fx.Node) -> bool:
         """Whether ``value`` comes from an integer kernel, or is put into codes for a layer that reads it anyway.
@@ -228,7 +245,7 @@ class _Placer:
         """The inputs that an integer operator reads quantized: all but the one whose layer computes it too."""
         op = self.operators[node]
         if not self.target.kernel(op.kind).joins:
-            return op.inputs
+            return self._arguments(node)
         makers = [
             value
             for value in op.inputs

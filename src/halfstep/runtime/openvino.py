@@ -22,7 +22,14 @@ INTEGER = frozenset({"i8", "u8", "i4", "u4"})
 HEAVY = frozenset({"Convolution", "Deconvolution", "FullyConnected", "MatMul", "RNNSeq", "RNNCell"})
 
 #: Layer types that compute; the others move data about.
-COMPUTING = HEAVY | {"Eltwise", "Pooling", "Reduce", "Concatenation", "ScaledDotProductAttention"}
+COMPUTING = HEAVY | {
+    "Eltwise",
+    "Pooling",
+    "Reduce",
+    "Concatenation",
+    "ScaledDotProductAttention",
+    "Subgraph",
+}
 
 #: Operators of the file that only mark a number format.
 MARKS = frozenset({"QuantizeLinear", "DequantizeLinear"})
@@ -79,7 +86,10 @@ def inspect(path: Path, threads: int | None) -> Kernels:
     Raises:
         RefusedError: if the runtime cannot load the file.
     """
-    nodes = {node.name: node.op_type for node in load(path, weights=False).graph.node}
+    graph = load(path, weights=False).graph
+    nodes = {node.name: node.op_type for node in graph.node}
+    shares = {value for node in graph.node if node.op_type == "Softmax" for value in node.output}
+    coded = {node.name for node in graph.node if node.op_type == "MatMul" and node.input[0] not in shares}
     counts: Counter[str] = Counter()
     integer: dict[str, None] = {}
     floating: dict[str, None] = {}
@@ -92,6 +102,8 @@ def inspect(path: Path, threads: int | None) -> Kernels:
         if kind not in COMPUTING:
             continue
         names = dict.fromkeys(_known(info["originalLayersNames"].astype(str), nodes))
+        if kind == "Subgraph":  # attention: its precision is that of the first product
+            names = {name: None for name in names if name in coded}
         # It forgets the name of some; the weight keeps its layer's.
         if not names and kind == "FullyConnected":
             names = dict.fromkeys(_known(operation.input_value(1).get_node().get_friendly_name(), nodes))

@@ -100,6 +100,8 @@ def _may_saturate(graph: FileGraph, node: onnx.NodeProto) -> bool:
 
 def _dequantizer(graph: FileGraph, name: str) -> onnx.NodeProto | None:
     maker = graph.makers.get(name)
+    if maker is not None and maker.op_type == "Mul":  # attention's scale
+        maker = graph.makers.get(maker.input[0])
     return maker if maker is not None and maker.op_type == "DequantizeLinear" else None
 
 

@@ -18,6 +18,8 @@ OPENVINO = Target(
         "add": Kernel(joins=True),
         # Signed codes are shifted to unsigned ones before a conv, and lose the shift on their way through a concat.
         "concat": Kernel(partial=True, affine=True),
+        # Its first product, of queries and keys. Codes for the softmax and the values cost more than they save.
+        "attention": Kernel(reads=2),
         "average_pool": Kernel(),
         "global_average_pool": Kernel(),
     },
@@ -27,12 +29,12 @@ OPENVINO = Target(
     absorbed=frozenset({"relu", "clip"}),
     fused=_FUSED,
     pair_sums=True,
-    lowering=Lowering(added_bias=True),
+    lowering=Lowering(added_bias=True, turned_floats=True),
     reasons={
         **shared("openvino"),
         **dict.fromkeys(_FUSED, _IN_THE_LAYER),
         "mul": "is an element-wise product: left in float, where it costs what it would in integers",
         "softmax": "is left in float: 8-bit attention logits cost accuracy and save no time",
-        "attention": "its two products are small and need run-time float softmax between them; left in float",
+        "attention": "is left in float where it has a mask, is one operator of the file, or the recipe is portable",
     },
 )

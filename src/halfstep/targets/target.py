@@ -24,12 +24,14 @@ class Kernel:
         partial: worth it as soon as one input comes in codes, since quantizing the others costs no more than
             quantizing what becomes of them.
         affine: what it makes has the target's usual flavour, whatever its sign.
+        reads: how many of its arguments, the first, it reads in codes; None: all activations.
     """
 
     output: bool = False
     joins: bool = False
     partial: bool = False
     affine: bool = False
+    reads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Lowering:
             the scale divided by it: the same numbers, but finer steps for biases. 0: as they are.
         full_rank_bias: a bias added to a product of matrices is stored with the product's rank.
         added_bias: beside recurrent layers a conv's bias is written as an Add between it and its quantizer.
+        turned_floats: the quantizer of attention's keys stands behind the operators that turn them.
         guarded_floats: a float layer between quantizers needs a bias that is no constant, or the runtime quantizes
             its weight by itself.
         saturated_gates: a HardSigmoid between quantizers is written as an Add, whose saturation clips.
@@ -54,6 +57,7 @@ class Lowering:
     weight_bits: int = 0
     full_rank_bias: bool = False
     added_bias: bool = False
+    turned_floats: bool = False
     guarded_floats: bool = False
     saturated_gates: bool = False
     detached_clips: bool = False
