@@ -1,6 +1,7 @@
 """Repairs in order: kept where they measure better, put back where they do not, and said."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -213,7 +214,7 @@ def test_the_rung_reconstructs_what_quick_repairs_leave_short_of_the_goal(q, mon
     search, score = climbed(q, [0.6, 0.7, 0.8], monkeypatch, quick=(hs.weigh_ranges,), thorough=THOROUGH)
     assert score.value == 0.8
     assert search.best.what == "PTQ, repaired by weight ranges, reconstruction"
-    assert [each for each in search.decisions if each.startswith("reconstruction on 3: KL ")]
+    assert [each for each in search.decisions if re.match(r"reconstruction on [1-3]: KL ", each)]
     assert search.decisions[-1] == (
         "PTQ, repaired by weight ranges, reconstruction: 0.8000, +0.1000 below float (allowed 0.01), 0.7000 before"
     )
