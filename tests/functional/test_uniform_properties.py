@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from halfstep.formats import Integer
@@ -76,6 +76,7 @@ def test_zero_stays_zero(format, x):
 @given(x=samples, exponent=st.integers(-20, 20))
 def test_scaling_by_a_power_of_two_scales_the_result(format, x, exponent):
     factor = 2.0**exponent
+    assume(torch.equal(x * factor / factor, x))  # the smallest numbers have no half
     scale, zero_point = calibrated(x, format)
     found = fake_quantize(x * factor, scale * factor, zero_point, format)
     assert torch.equal(found, fake_quantize(x, scale, zero_point, format) * factor)
