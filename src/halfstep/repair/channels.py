@@ -285,9 +285,10 @@ class _Finder:
             ours.extend(theirs)
         kept.values.extend(gone.values)
         kept.barrier = kept.barrier or gone.barrier
-        kept.parts |= gone.parts
-        if kept.parts and not kept.barrier:
+        if (kept.parts or gone.parts) and not kept.barrier:
             kept.barrier = f"{kept.writers[0].name!r} is added to other channels, and cut into parts"
+        gone.barrier = kept.barrier
+        _bar_parts(gone)  # nothing finds it again
         for value, member in self.members.items():
             if member.channels is gone:
                 self.members[value] = replace(member, channels=kept)
