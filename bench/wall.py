@@ -1,9 +1,11 @@
 """How long a user waits: `hs.quantize` until PTQ meets the target, in evaluations of the float network.
 
 The unit is one evaluation of the float network on the same examples, at the batch size that is fastest for it, in the
-same process; so the figures compare between machines, and a busy one disturbs both sides. Where the time goes is told
-by the loops that `hs.quantize` reports. Beside it, where it is installed, NNCF on the same float file: its plain
-quantization on OpenVINO, which judges nothing, and its accuracy control on ONNX with the same examples and drop.
+same process, a new one for each network; so the figures compare between machines, and a busy one disturbs both sides.
+The fixed cost is what the same call takes on two small linear layers, most of it the import of what captures and
+translates. Where the time goes is told by the loops that `hs.quantize` reports. Beside it, where it is installed, NNCF
+on the same float file: its plain quantization on OpenVINO, which judges nothing, and its accuracy control on ONNX with
+the same examples and drop.
 
 python -m bench.wall                         # three networks trained on Fashion-MNIST, all 10,000 test images
 python -m bench.wall --random 2000           # untrained networks on so many random images, labelled by themselves
@@ -22,7 +24,9 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -118,9 +122,6 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    logging.disable()
-    torch.set_num_threads(options.threads)
     if options.part == "start":
         start()
     else:
@@ -128,19 +129,43 @@ def main() -> None:
 
 
 def wall(options: argparse.Namespace) -> None:
-    table = Table(title=f"hs.quantize, W{options.weights}A8, in float evaluations; below, the stages")
-    table.add_column("")
-    columns: list[dict[str, str]] = []
-    for name in options.networks:
-        table.add_column(name, justify="right")
-        columns.append(measured(name, options))
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
+        fixed = pool.submit(fixed_cost, options).result()
+        columns = [pool.submit(measured, name, options, fixed).result() for name in options.networks]
+    table = Table(
+        title=f"hs.quantize, W{options.weights}A8, in float evaluations; below, the stages; fixed cost {fixed:.2f} s"
+    )
+    for name in ("", *options.networks):
+        table.add_column(name, justify="right" if name else "left")
     for row in dict.fromkeys(key for column in columns for key in column):
         table.add_row(row, *(column.get(row, "") for column in columns))
     Console(width=150).print(table)
 
 
-def measured(name: str, options: argparse.Namespace) -> dict[str, str]:
-    """The rows of one network."""
+def quietly(options: argparse.Namespace) -> None:
+    warnings.simplefilter("ignore")
+    logging.disable()
+    torch.set_num_threads(options.threads)
+
+
+def fixed_cost(options: argparse.Namespace) -> float:
+    """Seconds of a process's first call, where the network and the data take none."""
+    quietly(options)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    inputs = torch.randn(256, 8)
+    labelled = [(inputs, model(inputs).argmax(1))]
+    with tempfile.TemporaryDirectory() as folder:
+        begin = time.perf_counter()
+        hs.quantize(
+            model, inputs[:4], [inputs], hs.Accuracy(labelled), max_drop=0.1, rungs="ptq", directory=folder
+        )
+        return time.perf_counter() - begin
+
+
+def measured(name: str, options: argparse.Namespace, fixed: float) -> dict[str, str]:
+    """The rows of one network, where a first call costs ``fixed`` seconds whatever the network."""
+    quietly(options)
     work, stages = task(name, options.random), Stages()
     work.model(work.inputs[: options.batch])  # what is loaded with the first convolution is nobody's
     unit, size = fastest(work)
@@ -162,6 +187,7 @@ def measured(name: str, options: argparse.Namespace) -> dict[str, str]:
             "target": "met" if outcome.met else "missed",
             "float evaluation": f"{unit:.2f} s at {size}",
             "in all": f"{whole / unit:.1f}",
+            "beyond the fixed cost": f"{(whole - fixed) / unit:.1f}",
         }
         shares = sorted(stages.seconds.items(), key=lambda item: -item[1])
         rows |= {f"  {stage}": f"{seconds / unit:.2f}" for stage, seconds in shares}

@@ -9,7 +9,6 @@ from dataclasses import asdict, replace
 import torch
 
 from halfstep.errors import HalfstepError, RankError, RefusedError, RunError
-from halfstep.evaluate import Score
 from halfstep.fake_quantize import Mode
 from halfstep.graph.layer_precision import LayerPrecision
 from halfstep.identity import Identity
@@ -34,7 +33,6 @@ def ascend(
     search: Search,
     ladder: Sequence[Rung],
     tune: bool,
-    score_file: Callable[[], tuple[str, Score]],
     pace: Pace | None = None,
 ) -> list[RungResult]:
     """Climb until a rung meets the goal or the budget is spent; the model is the best candidate then.
@@ -49,8 +47,6 @@ def ascend(
         search: its model observed.
         ladder: the rungs, in order; those that lack something are left out, and a decision says so.
         tune: whether layers that integers slow down are looked for afterwards, for the estimate.
-        score_file: exports the best candidate and scores the file on its runtime; what that is remembered by, and the
-            score.
         pace: how fast files must be; None for any speed. What has layers in float and is too slow for it is kept in
             case nothing better comes, as what leaves too many in float is.
 
@@ -83,9 +79,7 @@ def ascend(
         if not (last or reserve) and reached.met and pace is not None:
             reserve = pace.spare(search, candidate)
         if reached.met and not reserve and (not last or changed):
-            known = search.recall(reached.file_key)
-            file = score_file if known is None else lambda of=(reached.file_key, known.score): of
-            reached = _with_file(search, rung, reached, candidate, file)
+            reached = _with_file(search, rung, reached, candidate)
         search.journal.write("step", **asdict(reached), measured={"seconds": time.perf_counter() - start})
         path.append(reached)
         if reserve:
@@ -196,11 +190,12 @@ def _with_file(
     rung: Rung,
     reached: RungResult,
     candidate: Evaluated,
-    score_file: Callable[[], tuple[str, Score]],
 ) -> RungResult:
     """What came of a rung with the score of its file; if that misses the target, simulations are held to less."""
+    assert search.score_file is not None
+    known = search.recall(reached.file_key)
     try:
-        key, file = score_file()
+        key, file = search.score_file(candidate) if known is None else (reached.file_key, known.score)
     except RefusedError as error:
         search.hold_to(search.asked.beyond(candidate.score))
         search.decide(
@@ -247,6 +242,10 @@ def _climb(search: Search, rung: Rung) -> RungResult:
         search.journal.write("finding", name=name, rung=rung.name, measured={"finding": found.to_dict()})
     search.found.clear()
     drop = search.goal.compare(best.score)
+    file_key = ""
+    if best.simulated is not None:  # a run that goes on knows the score by it
+        assert search.score_file is not None
+        file_key, _ = search.score_file(best)
     reached = RungResult(
         rung=rung.name,
         met=search.goal.met(best.score),
@@ -261,6 +260,7 @@ def _climb(search: Search, rung: Rung) -> RungResult:
         cost=sum(made.share for made in search.evaluations if made.rung == rung.name),
         note=note,
         key=key,
+        file_key=file_key,
         candidate=best.key,
         examined=drop.examined,
     )
@@ -291,7 +291,9 @@ def _restored(search: Search, rung: Rung, key: str) -> RungResult | None:
         return None
     place, data = steps[-1]
     reached = RungResult.of(data)
-    verdict = search.recall(reached.candidate)
+    simulated, verdict = None, search.recall(reached.candidate)
+    if verdict is not None and not verdict.complete:
+        simulated, verdict = verdict.score.count, search.recall(reached.file_key)
     if verdict is None or not verdict.complete:
         return None
     precision = LayerPrecision.of_dict(reached.put_back)
@@ -303,7 +305,7 @@ def _restored(search: Search, rung: Rung, key: str) -> RungResult | None:
         known[0]
         if known
         else Evaluated(
-            reached.what, verdict.score, snapshot, reached.candidate, bits_on_request(search.model)
+            reached.what, verdict.score, snapshot, reached.candidate, bits_on_request(search.model), simulated
         )
     )
     search.best = search.reached[rung.name] = best

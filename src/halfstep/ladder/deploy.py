@@ -192,6 +192,7 @@ def deploy(
         rung=rung_of(search, best),
         float_score=search.asked.float_score.value,
         score=best.score.value,
+        simulated=best.simulated,
         deployed_score=score.value,
         max_drop=search.asked.max_drop,
         float_layers=tuple(sorted(model.float_layers)),
@@ -230,7 +231,7 @@ def _file_that_holds(
         search.best = candidate
         candidate.snapshot.restore()
         try:
-            _, score = file_score(search, exports, threads)
+            _, score = file_score(search, exports, threads, candidate)
         except RefusedError as error:
             search.decide(f"The file of {candidate.what} is refused: {error}")
             why = why or str(error)
@@ -240,7 +241,7 @@ def _file_that_holds(
     search.best = best
     best.snapshot.restore()
     _remove(file, modules)
-    _, score = file_score(search, exports, threads, check=False)
+    _, score = file_score(search, exports, threads, best, check=False)
     return copy_file(exports.file(search, best, check=False), refused, modules), score, why
 
 
@@ -251,25 +252,25 @@ def _remove(file: Path, modules: Iterable[str]) -> None:
 
 
 def file_score(
-    search: Search, exports: Exports, threads: int | None, check: bool = True
+    search: Search, exports: Exports, threads: int | None, candidate: Evaluated, check: bool = True
 ) -> tuple[str, Score]:
-    """Score the best candidate's file on its runtime; the key that is remembered by, and the score.
+    """Score a candidate's file on its runtime; the key that is remembered by, and the score.
 
     The very same bytes are not scored again by the same versions on the same processor.
 
     Args:
-        search: its model is the best candidate.
+        search: whose candidate it is; its model is the candidate where the file has to be written.
         exports: the files of candidates.
         threads: of the runtime.
+        candidate: one that was evaluated.
         check: whether the file must answer as the simulation.
 
     Raises:
         ExportError: if the file cannot be written.
         RefusedError: if its runtime does not take it, or it answers otherwise than the simulation.
     """
-    model, best = search.model, search.best
-    assert best is not None
-    file = exports.file(search, best, check)
+    model = search.model
+    file = exports.file(search, candidate, check)
     key = f"file {hashlib.sha256(file.read_bytes()).hexdigest()}, {runtime_identity(model.target.runtime)}"
     if (known := search.recall(key)) is not None:
         return key, known.score
@@ -278,7 +279,7 @@ def file_score(
         hand_out(deployed, model.captured.parts)  # it may ask the other ranks for their part
     score, made = timed_evaluation(search.scorer, deployed, "the deployed file")
     # The same network but for rounding, so its file is no candidate of its own, and held to the same error.
-    score = score.numbered(best.score.examined)
+    score = score.numbered(candidate.score.examined)
     verdict = Verdict(search.asked.met(score), score, complete=True)
     search.memory.record(replace(made, key=key, rung="deployed", examined=score.examined), verdict)
     return key, score

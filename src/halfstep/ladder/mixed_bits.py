@@ -223,13 +223,13 @@ def climb_mixed_bits(search: Search, options: MixedBits | None = None) -> Score:
         search.decide(
             "Mixed bits changes nothing: no layer with integer weights is left that may have others."
         )
-        return search.evaluate("as it was")
+        return search.accept("as it was")
     search.early = early and options.early
     try:
         lowering = _Lowering(search, options, groups)
         lowering.choose(lowering.widest)
         widest = f"weights of {options.bits[0]} bits"
-        start = search.evaluate(widest)
+        start = search.accept(widest)
         if not search.goal.met(start):
             search.decide(
                 f"Mixed bits lowers nothing: with {widest} it scores {search.goal.words(start)}, and fewer lose more."
@@ -363,7 +363,7 @@ class _Lowering:
             for search.early in (*[early] * (OVERTURNED if early else 0), False):
                 levels = self.find(table, moves)
                 self.choose(levels)
-                score = search.evaluate(f"{self._lowered(levels)}, on all examples")
+                score = search.accept(f"{self._lowered(levels)}, on all examples")
                 if search.goal.met(score):
                     break
                 search.decide(

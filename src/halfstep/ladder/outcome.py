@@ -34,7 +34,7 @@ class Outcome:
         met: the deployed file is within the target, and as fast as was asked.
         rung: the rung that the result stands on, ``"ptq"``, ``"partial"`` or ``"qat"``.
         float_score: of the float model, in the metric's unit.
-        score: of the simulation.
+        score: of the simulation on all examples; where ``simulated`` says so, the file's.
         deployed_score: of the exported file, on its runtime.
         max_drop: what was asked.
         metrics: how every metric of the file stands beside its own target; the first one leads: scores above are its.
@@ -51,6 +51,8 @@ class Outcome:
         refused: why no file answers as its simulation, so that the target is not met whatever the file scores; empty
             where one does.
         latency: how many times as fast as float the file was to be; None where any speed would do.
+        simulated: how many examples the simulation was scored on, where these showed that the target is met and the
+            file was scored on all; None where both were.
     """
 
     met: bool
@@ -72,6 +74,7 @@ class Outcome:
     metrics: tuple[MetricResult, ...] = ()
     refused: str = ""
     latency: float | None = None
+    simulated: int | None = None
 
     def export(self, path: str | Path) -> Path:
         """Write the quantized network to ``path`` as ONNX.
@@ -95,7 +98,8 @@ class Outcome:
 
     def metadata(self) -> dict[str, str]:
         """What the file says of itself beside recipe and versions."""
-        return {"float_score": repr(self.float_score), "score": repr(self.score), "rung": self.rung}
+        about = {"float_score": repr(self.float_score), "rung": self.rung}
+        return about if self.simulated is not None else {**about, "score": repr(self.score)}
 
     def standings(self) -> dict[str, MetricResult]:
         """The metrics of the file by name; empty where there is only one, which has none."""
@@ -121,6 +125,7 @@ class Outcome:
             "rung": self.rung,
             "float_score": self.float_score,
             "score": self.score,
+            "simulated": self.simulated,
             "deployed_score": self.deployed_score,
             "max_drop": self.max_drop,
             "latency": self.latency,
@@ -144,8 +149,9 @@ class Outcome:
 
     def __repr__(self) -> str:
         verdict = "met" if self.met else "not met, its file refused," if self.refused else "not met"
+        simulated = f"{self.score:.4f}" if self.simulated is None else f"on {self.simulated:,} examples"
         return (
-            f"Outcome: {verdict} on rung {self.rung}: float {self.float_score:.4f}, simulated {self.score:.4f}, "
+            f"Outcome: {verdict} on rung {self.rung}: float {self.float_score:.4f}, simulated {simulated}, "
             f"deployed {self.deployed_score:.4f} (allowed drop {self.max_drop:g}), {self.evaluations} evaluations"
             + "".join(f"; {name} {standing}" for name, standing in self.standings().items())
         )
@@ -166,14 +172,11 @@ def run_facts(record: Mapping[str, Any]) -> list[Fact]:
     Args:
         record: of :meth:`.Outcome.to_dict`, or the journal's, whose numbers that JSON does not know have become None.
     """
-    scores = (
-        ("float score", "float_score"),
-        ("simulated score", "score"),
-        ("deployed score", "deployed_score"),
-    )
     allowed, made = _number(record["max_drop"]), record["evaluations"]
     return [
-        *(Fact(name, f"{(score := _number(record[key])):.4f}", key, score) for name, key in scores),
+        _score("float score", record, "float_score"),
+        _simulated(record),
+        _score("deployed score", record, "deployed_score"),
         Fact("allowed drop", f"{allowed:g}", "max_drop", allowed),
         *_metrics(record["metrics"]),
         Fact("rung", record["rung"]),
@@ -181,6 +184,17 @@ def run_facts(record: Mapping[str, Any]) -> list[Fact]:
         *file_facts(record),
         Fact("evaluations", str(made), "evaluations", made),
     ]
+
+
+def _score(name: str, record: Mapping[str, Any], key: str) -> Fact:
+    score = _number(record[key])
+    return Fact(name, f"{score:.4f}", key, score)
+
+
+def _simulated(record: Mapping[str, Any]) -> Fact:
+    if (seen := record.get("simulated")) is None:  # runs of older versions do not say
+        return _score("simulated score", record, "score")
+    return Fact("simulated score", f"of {seen:,} examples only: they sufficed to score the file on all")
 
 
 def _metrics(records: Iterable[Mapping[str, Any]]) -> list[Fact]:

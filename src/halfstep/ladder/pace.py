@@ -50,10 +50,11 @@ class Exports:
         """
         about = {
             "float_score": repr(search.asked.float_score.value),
-            "score": repr(candidate.score.value),
             "rung": rung_of(search, candidate),
         }
         key = repr((candidate.key, about))
+        if candidate.simulated is None:
+            about["score"] = repr(candidate.score.value)
         path, checked = self._written.get(key, (None, False))
         if path is not None and (checked or not check):
             return path

@@ -138,7 +138,7 @@ def _climb(search: Search, options: Partial) -> Score:
     base, groups = pinned_layers(model, options.keep_float, options.keep_quantized)
     search.choose(base)
     model.set_mode(Mode.QUANTIZE)
-    start = search.evaluate("the pinned layers in float" if options.keep_float else "all layers quantized")
+    start = search.accept("the pinned layers in float" if options.keep_float else "all layers quantized")
     if goal.met(start) or not groups:
         why = "the target is met as it is" if goal.met(start) else "no layer is left that could be"
         search.decide(f"Partial quantization put no layer back: {why}.")
@@ -251,7 +251,7 @@ class _Walk:
                 if (assignment := self.find()) is not None:
                     search.choose(assigned(self.base, assignment))
                     wrong = f"{_many(len(assignment))} put back"
-                    seen, score = "All", search.evaluate(f"{wrong}, on all examples")
+                    seen, score = "All", search.accept(f"{wrong}, on all examples")
                     if search.goal.met(score):
                         return assignment, score
                 elif not (wrong := self._overturned()):

@@ -94,7 +94,7 @@ def _judged(search: Search, found: Sweep, finalists: int) -> tuple[Sweep, Score]
     return judge(
         found,
         search.model,
-        lambda candidate: search.evaluate(f"PTQ, {candidate}"),
+        lambda candidate: search.accept(f"PTQ, {candidate}"),
         search.goal.loss,
         search.goal.met,
         finalists,
@@ -193,7 +193,7 @@ def _tried(
             return score, done
         names = (*done, *found.kept)
         words = f"PTQ, repaired by {', '.join(names)}"
-        repaired = search.evaluate(words)
+        repaired = search.accept(words)
     except BaseException:
         before.restore()
         raise

@@ -204,11 +204,11 @@ def quantize(
         search.started, search.threads = started, threads
         _write_settings(search, ladder, aim, command, latency)
         exports = Exports(temporary)
-        score_file = functools.partial(file_score, search, exports, threads)
+        search.score_file = functools.partial(file_score, search, exports, threads)
         pace = None if latency is None else Pace(latency, exports, float_file, threads)
-        path = ascend(search, ladder, tune, score_file, pace)
+        path = ascend(search, ladder, tune, pace)
         if tune or (pace is not None and search.best is not None and not pace.enough(search, search.best)):
-            tune_for_speed(search, threads, score_file)
+            tune_for_speed(search, threads)
         return ranks.end(
             deploy(search, path, exports, journal.folder or temporary, float_file, threads, pace)
         )

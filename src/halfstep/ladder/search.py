@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import InitVar, dataclass, field, replace
 from typing import Any
 
 from halfstep.batches import scored
+from halfstep.errors import RefusedError
 from halfstep.evaluate import EarlyStopping, Score, Scorer, early_stopping, share_of_error
 from halfstep.fake_quantize import Mode
 from halfstep.granularity import PerTensor
@@ -29,10 +30,11 @@ class Evaluated:
 
     Attributes:
         what: it is, in words.
-        score: of the simulation, on all examples.
+        score: on all examples, of the simulation or, see ``simulated``, of the file.
         snapshot: to come back to it.
         key: its fingerprint.
         bits: that its weights take more than by the recipe, as :func:`.bits_on_request` counts; below 0 for fewer.
+        simulated: how many examples the simulation was scored on, where the file was on all; None for all.
     """
 
     what: str
@@ -40,11 +42,15 @@ class Evaluated:
     snapshot: Snapshot
     key: str
     bits: int
+    simulated: int | None = None
 
     @classmethod
-    def of(cls, model: QuantizedModel, what: str, score: Score, key: str = "") -> Evaluated:
+    def of(
+        cls, model: QuantizedModel, what: str, score: Score, key: str = "", simulated: int | None = None
+    ) -> Evaluated:
         """``model`` as it stands; its fingerprint is taken where it is not known."""
-        return cls(what, score, Snapshot.of(model), key or fingerprint(model), bits_on_request(model))
+        key = key or fingerprint(model)
+        return cls(what, score, Snapshot.of(model), key, bits_on_request(model), simulated)
 
 
 @dataclass
@@ -69,6 +75,8 @@ class Search:
         reached: the best candidate at the end of each rung, by the rung's name.
         calibrated: examples that the ranges come from; 0 where that is not known.
         threads: of the runtime, for one operator, where files are timed; None for all cores.
+        score_file: exports a candidate and scores the file on its runtime; what that is remembered by, and the score.
+            Raises :class:`.RefusedError` where the file is not what was simulated. None where there is no file.
         memory: every evaluation, and what is known of the candidates by them.
         started: when the budget's minutes began, by ``time.perf_counter``.
     """
@@ -87,6 +95,7 @@ class Search:
     reached: dict[str, Evaluated] = field(default_factory=dict)
     calibrated: int = 0
     threads: int | None = None
+    score_file: Callable[[Evaluated], tuple[str, Score]] | None = None
     started: float = field(default_factory=lambda: time.perf_counter())
 
     def __post_init__(self, made: Sequence[Evaluation]) -> None:
@@ -168,6 +177,42 @@ class Search:
         verdict = Verdict(self.goal.met(score), score, complete=True)
         self._record(what, verdict, time.perf_counter() - start, count, score.count, key)
         return score
+
+    def accept(self, what: str) -> Score:
+        """Score the simulation as it stands, or, where few of the examples say that it meets the goal, its file.
+
+        The file is what has to meet the goal in the end, and it is scored on all examples anyway; so the simulation
+        need not run on all of them too. Where the file misses the goal or is refused, it does.
+
+        Args:
+            what: the candidate, in words.
+
+        Returns:
+            The score on all examples, of whichever it is.
+        """
+        # Once files lose more than their simulations, these are held to less than files are.
+        if (
+            self.score_file is None
+            or self.goal.strict
+            or self.goal is not self.asked
+            or self._stopper is None
+        ):
+            return self.evaluate(what)
+        verdict = self.judge(what)
+        if verdict.complete:
+            return verdict.score
+        if verdict.met:
+            key = fingerprint(self.model)
+            candidate = Evaluated.of(self.model, what, verdict.score, key, verdict.score.count)
+            try:
+                with protected():  # as a simulation's score is
+                    _, score = self.score_file(candidate)
+            except RefusedError:
+                return self.evaluate(what)
+            if self.goal.met(score):
+                self._keep(replace(candidate, score=score))
+                return score
+        return self.evaluate(what)
 
     def judge(self, what: str, final: bool = False) -> Verdict:
         """Whether the simulation as it stands meets the goal, from as few examples as that takes.
@@ -280,11 +325,14 @@ class Search:
         """Keep the candidate if it is the best so far: meets the goal, few float layers, few bits, a small drop."""
         if not (verdict.complete and self._acceptable):
             return
-        score, best = verdict.score, self.best
-        now = self._rank(score, self.model.precision, bits_on_request(self.model))
-        if best is None or now < self.rank(best):
-            self.best = Evaluated.of(self.model, what, score, key)
-            say(f"best so far {self.goal.words(score)}: {what}")
+        now = self._rank(verdict.score, self.model.precision, bits_on_request(self.model))
+        if self.best is None or now < self.rank(self.best):
+            self._keep(Evaluated.of(self.model, what, verdict.score, key))
+
+    def _keep(self, candidate: Evaluated) -> None:
+        if self.best is None or self.rank(candidate) < self.rank(self.best):
+            self.best = candidate
+            say(f"best so far {self.goal.words(candidate.score)}: {candidate.what}")
 
     def rank(self, candidate: Evaluated) -> tuple[float, ...]:
         """Less is better: meets the goal, few layers in float, few at the steps before, few bits, a small drop."""

@@ -5,7 +5,7 @@ Which of several sets of float layers is fastest as a file, and what else in flo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from halfstep.errors import RefusedError
 from halfstep.evaluate import Score
@@ -72,7 +72,7 @@ def _joined(
     wider = {**assignment, **dict.fromkeys(joined, to_float)}
     search.choose(assigned(base, wider))
     names = ", ".join(tuning.float_layers)
-    joint = search.evaluate(f"with {names} in float too")
+    joint = search.accept(f"with {names} in float too")
     if search.goal.met(joint):
         search.decide(f"{tuning}: beside other float layers they need no conversion.")
         return wider, joint
@@ -81,7 +81,7 @@ def _joined(
     return settled
 
 
-def tune_for_speed(search: Search, threads: int | None, score_file: Callable[[], tuple[str, Score]]) -> None:
+def tune_for_speed(search: Search, threads: int | None) -> None:
     """Tune the best candidate for this machine and keep that if it meets the target, or comes no less near to it.
 
     What was measured is written to the journal, so that a resumed run leaves the same layers in float.
@@ -89,7 +89,6 @@ def tune_for_speed(search: Search, threads: int | None, score_file: Callable[[],
     Args:
         search: its model is the best candidate, and stays so.
         threads: of the runtime, for one operator; None for all cores.
-        score_file: exports the best candidate and scores the file on its runtime.
     """
     model, before = search.model, search.best
     assert before is not None
@@ -100,7 +99,7 @@ def tune_for_speed(search: Search, threads: int | None, score_file: Callable[[],
             search.decide(str(tuning))
             return
         search.rung = "tune"
-        score = search.evaluate(f"with {', '.join(tuning.float_layers)} in float for speed")
+        score = search.accept(f"with {', '.join(tuning.float_layers)} in float for speed")
     except BudgetSpent as spent:
         before.snapshot.restore()
         search.decide(f"nothing is left in float for speed, the budget is spent: {spent}")
@@ -110,7 +109,8 @@ def tune_for_speed(search: Search, threads: int | None, score_file: Callable[[],
     search.reached = {rung: faster if reached is before else reached for rung, reached in kept.items()}
     if goal.met(score):
         try:
-            _, file = score_file()
+            assert search.score_file is not None
+            _, file = search.score_file(faster)
             missed = "" if search.asked.met(file) else f"its file, {search.asked.words(file)},"
         except RefusedError as error:
             missed = f"its file, refused ({error}),"
