@@ -1,6 +1,8 @@
 """Capture: what goes in comes out, the user's model stays as it was, and errors name the place."""
 
 import copy
+import gc
+import weakref
 from dataclasses import dataclass
 
 import pytest
@@ -367,3 +369,33 @@ def test_paths_are_those_of_the_networks_own_modules():
     ).graph  # whose batch's size is a node without a module
     paths = {path for node in graph.nodes for path, _ in node.meta.get("nn_module_stack", {}).values()}
     assert paths == {"", "0", "1", "2"}
+
+
+def test_the_search_for_cycles_is_as_it_was_behind_a_trace():
+    """Paused while torch traces; what somebody froze or switched off stays so, and garbage of before is still found."""
+    inputs = torch.randn(2, 3)
+
+    def captured():
+        return capture(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), inputs)
+
+    assert gc.isenabled() and not gc.get_freeze_count()
+    cycle = nn.Linear(1, 1)
+    cycle.itself = [cycle]
+    gone = weakref.ref(cycle)
+    del cycle
+    captured()
+    assert gc.isenabled() and not gc.get_freeze_count()
+    gc.collect()
+    assert gone() is None
+    gc.disable()
+    try:
+        captured()
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+    gc.freeze()
+    try:
+        captured()
+        assert gc.get_freeze_count()
+    finally:
+        gc.unfreeze()

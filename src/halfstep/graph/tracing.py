@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import io
 import logging
 import os
@@ -131,15 +132,26 @@ def _module_of(program: torch.export.ExportedProgram) -> fx.GraphModule:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep torch's own deprecations and graph dumps off the user's terminal; errors are explained instead."""
-    disabled = logging.root.manager.disable
+    """Keep torch's own deprecations and graph dumps off the user's terminal; errors are explained instead.
+
+    Python's search for reference cycles rests too: torch makes objects by the hundred thousand here, its tracer's and
+    exporter's modules among them, which live on, and each search goes through all that are new. What is there at the
+    end is old.
+    """
+    disabled, searching = logging.root.manager.disable, gc.isenabled()
     logging.disable(logging.ERROR)
+    gc.disable()
     try:
         with warnings.catch_warnings(), redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(disabled)
+        if searching:
+            if not gc.get_freeze_count():  # somebody's, who would lose it
+                gc.freeze()
+                gc.unfreeze()  # to the oldest generation
+            gc.enable()
 
 
 def batched_inputs(
