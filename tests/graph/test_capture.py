@@ -399,3 +399,18 @@ def test_the_search_for_cycles_is_as_it_was_behind_a_trace():
         assert gc.get_freeze_count()
     finally:
         gc.unfreeze()
+
+
+class Packed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.GRU(8, 4, batch_first=True)
+
+    def forward(self, x, lengths):
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return self.rnn(packed)[1]
+
+
+def test_packed_sequences_are_refused_with_what_to_do_instead():
+    with pytest.raises(CaptureError, match=r"packed sequences .* lengths - 1\]"):
+        capture(Packed(), (torch.randn(3, 5, 8), torch.tensor([5, 2, 3])))

@@ -124,3 +124,58 @@ def test_shared_modules_and_tied_weights_stay_right(module, left):
     captured = fold(capture(model, x))
     assert len(batch_norms(captured)) == left
     assert relative_error(captured(x), model(x)) < 1e-5
+
+
+class OneHead(nn.Module):
+    """Attention over (batch, tokens, channels)."""
+
+    def __init__(self):
+        super().__init__()
+        self.into, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x, mask=None, causal=False):
+        q, k, v = self.into(x).chunk(3, -1)
+        return self.out(nn.functional.scaled_dot_product_attention(q, k, v, mask, is_causal=causal))
+
+
+class Causal(OneHead):
+    def forward(self, x):
+        return super().forward(x, causal=True)
+
+
+class ItsOwnKeys(nn.Module):
+    """The same values are queries and keys."""
+
+    def __init__(self):
+        super().__init__()
+        self.into = nn.Linear(16, 16)
+
+    def forward(self, x):
+        x = self.into(x)
+        return nn.functional.scaled_dot_product_attention(x, x, x)
+
+
+def masked(*shape):
+    hidden = torch.zeros(*shape)
+    hidden[..., 4:] = -torch.inf
+    return hidden
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize(
+    ("model", "masks"),
+    [
+        (OneHead, ()),
+        (OneHead, (masked(4, 6, 6),)),
+        (OneHead, (masked(4, 1, 6),)),
+        (Causal, ()),
+        (ItsOwnKeys, ()),
+    ],
+)
+def test_attention_without_heads_is_exported(model, masks, target, tmp_path):
+    inputs = (torch.randn(4, 6, 16), *masks)
+    q = hs.prepare(model().eval(), inputs, target=target)
+    hs.observe(q, [inputs])
+    hs.calibrate(q)
+    proof = hs.verify(hs.export_onnx(q, tmp_path / "model.onnx"), q, [inputs])
+    assert all(layer.integer for layer in proof.layers) and proof.parity.sqnr > 40

@@ -80,6 +80,7 @@ def fold(captured: Captured) -> Captured:
         merge_repeated(captured.graph)
         fold_weights(captured)
         keep_pooled_axes(captured.graph)
+        one_head(captured.graph)
         before = tensors(captured.module)
         captured.folded += fold_batch_norm(captured)
         clean(captured)
@@ -148,6 +149,31 @@ def keep_pooled_axes(graph: fx.Graph) -> None:
         flat.meta = dict(node.meta)
         node.replace_all_uses_with(flat)
         graph.erase_node(node)
+
+
+def one_head(graph: fx.Graph) -> None:
+    """Attention over (batch, tokens, channels), without a dimension of heads, gets one of size 1 for the time being.
+
+    ONNX's translation, and what follows attention's channels, know (batch, heads, tokens, channels) alone.
+    """
+    heads = -3
+    for node in list(graph.nodes):
+        if node.target is not aten.scaled_dot_product_attention.default or node.meta["val"].dim() != 3:
+            continue
+        with graph.inserting_before(node):
+            for operand in dict.fromkeys(
+                node.all_input_nodes
+            ):  # queries, keys, values, and a mask of each example
+                value = operand.meta["val"]
+                if value.dim() == 3:
+                    wide = graph.call_function(aten.unsqueeze.default, (operand, heads))
+                    wide.meta = {**node.meta, "val": value.unsqueeze(heads)}
+                    node.replace_input_with(operand, wide)
+        with graph.inserting_after(node):
+            narrow = graph.call_function(aten.squeeze.dim, (node, heads))
+        narrow.meta = dict(node.meta)
+        node.meta["val"] = node.meta["val"].unsqueeze(heads)
+        node.replace_all_uses_with(narrow, delete_user_cb=lambda user, own=narrow: user is not own)
 
 
 def _is_noop_cast(node: fx.Node) -> bool:

@@ -424,6 +424,16 @@ def explain(
             "return a tuple or dict instead, leave it out (use_cache=False of transformers), or let torch know the "
             "class: torch.export.register_dataclass(cls) of a dataclass"
         )
+    elif any(
+        isinstance(value, nn.utils.rnn.PackedSequence)
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+        for value in frame.f_locals.values()
+    ):
+        advice = (
+            "packed sequences are cut by the values of the lengths, which a fixed graph cannot express: give the "
+            "recurrent layer the padded batch, and take what belongs to each length afterwards, such as "
+            "output[torch.arange(len(output)), lengths - 1]"
+        )
     elif "DataDependent" in kind or "data-dependent" in str(error):
         advice = (
             "the path taken depends on the values of a tensor, which a fixed graph cannot express: replace the "
