@@ -2,12 +2,13 @@
 
 import threading
 import time
+from typing import ClassVar
 
 import pytest
 import torch
 
 import halfstep as hs
-from halfstep.cores import side_by_side
+from halfstep.cores import one_thread, side_by_side
 from halfstep.errors import DataError
 from halfstep.statistics import ChannelRange, Histogram
 
@@ -115,3 +116,24 @@ def test_the_batch_with_nan_is_the_one_that_is_named(threads):
     model = hs.prepare(torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU()), data[0])
     with pytest.raises(DataError, match="calibration batch 4: site 'input': 1 of 20 values are NaN"):
         hs.observe(model, data)
+
+
+def test_beside_workers_the_caller_has_one_thread_and_then_its_own_again(threads):
+    with one_thread():
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 2
+
+
+def test_batches_are_copied_on_one_thread(threads):
+    class Watched(torch.Tensor):
+        seen: ClassVar[list] = []
+
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            if function is torch.clone:
+                cls.seen.append(torch.get_num_threads())
+            return super().__torch_function__(function, types, args, kwargs)
+
+    q = hs.prepare(torch.nn.Sequential(torch.nn.Linear(4, 4)), torch.randn(2, 4))
+    hs.observe(q, [torch.randn(8, 4).as_subclass(Watched)])
+    assert Watched.seen and set(Watched.seen) == {1} and torch.get_num_threads() == 2

@@ -19,6 +19,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -129,6 +130,17 @@ def side_by_side(
             yield begun.popleft().result()
     finally:
         wait(begun)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let the caller's operators run on one thread, beside workers: the others would keep spinning on their cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 _pools: dict[tuple[int, int], ThreadPoolExecutor] = {}

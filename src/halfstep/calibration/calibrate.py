@@ -18,6 +18,7 @@ from halfstep.calibration.shards import gather_shares
 from halfstep.calibration.stages import observe_in_stages, usable
 from halfstep.calibration.sweep import sweep, sweep_activations
 from halfstep.calibrators import Calibrator, Max, WeightCalibrator
+from halfstep.cores import one_thread
 from halfstep.distributed import share
 from halfstep.errors import ArgumentError, DataError, named
 from halfstep.fake_quantize import FakeQuantize, Mode
@@ -144,7 +145,7 @@ def _own(model: QuantizedModel, batches: Iterable[ModelInputs]) -> Iterator[Mode
     for index, inputs in enumerate(batches):
         with named(f"calibration batch {index}"):
             model.flatten(*call_arguments(inputs))
-        yield pytree.tree_map_only(torch.Tensor, torch.clone, inputs)
+        yield _cloned(inputs)
 
 
 def _keep_batch_ranges(model: QuantizedModel) -> None:
@@ -184,9 +185,13 @@ def _keep(model: QuantizedModel, inputs: ModelInputs) -> None:
 
 def _copied(model: QuantizedModel, inputs: ModelInputs, start: int, stop: int) -> ModelInputs:
     """Some examples of a batch in memory of their own."""
-    part = model.captured.examples(inputs, start, stop)
-    copied: ModelInputs = pytree.tree_map_only(torch.Tensor, torch.clone, part)
-    return copied
+    return _cloned(model.captured.examples(inputs, start, stop))
+
+
+def _cloned(inputs: ModelInputs) -> ModelInputs:
+    with one_thread():  # batches before run meanwhile
+        copies: ModelInputs = pytree.tree_map_only(torch.Tensor, torch.clone, inputs)
+    return copies
 
 
 def kept_examples(model: QuantizedModel) -> int:
