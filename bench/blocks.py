@@ -19,7 +19,7 @@ import argparse
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from rich.console import Console
@@ -39,19 +39,11 @@ SETTINGS = {
     "W3A3": hs.Recipe.uniform(3, 3),
     "W2A8": hs.Recipe.uniform(2, 8),
     "W2A4": hs.Recipe.uniform(2, 4),
-    # BRECQ's 8-bit ends, which published figures have: the first layer's output too, which another layer reads here.
-    "W4A4-stem8": replace(
-        hs.Recipe.uniform(4, 4),
-        overrides=(("layer1.conv1", hs.LayerSpec(hs.TensorSpec(4), hs.TensorSpec(8))),),
-    ),
 }
-#: Settings that name layers of one network.
-ONLY = {"W4A4-stem8": "resnet"}
 
 #: What is asked of reconstruction: points below float at most.
 GOALS = {
     ("resnet", "W4A4"): 0.1,
-    ("resnet", "W4A4-stem8"): 0.1,
     ("mobilenet", "W4A4"): 1.0,
     ("vit", "W4A4"): 0.2,
     ("resnet", "W2A8"): 1.5,
@@ -175,7 +167,7 @@ def main() -> None:
     data, cases = fashion.load(), []
     for network in [options.network] if options.network else fashion.NETWORKS:
         for bits in [options.bits] if options.bits else SETTINGS:
-            for seed in options.seeds if ONLY.get(bits, network) == network else ():
+            for seed in options.seeds:
                 case = Case(network, bits, seed, data)
                 case.reconstruct("reconstructed", hs.Reconstruction())
                 for what, without in ABLATIONS.items() if options.ablate else ():
