@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 import halfstep as hs
 from halfstep.errors import ArgumentError, CaptureError, DataError
+from halfstep.graph import tracing
 from halfstep.graph.capture import capture, relative_error
 from halfstep.graph.inputs import path_name
 
@@ -414,3 +415,13 @@ class Packed(nn.Module):
 def test_packed_sequences_are_refused_with_what_to_do_instead():
     with pytest.raises(CaptureError, match=r"packed sequences .* lengths - 1\]"):
         capture(Packed(), (torch.randn(3, 5, 8), torch.tensor([5, 2, 3])))
+
+
+@pytest.mark.parametrize("imports", [True, False])
+def test_only_what_is_imported_counts_as_old(monkeypatch, imports):
+    """Else the networks of call after call would pile up until somebody searches everything."""
+    monkeypatch.setattr(tracing, "MANY_MODULES", -1 if imports else 10**6)
+    gc.collect()
+    with tracing.quiet():
+        made = [[]]
+    assert any(each is made for each in gc.get_objects(generation=2)) == imports

@@ -6,7 +6,7 @@ from torch import nn
 
 import halfstep as hs
 from bench.networks.resnet import randomize_batch_norm
-from halfstep.errors import ArgumentError
+from halfstep.errors import ArgumentError, ExportError
 from halfstep.graph.capture import capture, relative_error
 from halfstep.graph.fold import fold
 
@@ -161,6 +161,27 @@ def masked(*shape):
     return hidden
 
 
+class Learned(OneHead):
+    """Queries without a batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(3, 16))
+
+    def forward(self, x):
+        _, k, v = self.into(x).chunk(3, -1)
+        return self.out(nn.functional.scaled_dot_product_attention(self.queries, k, v))
+
+
+class OneMask(OneHead):
+    def __init__(self, *shape):
+        super().__init__()
+        self.register_buffer("mask", masked(*shape) if shape else torch.tensor(0.5))
+
+    def forward(self, x):
+        return super().forward(x, self.mask)
+
+
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize(
     ("model", "masks"),
@@ -170,6 +191,10 @@ def masked(*shape):
         (OneHead, (masked(4, 1, 6),)),
         (Causal, ()),
         (ItsOwnKeys, ()),
+        (Learned, ()),
+        (OneMask, ()),
+        (lambda: OneMask(6), ()),
+        (lambda: OneMask(6, 6), ()),
     ],
 )
 def test_attention_without_heads_is_exported(model, masks, target, tmp_path):
@@ -179,3 +204,9 @@ def test_attention_without_heads_is_exported(model, masks, target, tmp_path):
     hs.calibrate(q)
     proof = hs.verify(hs.export_onnx(q, tmp_path / "model.onnx"), q, [inputs])
     assert all(layer.integer for layer in proof.layers) and proof.parity.sqnr > 40
+
+
+def test_attention_over_five_dimensions_is_refused_with_what_it_needs(tmp_path):
+    q = hs.prepare(OneHead().eval(), torch.randn(4, 2, 2, 6, 16))
+    with pytest.raises(ExportError, match=r"attention \(at 'attention'\) takes .*; reshape"):
+        hs.export_float(q, tmp_path / "float.onnx")

@@ -95,7 +95,52 @@ def test_what_is_not_clear_is_simulated_on_all():
     assert best and all(made.total == COUNT for made in best)
 
 
+FEWER = ("ptq", hs.MixedBits(bits=(8, 4), bytes="nominal"))
+
+
 def test_fewer_bits_start_from_what_its_file_accepted():
-    outcome = easy(None, rungs=("ptq", hs.MixedBits(bits=(8, 4), bytes="nominal")))
+    outcome = easy(None, rungs=FEWER)
     assert outcome.met and outcome.rung == "mixed_bits"
     assert max(simulations(outcome)) < COUNT
+    assert [made.rung for made in outcome.history].count("deployed") == 2  # PTQ's, and that of fewer bits
+
+
+def leave_one_in_float(model, threads, among):
+    model.float_layers = ["2"]
+    return hs.Tuning(("2",), 1.0, 3)
+
+
+@pytest.mark.parametrize("options", [{"tune": True}, {"rungs": FEWER, "max_drop": 0.08}])
+def test_a_files_score_is_never_called_the_simulations(monkeypatch, tmp_path, options):
+    spoil(monkeypatch, ("ptq", "mixed_bits", "tune"), examples=1)
+    monkeypatch.setattr("halfstep.ladder.costs.tune", leave_one_in_float)
+    outcome = easy(tmp_path, **options)
+    assert outcome.met and outcome.score == outcome.deployed_score
+    assert outcome.simulated is not None and outcome.simulated < COUNT
+    assert any(f"as a file; simulated on {outcome.simulated:,} examples" in s for s in outcome.decisions)
+    again = easy(tmp_path, **options)
+    assert (again.simulated, again.score) == (outcome.simulated, outcome.score)
+
+
+def test_a_file_that_misses_is_not_scored_again(monkeypatch, tmp_path):
+    spoil(monkeypatch, ("ptq",))
+    outcome, again = easy(tmp_path, rungs=("ptq",)), easy(tmp_path, rungs=("ptq",))
+    assert not outcome.met and outcome.simulated is None
+    assert [made.rung for made in again.history].count("deployed") == 1
+    assert again.deployed_score == outcome.deployed_score
+
+
+def test_a_score_that_is_too_good_is_doubted_of_a_file_too():
+    def wrong(outputs, labels):
+        return (outputs.argmax(1) != labels).double()
+
+    errors = hs.Metric(LABELLED, wrong, bounds=(0.0, 1.0))
+    outcome = easy(None, metric=errors, recipe=hs.Recipe.uniform(3, 3), rungs=("ptq",))
+    assert outcome.simulated is not None
+    assert any("say higher_is_better=False" in sentence for sentence in outcome.decisions)
+
+
+def test_a_file_is_not_scored_once_the_budget_is_used_up():
+    outcome = easy(None, rungs=FEWER, budget=hs.Budget(evaluations=2.4))
+    assert outcome.met and outcome.rung == "ptq"
+    assert [made.rung for made in outcome.history].count("deployed") == 1

@@ -105,7 +105,7 @@ def export(
 
     with progress():
         model, step, _ = restore(run, rung)
-        metadata = {"score": repr(step["score"]), "rung": step["rung"]}
+        metadata = {"rung": step["rung"]}
         export_onnx(model, output, metadata)
     out.print(f"written to {output}: {step['what']}, score {step['score']:.4f}", soft_wrap=True)
 

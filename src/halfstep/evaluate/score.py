@@ -32,6 +32,8 @@ class Score:
             1 for a model by itself. What is said of its drop is corrected for them.
         resampled: where ``value`` is no mean but a number of the whole set, what it is on sets drawn from it; else
             None.
+        simulated: of a file that was scored in its simulation's place, on how many examples the simulation was; None
+            for every other score.
     """
 
     value: float
@@ -39,6 +41,7 @@ class Score:
     others: Mapping[str, Score] = field(default_factory=dict)
     examined: int = 1
     resampled: Resampled | None = None
+    simulated: int | None = None
 
     @classmethod
     def mean(cls, per_example: torch.Tensor) -> Score:

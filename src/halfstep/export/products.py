@@ -294,12 +294,14 @@ def lower_products(onnx_model: ir.Model, model: QuantizedModel) -> None:
 
 def find_products(graph: ir.Graph, model: QuantizedModel) -> Iterator[Product]:
     """Every node that reads a weight behind a marker, directly or through a Transpose."""
+    weights = {site.name for site in model.placement.sites if site.is_weight}
     for node in graph:
         for index, operand in enumerate(node.inputs):
             marker, permutation = _marker(operand)
             if marker is None or marker.inputs[0] is None or not marker.inputs[0].is_initializer():
                 continue
-            name = marker_name(marker)
+            if (name := marker_name(marker)) not in weights:  # an activation that depends on no input
+                continue
             tensor = model.weight(name).detach().cpu()
             activation = node.inputs[0].producer() if index == 1 and node.inputs[0] is not None else None
             if node.op_type != "Transpose" or permutation is not None:

@@ -236,9 +236,18 @@ def _cause(error: BaseException, model: QuantizedModel) -> str:
         error = error.__cause__
     text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     operator = re.search(r"No ONNX function found for <OpOverload\(op='(\w+)\.(\w+)'", text)
+    names = readable_names(model.graph).items()
+    if "4D query, key, and value" in text:
+        attention = torch.ops.aten.scaled_dot_product_attention.default
+        places = [
+            repr(name) for node, name in names if node.target is attention and node.meta["val"].dim() != 4
+        ]
+        return (
+            f"attention (at {', '.join(places[:3])}) takes values of (batch, heads, tokens, channels) "
+            "or (batch, tokens, channels); reshape what comes before these into one batch"
+        )
     if operator is None:
         return text
-    names = readable_names(model.graph).items()
     places = [name for node, name in names if operator[2] in str(node.target)]
     where = f" (at {', '.join(map(repr, places[:3]))})" if places else ""
     return (

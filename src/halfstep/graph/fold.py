@@ -161,14 +161,18 @@ def one_head(graph: fx.Graph) -> None:
         if node.target is not aten.scaled_dot_product_attention.default or node.meta["val"].dim() != 3:
             continue
         with graph.inserting_before(node):
-            for operand in dict.fromkeys(
-                node.all_input_nodes
-            ):  # queries, keys, values, and a mask of each example
-                value = operand.meta["val"]
-                if value.dim() == 3:
-                    wide = graph.call_function(aten.unsqueeze.default, (operand, heads))
-                    wide.meta = {**node.meta, "val": value.unsqueeze(heads)}
-                    node.replace_input_with(operand, wide)
+            for operand in dict.fromkeys(node.all_input_nodes):  # queries, keys, values and a mask
+                wide, rank = operand, operand.meta["val"].dim()
+                places = [heads] if rank == 3 else [0] * (2 - rank)
+                if (
+                    rank == 2 and operand in node.args[:3]
+                ):  # the same for each example, as queries that are learned
+                    places = [0, 0]
+                for place in places:
+                    value = wide.meta["val"].unsqueeze(place)
+                    wide = graph.call_function(aten.unsqueeze.default, (wide, place))
+                    wide.meta = {**node.meta, "val": value}
+                node.replace_input_with(operand, wide)
         with graph.inserting_after(node):
             narrow = graph.call_function(aten.squeeze.dim, (node, heads))
         narrow.meta = dict(node.meta)

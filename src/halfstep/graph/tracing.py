@@ -19,6 +19,7 @@ import io
 import logging
 import os
 import re
+import sys
 import traceback
 import types
 import warnings
@@ -130,15 +131,19 @@ def _module_of(program: torch.export.ExportedProgram) -> fx.GraphModule:
     return module
 
 
+#: Imports of so many modules are those of torch's tracer, or of its exporter.
+MANY_MODULES = 50
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep torch's own deprecations and graph dumps off the user's terminal; errors are explained instead.
 
-    Python's search for reference cycles rests too: torch makes objects by the hundred thousand here, its tracer's and
-    exporter's modules among them, which live on, and each search goes through all that are new. What is there at the
-    end is old.
+    Python's search for reference cycles rests too: torch makes objects by the hundred thousand here, and each search
+    goes through all that are new. Where these are its tracer's and exporter's modules, which live on, what is there at
+    the end is old; else it is searched afterwards, or the networks of call after call would pile up.
     """
-    disabled, searching = logging.root.manager.disable, gc.isenabled()
+    disabled, searching, modules = logging.root.manager.disable, gc.isenabled(), len(sys.modules)
     logging.disable(logging.ERROR)
     gc.disable()
     try:
@@ -148,7 +153,8 @@ def quiet() -> Iterator[None]:
     finally:
         logging.disable(disabled)
         if searching:
-            if not gc.get_freeze_count():  # somebody's, who would lose it
+            imported = len(sys.modules) - modules > MANY_MODULES
+            if imported and not gc.get_freeze_count():  # somebody's, who would lose it
                 gc.freeze()
                 gc.unfreeze()  # to the oldest generation
             gc.enable()

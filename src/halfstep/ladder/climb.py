@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 import torch
 
 from halfstep.errors import HalfstepError, RankError, RefusedError, RunError
+from halfstep.evaluate import Score
 from halfstep.fake_quantize import Mode
 from halfstep.graph.layer_precision import LayerPrecision
 from halfstep.identity import Identity
@@ -195,7 +196,9 @@ def _with_file(
     assert search.score_file is not None
     known = search.recall(reached.file_key)
     try:
-        key, file = search.score_file(candidate) if known is None else (reached.file_key, known.score)
+        key, file = (
+            search.score_file(candidate, paid=True) if known is None else (reached.file_key, known.score)
+        )
     except RefusedError as error:
         search.hold_to(search.asked.beyond(candidate.score))
         search.decide(
@@ -243,9 +246,9 @@ def _climb(search: Search, rung: Rung) -> RungResult:
     search.found.clear()
     drop = search.goal.compare(best.score)
     file_key = ""
-    if best.simulated is not None:  # a run that goes on knows the score by it
+    if best.score.simulated is not None:  # a run that goes on knows the score by it
         assert search.score_file is not None
-        file_key, _ = search.score_file(best)
+        file_key, _ = search.score_file(best, paid=True)
     reached = RungResult(
         rung=rung.name,
         met=search.goal.met(best.score),
@@ -291,10 +294,8 @@ def _restored(search: Search, rung: Rung, key: str) -> RungResult | None:
         return None
     place, data = steps[-1]
     reached = RungResult.of(data)
-    simulated, verdict = None, search.recall(reached.candidate)
-    if verdict is not None and not verdict.complete:
-        simulated, verdict = verdict.score.count, search.recall(reached.file_key)
-    if verdict is None or not verdict.complete:
+    score = _score_of(search, reached)
+    if score is None:
         return None
     precision = LayerPrecision.of_dict(reached.put_back)
     snapshot = Snapshot(search.model, precision, search.checkpoints.network(saved))
@@ -304,10 +305,16 @@ def _restored(search: Search, rung: Rung, key: str) -> RungResult | None:
     best = (
         known[0]
         if known
-        else Evaluated(
-            reached.what, verdict.score, snapshot, reached.candidate, bits_on_request(search.model), simulated
-        )
+        else Evaluated(reached.what, score, snapshot, reached.candidate, bits_on_request(search.model))
     )
     search.best = search.reached[rung.name] = best
     search.replay(rung.name, [Decision.of(e) for e in journal.entries[:place] if e.kind == "decision"])
     return reached
+
+
+def _score_of(search: Search, reached: RungResult) -> Score | None:
+    """What is remembered of a rung's best candidate: its simulation's score, or the file's in its place."""
+    simulation, file = search.recall(reached.candidate), search.recall(reached.file_key)
+    if simulation is None or simulation.complete:
+        return None if simulation is None else simulation.score
+    return None if file is None else replace(file.score, simulated=simulation.score.count)

@@ -97,7 +97,7 @@ def measure_files(
 
     Returns:
         ``name``, ``score``, ``bytes``, ``ms`` of a batch, and ``speedup`` over float for each; scores of rungs below
-        are simulated.
+        are what the climb had of them, most of them simulations'.
     """
     speeds = proof.latency
     points = [
@@ -184,6 +184,9 @@ def deploy(
 
         for sentence in changes(origin.source, file):
             search.decide(sentence)
+    simulation, known = best.score, search.recall(best.key)
+    if simulation.simulated is not None and known is not None:  # it may have been simulated further since
+        simulation = known.score if known.complete else replace(simulation, simulated=known.score.count)
     slow = "" if pace is None else pace.missed(proof.latency["quantized"].speedup)
     advice = (slow, *advice) if slow else advice
     files = measure_files(search, exports, proof, score.value, float_file, threads)
@@ -191,8 +194,8 @@ def deploy(
         met=search.asked.met(score) and not refused and not slow,
         rung=rung_of(search, best),
         float_score=search.asked.float_score.value,
-        score=best.score.value,
-        simulated=best.simulated,
+        score=simulation.value,
+        simulated=simulation.simulated,
         deployed_score=score.value,
         max_drop=search.asked.max_drop,
         float_layers=tuple(sorted(model.float_layers)),
@@ -231,7 +234,7 @@ def _file_that_holds(
         search.best = candidate
         candidate.snapshot.restore()
         try:
-            _, score = file_score(search, exports, threads, candidate)
+            _, score = file_score(search, exports, threads, candidate, paid=True)
         except RefusedError as error:
             search.decide(f"The file of {candidate.what} is refused: {error}")
             why = why or str(error)
@@ -241,7 +244,7 @@ def _file_that_holds(
     search.best = best
     best.snapshot.restore()
     _remove(file, modules)
-    _, score = file_score(search, exports, threads, best, check=False)
+    _, score = file_score(search, exports, threads, best, check=False, paid=True)
     return copy_file(exports.file(search, best, check=False), refused, modules), score, why
 
 
@@ -252,7 +255,12 @@ def _remove(file: Path, modules: Iterable[str]) -> None:
 
 
 def file_score(
-    search: Search, exports: Exports, threads: int | None, candidate: Evaluated, check: bool = True
+    search: Search,
+    exports: Exports,
+    threads: int | None,
+    candidate: Evaluated,
+    check: bool = True,
+    paid: bool = False,
 ) -> tuple[str, Score]:
     """Score a candidate's file on its runtime; the key that is remembered by, and the score.
 
@@ -264,8 +272,10 @@ def file_score(
         threads: of the runtime.
         candidate: one that was evaluated.
         check: whether the file must answer as the simulation.
+        paid: score it even if the budget is used up.
 
     Raises:
+        BudgetSpent: if it is, and there is a candidate already.
         ExportError: if the file cannot be written.
         RefusedError: if its runtime does not take it, or it answers otherwise than the simulation.
     """
@@ -274,6 +284,8 @@ def file_score(
     key = f"file {hashlib.sha256(file.read_bytes()).hexdigest()}, {runtime_identity(model.target.runtime)}"
     if (known := search.recall(key)) is not None:
         return key, known.score
+    if not paid:
+        search.check_budget()
     deployed = DeployedModel(file, model.captured.in_spec, model.captured.out_spec, threads)
     if any(isinstance(part, CallableMetric) for part in parts(search.scorer).values()):
         hand_out(deployed, model.captured.parts)  # it may ask the other ranks for their part

@@ -384,10 +384,13 @@ class Goal:
         >>> Goal(0.01, Score(0.9)).words(Score(0.85))
         '0.8500, +0.0500 below float (allowed 0.01)'
         """
-        return " and ".join(
+        words = " and ".join(
             f"{goal.name} {part.value:.4f}, {goal.drop(part):+.4f} below float (allowed {goal.max_drop:g})".lstrip()
             for goal, part in self.each(score)
         )
+        if score.simulated is None:
+            return words
+        return f"{words}, as a file; simulated on {score.simulated:,} examples"
 
     def evidence(self, score: Score) -> str:
         """What the interval says beside the point estimate, a sentence for each metric."""

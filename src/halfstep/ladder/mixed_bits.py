@@ -363,7 +363,7 @@ class _Lowering:
             for search.early in (*[early] * (OVERTURNED if early else 0), False):
                 levels = self.find(table, moves)
                 self.choose(levels)
-                score = search.accept(f"{self._lowered(levels)}, on all examples")
+                score = search.accept(f"{self._lowered(levels)}, settled")
                 if search.goal.met(score):
                     break
                 search.decide(

@@ -98,8 +98,7 @@ class Outcome:
 
     def metadata(self) -> dict[str, str]:
         """What the file says of itself beside recipe and versions."""
-        about = {"float_score": repr(self.float_score), "rung": self.rung}
-        return about if self.simulated is not None else {**about, "score": repr(self.score)}
+        return {"float_score": repr(self.float_score), "rung": self.rung}
 
     def standings(self) -> dict[str, MetricResult]:
         """The metrics of the file by name; empty where there is only one, which has none."""

@@ -52,14 +52,11 @@ class Exports:
             "float_score": repr(search.asked.float_score.value),
             "rung": rung_of(search, candidate),
         }
-        key = repr((candidate.key, about))
-        if candidate.simulated is None:
-            about["score"] = repr(candidate.score.value)
-        path, checked = self._written.get(key, (None, False))
+        path, checked = self._written.get(candidate.key, (None, False))
         if path is not None and (checked or not check):
             return path
-        if check and key in self._refused:
-            raise self._refused[key]
+        if check and candidate.key in self._refused:
+            raise self._refused[candidate.key]
         folder = self._folder / f"candidate-{len(self._written)}"
         folder.mkdir(exist_ok=True)
         candidate.snapshot.restore()
@@ -68,15 +65,16 @@ class Exports:
                 path = export_onnx(search.model, folder / (CHECKED if check else UNCHECKED), about, check)
         except RefusedError as error:
             if check:
-                self._refused[key] = error
+                self._refused[candidate.key] = error
             raise
-        self._written[key] = path, check
+        self._written[candidate.key] = path, check
         return path
 
 
 def rung_of(search: Search, candidate: Evaluated) -> str:
     """The first rung that ended with this candidate; the one that was climbed last if none did."""
-    return next((name for name, reached in search.reached.items() if reached is candidate), search.rung)
+    found = (name for name, reached in search.reached.items() if reached.key == candidate.key)
+    return next(found, search.rung)
 
 
 def check_latency(latency: float | None, target: Target) -> None:

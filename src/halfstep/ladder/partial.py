@@ -251,7 +251,7 @@ class _Walk:
                 if (assignment := self.find()) is not None:
                     search.choose(assigned(self.base, assignment))
                     wrong = f"{_many(len(assignment))} put back"
-                    seen, score = "All", search.accept(f"{wrong}, on all examples")
+                    seen, score = "All", search.accept(f"{wrong}, settled")
                     if search.goal.met(score):
                         return assignment, score
                 elif not (wrong := self._overturned()):

@@ -79,7 +79,7 @@ class RungResult:
 
     Attributes:
         rung: its name.
-        met: the simulation meets the target now.
+        met: the best candidate meets the target now.
         score: of the best candidate so far, see :class:`.Evaluated`.
         drop: against float, in the metric's unit.
         low: lower end of the drop's confidence interval, corrected for the candidates examined; None without one.

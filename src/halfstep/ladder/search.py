@@ -30,11 +30,10 @@ class Evaluated:
 
     Attributes:
         what: it is, in words.
-        score: on all examples, of the simulation or, see ``simulated``, of the file.
+        score: on all examples, of the simulation or, where its ``simulated`` says so, of the file.
         snapshot: to come back to it.
         key: its fingerprint.
         bits: that its weights take more than by the recipe, as :func:`.bits_on_request` counts; below 0 for fewer.
-        simulated: how many examples the simulation was scored on, where the file was on all; None for all.
     """
 
     what: str
@@ -42,15 +41,11 @@ class Evaluated:
     snapshot: Snapshot
     key: str
     bits: int
-    simulated: int | None = None
 
     @classmethod
-    def of(
-        cls, model: QuantizedModel, what: str, score: Score, key: str = "", simulated: int | None = None
-    ) -> Evaluated:
+    def of(cls, model: QuantizedModel, what: str, score: Score, key: str = "") -> Evaluated:
         """``model`` as it stands; its fingerprint is taken where it is not known."""
-        key = key or fingerprint(model)
-        return cls(what, score, Snapshot.of(model), key, bits_on_request(model), simulated)
+        return cls(what, score, Snapshot.of(model), key or fingerprint(model), bits_on_request(model))
 
 
 @dataclass
@@ -75,8 +70,9 @@ class Search:
         reached: the best candidate at the end of each rung, by the rung's name.
         calibrated: examples that the ranges come from; 0 where that is not known.
         threads: of the runtime, for one operator, where files are timed; None for all cores.
-        score_file: exports a candidate and scores the file on its runtime; what that is remembered by, and the score.
-            Raises :class:`.RefusedError` where the file is not what was simulated. None where there is no file.
+        score_file: exports a candidate and scores the file on its runtime, if that is not known and the budget is not
+            used up, or with ``paid=True``; what the score is remembered by, and the score. Raises
+            :class:`.RefusedError` where the file is not what was simulated. None where there is no file.
         memory: every evaluation, and what is known of the candidates by them.
         started: when the budget's minutes began, by ``time.perf_counter``.
     """
@@ -95,7 +91,7 @@ class Search:
     reached: dict[str, Evaluated] = field(default_factory=dict)
     calibrated: int = 0
     threads: int | None = None
-    score_file: Callable[[Evaluated], tuple[str, Score]] | None = None
+    score_file: Callable[..., tuple[str, Score]] | None = None
     started: float = field(default_factory=lambda: time.perf_counter())
 
     def __post_init__(self, made: Sequence[Evaluation]) -> None:
@@ -203,14 +199,16 @@ class Search:
             return verdict.score
         if verdict.met:
             key = fingerprint(self.model)
-            candidate = Evaluated.of(self.model, what, verdict.score, key, verdict.score.count)
+            candidate = Evaluated.of(self.model, what, verdict.score, key)
             try:
                 with protected():  # as a simulation's score is
                     _, score = self.score_file(candidate)
             except RefusedError:
                 return self.evaluate(what)
             if self.goal.met(score):
+                score = replace(score, simulated=verdict.score.count)
                 self._keep(replace(candidate, score=score))
+                self._suspect(what, score)
                 return score
         return self.evaluate(what)
 

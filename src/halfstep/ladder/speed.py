@@ -110,7 +110,7 @@ def tune_for_speed(search: Search, threads: int | None) -> None:
     if goal.met(score):
         try:
             assert search.score_file is not None
-            _, file = search.score_file(faster)
+            _, file = search.score_file(faster, paid=True)
             missed = "" if search.asked.met(file) else f"its file, {search.asked.words(file)},"
         except RefusedError as error:
             missed = f"its file, refused ({error}),"
