@@ -18,7 +18,12 @@ SCRIPT = "import sys\nfrom halfstep.cli import main\nif __name__ == '__main__':\
 
 def interrupted(folder, *arguments):
     """A process whose torch is interrupted as it loads."""
-    (folder / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    # A shell's background jobs ignore the signal, and so would this process.
+    (folder / "torch.py").write_text(
+        "import os, signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "os.kill(os.getpid(), signal.SIGINT)\n"
+    )
     path = os.pathsep.join([str(folder), str(SOURCE)])
     command = [sys.executable, *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": path}
