@@ -51,7 +51,7 @@ def test_the_file_is_scored_on_all_and_the_simulation_on_few(tmp_path):
 def test_it_is_said_how_few(tmp_path):
     outcome = easy(tmp_path)
     assert f"simulated on {outcome.simulated:,} examples" in repr(outcome)
-    words = f"of {outcome.simulated:,} examples only"
+    words = f"{outcome.simulated:,} examples sufficed"
     assert any(fact.name == "simulated score" and fact.words.startswith(words) for fact in outcome.facts())
     assert words in page(Run.read(tmp_path))
     about = {entry.key: entry.value for entry in onnx.load(tmp_path / "model.onnx").metadata_props}

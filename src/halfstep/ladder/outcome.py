@@ -193,7 +193,7 @@ def _score(name: str, record: Mapping[str, Any], key: str) -> Fact:
 def _simulated(record: Mapping[str, Any]) -> Fact:
     if (seen := record.get("simulated")) is None:  # runs of older versions do not say
         return _score("simulated score", record, "score")
-    return Fact("simulated score", f"of {seen:,} examples only: they sufficed to score the file on all")
+    return Fact("simulated score", f"{seen:,} examples sufficed, see the deployed one")
 
 
 def _metrics(records: Iterable[Mapping[str, Any]]) -> list[Fact]:
