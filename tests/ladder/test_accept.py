@@ -5,7 +5,7 @@ import onnx
 import onnxruntime
 import pytest
 from climbing import CountedAccuracy, climb, data
-from test_file_misses import refuse, spoil
+from test_file_misses import leave_one_in_float, refuse, spoil
 
 import halfstep as hs
 from halfstep.report.page import page
@@ -103,11 +103,6 @@ def test_fewer_bits_start_from_what_its_file_accepted():
     assert outcome.met and outcome.rung == "mixed_bits"
     assert max(simulations(outcome)) < COUNT
     assert [made.rung for made in outcome.history].count("deployed") == 2  # PTQ's, and that of fewer bits
-
-
-def leave_one_in_float(model, threads, among):
-    model.float_layers = ["2"]
-    return hs.Tuning(("2",), 1.0, 3)
 
 
 @pytest.mark.parametrize("options", [{"tune": True}, {"rungs": FEWER, "max_drop": 0.08}])

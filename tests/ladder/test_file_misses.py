@@ -28,6 +28,12 @@ def spoil(monkeypatch, rungs, examples=16):
     monkeypatch.setattr("halfstep.ladder.deploy.DeployedModel", Spoilt)
 
 
+def leave_one_in_float(model, threads, among):
+    """Tuning that leaves the second layer in float, whatever is faster."""
+    model.float_layers = ["2"]
+    return hs.Tuning(("2",), 1.0, 3)
+
+
 def test_the_climb_goes_on_where_only_the_simulation_meets_the_target(monkeypatch, tmp_path):
     spoil(monkeypatch, ("ptq",))
     settings = {"recipe": hs.Recipe.uniform(6, 8), "max_drop": 0.05, "max_float": 1.0}
@@ -53,10 +59,6 @@ def test_the_last_rungs_file_is_the_outcomes(monkeypatch):
 
 
 def test_a_tuned_file_that_misses_is_put_back(monkeypatch):
-    def leave_one_in_float(model, threads, among):
-        model.float_layers = ["2"]
-        return hs.Tuning(("2",), 1.0, 3)
-
     monkeypatch.setattr("halfstep.ladder.costs.tune", leave_one_in_float)
 
     class Spoilt(DeployedModel):
@@ -158,10 +160,6 @@ def test_where_every_file_is_refused_the_outcome_says_so(monkeypatch, tmp_path):
 
 
 def test_a_tuned_file_that_is_refused_is_put_back(monkeypatch):
-    def leave_one_in_float(model, threads, among):
-        model.float_layers = ["2"]
-        return hs.Tuning(("2",), 1.0, 3)
-
     monkeypatch.setattr("halfstep.ladder.costs.tune", leave_one_in_float)
     written = export_onnx
 

@@ -105,8 +105,7 @@ def export(
 
     with progress():
         model, step, _ = restore(run, rung)
-        metadata = {"rung": step["rung"]}
-        export_onnx(model, output, metadata)
+        export_onnx(model, output, {"rung": step["rung"]})
     out.print(f"written to {output}: {step['what']}, score {step['score']:.4f}", soft_wrap=True)
 
 

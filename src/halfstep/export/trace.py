@@ -236,20 +236,21 @@ def _cause(error: BaseException, model: QuantizedModel) -> str:
         error = error.__cause__
     text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     operator = re.search(r"No ONNX function found for <OpOverload\(op='(\w+)\.(\w+)'", text)
-    names = readable_names(model.graph).items()
-    if "4D query, key, and value" in text:
-        attention = torch.ops.aten.scaled_dot_product_attention.default
-        places = [
-            repr(name) for node, name in names if node.target is attention and node.meta["val"].dim() != 4
-        ]
-        return (
-            f"attention (at {', '.join(places[:3])}) takes values of (batch, heads, tokens, channels) "
-            "or (batch, tokens, channels); reshape what comes before these into one batch"
-        )
-    if operator is None:
+    if operator is None and "4D query, key, and value" not in text:
         return text
-    places = [name for node, name in names if operator[2] in str(node.target)]
+    wanted = "scaled_dot_product_attention" if operator is None else operator[2]
+    names = readable_names(model.graph).items()
+    places = [
+        name
+        for node, name in names
+        if wanted in str(node.target) and (operator is not None or node.meta["val"].dim() != 4)
+    ]
     where = f" (at {', '.join(map(repr, places[:3]))})" if places else ""
+    if operator is None:
+        return (
+            f"attention{where} takes values of (batch, heads, tokens, channels) or (batch, tokens, channels); reshape "
+            "what comes before these into one batch"
+        )
     return (
         f"ONNX has no operator for {operator[1]}.{operator[2]}{where}; compute it from other operators, or quantize "
         "the part of the network without it"

@@ -163,12 +163,9 @@ def one_head(graph: fx.Graph) -> None:
         with graph.inserting_before(node):
             for operand in dict.fromkeys(node.all_input_nodes):  # queries, keys, values and a mask
                 wide, rank = operand, operand.meta["val"].dim()
-                places = [heads] if rank == 3 else [0] * (2 - rank)
-                if (
-                    rank == 2 and operand in node.args[:3]
-                ):  # the same for each example, as queries that are learned
-                    places = [0, 0]
-                for place in places:
+                # Without a batch it is the same for each example: queries that are learned, a mask, which broadcasts.
+                wanted = 4 if operand in node.args[:3] else 2
+                for place in [heads] if rank == 3 else [0] * (wanted - rank):
                     value = wide.meta["val"].unsqueeze(place)
                     wide = graph.call_function(aten.unsqueeze.default, (wide, place))
                     wide.meta = {**node.meta, "val": value}

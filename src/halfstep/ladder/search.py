@@ -207,7 +207,9 @@ class Search:
                 return self.evaluate(what)
             if self.goal.met(score):
                 score = replace(score, simulated=verdict.score.count)
-                self._keep(replace(candidate, score=score))
+                accepted = replace(candidate, score=score)
+                if self._leads(self.rank(accepted)):
+                    self._keep(accepted)
                 self._suspect(what, score)
                 return score
         return self.evaluate(what)
@@ -323,14 +325,16 @@ class Search:
         """Keep the candidate if it is the best so far: meets the goal, few float layers, few bits, a small drop."""
         if not (verdict.complete and self._acceptable):
             return
-        now = self._rank(verdict.score, self.model.precision, bits_on_request(self.model))
-        if self.best is None or now < self.rank(self.best):
+        # A snapshot is taken of the best alone.
+        if self._leads(self._rank(verdict.score, self.model.precision, bits_on_request(self.model))):
             self._keep(Evaluated.of(self.model, what, verdict.score, key))
 
+    def _leads(self, rank: tuple[float, ...]) -> bool:
+        return self.best is None or rank < self.rank(self.best)
+
     def _keep(self, candidate: Evaluated) -> None:
-        if self.best is None or self.rank(candidate) < self.rank(self.best):
-            self.best = candidate
-            say(f"best so far {self.goal.words(candidate.score)}: {candidate.what}")
+        self.best = candidate
+        say(f"best so far {self.goal.words(candidate.score)}: {candidate.what}")
 
     def rank(self, candidate: Evaluated) -> tuple[float, ...]:
         """Less is better: meets the goal, few layers in float, few at the steps before, few bits, a small drop."""
