@@ -28,9 +28,10 @@ from halfstep.graph.place import place
 from halfstep.graph.placement import Placement, copied
 from halfstep.graph.recurrences import recurrences_whole
 from halfstep.graph.shapes import Axes
-from halfstep.graph.tracing import PREFIX, quiet, rooted
+from halfstep.graph.tracing import PREFIX, rooted
 from halfstep.identity import Identity
 from halfstep.model import QuantizedModel
+from halfstep.quiet import quiet
 
 OPSET = 21
 

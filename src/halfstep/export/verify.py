@@ -31,7 +31,7 @@ from halfstep.runtime.saturation import holds_on, saturable_layers
 #: A file that gives the simulation's answer to so many fewer of the examples than it did answers otherwise.
 FEWER_ANSWERS = 0.01
 #: Seconds after which a race of files need not go on.
-RACED = 0.3
+RACED = 0.15
 
 
 @dataclass(frozen=True)

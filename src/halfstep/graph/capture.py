@@ -26,13 +26,13 @@ from halfstep.graph.tracing import (
     bind,
     explain,
     export_program,
-    quiet,
     unrooted,
     where,
     words,
 )
 from halfstep.graph.unfold import FoldedNorm, tensors
 from halfstep.identity import Identity
+from halfstep.quiet import quiet
 
 #: Captured and original outputs may differ by this much, relative in the L2 norm. Captured graphs run the same
 #: kernels, so the slack is for folded constants only.

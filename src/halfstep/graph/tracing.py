@@ -14,17 +14,12 @@ from __future__ import annotations
 
 import copy
 import functools
-import gc
-import io
 import logging
 import os
 import re
-import sys
 import traceback
 import types
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterable, Sequence
 from types import FrameType
 from typing import Any
 
@@ -38,6 +33,7 @@ from halfstep.graph.out_of_place import out_of_place
 from halfstep.graph.recurrences import recurrences_whole
 from halfstep.graph.shapes import BATCH, Axes, Names, batch_of, by_name, varies
 from halfstep.graph.unfold import tensors
+from halfstep.quiet import quiet
 
 
 def export_program(
@@ -129,35 +125,6 @@ def _module_of(program: torch.export.ExportedProgram) -> fx.GraphModule:
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     return module
-
-
-#: Imports of so many modules are those of torch's tracer, or of its exporter.
-MANY_MODULES = 50
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep torch's own deprecations and graph dumps off the user's terminal; errors are explained instead.
-
-    Python's search for reference cycles rests too: torch makes objects by the hundred thousand here, and each search
-    goes through all that are new. Where these are its tracer's and exporter's modules, which live on, what is there at
-    the end is old; else it is searched afterwards, or the networks of call after call would pile up.
-    """
-    disabled, searching, modules = logging.root.manager.disable, gc.isenabled(), len(sys.modules)
-    logging.disable(logging.ERROR)
-    gc.disable()
-    try:
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
-        if searching:
-            imported = len(sys.modules) - modules > MANY_MODULES
-            if imported and not gc.get_freeze_count():  # somebody's, who would lose it
-                gc.freeze()
-                gc.unfreeze()  # to the oldest generation
-            gc.enable()
 
 
 def batched_inputs(

@@ -44,6 +44,7 @@ from halfstep.model import QuantizedModel
 from halfstep.onnx_in.from_file import origin_of
 from halfstep.onnx_in.origin import QUANTIZED
 from halfstep.progress import Budget, steps
+from halfstep.quiet import undisturbed
 from halfstep.recipe import Recipe
 from halfstep.targets import Target, find_target
 from halfstep.training.options import Training, check_training
@@ -165,6 +166,7 @@ def quantize(
     found, recipe = find_target(target), recipe or Recipe.int8()
     check_latency(latency, found)
     with (
+        undisturbed(),
         crew() as ranks,
         shown(progress and ranks.leads),
         Journal(_checked_directory(ranks, model, directory), fresh) as journal,

@@ -45,7 +45,7 @@ OFFERED = 1 << 14  # room for samples that may belong to a tail
 _BLOCK = 1 << 11  # elements that the first cache holds while they are compacted, surveyed and counted
 
 
-_STRETCH = 512  # where a block reaches beyond the tails, only its stretches that do are searched
+_STRETCH = 128  # where a block reaches beyond the tails, only its stretches that do are searched
 
 
 @dataclass(frozen=True)
