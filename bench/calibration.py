@@ -2,8 +2,9 @@
 
 python -m bench.calibration                  # everything
 python -m bench.calibration speed memory     # some parts: speed, memory, accuracy, images
+python -m bench.calibration few --rounds 25  # few images and small networks, in a plain process
 
-speed and memory want a quiet machine; accuracy and images do not time anything.
+speed, memory and few want a quiet machine; accuracy and images do not time anything.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
+from unittest.mock import patch
 
 import torch
 from rich.console import Console
@@ -42,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("parts", nargs="*", default=list(PARTS), help=f"some of {', '.join(PARTS)}")
+    parser.add_argument("parts", nargs="*", default=WHOLE, help=f"some of {', '.join(PARTS)}")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--test", type=int, default=10_000, help="test images of Fashion-MNIST")
@@ -54,6 +56,8 @@ def main() -> None:
     warnings.simplefilter("ignore")  # the percentiles of few values, which the tables show as they are
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
+    if "few" not in options.parts:
+        keep_freed_memory()  # else the time of a step or pass depends on what the process freed before
     if options.measure_memory:
         run_512(options.measure_memory)
         return
@@ -133,6 +137,68 @@ def passes(model: nn.Module, batches: Sequence[torch.Tensor], rounds: int) -> di
                 lambda: peer_nncf.quantize(file, single, Path(directory) / "nncf.xml", transformer=False)
             )
     return times
+
+
+def few(options: argparse.Namespace) -> None:
+    """Observing 512 small images over the user's float pass, and what of it is counting."""
+    data = fashion.load()
+    batches = list(data.train_images[:512].split(64))
+    table = Table(
+        title=f"512 images of 28x28 in batches of 64, of the float pass, {options.threads} threads, medians of "
+        f"{options.rounds} interleaved rounds"
+    )
+    columns = {
+        name: _counting(fashion.trained(name, data), batches, options.rounds) for name in fashion.NETWORKS
+    }
+    table.add_column("")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for row in next(iter(columns.values())):
+        table.add_row(row, *(f"{times[row] / times[FLOAT]:.2f}" for times in columns.values()))
+    console.print(table)
+
+
+FLOAT = "float model"
+
+
+def _counting(model: nn.Module, batches: Sequence[torch.Tensor], rounds: int) -> dict[str, float]:
+    """Seconds of the float pass, and of observing with less and less left out."""
+    q = hs.prepare(model, batches[0])
+    whole = Histogram.update
+
+    def extremes(histogram: Histogram, x: torch.Tensor) -> int:
+        torch.aminmax(x)
+        return 0
+
+    def sampled(histogram: Histogram, x: torch.Tensor) -> int:
+        torch.aminmax(x)
+        return whole(histogram, x.reshape(64, -1)[::16].contiguous())  # also (batch * heads, ...)
+
+    def observing(update: Callable[[Histogram, torch.Tensor], int]) -> Callable[[], None]:
+        def observe() -> None:
+            for module in activation_sites(q).values():
+                module.histogram = Histogram()
+            q.sample = []
+            with patch.object(Histogram, "update", update):
+                hs.observe(q, batches)
+
+        return observe
+
+    def plain() -> None:
+        with torch.no_grad():
+            for x in batches:
+                model(x)
+
+    return interleaved(
+        {
+            FLOAT: plain,
+            "observing, nothing counted": observing(lambda histogram, x: 0),
+            "extremes alone, by torch.aminmax": observing(extremes),
+            "extremes, and one image in 16 counted": observing(sampled),
+            "observing": observing(whole),
+        },
+        rounds,
+    )
 
 
 def interleaved(functions: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
@@ -309,12 +375,15 @@ def effect(model: nn.Module, data: fashion.Fashion, some: torch.Tensor, test: hs
 
 PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
     "speed": speed,
+    "few": few,
     "memory": memory,
     "accuracy": accuracy,
     "images": images,
 }
 
 
+WHOLE = ["speed", "memory", "accuracy", "images"]
+
+
 if __name__ == "__main__":
-    keep_freed_memory()  # else the time of a step or pass depends on what the process freed before
     main()
