@@ -14,15 +14,8 @@ from halfstep.granularity import Granularity, PerGroup
 from halfstep.graph.biases import stored_biases
 from halfstep.graph.layer_precision import LayerPrecision
 from halfstep.graph.operators import (
-    Operator,
-    attends_to_all,
-    constant_operands,
-    describe,
-    ends,
     nonnegative,
-    readable_names,
 )
-from halfstep.graph.pair_sums import PairSums
 from halfstep.graph.placement import (
     FloatOperator,
     Follower,
@@ -31,10 +24,10 @@ from halfstep.graph.placement import (
     Position,
     Site,
     activation_granularity,
-    takes_run_time_ranges,
     weight_granularity,
     wide_name,
 )
+from halfstep.graph.selection import Selection
 from halfstep.graph.states import states_in
 from halfstep.graph.tails import TAIL
 from halfstep.recipe import ACTIVATIONS, LayerSpec, Recipe, TensorSpec
@@ -64,169 +57,24 @@ def place(graph: fx.Graph, target: Target, recipe: Recipe, precision: LayerPreci
         recipe: layer-name patterns to specs.
         precision: layers that are not as the recipe has them.
     """
-    return _Placer(graph, target, recipe, precision).run()
+    return _Placer(Selection(graph, target, recipe, precision)).run()
 
 
 class _Placer:
-    def __init__(self, graph: fx.Graph, target: Target, recipe: Recipe, precision: LayerPrecision) -> None:
-        self.graph, self.target, self.recipe, self.precision = graph, target, recipe, precision
-        self.names = readable_names(graph)
-        self.order = {node: index for index, node in enumerate(graph.nodes)}
-        self.operators = {n: op for n in graph.nodes if (op := describe(n)) is not None}
-        layers = [node for node, op in self.operators.items() if self._is_layer(op)]
-        quantizable = [node for node in layers if TAIL not in node.meta]
-        outermost = ends(graph, quantizable)
-        if len(outermost) == len(quantizable):  # an exception that leaves no rule
-            outermost = set()
-        self.asked = {node: recipe.spec(self.names[node], node in outermost) for node in layers}
-        self.specs: dict[fx.Node, LayerSpec | None] = {
-            node: precision.spec(recipe, self.names[node], node in outermost) for node in layers
-        }
-        self._moving = target.passes | target.absorbed | target.fused
-        self.portable = PairSums(target, self.operators, self.asked, self._moves) if recipe.portable else None
-        self.reasons: dict[fx.Node, str] = {}
-        self.integer: set[fx.Node] = set()  # operators whose activations are quantized
-        self.kernels: set[fx.Node] = set()  # those of them that the target executes as integers
-        self.islands: set[fx.Node] = set()  # layers whose activations get their range at run time
+    def __init__(self, selection: Selection) -> None:
+        self.selection, self.graph, self.target = selection, selection.graph, selection.target
+        self.names, self.operators = selection.names, selection.operators
+        self.order = {node: index for index, node in enumerate(selection.graph.nodes)}
+        self.specs, self.asked, self.integer = selection.specs, selection.asked, selection.integer
         self.root: dict[fx.Node, fx.Node] = {}  # value -> the value whose scale it shares
         self.site_names: dict[fx.Node, str] = {}  # root -> the name of its site
 
-    def _is_layer(self, op: Operator) -> bool:
-        return op.kind in self.target.layers or op.weight is not None
-
     def run(self) -> Placement:
-        self._choose_layers()
-        self._choose_followers()
         self._choose_values()
         sites = (*self._activation_sites(), *self._run_time_sites(), *self._weight_sites())
         layers = self._layers()
         biases = tuple(stored_biases(layers, sites, self.target))
         return Placement(sites, layers, self._float_operators(), self._followers(), biases)
-
-    # 1 and 2: which operators
-
-    def _choose_layers(self) -> None:
-        for node, spec in self.specs.items():
-            op, name = self.operators[node], self.names[node]
-            if TAIL in node.meta:
-                self.reasons[node] = node.meta[TAIL]
-            elif name in self.precision["float"]:
-                self.reasons[node] = "left in float on request, or by a search"
-            elif spec is None:
-                self.reasons[node] = "left in float by the recipe"
-            elif op.kind in self.target.tables:
-                if spec.weights is None:
-                    self.reasons[node] = "a table in float by the recipe"
-            elif op.kind not in self.target.layers:
-                self.reasons[node] = self.target.reasons.get(
-                    op.kind, f"{op.kind} has no integer kernel on {self.target.name}"
-                )
-            elif op.weight is None and (spec.activations is None or len(op.inputs) < 2):
-                self.reasons[node] = "has no weight to quantize"
-            elif spec.activations is None:
-                continue
-            elif op.weight is None and self.portable and self.portable.saturates(spec.activations):
-                self.reasons[node] = (
-                    "multiplies two activations, which sums of 16 bits in processors without VNNI have no room for; a "
-                    "portable recipe leaves it in float"
-                )
-            elif not spec.activations.dynamic:
-                self.integer.add(node)
-            elif takes_run_time_ranges(op, self.target):
-                self.islands.add(node)
-            else:
-                self.reasons[node] = (
-                    f"{op.kind} has no kernel on {self.target.name} that takes ranges at run time; left in float"
-                )
-
-    def _choose_followers(self) -> None:
-        followers = {
-            node
-            for node, op in self.operators.items()
-            if op.kind in self.target.followers
-            and TAIL not in node.meta
-            and not (op.kind in ("add", "mul") and constant_operands(node))
-            and not (op.kind == "attention" and (self.portable or not attends_to_all(node)))
-        }
-        # From all of them down to what holds: followers that feed one another would never join one by one.
-        self.kernels = {node for node in self.integer | followers if self._executed(node)}
-        while lost := {
-            node for node in self.kernels - self.integer if not (self._fed(node) and self._wanted(node))
-        }:
-            self.kernels -= lost
-        self.integer |= self.kernels
-        for node in followers - self.integer:
-            self.reasons[node] = "is not between integer operators: quantizing for it alone would cost time"
-
-    def _executed(self, node: fx.Node) -> bool:
-        """Whether the target executes the formats of all that an operator reads, and must write."""
-        op = self.operators[node]
-        written = [self._after_absorbed(node)] if self.target.kernel(op.kind).output else []
-        return all(self._readable(value) for value in (*self._arguments(node), *written))
-
-    def _readable(self, value: fx.Node) -> bool:
-        """Whether the target executes the widest format that layers read ``value`` in, directly or moved."""
-        specs = self._read_as(value)
-        if not specs:
-            return True
-        widest = max(specs, key=lambda spec: spec.bits)
-        return self.target.executes(self.target.activation_format(widest))
-
-    def _read_as(self, value: fx.Node) -> list[TensorSpec]:
-        found = []
-        for user in value.users:
-            spec = self.specs.get(user)
-            if user in self.integer and spec is not None and spec.activations is not None:
-                found.append(spec.activations)
-            elif user not in self.specs and self._moves(user):
-                found += self._read_as(user)
-        return found
-
-    def _fed(self, node: fx.Node) -> bool:
-        """Whether enough of what a follower reads comes in codes."""
-        op = self.operators[node]
-        enough = any if self.target.kernel(op.kind).partial else all
-        return enough(map(self._supplied, self._arguments(node)))
-
-    def _arguments(self, node: fx.Node) -> tuple[fx.Node, ...]:
-        """The activations that the kernel of an operator has codes for."""
-        op = self.operators[node]
-        reads = self.target.kernel(op.kind).reads
-        return (
-            op.inputs if reads is None else tuple(value for value in op.inputs if value in node.args[:reads])
-        )
-
-    def _supplied(self, value: fx.Node) -> bool:
-        """Whether ``value`` comes from an integer kernel, or is put into codes for a layer that reads it anyway.
-
-        That goes for inputs of the network and for what float layers made. What other float operators made (a
-        LayerNorm's residual stream) stays float for whoever can read it so.
-        """
-        if value in self.kernels:
-            return True
-        op = self.operators.get(value)
-        if value.op == "placeholder" or self._of_layers(value):
-            read_anyway = any(user in self.specs and user in self.kernels for user in value.users)
-            if read_anyway or op is None:
-                return read_anyway
-        moved = op is not None and op.kind in self._moving
-        return moved and all(map(self._supplied, self.operators[value].inputs))
-
-    def _of_layers(self, value: fx.Node) -> bool:
-        """Whether ``value`` is computed from layers by nothing that lacks an integer kernel."""
-        op = self.operators.get(value)
-        if op is None:
-            return False
-        between = op.kind in self._moving or op.kind in self.target.followers
-        return op.kind in self.target.layers or (between and all(map(self._of_layers, op.inputs)))
-
-    def _wanted(self, value: fx.Node) -> bool:
-        """Whether an integer kernel reads ``value``, directly or moved."""
-        return any(user in self.kernels or (self._moves(user) and self._wanted(user)) for user in value.users)
-
-    def _moves(self, node: fx.Node) -> bool:
-        op = self.operators.get(node)
-        return op is not None and op.kind in self._moving
 
     # 3 and 4: which values
 
@@ -235,9 +83,9 @@ class _Placer:
         for node in self.integer:
             for value in self._read_as_codes(node):
                 self.quantized.setdefault(value, False)
-        for node in self.kernels:
+        for node in self.selection.kernels:
             if self.target.kernel(self.operators[node].kind).output:
-                self.quantized[self._after_absorbed(node)] = True
+                self.quantized[self.selection.after_absorbed(node)] = True
         self._lift()
         self._join_states()
 
@@ -245,7 +93,7 @@ class _Placer:
         """The inputs that an integer operator reads quantized: all but the one whose layer computes it too."""
         op = self.operators[node]
         if not self.target.kernel(op.kind).joins:
-            return self._arguments(node)
+            return self.selection.arguments(node)
         makers = [
             value
             for value in op.inputs
@@ -254,12 +102,6 @@ class _Placer:
         # The last of them has the other at hand.
         joined = max(makers, key=self.order.__getitem__, default=None)
         return tuple(value for value in op.inputs if value is not joined)
-
-    def _after_absorbed(self, node: fx.Node) -> fx.Node:
-        users = list(node.users)
-        if len(users) == 1 and (op := self.operators.get(users[0])) and op.kind in self.target.absorbed:
-            return self._after_absorbed(users[0])
-        return node
 
     def _lift(self) -> None:
         """Quantize before a pass where all that reads its input wants codes, and tie both sides together."""
@@ -271,7 +113,7 @@ class _Placer:
             source = op.inputs[0]
             results = list(node.users) if op.kind == "split" else [node]
             if not results or not all(
-                result in self.quantized and self._readable(result) for result in results
+                result in self.quantized and self.selection.readable(result) for result in results
             ):
                 continue
             if source not in self.quantized:
@@ -386,7 +228,7 @@ class _Placer:
         """One site for each value and granularity that islands read, but where the value is codes already."""
         readers: dict[tuple[fx.Node, Granularity], list[fx.Node]] = {}
         for node in self.specs:
-            if node not in self.islands:
+            if node not in self.selection.islands:
                 continue
             spec = self._activations(node)
             for value in self.operators[node].inputs:
@@ -427,7 +269,7 @@ class _Placer:
         nodes: dict[str, fx.Node] = {}
         for node, spec in self.specs.items():
             weight = self.operators[node].weight
-            if weight is None or spec is None or spec.weights is None or node in self.reasons:
+            if weight is None or spec is None or spec.weights is None or node in self.selection.reasons:
                 continue
             name = str(weight.target)
             nodes.setdefault(name, weight)
@@ -456,9 +298,11 @@ class _Placer:
     def _weight_format(self, specs: Mapping[fx.Node, LayerSpec | None], users: list[fx.Node]) -> Format:
         """The format of a weight, by these specs of the layers that read it."""
         fmt = self.target.weight_format(self._widest(specs, users))
-        if self.portable is None:
+        if self.selection.portable is None:
             return fmt
-        return min((self.portable.weight_format(fmt, user) for user in users), key=lambda each: each.bits)
+        return min(
+            (self.selection.portable.weight_format(fmt, user) for user in users), key=lambda each: each.bits
+        )
 
     def _layers(self) -> tuple[Layer, ...]:
         layers = []
@@ -467,11 +311,11 @@ class _Placer:
             sites = []
             if node in self.run_time_names:
                 sites.append(self.run_time_names[node])
-            elif node in self.integer | self.islands:
+            elif node in self.integer | self.selection.islands:
                 sites += [self.site_names[self._home(value)] for value in op.inputs]
             if node in self.weight_names:
                 sites.append(self.weight_names[node])
-            layers.append(Layer(self.names[node], op, tuple(sites), self.reasons.get(node, "")))
+            layers.append(Layer(self.names[node], op, tuple(sites), self.selection.reasons.get(node, "")))
         return tuple(layers)
 
     def _followers(self) -> tuple[Follower, ...]:
@@ -489,7 +333,9 @@ class _Placer:
                 continue
             unknown = f"{op.kind} is not in the table of {self.target.name}; it runs in float"
             reason = (
-                node.meta.get(TAIL) or self.reasons.get(node) or self.target.reasons.get(op.kind, unknown)
+                node.meta.get(TAIL)
+                or self.selection.reasons.get(node)
+                or self.target.reasons.get(op.kind, unknown)
             )
             found.append(FloatOperator(self.names[node], op, reason))
         return tuple(found)
