@@ -3,6 +3,7 @@
 python -m bench.blocks --network resnet --bits W2A4         one network at one setting
 python -m bench.blocks --network resnet --bits W2A4 --ablate   reconstruction without each of its parts
 python -m bench.blocks --qat                                a training epoch on all labels beside it
+python -m bench.blocks --network resnet --bits W4A4 --distil    two epochs of distillation on all images beside it
 python -m bench.blocks                                      every network and setting
 
 1,024 calibration images are observed, ranges are MSE's, first and last layers have 8 bits. The quick repairs are fitted
@@ -17,9 +18,11 @@ from __future__ import annotations
 
 import argparse
 import copy
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -33,13 +36,7 @@ from halfstep.cli.app import keep_freed_memory
 from halfstep.fake_quantize import Mode
 from halfstep.fidelity.compare import divergences
 
-SETTINGS = {
-    "W4A4": hs.Recipe.uniform(4, 4),
-    "W3A4": hs.Recipe.uniform(3, 4),
-    "W3A3": hs.Recipe.uniform(3, 3),
-    "W2A8": hs.Recipe.uniform(2, 8),
-    "W2A4": hs.Recipe.uniform(2, 4),
-}
+SETTINGS = ("W4A4", "W3A4", "W3A3", "W2A8", "W2A4")
 
 #: What is asked of reconstruction: points below float at most.
 GOALS = {
@@ -81,7 +78,7 @@ class Case:
     def __init__(self, network: str, bits: str, seed: int, data: fashion.Fashion) -> None:
         self.network, self.bits, self.seed, self.data = network, bits, seed, data
         model = fashion.trained(network, data, seed)
-        self.q = hs.prepare(model, data.train_images[:4], SETTINGS[bits])
+        self.q = hs.prepare(model, data.train_images[:4], recipe(bits))
         self.images = data.calibration(CALIBRATION)
         with self.q.using(Mode.FLOAT):
             self.float_logits = self._logits(self.q)
@@ -106,9 +103,9 @@ class Case:
     def reconstruct(self, what: str, options: hs.Reconstruction) -> None:
         self.made(what, self.q, lambda q: hs.reconstruct(q, self.images, options=options))
 
-    def train(self) -> None:
-        training = hs.Training(Shuffled(self.data), cross_entropy, seed=self.seed)
-        self.made("a training epoch", self.q, lambda q: hs.train(q, training))
+    def train(self, what: str, **options: Any) -> None:
+        training = hs.Training(Shuffled(self.data), seed=self.seed, **options)
+        self.made(what, self.q, lambda q: hs.train(q, training))
 
     def _row(self, what: str, q: hs.QuantizedModel, seconds: float) -> Row:
         logits = self._logits(q)
@@ -126,6 +123,15 @@ class Case:
 
     def _hits(self, logits: torch.Tensor) -> torch.Tensor:
         return (logits.argmax(1) == self.data.test_labels).double()
+
+
+def recipe(bits: str) -> hs.Recipe:
+    """Of bits as W4A5 says them: weights, activations."""
+    found = re.fullmatch(r"W(\d+)A(\d+)", bits)
+    if found is None:
+        raise SystemExit(f"--bits: got {bits}, needed the like of W4A5")
+    weights, activations = map(int, found.groups())
+    return hs.Recipe.uniform(weights, activations)
 
 
 def table(cases: list[Case]) -> Table:
@@ -157,12 +163,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--network", choices=list(fashion.NETWORKS), help="only this one")
-    parser.add_argument("--bits", choices=list(SETTINGS), help="only these")
+    parser.add_argument("--bits", metavar="W4A5", help=f"only these; by default {', '.join(SETTINGS)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the networks' training")
     parser.add_argument(
         "--ablate", action="store_true", help="reconstruction without each of its parts, and with more"
     )
     parser.add_argument("--qat", action="store_true", help="an epoch of training on all labels too")
+    parser.add_argument(
+        "--distil",
+        action="store_true",
+        help="and two epochs of distillation on all 60,000 images without labels",
+    )
     options = parser.parse_args()
     data, cases = fashion.load(), []
     for network in [options.network] if options.network else fashion.NETWORKS:
@@ -173,7 +184,12 @@ def main() -> None:
                 for what, without in ABLATIONS.items() if options.ablate else ():
                     case.reconstruct(what, without)
                 if options.qat:
-                    case.train()
+                    case.train("a training epoch", loss=cross_entropy)
+                if options.distil:
+                    answers = hs.Distillation(temperature=1.0, axis=1)
+                    case.train(
+                        "two epochs of distillation", distillation=answers, epochs=2, learning_rate=5e-4
+                    )
                 cases.append(case)
     Console(width=120).print(table(cases))
 
