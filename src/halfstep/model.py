@@ -17,7 +17,7 @@ from halfstep.bias_shift import BiasShift
 from halfstep.compensation import Compensations, Place, places
 from halfstep.errors import ArgumentError, DataError, RunError
 from halfstep.fake_quantize import FakeQuantize, Mode
-from halfstep.graph.capture import Captured
+from halfstep.graph.captured import Captured
 from halfstep.graph.float32 import check_observed_in, in_float32
 from halfstep.graph.fold import overwrite, read_late
 from halfstep.graph.inputs import ModelInputs, call_arguments, move

@@ -21,7 +21,7 @@ from halfstep.distributed import keep, share, together
 from halfstep.errors import ArgumentError, DataError, MetricError, NotObservedError
 from halfstep.evaluate import class_axis
 from halfstep.fake_quantize import Mode
-from halfstep.graph.capture import Captured
+from halfstep.graph.captured import Captured
 from halfstep.graph.inputs import ModelInputs, call_arguments
 from halfstep.model import QuantizedModel, run
 from halfstep.progress import track

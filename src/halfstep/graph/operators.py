@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from halfstep.graph.capture import Captured
+from halfstep.graph.captured import Captured
 
 aten = torch.ops.aten
 

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from halfstep.errors import ArgumentError, DataError
 from halfstep.fake_quantize import OBSERVED
-from halfstep.graph.capture import Captured
+from halfstep.graph.captured import Captured
 from halfstep.graph.placement import Site
 from halfstep.graph.shapes import varies
 

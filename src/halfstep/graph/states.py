@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from halfstep.errors import ArgumentError
-from halfstep.graph.capture import Captured
+from halfstep.graph.captured import Captured
 from halfstep.identity import Identity
 
 #: In a placeholder's ``meta``: the place, among the values that the graph returns, of the one that is given back here.

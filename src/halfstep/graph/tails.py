@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from torch import fx
 
 from halfstep.errors import ArgumentError
-from halfstep.graph.capture import Captured
+from halfstep.graph.captured import Captured
 from halfstep.graph.operators import Operator, describe, readable_names
 from halfstep.identity import Identity
 

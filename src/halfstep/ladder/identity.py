@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from halfstep.cores import available_cores
 from halfstep.errors import RunError
 from halfstep.evaluate import CallableMetric, DataMetric, Scorer, labelled_data, parts
-from halfstep.graph.capture import Captured
+from halfstep.graph.captured import Captured
 from halfstep.graph.inputs import ModelInputs, batch_size, call_arguments
 from halfstep.identity import Identity, rows_of_bytes, state_of
 from halfstep.journal import Journal

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from halfstep.errors import ArgumentError, CaptureError
-from halfstep.graph.capture import Captured, capture
+from halfstep.graph.capture import capture
+from halfstep.graph.captured import Captured
 from halfstep.graph.float32 import check_observed_in
 from halfstep.graph.fold import decompose, fold
 from halfstep.graph.inputs import ModelInputs

@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from halfstep.errors import CaptureError, TrainingError
-from halfstep.graph.capture import Captured, capture, copied
+from halfstep.graph.capture import capture, copied
+from halfstep.graph.captured import Captured
 from halfstep.graph.fold import decompose, fold, overwrite
 from halfstep.graph.inputs import ModelInputs, call_arguments, move
 from halfstep.graph.operators import Operator, describe, readable_names
