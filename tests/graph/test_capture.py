@@ -382,3 +382,9 @@ class Packed(nn.Module):
 def test_packed_sequences_are_refused_with_what_to_do_instead():
     with pytest.raises(CaptureError, match=r"packed sequences .* lengths - 1\]"):
         capture(Packed(), (torch.randn(3, 5, 8), torch.tensor([5, 2, 3])))
+
+
+@pytest.mark.parametrize("name", ['a"b', "a\\b", "a\nb"])
+def test_names_that_torch_would_write_into_its_code_are_refused(name):
+    with pytest.raises(CaptureError, match="rename it"):
+        capture(nn.ModuleDict({name: nn.Linear(3, 2)}), torch.randn(2, 3))

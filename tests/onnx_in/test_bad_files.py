@@ -234,3 +234,33 @@ def test_a_file_whose_layers_compute_in_integers(operator, name, said, tmp_path)
     refused(path, f"is quantized already {said}; give the float file that it was made from")
     with pytest.raises(CaptureError, match="is quantized already"):
         layers_of(path)
+
+
+CODE = 'q" if open(r"{}", "w") else "q'
+
+
+@pytest.mark.parametrize("part", ["node", "weight", "between", "input", "output"])
+@pytest.mark.parametrize("name", [CODE, "back\\slash", "two\nlines", "it's", "x²"])
+def test_names_are_never_code(part, name, tmp_path):
+    """What is read stays under the file's names, but where they would break the code that torch generates."""
+    written = tmp_path / "written"
+    name = name.format(written)
+    names = {
+        each: name if each == part else each for each in ("node", "weight", "between", "input", "output")
+    }
+    nodes = [
+        helper.make_node("MatMul", [names["input"], names["weight"]], [names["between"]], name=names["node"]),
+        helper.make_node("Relu", [names["between"]], [names["output"]], name="relu"),
+    ]
+    weight = np.random.default_rng(0).standard_normal((3, 4), np.float32)
+    declared = {names["input"]: ["n", 3]}, {names["output"]: ["n", 4]}
+    path = write(tmp_path / "m.onnx", nodes, *declared, {names["weight"]: weight})
+    x = torch.randn(64, 3)
+    q = hs.prepare(path, x)
+    hs.observe(q, [x])
+    hs.calibrate(q)
+    proof = hs.verify(hs.export_onnx(q, tmp_path / "q.onnx"), q, [x])
+    assert not written.exists()
+    assert [layer.integer for layer in proof.layers] == [True] and proof.parity.sqnr > 60
+    file = onnx.load(tmp_path / "q.onnx")
+    assert file.graph.input[0].name == names["input"] and file.graph.output[0].name == names["output"]

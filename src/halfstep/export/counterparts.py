@@ -18,6 +18,7 @@ from halfstep.export.trace import known_as
 from halfstep.graph.operators import readable_names
 from halfstep.graph.placement import Site
 from halfstep.graph.shapes import varies
+from halfstep.graph.tracing import plain
 from halfstep.model import QuantizedModel
 from halfstep.onnx_in.network import arguments
 from halfstep.onnx_in.origin import SPLIT, Origin
@@ -80,7 +81,8 @@ class Counterparts:
         self.calls = Calls(self.onnx, message)
         self.nodes = self._find_nodes(source.nodes)
         for name, node in self.nodes.items():  # as in traced graphs, while it is lowered
-            self.renamed[node] = self.renamed[node] or name
+            own = self.renamed[node]
+            self.renamed[node] = own if own and plain(own) == own else name
             node.name = f"{name}/{node.op_type}"
         self.step_of = {node: step for node in self.fx_nodes if (step := self.origin.step(node)) is not None}
         self.pieces: dict[fx.Node, tuple[ir.Node, ...]] = {}

@@ -23,6 +23,7 @@ from halfstep.graph.tracing import (
     batched_inputs,
     explain,
     export_program,
+    plain,
     unrooted,
     where,
     words,
@@ -64,6 +65,7 @@ def capture(
             calls, or answers differently from its own graph.
     """
     _check_kind(model)
+    _check_names(model)
     check_parameters(model)
     own = (model if taken_over else copied(model)).eval()
     args, kwargs = call_arguments(example_inputs)
@@ -144,6 +146,17 @@ def _check_kind(model: nn.Module) -> None:
             raise CaptureError(
                 f"model {name} is quantized already: {path!r} is a {type(module).__module__}.{type(module).__name__}; "
                 "hand over the float model that it was made from"
+            )
+
+
+def _check_names(model: nn.Module) -> None:
+    """Torch writes names into the code that it generates as they are: those with quotes would be code themselves."""
+    state = (name for own in (model.named_parameters(), model.named_buffers()) for name, _ in own)
+    for name in (*(name for name, _ in model.named_modules()), *state):
+        if plain(name) != name:
+            raise CaptureError(
+                f"the model's {name!r}: has a quote, a backslash or a control character in its name, which torch's "
+                "traced code cannot hold; rename it"
             )
 
 

@@ -277,6 +277,15 @@ def put(owner: nn.Module, leaf: str, value: torch.Tensor | nn.Module) -> None:
         owner._buffers[leaf] = value
 
 
+def plain(name: str) -> str:
+    """A name that can be written into generated code between quotes, as torch does with what is no name of Python's.
+
+    >>> plain('conv "1"')
+    'conv _1_'
+    """
+    return "".join(c if c.isprintable() and c not in "\"'\\" else "_" for c in name)
+
+
 def bind(graph: fx.Graph, module: nn.Module) -> Callable[..., Any]:
     """``graph`` as a function of the values of its placeholders, in order, over the tensors of ``module``."""
     targets = {node: node.target for node in graph.nodes if node.op == "placeholder"}

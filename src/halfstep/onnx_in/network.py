@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from halfstep.errors import CaptureError, DataError, named
-from halfstep.graph.tracing import put
+from halfstep.graph.tracing import plain, put
 from halfstep.onnx_in import (  # noqa: F401 - each fills the table with its family of operators
     attention,
     convolution,
@@ -277,7 +277,7 @@ def arguments(names: tuple[str, ...]) -> list[str]:
     """
     found: list[str] = []
     for name in names:
-        safe = "".join(c if c.isalnum() or c == "_" else "_" for c in name) or "input"
+        safe = "".join(c if f"_{c}".isidentifier() else "_" for c in name) or "input"
         safe = f"_{safe}" if safe[0].isdigit() else safe
         safe = f"{safe}_" if keyword.iskeyword(safe) or safe == "self" else safe
         while safe in found:
@@ -342,9 +342,9 @@ def _last_uses(nodes: tuple[Node, ...], outputs: tuple[str, ...]) -> list[list[s
 def _attach(root: nn.Module, name: str, value: Tensor | nn.Module) -> str:
     """Keep a value below ``root`` under its dotted name, in modules made for it; returns the place that it got.
 
-    A name that torch cannot have (with empty parts) or that is taken gets underscores.
+    A name that torch cannot have (with empty parts, or quotes) or that is taken gets underscores.
     """
-    *path, leaf = [part or "_" for part in name.split(".")]
+    *path, leaf = [part or "_" for part in plain(name).split(".")]
     owner = root
     for i, part in enumerate(path):
         while (

@@ -16,6 +16,7 @@ import torch
 from onnx_ir.passes import common as passes
 
 from halfstep.errors import CaptureError
+from halfstep.graph.tracing import plain
 from halfstep.onnx_in.table import TABLE, Node
 
 #: Versions of ONNX's own operators between which the table is the same. Older files are brought to the first of them.
@@ -322,7 +323,8 @@ def _nodes(model: ir.Model) -> Iterator[Node]:
         name = (
             node.name or next((str(v.name) for v in node.outputs if v.name), "") or f"{node.op_type}_{index}"
         )
-        first, count = name, 1
+        name = first = plain(name)
+        count = 1
         while name in taken or (not node.name and name in given):
             count += 1
             name = f"{first}:{count}"
