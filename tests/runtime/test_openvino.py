@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import halfstep as hs
-from halfstep.errors import ArgumentError, ExportError
+from halfstep.errors import ArgumentError, ExportError, RefusedError
 from halfstep.export.mismatch import agreements
 from halfstep.fidelity.compare import compare
 from halfstep.runtime.deployed import DeployedModel, inspect_kernels, runtime_of
@@ -88,6 +88,32 @@ def test_without_openvino_the_message_says_what_to_install(mixed, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "openvino", None)
     with pytest.raises(ExportError, match=r"not installed; pip install 'halfstep\[openvino\]'"):
         DeployedModel(mixed[2])
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_a_network_that_the_runtime_makes_another_one_of_is_refused(pooled, tmp_path):
+    """With sites as further outputs OpenVINO pads this conv, without them it does not, and the shape is another one."""
+
+    class Strided(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(6, 4, 1, stride=2, padding=1), nn.Linear(4, 5)
+
+        def forward(self, x):
+            x = self.conv(x).relu()
+            return self.fc(x.mean((2, 3))) if pooled else x
+
+    torch.manual_seed(0)
+    x = torch.randn(4, 6, 8, 8)
+    q = hs.prepare(Strided().eval(), x, hs.Recipe.uniform(7, 8), target="openvino")
+    hs.observe(q, [x])
+    hs.calibrate(q)
+    path = tmp_path / "model.onnx"
+    with pytest.raises(RefusedError, match="by more than quantization changes them"):
+        hs.export_onnx(q, path)
+    assert not path.exists()
+    hs.export_onnx(q, path, check=False)
+    assert hs.verify(path, q, [x]).parity.sqnr < (30 if pooled else -100)
 
 
 def test_weights_in_groups_of_4_bits_are_onnx_s_own_type(tmp_path):

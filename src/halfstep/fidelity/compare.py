@@ -79,7 +79,7 @@ def compare(
     batches: Iterable[ModelInputs],
     classes: bool = True,
 ) -> Parity:
-    """Run both models on every batch and compare their outputs.
+    """Run both models on every batch and compare their outputs; where shapes differ, nothing agrees.
 
     Args:
         reference: gives the signal.
@@ -107,7 +107,9 @@ def compare(
         floats += len(scores)
         signal, noise = signal + power(scores), noise + error_power(scores, others)
         axis = class_axis(scores[0].shape) if scores else None
-        if axis is not None and classes:
+        if (scores or wanted)[0].shape != (others or got)[0].shape:
+            answers = torch.zeros(len(wanted[0]) if wanted[0].dim() else 1, dtype=torch.bool)
+        elif axis is not None and classes:
             answers = scores[0].argmax(axis) == others[0].argmax(axis)
         elif not scores:
             answers = wanted[0] == got[0]
@@ -178,13 +180,16 @@ def balanced(captured: Captured, outputs: Sequence[Any]) -> Callable[[Any], list
 
 
 def error_power(wanted: Iterable[torch.Tensor], got: Iterable[torch.Tensor]) -> float:
-    """The noise in outputs: the sum of squared differences, of integers how many differ."""
-    return sum(
-        float((a.double() - b.double()).detach().square().sum())
-        if a.is_floating_point()
-        else float((a != b).sum())
-        for a, b in zip(wanted, got, strict=True)
-    )
+    """The noise in outputs: the sum of squared differences, of integers how many differ; inf where shapes do."""
+
+    def error(a: torch.Tensor, b: torch.Tensor) -> float:
+        if a.shape != b.shape:
+            return math.inf
+        if a.is_floating_point():
+            return float((a.double() - b.double()).detach().square().sum())
+        return float((a != b).sum())
+
+    return sum(error(a, b) for a, b in zip(wanted, got, strict=True))
 
 
 def float_tensors(outputs: Any) -> list[torch.Tensor]:
