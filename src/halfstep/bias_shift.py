@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,11 +110,16 @@ class BiasShift(nn.Module):
         self.held = None
         self.held = bias, self(bias)
 
-    def widen(self, bias: torch.Tensor) -> None:
+    def widen(self, bias: torch.Tensor, weight: Callable[[str], torch.Tensor]) -> None:
         """Widen the weight's range in channels whose bias, shift included, would not fit 32 bits.
 
         Where batch norm all but switched a channel off, its folded weight is tiny beside its bias, and those steps too
-        fine.
+        fine. Where it did, or where a channel was pruned, nothing but the bias is left, and any steps do for a weight
+        of zeros: the finest that the bias fits.
+
+        Args:
+            bias: without the shift.
+            weight: the float weight of a name.
         """
         if self.steps is None or not self.steps.activation.calibrated:
             return
@@ -121,7 +127,10 @@ class BiasShift(nn.Module):
         needed = self.corrected(bias).abs() * self.steps.stretch / (activation * BIAS_STEPS)
         if scale.dim() == 0:
             needed = needed.max()
-        scale.copy_(torch.maximum(scale, needed.to(scale.dtype)))
+        needed = needed.to(scale.dtype)
+        site = self.steps.weight
+        empty = site.granularity.reduce(weight(site.name).detach(), "absmax") == 0
+        scale.copy_(torch.where(empty & (needed > 0), needed, torch.maximum(scale, needed)))
 
     def corrected(self, bias: torch.Tensor) -> torch.Tensor:
         """The bias with the shift, not rounded."""

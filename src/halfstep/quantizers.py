@@ -62,7 +62,7 @@ class KnownQuantizers:
             bias = self.weight(str(layer.operator.bias.target)).detach()
             shifts[layer.name] = shift = self._bias_shift(layer.name, bias, steps.get(layer.name), device)
             if ranged.intersection(layer.sites):
-                shift.widen(bias)
+                shift.widen(bias, self.weight)
         return found, shifts
 
     def _quantizer(

@@ -112,4 +112,4 @@ def widen_for_bias(model: QuantizedModel, layer: Layer) -> None:
     """Widen the range of a layer's weight where its bias needs that; see :meth:`.BiasShift.widen`."""
     shift, bias = model.shifts.get(layer.name), layer.operator.bias
     if shift is not None and bias is not None:
-        shift.widen(model.weight(str(bias.target)).detach())
+        shift.widen(model.weight(str(bias.target)).detach(), model.weight)

@@ -287,3 +287,25 @@ def test_an_unwritable_place_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ExportError, match=r"cannot write to .*file"):
         hs.export_onnx(q, tmp_path / "file" / "model.onnx")
+
+
+@pytest.mark.parametrize("pruned", [slice(0, 1), slice(None)])
+@pytest.mark.parametrize("granularity", [hs.PerChannel(0), hs.PerTensor()])
+def test_a_bias_is_not_lost_beside_weights_of_zeros(pruned, granularity, tmp_path):
+    """A channel that was pruned has no range, and its bias must not be counted in steps of 1."""
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 3)
+    with torch.no_grad():
+        layer.weight[pruned] = 0
+    x = 1000 * torch.randn(64, 6)
+    q = hs.prepare(layer, x, hs.Recipe.uniform(8, 8, weight_granularity=granularity))
+    hs.observe(q, [x])
+    hs.calibrate(q)
+    empty = [row for row in range(3) if not layer.weight[row].any()]
+    alone = isinstance(granularity, hs.PerChannel) or len(empty) == 3
+    wanted = layer(x)[:, empty]
+    assert not alone or torch.allclose(q(x)[:, empty], wanted, rtol=1e-6)
+    deployed = DeployedModel(hs.export_onnx(q, tmp_path / "m.onnx"), q.captured.in_spec, q.captured.out_spec)
+    with torch.no_grad():
+        answers = q(x)
+    assert torch.allclose(deployed(x), answers, atol=1e-4 * float(answers.abs().max()))

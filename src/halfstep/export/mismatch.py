@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from halfstep.fake_quantize import FakeQuantize, Mode
-from halfstep.fidelity.compare import compared, decibels, error_power, power, signal_to_noise
+from halfstep.fidelity.compare import compared, overall_noise, signal_to_noise
 from halfstep.graph.inputs import ModelInputs, call_arguments
 from halfstep.model import QuantizedModel
 from halfstep.runtime.deployed import find_runtime, to_numpy
@@ -70,8 +70,7 @@ def agreements(model: QuantizedModel, path: Path, inputs: ModelInputs) -> list[S
     with _led(model, seen, found), model.using(Mode.QUANTIZE), torch.no_grad():
         args, kwargs = call_arguments(inputs)
         wanted = [tensor.cpu() for tensor in compared(model(*args, **kwargs))]
-    sqnr = decibels(power(wanted), error_power(wanted, compared(outputs)))
-    return [*found.values(), SiteAgreement(OUTPUTS, sqnr)]
+    return [*found.values(), SiteAgreement(OUTPUTS, overall_noise(wanted, compared(outputs)))]
 
 
 def run_watched(

@@ -128,6 +128,11 @@ def signal_to_noise(wanted: torch.Tensor, got: torch.Tensor) -> float:
     return decibels(float((wanted * wanted).sum()), float(((wanted - got) ** 2).sum()))
 
 
+def overall_noise(wanted: Sequence[torch.Tensor], got: Sequence[torch.Tensor]) -> float:
+    """:func:`signal_to_noise` of all outputs together."""
+    return decibels(power(wanted), error_power(wanted, got))
+
+
 def decibels(signal: float, noise: float) -> float:
     """Return 10 log10(signal / noise); inf without noise, -inf with infinite noise or noise alone, NaN if the noise is.
 
