@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import halfstep as hs
+from halfstep.errors import DataError
 from halfstep.evaluate import EarlyStopping
 from halfstep.ladder.float_score import float_evaluation
 from halfstep.ladder.goal import Goal
@@ -200,3 +201,17 @@ def test_early_verdicts_are_remembered_with_the_goal_that_they_were_given_agains
     assert search.scorer.asked == asked + more
     search.evaluate("whole")  # only what no verdict has seen
     assert search.scorer.asked == before + len(INPUTS)
+
+
+@pytest.mark.filterwarnings("ignore:The model is handed over")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_float_model_that_answers_nan_is_no_baseline(dtype):
+    """Its NaN would count as mistakes, which the quantized network, whose codes know no NaN, does not make."""
+    inputs, labels = torch.randn(64, 4), torch.zeros(64, dtype=torch.int64)
+    late = inputs.clone()
+    late[3, 1] = torch.nan
+    model = hs.prepare(nn.Linear(4, 3).to(dtype), inputs.to(dtype))
+    data = [(inputs.to(dtype), labels), (late.to(dtype), labels)]
+    with pytest.raises(DataError, match=r"metric: batch 1: the float model answers NaN, in 3 of 192"):
+        float_evaluation(hs.Accuracy(data), model)
+    assert not any(module._forward_hooks for module in (model, model.handed_over))

@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from halfstep.batches import scored
-from halfstep.errors import RunError
+from halfstep.errors import DataError, RunError
 from halfstep.evaluate import Accuracy, Metric, Score, Scorer, parts
 from halfstep.fake_quantize import Mode
+from halfstep.fidelity.compare import float_tensors
 from halfstep.journal import Journal
 from halfstep.ladder.evaluation import Evaluation, Verdict, keep, kept
 from halfstep.model import QuantizedModel
@@ -56,6 +59,7 @@ def float_evaluation(
 
     Raises:
         RunError: if the float model scores otherwise now than the journal says.
+        DataError: if it answers NaN, naming the batch where the metric is one over labelled data.
     """
     journal = journal or Journal()
     made: list[Evaluation] = []
@@ -87,7 +91,7 @@ def float_evaluation(
                 break
         return Score.mean(torch.cat(taken)), first.count
 
-    with model.using(Mode.FLOAT):
+    with model.using(Mode.FLOAT), _answering(network):
         first = once("float", "float", whole)
         if unseen and not made:
             with steps("evaluating float again, since the run goes on"):
@@ -100,6 +104,28 @@ def float_evaluation(
         second = once(AGAIN, "float again, whole", whole)
     others = {name: _compared(score, second.others[name], name) for name, score in first.others.items()}
     return replace(_compared(first, second, next(iter(parts(scorer)))), others=others), made
+
+
+@contextmanager
+def _answering(network: nn.Module) -> Iterator[None]:
+    """Raise where the float network answers NaN: most metrics count that as a mistake, of which codes know nothing.
+
+    What is quantized answers numbers there, and would be said to be better than the float network by as much.
+    """
+
+    def check(_: nn.Module, inputs: Any, outputs: Any) -> None:
+        for tensor in float_tensors(outputs):
+            if bad := int(tensor.isnan().sum()):
+                raise DataError(
+                    f"the float model answers NaN, in {bad} of {tensor.numel()} numbers of an output; nothing can be "
+                    "compared with that: look for NaN in the data, and leave those examples out"
+                )
+
+    handle = network.register_forward_hook(check)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def guesses(scorer: Scorer, score: Score) -> list[str]:
