@@ -309,3 +309,35 @@ def test_a_bias_is_not_lost_beside_weights_of_zeros(pruned, granularity, tmp_pat
     with torch.no_grad():
         answers = q(x)
     assert torch.allclose(deployed(x), answers, atol=1e-4 * float(answers.abs().max()))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.rnn = nn.RNN(8, 6, batch_first=True, **options)
+        self.fc = nn.Linear(6 * (1 + self.rnn.bidirectional), 3)
+
+    def forward(self, x):
+        return self.fc(self.rnn(x)[0])
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (Recurrent(), (5, 8)),
+        (Recurrent(num_layers=2, bidirectional=True, nonlinearity="relu"), (5, 8)),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveMaxPool2d(1)), (3, 8, 8)),
+        (nn.Sequential(nn.RMSNorm(8), nn.Linear(8, 4)), (5, 8)),
+        (nn.Sequential(nn.RMSNorm(8), nn.Hardshrink(), nn.Linear(8, 4)), (5, 8)),
+    ],
+    ids=["rnn", "deep rnn", "a getitem is returned", "rms norm", "rms norm and hardshrink"],
+)
+def test_what_torch_translates_only_in_parts(model, shape, tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(64, *shape)
+    q = hs.prepare(model.eval(), x[:2], hs.Recipe.uniform(7, 8))
+    hs.export_float(q, tmp_path / "float.onnx")
+    hs.observe(q, [x])
+    hs.calibrate(q, hs.Max())
+    proof = hs.verify(hs.export_onnx(q, tmp_path / "model.onnx"), q, [x[:7]], rounds=3)
+    assert proof.integer_layers and proof.parity.sqnr > 40

@@ -158,10 +158,10 @@ def _registry(program: Program, opset: int, own: Mapping[Any, Callable[..., Any]
             name = _name_in_torchlib(target)
             for function in known[name].overloads if name in known else ():
                 registry._register(target, _registration.OnnxDecompMeta(function, target, None))
+        registry._cleanup_registry_based_on_opset_version()  # without those that need a later one
         # Elements of operators with several results need no translation, those of ONNX's sequences do.
         if not all(map(registry.is_registered, targets - {getitem})):
             return None
-        registry._cleanup_registry_based_on_opset_version()
     except (ImportError, AttributeError, TypeError):
         return None
     return registry
@@ -223,9 +223,9 @@ def program_of(module: fx.GraphModule) -> Program:
     given = [_argument(node) for node in graph.find_nodes(op="placeholder")[len(lifted) :]]
     (end,) = graph.find_nodes(op="output")
     returned = [_argument(node) for node in end.args[0]]
-    call = ModuleCallSignature(
-        given,
-        returned,
+    call = ModuleCallSignature(  # without names, which decompositions would change
+        [],
+        [],
         in_spec=pytree.tree_structure((tuple(range(len(given))), {})),
         out_spec=pytree.tree_structure(tuple(range(len(returned)))),
     )

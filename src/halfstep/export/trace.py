@@ -45,6 +45,9 @@ class _Translation:
     program: torch.onnx.ONNXProgram
 
 
+#: Recurrent layers that torch translates whole; it decomposes others, which must be computed then.
+TRANSLATED = ("lstm", "gru")
+
 #: The last translation of each model.
 _known: WeakKeyDictionary[QuantizedModel, _Translation] = WeakKeyDictionary()
 
@@ -142,7 +145,7 @@ def _translated(
     module = rooted(copy.graph, model.captured.module).eval()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     try:
-        with quiet(), recurrences_whole():
+        with quiet(), recurrences_whole(TRANSLATED):
             module.cpu()
             program = to_onnx(
                 program_of(module), OPSET, {torch.ops.halfstep.site.default: marker_translation()}
