@@ -341,3 +341,13 @@ def test_what_torch_translates_only_in_parts(model, shape, tmp_path):
     hs.calibrate(q, hs.Max())
     proof = hs.verify(hs.export_onnx(q, tmp_path / "model.onnx"), q, [x[:7]], rounds=3)
     assert proof.integer_layers and proof.parity.sqnr > 40
+
+
+def test_a_plain_recurrent_layer_keeps_the_length_that_varies(tmp_path):
+    torch.manual_seed(0)
+    q = hs.prepare(Recurrent(num_layers=2).eval(), torch.randn(4, 5, 8), dynamic={"x": {1: "tokens"}})
+    file = DeployedModel(hs.export_float(q, tmp_path / "float.onnx"), q.captured.in_spec, q.captured.out_spec)
+    with q.using(Mode.FLOAT), torch.no_grad():
+        for length in (1, 5, 9):
+            x = torch.randn(3, length, 8)
+            assert torch.allclose(file(x), q(x), atol=1e-6)

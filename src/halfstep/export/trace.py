@@ -22,6 +22,7 @@ from halfstep.errors import ExportError
 from halfstep.export.editing import initializer
 from halfstep.export.marks import Marks, marker_translation
 from halfstep.export.program import program_of, to_onnx
+from halfstep.export.recurrent import RNN
 from halfstep.graph.layer_precision import LayerPrecision
 from halfstep.graph.operators import readable_names
 from halfstep.graph.place import place
@@ -44,9 +45,6 @@ class _Translation:
     marks: Marks
     program: torch.onnx.ONNXProgram
 
-
-#: Recurrent layers that torch translates whole; it decomposes others, which must be computed then.
-TRANSLATED = ("lstm", "gru")
 
 #: The last translation of each model.
 _known: WeakKeyDictionary[QuantizedModel, _Translation] = WeakKeyDictionary()
@@ -145,10 +143,10 @@ def _translated(
     module = rooted(copy.graph, model.captured.module).eval()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     try:
-        with quiet(), recurrences_whole(TRANSLATED):
+        with quiet(), recurrences_whole():
             module.cpu()
             program = to_onnx(
-                program_of(module), OPSET, {torch.ops.halfstep.site.default: marker_translation()}
+                program_of(module), OPSET, {torch.ops.halfstep.site.default: marker_translation(), **RNN}
             )
             _mask_wholly(program.model.graph)
     except Exception as error:

@@ -13,28 +13,23 @@ import torch
 from torch import Tensor
 from torch._decomp import decomposition_table
 
-KINDS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+_OPERATORS = tuple(getattr(torch.ops.aten, name).input for name in ("lstm", "gru", "rnn_tanh", "rnn_relu"))
 _KEYS = (torch._C.DispatchKey.Autograd, torch._C.DispatchKey.CompositeImplicitAutograd)
 
 
 @contextmanager
-def recurrences_whole(kinds: Sequence[str] = KINDS) -> Iterator[None]:
-    """Let recurrent layers answer with their shapes in this block, which nothing may compute in.
-
-    Args:
-        kinds: which.
-    """
-    operators = tuple(getattr(torch.ops.aten, kind).input for kind in kinds)
-    kernels = [dict(op.py_kernels) for op in operators]
-    decompositions = {op: decomposition_table.get(op) for op in operators}
+def recurrences_whole() -> Iterator[None]:
+    """Let LSTM, GRU and RNN answer with their shapes in this block, which nothing may compute in."""
+    kernels = [dict(op.py_kernels) for op in _OPERATORS]
+    decompositions = {op: decomposition_table.get(op) for op in _OPERATORS}
     try:
-        for op in operators:
+        for op in _OPERATORS:
             op.py_kernels.update(dict.fromkeys(_KEYS, _shapes))
             decomposition_table[op] = _shapes
             op._dispatch_cache.clear()
         yield
     finally:
-        for op, before in zip(operators, kernels, strict=True):
+        for op, before in zip(_OPERATORS, kernels, strict=True):
             op.py_kernels.clear()
             op.py_kernels.update(before)
             op._dispatch_cache.clear()
