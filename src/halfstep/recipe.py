@@ -149,7 +149,11 @@ class Recipe:
 
     @classmethod
     def weight_only(cls, bits: int | Format = 4, group: int | None = 128) -> Recipe:
-        """Only weights, in groups of ``group`` along the input axis (None: per channel); activations stay float."""
+        """Only weights, in groups of ``group`` along the input axis (None: per channel); activations stay float.
+
+        ONNX Runtime takes a last group that has fewer. For other runtimes groups are the next smaller size that divides
+        the axis, or all of it where that is less than a quarter of ``group`` or the axis is odd.
+        """
         return cls(LayerSpec(TensorSpec(bits, None if group is None else PerGroup(1, group)), None))
 
     @classmethod

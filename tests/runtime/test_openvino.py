@@ -212,3 +212,21 @@ def test_attentions_first_product_runs_on_integers_and_its_keys_are_turned_as_fl
     assert [op.kind for op in proof.float_operators if op.kind == "attention"] == []
     assert compare(DeployedModel(path, q.captured.in_spec, q.captured.out_spec), q, [x]).sqnr > 40
     assert "attention" in saturable_layers(path)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "asked", "group"),
+    [(64, 128, 64), (192, 128, 96), (131, 128, 0), (75, 25, 0), (50, 16, 10), (256, 128, 128)],
+)
+def test_groups_divide_what_they_are_of(inputs, asked, group, tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(32, inputs)
+    layer = nn.Linear(inputs, 8)
+    q = hs.prepare(layer, x, hs.Recipe.weight_only(group=asked), target="openvino")
+    assert q.sites["weight"].granularity == (hs.PerGroup(1, group) if group else hs.PerChannel(0))
+    hs.observe(q, [x])
+    hs.calibrate(q)
+    proof = hs.verify(hs.export_onnx(q, tmp_path / "model.onnx"), q, [x], rounds=3)
+    assert proof.parity.sqnr > 60
+    q = hs.prepare(layer, x, hs.Recipe.weight_only(group=asked))
+    assert q.sites["weight"].granularity == hs.PerGroup(1, asked)

@@ -277,7 +277,7 @@ class _Placer:
         sites = []
         for name, users in readers.items():
             op = self.operators[users[0]]
-            granularity = weight_granularity(self._widest(self.specs, users), op)
+            granularity = weight_granularity(self._widest(self.specs, users), op, self.target.packed)
             fmt, usual = (self._weight_format(specs, users) for specs in (self.specs, self.asked))
             by_node: dict[fx.Node, list[fx.Node]] = {}
             for user in users:

@@ -7,6 +7,7 @@ Put one node on every edge that a placement names.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -192,12 +193,33 @@ def activation_granularity(spec: TensorSpec, name: str, values: Sequence[fx.Node
     return granularity
 
 
-def weight_granularity(spec: TensorSpec, op: Operator) -> Granularity:
-    """The spec's granularity on this operator's axes: channels of the output, groups along the input."""
+#: A group that must divide the axis is not made smaller than this part of what was asked for.
+SMALLEST_GROUP = 1 / 4
+
+
+def weight_granularity(spec: TensorSpec, op: Operator, ragged: bool = True) -> Granularity:
+    """The spec's granularity on this operator's axes: channels of the output, groups along the input.
+
+    Args:
+        spec: of the weight.
+        op: which reads it.
+        ragged: whether the last group may have fewer elements; else a group is the next smaller size that divides the
+            axis, and all of it where that would be much smaller, or where an odd number of 4-bit codes is.
+    """
     if spec.granularity is None:
         return PerChannel(weight_axis(op))
     if isinstance(spec.granularity, PerGroup):
-        return PerGroup(input_axis(op), spec.granularity.size)
+        axis, size = input_axis(op), spec.granularity.size
+        assert op.weight is not None
+        length = int(op.weight.meta["val"].shape[axis])
+        if not ragged and length % 2 and spec.bits <= 4:
+            return PerChannel(
+                weight_axis(op)
+            )  # two share a byte, and OpenVINO takes rows to begin with one of their own
+        if not ragged and length % size:
+            least = max(1, math.ceil(SMALLEST_GROUP * size))
+            size = next((s for s in range(min(size, length), least - 1, -1) if length % s == 0), length)
+        return PerGroup(axis, size)
     if isinstance(spec.granularity, PerChannel):
         return PerChannel(weight_axis(op))
     return spec.granularity
