@@ -152,7 +152,7 @@ class Recipe:
         """Only weights, in groups of ``group`` along the input axis (None: per channel); activations stay float.
 
         ONNX Runtime takes a last group that has fewer. For other runtimes groups are the next smaller size that divides
-        the axis, or all of it where that is less than a quarter of ``group`` or the axis is odd.
+        the axis (of 4 bits and fewer an even one), down to a quarter of ``group``; layers without one stay float.
         """
         return cls(LayerSpec(TensorSpec(bits, None if group is None else PerGroup(1, group)), None))
 

@@ -216,17 +216,18 @@ def test_attentions_first_product_runs_on_integers_and_its_keys_are_turned_as_fl
 
 @pytest.mark.parametrize(
     ("inputs", "asked", "group"),
-    [(64, 128, 64), (192, 128, 96), (131, 128, 0), (75, 25, 0), (50, 16, 10), (256, 128, 128)],
+    [(64, 128, 64), (192, 128, 96), (130, 128, 0), (131, 128, 0), (50, 16, 10), (256, 128, 128)],
 )
 def test_groups_divide_what_they_are_of(inputs, asked, group, tmp_path):
     torch.manual_seed(0)
     x = torch.randn(32, inputs)
-    layer = nn.Linear(inputs, 8)
-    q = hs.prepare(layer, x, hs.Recipe.weight_only(group=asked), target="openvino")
-    assert q.sites["weight"].granularity == (hs.PerGroup(1, group) if group else hs.PerChannel(0))
+    model = nn.Sequential(nn.Linear(inputs, 64), nn.Tanh(), nn.Linear(64, 8))
+    q = hs.prepare(model, x, hs.Recipe.weight_only(group=asked), target="openvino")
+    assert [bool(layer.reason) for layer in q.layers] == [not group, False]
+    assert not group or q.sites["0.weight"].granularity == hs.PerGroup(1, group)
     hs.observe(q, [x])
     hs.calibrate(q)
     proof = hs.verify(hs.export_onnx(q, tmp_path / "model.onnx"), q, [x], rounds=3)
     assert proof.parity.sqnr > 60
-    q = hs.prepare(layer, x, hs.Recipe.weight_only(group=asked))
-    assert q.sites["weight"].granularity == hs.PerGroup(1, asked)
+    q = hs.prepare(model, x, hs.Recipe.weight_only(group=asked))
+    assert q.sites["0.weight"].granularity == hs.PerGroup(1, asked)

@@ -197,30 +197,28 @@ def activation_granularity(spec: TensorSpec, name: str, values: Sequence[fx.Node
 SMALLEST_GROUP = 1 / 4
 
 
-def weight_granularity(spec: TensorSpec, op: Operator, ragged: bool = True) -> Granularity:
-    """The spec's granularity on this operator's axes: channels of the output, groups along the input.
+def group_size(spec: TensorSpec, op: Operator, ragged: bool) -> int:
+    """Elements in a group of an operator's weight; 0 where the axis cannot be cut into groups.
 
     Args:
-        spec: of the weight.
+        spec: of the weight, in groups.
         op: which reads it.
-        ragged: whether the last group may have fewer elements; else a group is the next smaller size that divides the
-            axis, and all of it where that would be much smaller, or where an odd number of 4-bit codes is.
+        ragged: whether the last group may have fewer; else the size is the next smaller one that divides the axis, of
+            codes that share bytes one of whole bytes.
     """
-    if spec.granularity is None:
-        return PerChannel(weight_axis(op))
+    assert isinstance(spec.granularity, PerGroup) and op.weight is not None
+    size, length = spec.granularity.size, int(op.weight.meta["val"].shape[input_axis(op)])
+    if ragged:
+        return size
+    sizes = range(min(size, length), max(0, math.ceil(SMALLEST_GROUP * size) - 1), -1)
+    return next((s for s in sizes if length % s == 0 and (spec.bits > 4 or s % 2 == 0)), 0)
+
+
+def weight_granularity(spec: TensorSpec, op: Operator, ragged: bool = True) -> Granularity:
+    """The spec's granularity on this operator's axes: channels of the output, groups along the input."""
     if isinstance(spec.granularity, PerGroup):
-        axis, size = input_axis(op), spec.granularity.size
-        assert op.weight is not None
-        length = int(op.weight.meta["val"].shape[axis])
-        if not ragged and length % 2 and spec.bits <= 4:
-            return PerChannel(
-                weight_axis(op)
-            )  # two share a byte, and OpenVINO takes rows to begin with one of their own
-        if not ragged and length % size:
-            least = max(1, math.ceil(SMALLEST_GROUP * size))
-            size = next((s for s in range(min(size, length), least - 1, -1) if length % s == 0), length)
-        return PerGroup(axis, size)
-    if isinstance(spec.granularity, PerChannel):
+        return PerGroup(input_axis(op), group_size(spec, op, ragged))
+    if spec.granularity is None or isinstance(spec.granularity, PerChannel):
         return PerChannel(weight_axis(op))
     return spec.granularity
 

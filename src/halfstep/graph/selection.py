@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from halfstep.granularity import PerGroup
 from halfstep.graph.layer_precision import LayerPrecision
 from halfstep.graph.operators import (
     Operator,
@@ -14,7 +15,7 @@ from halfstep.graph.operators import (
     readable_names,
 )
 from halfstep.graph.pair_sums import PairSums
-from halfstep.graph.placement import takes_run_time_ranges
+from halfstep.graph.placement import group_size, takes_run_time_ranges
 from halfstep.graph.tails import TAIL
 from halfstep.recipe import LayerSpec, Recipe, TensorSpec
 from halfstep.targets import Target
@@ -78,6 +79,11 @@ class Selection:
                 )
             elif op.weight is None and (spec.activations is None or len(op.inputs) < 2):
                 self.reasons[node] = "has no weight to quantize"
+            elif self._uncut(op, spec):
+                self.reasons[node] = (
+                    f"its inputs cannot be cut into equal groups of about the size asked for, as {self.target.name} "
+                    "takes them"
+                )
             elif spec.activations is None:
                 continue
             elif op.weight is None and self.portable and self.portable.saturates(spec.activations):
@@ -93,6 +99,13 @@ class Selection:
                 self.reasons[node] = (
                     f"{op.kind} has no kernel on {self.target.name} that takes ranges at run time; left in float"
                 )
+
+    def _uncut(self, op: Operator, spec: LayerSpec) -> bool:
+        """Whether a weight is to be in groups that the target does not take."""
+        weights = spec.weights
+        if op.weight is None or weights is None or not isinstance(weights.granularity, PerGroup):
+            return False
+        return not group_size(weights, op, ragged=self.target.packed)
 
     def _choose_followers(self) -> None:
         followers = {
