@@ -173,6 +173,9 @@ def deploy(
     model, best = search.model, search.best
     assert best is not None
     advice = advise(search, path, score)
+    sure = search.asked.evidence(score)
+    if not any(sure in said for said in search.decisions):
+        search.decide(f"On the deployed file: {sure}")
     if refused:
         advice = (f"No file answers as its simulation: {refused}", *advice)
     if float_file.parent != place:

@@ -235,8 +235,14 @@ class MetricResult:
     def __str__(self) -> str:
         """The figures in a line, without the name."""
         verdict = "met" if self.met else "not met"
-        drop = f"{self.drop:+.4f} (allowed {self.max_drop:g})"
+        drop = f"{self.drop_in_words()} (allowed {self.max_drop:g})"
         return f"{self.float_score:.4f} to {self.score:.4f}, drop {drop}, {verdict}"
+
+    def drop_in_words(self) -> str:
+        """The drop, and the interval that it lies in on other examples."""
+        if self.low is None or self.high is None:
+            return f"{self.drop:+.4f}"
+        return f"{self.drop:+.4f}, on other examples {self.low:+.4f} to {self.high:+.4f}"
 
 
 @dataclass(frozen=True)

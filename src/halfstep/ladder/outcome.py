@@ -197,13 +197,15 @@ def _simulated(record: Mapping[str, Any]) -> Fact:
 
 
 def _metrics(records: Iterable[Mapping[str, Any]]) -> list[Fact]:
-    """Several metrics, each beside its target; none where there is only one, which is told of already."""
+    """Several metrics, each beside its target; the drop of an only one, whose scores are told of already."""
     found = []
     for record in records:
         figures = {name: _number(record[name]) for name in ("float_score", "score", "drop", "max_drop")}
         result = MetricResult(**{**record, **figures})
         if result.metric:
             found.append(Fact(result.metric, str(result), f"metric {result.metric}", result.score))
+        else:
+            found.append(Fact("drop", result.drop_in_words(), "drop", result.drop))
     return found
 
 
