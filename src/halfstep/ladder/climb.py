@@ -154,9 +154,9 @@ def estimate(search: Search, ladder: Sequence[Rung], tune: bool = False) -> tupl
                 f"{examples:,} examples through the network to compare calibrators and rank layers, about "
                 f"{time(examples * each_example, 's')}"
             )
+        together = f"together about {time((seconds - repairs) / 60, 'min')}"
         if repairs:
-            parts.append(f"{time(repairs, 's')} of repairs")
-        together = f"together about {time(seconds / 60, 'min')}"
+            together += f", and up to {time(repairs, 's')} of repairs where calibration misses the target"
         return f"Estimate, at most: {', '.join(parts)}; {together}{left_out}{budget}"
 
     return sentence(_time), sentence(lambda count, unit: "")

@@ -73,17 +73,19 @@ def climb_ptq(search: Search, options: BestOf | None = None) -> Score:
     found = _kept_sweep(search, "sweep", uniform, lambda: sweep(search.model, uniform))
     _explain(search, found)
     found, score = _judged(search, found, 1 if options.mixed else options.finalists)
+    scored = {str(candidate) for candidate in found.candidates[: found.evaluations]}
     if options.mixed and not search.goal.met(score):  # else it would only polish
         ranked = found
         found = _kept_sweep(search, "mixed", options, lambda: mix(search.model, ranked, options))
         if found.best.activations == MIXED:
             search.decide(f"a calibrator for each site brings the outputs nearer: {found.best.fidelity}")
         found, score = _judged(search, found, options.finalists)
+        scored |= {str(candidate) for candidate in found.candidates[: found.evaluations]}
     for sentence in sentences(found.concerns):
         search.decide(sentence)
     search.journal.write("sweep", **found.to_dict())
     search.decide(
-        f"PTQ with {found.best} scores {search.goal.words(score)}; {found.evaluations} of {len(found.candidates)} "
+        f"PTQ with {found.best} scores {search.goal.words(score)}; {len(scored)} of {len(found.candidates)} "
         "candidates were evaluated"
     )
     return score if search.goal.met(score) else _repaired(search, options, score)
