@@ -231,3 +231,16 @@ def test_groups_divide_what_they_are_of(inputs, asked, group, tmp_path):
     assert proof.parity.sqnr > 60
     q = hs.prepare(model, x, hs.Recipe.weight_only(group=asked))
     assert q.sites["0.weight"].granularity == hs.PerGroup(1, asked)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU6(), nn.Identity()])
+def test_wide_codes_still_clip(activation, tmp_path):
+    """OpenVINO takes quantizers of 16 bits out, so those have 15."""
+    torch.manual_seed(0)
+    x = torch.rand(32, 12)
+    model = nn.Sequential(nn.Linear(12, 12), activation, nn.Linear(12, 6))
+    q = hs.prepare(model, x, hs.Recipe.uniform(7, 16), target="openvino")
+    hs.observe(q, [x])
+    hs.calibrate(q)
+    path = hs.export_onnx(q, tmp_path / "model.onnx")
+    assert hs.verify(path, q, [x, 2 * x], rounds=3).parity.sqnr > 60

@@ -27,6 +27,8 @@ OPENVINO = Target(
         {"max_pool", "reshape", "transpose", "slice", "expand", "split", "item", "resize_nearest"}
     ),
     absorbed=frozenset({"relu", "clip"}),
+    # Quantizers of 16 bits are taken out when a file is loaded, and with them the clip or ReLU that they stand for.
+    widest=15,
     fused=_FUSED,
     pair_sums=True,
     lowering=Lowering(added_bias=True, turned_floats=True),

@@ -86,6 +86,7 @@ class Target:
         activation_bits: widths its kernels execute; other widths are simulated on the inputs of layers only.
         simulated_bits: widths that it has no kernels for, but whose codes its files may hold: it computes in float
             between them, so that a file shows what hardware with such kernels would answer.
+        widest: bits of an activation at most, of which one that asks for more gets so many.
         pair_sums: on x86 processors without dot-product instructions (VNNI), its kernels add two products of codes in
             16 bits, and saturate.
         runtime: the one of :mod:`halfstep.runtime` that runs its files here and says what became integer.
@@ -108,6 +109,7 @@ class Target:
     activation_bits: frozenset[int] = frozenset({8})
     simulated_bits: frozenset[int] = frozenset()
     signed: Integer | None = None
+    widest: int = 16
     pair_sums: bool = False
     runtime: str = "onnxruntime"
     lowering: Lowering = Lowering()
@@ -122,7 +124,9 @@ class Target:
         """
         if spec.dynamic and isinstance(spec.granularity, PerGroup):
             return Integer(8)
-        return _flavour(self.signed if negative and self.signed is not None else self.activations, spec)
+        flavour = self.signed if negative and self.signed is not None else self.activations
+        fmt = _flavour(flavour, spec)
+        return replace(fmt, bits=min(fmt.bits, self.widest)) if isinstance(fmt, Integer) else fmt
 
     def weight_format(self, spec: TensorSpec) -> Format:
         """The format of a weight: the spec's own, or this target's flavour at the spec's bits."""
