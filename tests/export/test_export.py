@@ -351,3 +351,17 @@ def test_a_plain_recurrent_layer_keeps_the_length_that_varies(tmp_path):
         for length in (1, 5, 9):
             x = torch.randn(3, length, 8)
             assert torch.allclose(file(x), q(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [10, 16])
+@pytest.mark.parametrize("shape", [(64,), (5, 64)])
+def test_wide_activations_are_not_rounded_to_eight_bits(bits, shape, tmp_path):
+    """ONNX Runtime fuses a DequantizeLinear and a MatMul to a product in groups, whose sums take bytes."""
+    torch.manual_seed(0)
+    x = torch.randn(8, *shape)
+    q = hs.prepare(
+        nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 16)), x, hs.Recipe.uniform(8, bits)
+    )
+    hs.observe(q, [x])
+    hs.calibrate(q)
+    assert hs.verify(hs.export_onnx(q, tmp_path / "m.onnx"), q, [x], rounds=3).parity.sqnr > 80

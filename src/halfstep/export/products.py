@@ -56,6 +56,10 @@ def dequantize(graph: ir.Graph, product: Product) -> bool:
     if target.packed and (not fixed or isinstance(granularity, PerGroup)):
         return False
     node, name = product.node, product.name
+    # ONNX Runtime makes a product in groups of it, which rounds the activation to 8 bits, where it has no kernel.
+    wide = product.activation is not None and not target.executes(product.activation.format)
+    if target.packed and wide and node.op_type == "MatMul":
+        return False
     weight = existing(graph, f"{name}/DequantizeLinear")
     if weight is None:
         box = container(format, site.name)
