@@ -244,3 +244,34 @@ def test_wide_codes_still_clip(activation, tmp_path):
     hs.calibrate(q)
     path = hs.export_onnx(q, tmp_path / "model.onnx")
     assert hs.verify(path, q, [x, 2 * x], rounds=3).parity.sqnr > 60
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        lambda x: x.amax(1),
+        lambda x: x.max(1).values,
+        lambda x: x.amin(1),
+        lambda x: F.adaptive_max_pool1d(x.transpose(1, 2), 1).flatten(1),
+        lambda x: torch.cat([x.amax(1), x.mean(1)], 1)[:, :12],
+    ],
+    ids=["amax", "max", "amin", "adaptive", "concat"],
+)
+def test_what_reads_the_largest_of_values_is_in_float(pool, tmp_path):
+    """OpenVINO computes something else where that is quantized."""
+
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(12, 12), nn.Linear(12, 4)
+
+        def forward(self, x):
+            return self.last(pool(self.first(x).relu()))
+
+    torch.manual_seed(0)
+    x = 3 * torch.randn(4, 5, 12)
+    q = hs.prepare(Pooled().eval(), x, hs.Recipe.uniform(7, 8), target="openvino")
+    hs.observe(q, [x])
+    hs.calibrate(q)
+    assert not q.layers[0].reason
+    assert hs.verify(hs.export_onnx(q, tmp_path / "m.onnx"), q, [x], rounds=3).parity.sqnr > 60

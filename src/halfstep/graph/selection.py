@@ -91,6 +91,10 @@ class Selection:
                     "multiplies two activations, which sums of 16 bits in processors without VNNI have no room for; a "
                     "portable recipe leaves it in float"
                 )
+            elif any(map(self._misread, op.inputs)):
+                self.reasons[node] = (
+                    f"reads the largest or smallest of values, which {self.target.name} takes wrongly"
+                )
             elif not spec.activations.dynamic:
                 self.integer.add(node)
             elif takes_run_time_ranges(op, self.target):
@@ -107,12 +111,21 @@ class Selection:
             return False
         return not group_size(weights, op, ragged=self.target.packed)
 
+    def _misread(self, value: fx.Node) -> bool:
+        """Whether the target takes what makes ``value`` wrongly for codes."""
+        op = self.operators.get(value)
+        if op is None:
+            return False
+        moved = op.kind in self._moving | {"concat"}
+        return op.kind in self.target.misread or (moved and any(map(self._misread, op.inputs)))
+
     def _choose_followers(self) -> None:
         followers = {
             node
             for node, op in self.operators.items()
             if op.kind in self.target.followers
             and TAIL not in node.meta
+            and not any(map(self._misread, op.inputs))
             and not (op.kind in ("add", "mul") and constant_operands(node))
             and not (op.kind == "attention" and (self.portable or not attends_to_all(node)))
         }

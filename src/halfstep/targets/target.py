@@ -86,6 +86,7 @@ class Target:
         activation_bits: widths its kernels execute; other widths are simulated on the inputs of layers only.
         simulated_bits: widths that it has no kernels for, but whose codes its files may hold: it computes in float
             between them, so that a file shows what hardware with such kernels would answer.
+        misread: kinds whose results it takes wrongly for codes: what reads them, directly or moved, is in float.
         widest: bits of an activation at most, of which one that asks for more gets so many.
         pair_sums: on x86 processors without dot-product instructions (VNNI), its kernels add two products of codes in
             16 bits, and saturate.
@@ -109,6 +110,7 @@ class Target:
     activation_bits: frozenset[int] = frozenset({8})
     simulated_bits: frozenset[int] = frozenset()
     signed: Integer | None = None
+    misread: frozenset[str] = frozenset()
     widest: int = 16
     pair_sums: bool = False
     runtime: str = "onnxruntime"
