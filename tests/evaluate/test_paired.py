@@ -200,7 +200,7 @@ def test_lower_is_better_turns_the_drop():
 def test_scores_that_cannot_be_paired_have_no_interval():
     drop = paired_drop(Score(0.9), Score(0.8))
     assert drop.value == pytest.approx(0.1) and drop.low is drop.high is None
-    assert drop.reason == "the metric gives no scores of single examples"
+    assert drop.reason == "the metric gives no scores of single examples that are the same each time"
     unlike = paired_drop(Score.mean(torch.ones(3)), Score.mean(torch.ones(4)))
     assert unlike.low is None and unlike.reason == "there are 3 scores of one model and 4 of the other"
     assert str(drop) == "+0.1000"
