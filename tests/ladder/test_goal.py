@@ -118,7 +118,8 @@ def test_several_metrics_must_all_keep_to_their_targets():
     assert goal.words(both(0.89, 2.1)) == (
         "accuracy 0.8900, +0.0100 below float (allowed 0.01) and loss 2.1000, +0.1000 below float (allowed 0.2)"
     )
-    unsure = "How sure the drop is cannot be said: the metric gives no scores of single examples that are the same each time."
+    why = "the metric gives no scores of single examples that are the same each time"
+    unsure = f"How sure the drop is cannot be said: {why}."
     assert goal.evidence(both(0.9, 2.0)) == f"accuracy: {unsure} loss: {unsure}"
 
 

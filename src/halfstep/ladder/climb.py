@@ -154,7 +154,8 @@ def estimate(search: Search, ladder: Sequence[Rung], tune: bool = False) -> tupl
                 f"{examples:,} examples through the network to compare calibrators and rank layers, about "
                 f"{time(examples * each_example, 's')}"
             )
-        together = f"together about {time((seconds - repairs) / 60, 'min')}"
+        work = seconds - repairs
+        together = f"together about {time(work, 's') if work < 60 else time(work / 60, 'min')}"
         if repairs:
             together += f", and up to {time(repairs, 's')} of repairs where calibration misses the target"
         return f"Estimate, at most: {', '.join(parts)}; {together}{left_out}{budget}"

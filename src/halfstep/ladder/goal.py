@@ -242,7 +242,7 @@ class MetricResult:
         """The drop, and the interval that it lies in on other examples."""
         if self.low is None or self.high is None:
             return f"{self.drop:+.4f}"
-        return f"{self.drop:+.4f}, on other examples {self.low:+.4f} to {self.high:+.4f}"
+        return f"{self.drop:+.4f} ({self.low:+.4f} to {self.high:+.4f})"
 
 
 @dataclass(frozen=True)

@@ -205,7 +205,7 @@ def _metrics(records: Iterable[Mapping[str, Any]]) -> list[Fact]:
         if result.metric:
             found.append(Fact(result.metric, str(result), f"metric {result.metric}", result.score))
         else:
-            found.append(Fact("drop", result.drop_in_words(), "drop", result.drop))
+            found.append(Fact("drop and interval", result.drop_in_words(), "drop", result.drop))
     return found
 
 
