@@ -119,8 +119,8 @@ def test_what_it_takes_is_said_in_words(model):
     assert re.fullmatch(
         r"Estimate, at most: \d+ evaluations of the metric \(ptq 5, partial \d+, qat 6, tune 1, deployed files 4\) "
         r"after 2 of the float network \(again for the metric's noise\), about \S+ s each, [\d,]+ examples through the "
-        r"network to compare calibrators and rank layers, about \S+ s; together about \S+ (?:s|min), and up to 0.0\d+ s of "
-        r"repairs where calibration misses the target; training and timing files not counted. The budget of 0.001 "
+        r"network to compare calibrators and rank layers, about \S+ s; together about \S+ (?:s|min), and up to "
+        r"0.0\d+ s of repairs where calibration misses the target; training and timing files not counted. The budget of 0.001 "
         r"minutes may end it before",
         said,
     ), said

@@ -316,7 +316,9 @@ def paired_drop(
         return _of_sets(drop, reference.resampled, candidate.resampled, sign, alone)
     first, second = reference.per_example, candidate.per_example
     if first is None or second is None:
-        return replace(drop, reason="the metric gives no scores of single examples that are the same each time")
+        return replace(
+            drop, reason="the metric gives no scores of single examples that are the same each time"
+        )
     if len(first) != len(second):
         return replace(
             drop, reason=f"there are {len(first)} scores of one model and {len(second)} of the other"

@@ -97,7 +97,8 @@ def measure_files(
 
     Returns:
         ``name``, ``score``, ``bytes``, ``ms`` of a batch, and ``speedup`` over float for each; scores of rungs below
-        are what the climb had of them, most of them simulations'.
+        are what the climb had of them, most of them simulations'. They are raced later, so their ``ms`` are the float
+        file's of the first race over their speed-up.
     """
     speeds = proof.latency
     points = [
@@ -107,7 +108,8 @@ def measure_files(
     below = {name: candidate for name, candidate in search.reached.items() if candidate is not search.best}
     try:
         with interruptible(search.check_time):
-            return points + (_race(search, exports, below, float_file, threads) if below else [])
+            raced = _race(search, exports, below, float_file, threads) if below else []
+            return points + [{**point, "ms": speeds["float"].median / point["speedup"]} for point in raced]
     except BudgetSpent as spent:
         search.decide(f"size and speed of what came before were not measured, the budget is spent: {spent}")
         return points
