@@ -120,8 +120,8 @@ def test_what_it_takes_is_said_in_words(model):
         r"Estimate, at most: \d+ evaluations of the metric \(ptq 5, partial \d+, qat 6, tune 1, deployed files 4\) "
         r"after 2 of the float network \(again for the metric's noise\), about \S+ s each, [\d,]+ examples through the "
         r"network to compare calibrators and rank layers, about \S+ s; together about \S+ (?:s|min), and up to "
-        r"0.0\d+ s of repairs where calibration misses the target; training and timing files not counted. The budget of 0.001 "
-        r"minutes may end it before",
+        r"0.0\d+ s of repairs where calibration misses the target; training and timing files not counted. The budget "
+        r"of 0.001 minutes may end it before",
         said,
     ), said
     assert timeless == re.sub(r"\d[\d.,e-]* (s|min)\b", "", said)  # the key that journals have had for it
