@@ -34,6 +34,7 @@ class Selection:
         integer: operators whose activations are quantized.
         kernels: those of them that the target executes as integers.
         islands: layers whose activations get their range at run time.
+        misread: values that the target takes wrongly for codes, moved or not.
     """
 
     def __init__(self, graph: fx.Graph, target: Target, recipe: Recipe, precision: LayerPrecision) -> None:
@@ -55,6 +56,11 @@ class Selection:
         self.integer: set[fx.Node] = set()
         self.kernels: set[fx.Node] = set()
         self.islands: set[fx.Node] = set()
+        self.misread: set[fx.Node] = set()
+        for node, op in self.operators.items():
+            moved = op.kind in self._moving | {"concat"}
+            if op.kind in target.misread or (moved and not self.misread.isdisjoint(op.inputs)):
+                self.misread.add(node)
         self._choose_layers()
         self._choose_followers()
 
@@ -91,7 +97,7 @@ class Selection:
                     "multiplies two activations, which sums of 16 bits in processors without VNNI have no room for; a "
                     "portable recipe leaves it in float"
                 )
-            elif any(map(self._misread, op.inputs)):
+            elif not self.misread.isdisjoint(op.inputs):
                 self.reasons[node] = (
                     f"reads the largest or smallest of values, which {self.target.name} takes wrongly"
                 )
@@ -111,21 +117,13 @@ class Selection:
             return False
         return not group_size(weights, op, ragged=self.target.packed)
 
-    def _misread(self, value: fx.Node) -> bool:
-        """Whether the target takes what makes ``value`` wrongly for codes."""
-        op = self.operators.get(value)
-        if op is None:
-            return False
-        moved = op.kind in self._moving | {"concat"}
-        return op.kind in self.target.misread or (moved and any(map(self._misread, op.inputs)))
-
     def _choose_followers(self) -> None:
         followers = {
             node
             for node, op in self.operators.items()
             if op.kind in self.target.followers
             and TAIL not in node.meta
-            and not any(map(self._misread, op.inputs))
+            and self.misread.isdisjoint(op.inputs)
             and not (op.kind in ("add", "mul") and constant_operands(node))
             and not (op.kind == "attention" and (self.portable or not attends_to_all(node)))
         }
