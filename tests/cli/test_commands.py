@@ -52,6 +52,7 @@ def folder(tmp_path_factory):
     labels = namespace["net"]()(torch.from_numpy(inputs)).argmax(1).numpy()  # so float scores 1
     np.savez(folder / "good.npz", inputs=inputs, labels=labels)
     np.savez(folder / "unlabelled.npz", inputs=inputs)
+    np.savez(folder / "several.npz", ids=inputs, mask=inputs, labels=labels)
     np.savez(folder / "empty.npz", inputs=inputs[:0], labels=labels[:0])
     np.savez(folder / "nan.npz", inputs=np.full((64, 4), np.nan, np.float32))
     np.savez(folder / "void.npz", inputs=np.full((64, 4), np.nan, np.float32), labels=labels)
@@ -160,6 +161,10 @@ def test_a_target_that_is_missed_ends_with_3(folder):
         (("mine:branching",), "torch.where"),
         (("mine:net", "missing.npz"), "no such file"),
         (("mine:net", "unlabelled.npz"), "has no array 'labels'; it has 'inputs'"),
+        (
+            ("mine:net", "several.npz"),
+            "has no array 'inputs'; it has 'ids', 'mask', 'labels'; for a network of several",
+        ),
         (("mine:net", "objects.npz"), "cannot be read as an .npz of plain arrays"),
         (("mine:net", "broken.npz"), "cannot be read as an .npz of plain arrays"),
         (
