@@ -37,6 +37,7 @@ from halfstep.ranges import activation_answers, activation_sites
 from halfstep.statistics import Histogram
 
 console = Console()
+FLOAT = "float model"  # a row
 PEER_METHODS = ("MinMax", "Entropy", "Percentile")
 
 
@@ -92,7 +93,7 @@ def speed(options: argparse.Namespace) -> None:
     for name in columns[0]:
         cells = []
         for times in columns:
-            base = times["onnxruntime, float" if name.startswith("onnxruntime") else "float model"]
+            base = times["onnxruntime, float" if name.startswith("onnxruntime") else FLOAT]
             cells += [f"{times[name]:.3f} s", f"{times[name] / base:.2f}"]
         table.add_row(name, *cells)
     console.print(table)
@@ -103,27 +104,16 @@ def passes(model: nn.Module, batches: Sequence[torch.Tensor], rounds: int) -> di
     """Seconds of each way to run over the batches; ours interleaved, onnxruntime's methods once each."""
     q = hs.prepare(model, batches[0])
 
-    def plain() -> None:
-        with torch.no_grad():
-            for x in batches:
-                model(x)
-
     def folded() -> None:
         with torch.no_grad(), q.using(Mode.FLOAT):
             for x in batches:
                 q(x)
 
-    def observing() -> None:
-        for module in activation_sites(q).values():
-            module.histogram = Histogram()
-        q.sample = []
-        hs.observe(q, batches)
-
     times = interleaved(
         {
-            "float model": plain,
+            FLOAT: lambda: run_over(model, batches),
             "float graph, batch norm folded": folded,
-            "halfstep, observing for all": observing,
+            "halfstep, observing for all": lambda: observe_anew(q, batches),
         },
         rounds,
     )
@@ -158,9 +148,6 @@ def few(options: argparse.Namespace) -> None:
     console.print(table)
 
 
-FLOAT = "float model"
-
-
 def _counting(model: nn.Module, batches: Sequence[torch.Tensor], rounds: int) -> dict[str, float]:
     """Seconds of the float pass, and of observing with less and less left out."""
     q = hs.prepare(model, batches[0])
@@ -176,22 +163,14 @@ def _counting(model: nn.Module, batches: Sequence[torch.Tensor], rounds: int) ->
 
     def observing(update: Callable[[Histogram, torch.Tensor], int]) -> Callable[[], None]:
         def observe() -> None:
-            for module in activation_sites(q).values():
-                module.histogram = Histogram()
-            q.sample = []
             with patch.object(Histogram, "update", update):
-                hs.observe(q, batches)
+                observe_anew(q, batches)
 
         return observe
 
-    def plain() -> None:
-        with torch.no_grad():
-            for x in batches:
-                model(x)
-
     return interleaved(
         {
-            FLOAT: plain,
+            FLOAT: lambda: run_over(model, batches),
             "observing, nothing counted": observing(lambda histogram, x: 0),
             "extremes alone, by torch.aminmax": observing(extremes),
             "extremes, and one image in 16 counted": observing(sampled),
@@ -199,6 +178,20 @@ def _counting(model: nn.Module, batches: Sequence[torch.Tensor], rounds: int) ->
         },
         rounds,
     )
+
+
+def run_over(model: nn.Module, batches: Sequence[torch.Tensor]) -> None:
+    with torch.no_grad():
+        for x in batches:
+            model(x)
+
+
+def observe_anew(q: QuantizedModel, batches: Sequence[torch.Tensor]) -> None:
+    """Observe as if for the first time."""
+    for module in activation_sites(q).values():
+        module.histogram = Histogram()
+    q.sample = []
+    hs.observe(q, batches)
 
 
 def interleaved(functions: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
@@ -382,7 +375,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
 }
 
 
-WHOLE = ["speed", "memory", "accuracy", "images"]
+WHOLE = [part for part in PARTS if part != "few"]  # which wants a process as it is
 
 
 if __name__ == "__main__":

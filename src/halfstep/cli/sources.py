@@ -376,10 +376,14 @@ def _read_npz(path: Path, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
         with np.load(path, allow_pickle=False) as file:
             missing = [name for name in names if name not in file.files]
             if missing:
-                several = "; for a network of several inputs give package.module:callable, which makes batches of dicts"
+                advice = ""
+                if missing[0] == "inputs" and len(file.files) > 1:
+                    advice = (
+                        "; for a network of several inputs give package.module:callable, which makes "
+                        "batches of dicts"
+                    )
                 raise DataError(
-                    f"{path}: has no array {missing[0]!r}; it has {', '.join(map(repr, file.files)) or 'none'}"
-                    + several * (missing[0] == "inputs" and len(file.files) > 1)
+                    f"{path}: has no array {missing[0]!r}; it has {', '.join(map(repr, file.files)) or 'none'}{advice}"
                 )
             tensors = {name: torch.from_numpy(_array(path, file, name)) for name in names}
     except FileNotFoundError as error:

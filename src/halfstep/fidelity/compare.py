@@ -107,15 +107,14 @@ def compare(
         floats += len(scores)
         signal, noise = signal + power(scores), noise + error_power(scores, others)
         axis = class_axis(scores[0].shape) if scores else None
-        if (scores or wanted)[0].shape != (others or got)[0].shape:
-            answers = torch.zeros(len(wanted[0]) if wanted[0].dim() else 1, dtype=torch.bool)
-        elif axis is not None and classes:
-            answers = scores[0].argmax(axis) == others[0].argmax(axis)
+        if axis is not None and classes:
+            mine, theirs = (each[0].argmax(axis) for each in (scores, others))
         elif not scores:
-            answers = wanted[0] == got[0]
+            mine, theirs = wanted[0], got[0]
         else:
             continue
-        same, decisions = same + int(answers.sum()), decisions + answers.numel()
+        decisions += mine.numel()
+        same += int((mine == theirs).sum()) if mine.shape == theirs.shape else 0
     if not (floats or decisions):
         raise DataError("parity: no batches to compare on; give at least one")
     return Parity(

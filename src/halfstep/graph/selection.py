@@ -57,9 +57,10 @@ class Selection:
         self.kernels: set[fx.Node] = set()
         self.islands: set[fx.Node] = set()
         self.misread: set[fx.Node] = set()
+        handed_on = self._moving | {"concat"}
         for node, op in self.operators.items():
-            moved = op.kind in self._moving | {"concat"}
-            if op.kind in target.misread or (moved and not self.misread.isdisjoint(op.inputs)):
+            moved = op.kind in handed_on and not self.misread.isdisjoint(op.inputs)
+            if moved or op.kind in target.misread:
                 self.misread.add(node)
         self._choose_layers()
         self._choose_followers()

@@ -28,11 +28,10 @@ def from_onnx(path: str | Path, inputs: ModelInputs | None = None) -> nn.Module:
     """The network of an ONNX file as a module, which can be observed, quantized, repaired and trained like any other.
 
     Its parameters are called as the file's tensors are, its layers as the file's nodes (with underscores for quotes,
-    backslashes and what is not printed). It takes the file's inputs in
-    their order or by their names (those that Python can have; others with underscores), and returns the file's only
-    output, or a dict of several. A first dimension that the file fixes becomes one of any size, since a batch of at
-    least 2 is what networks are captured with, and half precision becomes float32; files that are written from here
-    have it so too.
+    backslashes and what is not printed). It takes the file's inputs in their order or by their names (those that Python
+    can have; others with underscores), and returns the file's only output, or a dict of several. A first dimension that
+    the file fixes becomes one of any size, since a batch of at least 2 is what networks are captured with, and half
+    precision becomes float32; files that are written from here have it so too.
 
     Each node is run by itself on what ONNX Runtime has for its inputs, and its outputs are compared.
 
